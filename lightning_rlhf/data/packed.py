@@ -1,0 +1,326 @@
+"""A batch as one row of tokens: every prompt once, its completions behind it.
+
+Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Branch(NamedTuple):
+    """A completion: its tokens follow a prompt, and the loss reads some of them.
+
+    Attributes:
+        input_ids: The completion's tokens, at least one.
+        scored: For each token, whether a loss reads it; None means all.
+    """
+
+    input_ids: Sequence[int]
+    scored: Sequence[bool] | None = None
+
+
+class Tree(NamedTuple):
+    """A prompt of at least one token and the completions that continue it.
+
+    Attributes:
+        prompt: Tokens that stand once and are never scored.
+        branches: At least one completion.
+        weight: Weight of its scored tokens in a loss; 0 marks a row that only fills an empty bin.
+    """
+
+    prompt: Sequence[int]
+    branches: Sequence[Branch]
+    weight: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the tree takes in a packed row."""
+        return len(self.prompt) + sum(len(b.input_ids) for b in self.branches)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that the loss reads."""
+        return sum(len(b.input_ids) if b.scored is None else sum(b.scored) for b in self.branches)
+
+
+class Span(NamedTuple):
+    """Where a piece of the packed row lies."""
+
+    start: int
+    length: int
+
+
+class Attend(NamedTuple):
+    """One attention call: the queries of ``own`` see all of ``prefix`` and, causally, themselves.
+
+    ``count`` spans of equal length that lie side by side, none with a prefix, are one call.
+    """
+
+    own: Span
+    prefix: Span | None
+    count: int = 1
+
+
+@dataclass(eq=False)
+class Forest:
+    """The trees of a packed row. It rides to the attention layers as one keyword, and stays on the host.
+
+    Attributes:
+        trees: For each tree its prompt's span and its branches' spans.
+        masks: Attention masks, shared by all layers of a forward pass.
+    """
+
+    trees: tuple[tuple[Span, tuple[Span, ...]], ...]
+    masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Lists the attention calls; a tree with one branch is a plain causal sequence."""
+        calls: list[Attend] = []
+        for prompt, branches in self.trees:
+            if len(branches) == 1:
+                call = Attend(Span(prompt.start, prompt.length + branches[0].length), None)
+                before = calls[-1] if calls else None
+                if before is not None and before.prefix is None and before.own.length == call.own.length:
+                    calls[-1] = before._replace(count=before.count + 1)
+                else:
+                    calls.append(call)
+            else:
+                calls.append(Attend(prompt, None))
+                calls.extend(Attend(branch, prompt) for branch in branches)
+        self.calls: tuple[Attend, ...] = tuple(calls)
+
+    def mask(self, prefix: int, own: int, window: int | None, device: torch.device) -> Tensor:
+        """(own, prefix + own) bool, True where a query may look: causal, at most ``window`` tokens back."""
+        key = (prefix, own, window, device)
+        if key not in self.masks:
+            mask = torch.ones(own, prefix + own, dtype=torch.bool, device=device).tril(prefix)
+            self.masks[key] = mask if window is None else mask.triu(prefix - window + 1)
+        return self.masks[key]
+
+
+class StepTotals(NamedTuple):
+    """Totals over all bins and ranks of the optimizer step that a batch belongs to.
+
+    Attributes:
+        tokens: Scored tokens by weight.
+        sequences: Sequences by weight.
+        bins: Micro-batches of all ranks (``accumulate_grad_batches`` x data-parallel size): a mean over the step is
+            ``loss_sum * bins / tokens``, since Lightning divides by the first factor and the ranks by the second.
+    """
+
+    tokens: float
+    sequences: float
+    bins: int
+
+
+@dataclass(eq=False)
+class PackedBatch:
+    """A batch in which a prompt's tokens appear once and its completions are branches.
+
+    Attributes:
+        input_ids: (T,) all tokens.
+        position_ids: (T,) a branch counts on from where its prompt ended.
+        forest: Where the trees lie.
+        predictor: (N,) index into T of the token that predicts a scored token; the prompt's last token predicts the
+            first of *every* branch.
+        target: (N,) the scored tokens.
+        sequence: (N,) the branch a scored token belongs to.
+        last: (S,) index into T of each branch's last token.
+        weight: (N,) fp32 weight of each scored token.
+        totals: Of the optimizer step; of this batch alone where no planner made it.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    forest: Forest
+    predictor: Tensor
+    target: Tensor
+    sequence: Tensor
+    last: Tensor
+    weight: Tensor
+    totals: StepTotals
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_scored(self) -> int:
+        """N."""
+        return self.target.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.last.shape[0]
+
+    def _map(self, function: Any) -> PackedBatch:
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, forest=Forest(self.forest.trees), **{k: function(v) for k, v in tensors.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on ``device``; Lightning moves batches by this method."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory."""
+        return self._map(lambda t: t.pin_memory())
+
+
+def pack(trees: Sequence[Tree], totals: StepTotals | None = None) -> PackedBatch:
+    """Lays trees out in one row.
+
+    Args:
+        trees: At least one.
+        totals: Of the optimizer step; default those of ``trees``.
+
+    Returns:
+        The packed batch.
+
+    Raises:
+        ValueError: No trees, an empty prompt or completion, or ``scored`` of another length than its tokens.
+    """
+    if not trees:
+        raise ValueError("A packed batch needs at least one tree.")
+    ids: list[int] = []
+    positions: list[Tensor] = []
+    spans: list[tuple[Span, tuple[Span, ...]]] = []
+    predictor: list[Tensor] = []
+    target: list[Tensor] = []
+    sequence: list[Tensor] = []
+    weight: list[Tensor] = []
+    last: list[int] = []
+    for i, tree in enumerate(trees):
+        start, length = len(ids), len(tree.prompt)
+        if not length or not tree.branches:
+            raise ValueError(f"Tree {i} needs a prompt of at least one token and at least one completion.")
+        ids.extend(tree.prompt)
+        positions.append(torch.arange(length))
+        branches = []
+        for j, branch in enumerate(tree.branches):
+            first, size = len(ids), len(branch.input_ids)
+            if not size or (branch.scored is not None and len(branch.scored) != size):
+                raise ValueError(f"Completion {j} of tree {i} is empty, or its 'scored' is not as long as its tokens.")
+            ids.extend(branch.input_ids)
+            positions.append(torch.arange(length, length + size))
+            before = torch.arange(first - 1, first + size - 1)
+            before[0] = start + length - 1
+            tokens = torch.as_tensor(branch.input_ids, dtype=torch.long)
+            if branch.scored is not None:
+                keep = torch.as_tensor(branch.scored, dtype=torch.bool)
+                before, tokens = before[keep], tokens[keep]
+            predictor.append(before)
+            target.append(tokens)
+            sequence.append(torch.full_like(tokens, len(last)))
+            weight.append(torch.full((len(tokens),), float(tree.weight)))
+            branches.append(Span(first, size))
+            last.append(first + size - 1)
+        spans.append((Span(start, length), tuple(branches)))
+    if totals is None:
+        totals = StepTotals(
+            sum(t.weight * t.num_scored for t in trees), sum(t.weight * len(t.branches) for t in trees), 1
+        )
+    return PackedBatch(
+        input_ids=torch.tensor(ids, dtype=torch.long),
+        position_ids=torch.cat(positions),
+        forest=Forest(tuple(spans)),
+        predictor=torch.cat(predictor),
+        target=torch.cat(target),
+        sequence=torch.cat(sequence),
+        last=torch.tensor(last),
+        weight=torch.cat(weight),
+        totals=totals,
+    )
+
+
+def unpack(batch: PackedBatch) -> list[Tree]:
+    """The trees of a batch: the inverse of :func:`pack`."""
+    scored = [torch.zeros(branch.length, dtype=torch.bool) for _, branches in batch.forest.trees for branch in branches]
+    starts = [branch.start for _, branches in batch.forest.trees for branch in branches]
+    weights = [1.0] * len(starts)
+    prompt_ends = {p.start + p.length - 1 for p, _ in batch.forest.trees}
+    for predictor, s, w in zip(batch.predictor.tolist(), batch.sequence.tolist(), batch.weight.tolist(), strict=True):
+        scored[s][0 if predictor in prompt_ends else predictor + 1 - starts[s]] = True
+        weights[s] = w
+    ids = batch.input_ids.tolist()
+
+    def cut(span: Span) -> list[int]:
+        return ids[span.start : span.start + span.length]
+
+    trees, i = [], 0
+    for prompt, spans in batch.forest.trees:
+        branches = [
+            Branch(cut(b), None if scored[i + j].all() else scored[i + j].tolist()) for j, b in enumerate(spans)
+        ]
+        trees.append(Tree(cut(prompt), branches, weights[i]))
+        i += len(spans)
+    return trees
+
+
+def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
+    """Micro-batches of whole trees in order, each within ``max_tokens``; they share the batch's totals.
+
+    Raises:
+        ValueError: One tree alone is over the budget.
+    """
+    parts: list[list[Tree]] = [[]]
+    used = 0
+    for tree in unpack(batch):
+        if tree.num_tokens > max_tokens:
+            raise ValueError(
+                f"A tree of {tree.num_tokens} tokens does not fit into max_tokens={max_tokens}; raise it to at least "
+                f"{tree.num_tokens}, or shorten the prompt or completions."
+            )
+        if parts[-1] and used + tree.num_tokens > max_tokens:
+            parts.append([])
+            used = 0
+        parts[-1].append(tree)
+        used += tree.num_tokens
+    return [pack(part, batch.totals).to(batch.input_ids.device) for part in parts]
+
+
+class PaddedBatch(NamedTuple):
+    """The same batch as an (S, L) rectangle, padded on the right, for models that can't take a tree.
+
+    Attributes:
+        input_ids: (S, L) tokens; the padding's id does not matter, lengths decide.
+        attention_mask: (S, L) 1 on real tokens.
+        row: (N,) row of the hidden state that predicts each scored token, in the packed batch's order.
+        column: (N,) its column.
+        last: (S,) column of each sequence's last token.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    row: Tensor
+    column: Tensor
+    last: Tensor
+
+
+def pad(batch: PackedBatch) -> PaddedBatch:
+    """Unpacks into a padded rectangle; each prompt is repeated for each of its branches."""
+    device = batch.input_ids.device
+    pieces = [(p, b) for p, branches in batch.forest.trees for b in branches]
+    width = max(p.length + b.length for p, b in pieces)
+    index = torch.zeros(len(pieces), width, dtype=torch.long)
+    mask = torch.zeros_like(index)
+    for i, (prompt, branch) in enumerate(pieces):
+        end = prompt.length + branch.length
+        index[i, : prompt.length] = torch.arange(prompt.start, prompt.start + prompt.length)
+        index[i, prompt.length : end] = torch.arange(branch.start, branch.start + branch.length)
+        mask[i, :end] = 1
+    index, mask = index.to(device), mask.to(device)
+    return PaddedBatch(
+        input_ids=batch.input_ids[index] * mask,
+        attention_mask=mask,
+        row=batch.sequence,
+        column=batch.position_ids[batch.predictor],
+        last=batch.position_ids[batch.last],
+    )

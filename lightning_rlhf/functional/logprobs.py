@@ -1,0 +1,349 @@
+"""The scored head: log-probabilities of chosen tokens under a linear head, without ``(N, V)`` logits.
+
+Logits are made for a few rows at a time (``chunk`` of them, counted in elements), in fp32 at least, reduced, and
+dropped. Two forms share the arithmetic:
+
+* :func:`linear_logprobs` when each token's gradient is known only after all log-probs are (PPO, DPO);
+* :func:`linear_nll` when the loss is a weighted sum (SFT): gradients are made beside the logits, so that nothing is
+  computed twice.
+
+Shapes: N scored tokens, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Elements of one block of logits: 16 MiB in fp32. Larger blocks cost memory and, on a CPU, leave the cache.
+CHUNK = 2**22
+
+
+class ScoredTokens(NamedTuple):
+    """What the head says of each scored token.
+
+    Attributes:
+        logprobs: (N,) log-softmax of the logits at the token, in fp32 (float64 for float64 input).
+        entropies: (N,) entropy of the distribution the token was drawn from, in nats, or None.
+        correct: (N,) bool, whether the token is the most probable one. Carries no gradient.
+        loss: Scalar weighted sum of ``-logprobs`` where weights were given, else None.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    correct: Tensor
+    loss: Tensor | None = None
+
+
+class _Head(NamedTuple):
+    """The function from hidden states to logits, and its derivative."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) logits as the softmax reads them."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.softcap is not None:
+            logits = torch.tanh(logits.mul_(self.scale / self.softcap)).mul_(self.softcap / self.temperature)
+        elif self.scale != self.temperature:
+            logits = logits.mul_(self.scale / self.temperature)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of :meth:`logits` by the product ``hidden @ weight.T``, read off its own output."""
+        if self.softcap is None:
+            return self.scale / self.temperature
+        cap = self.softcap
+        return (1 - (logits * (self.temperature / cap)).square()).mul_(self.scale / self.temperature)
+
+
+class _Block(NamedTuple):
+    """One block of rows, reduced: all that the callers need of its logits."""
+
+    rows: slice
+    log_p: Tensor  # (n, V)
+    slope: Tensor | float  # of the logits by the head's product, where gradients are wanted
+
+
+def _blocks(
+    hidden: Tensor,
+    target: Tensor,
+    head: _Head,
+    chunk: int,
+    out: ScoredTokens | None,
+    gradient: bool,
+) -> Iterator[_Block]:
+    """Makes the logits block by block, fills ``out`` and hands each block's log-probabilities on."""
+    rows = max(1, chunk // head.weight.shape[0])
+    for start in range(0, hidden.shape[0], rows):
+        s = slice(start, min(start + rows, hidden.shape[0]))
+        logits = head.logits(hidden[s])
+        slope = head.slope(logits) if gradient else 1.0
+        top = logits.amax(-1)
+        if out is not None:
+            out.correct[s] = logits.gather(-1, target[s, None])[:, 0] >= top
+        log_p = logits.sub_(top[:, None])
+        log_p.sub_(log_p.exp().sum(-1, keepdim=True).log_())
+        if out is not None:
+            out.logprobs[s] = log_p.gather(-1, target[s, None])[:, 0]
+            if out.entropies is not None:
+                out.entropies[s] = -(log_p.exp() * log_p).sum(-1)
+        yield _Block(s, log_p, slope)
+
+
+def _empty(hidden: Tensor, entropy: bool) -> ScoredTokens:
+    n, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    make = hidden.new_empty
+    return ScoredTokens(
+        make(n, dtype=dtype), make(n, dtype=dtype) if entropy else None, make(n, dtype=torch.bool), None
+    )
+
+
+def _product_gradient(block: _Block, d_log_p: Tensor, target: Tensor) -> Tensor:
+    """(n, V) gradient at the head's product from ``d_log_p`` (n,), the gradient at each target's log-prob.
+
+    d log p[t] / d logits = onehot(t) - p. Writes over ``block.log_p``.
+    """
+    gradient = block.log_p.exp_().mul_(-d_log_p[:, None])
+    gradient.scatter_add_(-1, target[:, None], d_log_p[:, None])
+    return gradient.mul_(block.slope)
+
+
+class _Sums:
+    """Gradients of the head's inputs, summed in fp32 over blocks and cast once."""
+
+    def __init__(self, hidden: Tensor, head: _Head, wanted: tuple[bool, bool, bool]) -> None:
+        self.inputs = hidden, head
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=dtype) if wanted[2] and head.bias is not None else None
+
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        hidden, head = self.inputs
+        low = gradient.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = low @ head.weight
+        if self.weight is not None:
+            if self.weight.dtype == hidden.dtype:
+                self.weight.addmm_(low.T, hidden[rows])
+            else:
+                self.weight += low.T @ hidden[rows]
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+
+    def cast(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        hidden, head = self.inputs
+        weight = None if self.weight is None else self.weight.to(head.weight.dtype)
+        bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
+        return self.hidden, weight, bias
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probs and entropies whose incoming gradients may be anything.
+
+    With a trainable head the blocks of logits are made again in the backward pass. With a frozen one (LoRA) each
+    token's Jacobian ``d log p / d hidden``, a row of D numbers, is exact whatever gradient arrives, and is made in
+    the forward pass while the logits are there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        scale, softcap, temperature, entropy, chunk, grad = options
+        head = _Head(weight, bias, scale, softcap, temperature)
+        out = _empty(hidden, entropy)
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        jacobian = grad and frozen and hidden.requires_grad
+        d_logprobs = torch.empty_like(hidden) if jacobian else None
+        d_entropies = torch.empty_like(hidden) if jacobian and entropy else None
+        for block in _blocks(hidden, target, head, chunk, out, gradient=jacobian):
+            s = block.rows
+            if d_entropies is not None and out.entropies is not None:
+                d = _entropy_gradient(block, out.entropies[s])
+                d_entropies[s] = d.mul_(block.slope).to(hidden.dtype) @ weight
+            if d_logprobs is not None:
+                d = _product_gradient(block, torch.ones_like(out.logprobs[s]), target[s])
+                d_logprobs[s] = d.to(hidden.dtype) @ weight
+        ctx.options, ctx.jacobian = options, jacobian
+        if jacobian:
+            ctx.save_for_backward(d_logprobs, d_entropies)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, target, out.entropies)
+        ctx.mark_non_differentiable(out.correct)
+        return out.logprobs, out.entropies, out.correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_logprob, d_entropy = grads[0], grads[1]
+        scale, softcap, temperature, entropy, chunk, _ = ctx.options
+        if ctx.jacobian:
+            by_logprob, by_entropy = ctx.saved_tensors
+            d_hidden = by_logprob * d_logprob[:, None] if d_logprob is not None else torch.zeros_like(by_logprob)
+            if by_entropy is not None and d_entropy is not None:
+                d_hidden = d_hidden + by_entropy * d_entropy[:, None]
+            return d_hidden.to(by_logprob.dtype), None, None, None, None
+        hidden, weight, bias, target, entropies = ctx.saved_tensors
+        head = _Head(weight, bias, scale, softcap, temperature)
+        sums = _Sums(hidden, head, ctx.needs_input_grad[:3])
+        for block in _blocks(hidden, target, head, chunk, None, gradient=True):
+            s = block.rows
+            extra = None
+            if entropies is not None and d_entropy is not None:
+                extra = _entropy_gradient(block, entropies[s]).mul_(block.slope).mul_(d_entropy[s, None])
+            gradient = _product_gradient(block, d_logprob[s], target[s])  # type: ignore[index]
+            sums.add(s, gradient if extra is None else gradient.add_(extra))
+        return (*sums.cast(), None, None)
+
+
+def _entropy_gradient(block: _Block, entropies: Tensor) -> Tensor:
+    """(n, V): d entropy / d logits = -p (log p + entropy)."""
+    return block.log_p.exp().mul_(block.log_p + entropies[:, None]).neg_()
+
+
+class _LinearNLL(torch.autograd.Function):
+    """Weighted sum of ``-log p``; its gradients are made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        weights: Tensor,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        scale, softcap, temperature, entropy, chunk, grad = options
+        head = _Head(weight, bias, scale, softcap, temperature)
+        out = _empty(hidden, entropy)
+        wanted = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and ctx.needs_input_grad[2])
+        sums = _Sums(hidden, head, wanted)
+        for block in _blocks(hidden, target, head, chunk, out, gradient=any(wanted)):
+            if any(wanted):
+                s = block.rows
+                sums.add(s, _product_gradient(block, -weights[s], target[s]))
+        ctx.gradients = sums.cast()
+        ctx.mark_non_differentiable(*(t for t in out if t is not None))
+        return -(weights * out.logprobs).sum(), out.logprobs, out.entropies, out.correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_nll can be differentiated once; call it again for a second backward pass.")
+        gradients, ctx.gradients = ctx.gradients, None
+        # in place: a copy of the weight's gradient would be the largest tensor of the step
+        return (*(None if g is None else g.mul_(grads[0]) for g in gradients), None, None, None)
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if hidden.dim() != 2 or weight.dim() != 2 or target.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"Expected hidden (N, D), weight (V, D) and target (N,), got {tuple(hidden.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(target.shape)}."
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    device = hidden.device.type
+    # Cast here, where autograd casts the gradient back: inside a Function autocast is off.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> ScoredTokens:
+    """Log-probs of ``target`` under ``softmax(f(hidden @ weight.T + bias) / temperature)``.
+
+    ``f`` multiplies by ``scale`` and, with ``softcap`` c, maps x to ``c * tanh(x / c)`` (Gemma 2). Differentiable
+    in ``hidden``, ``weight`` and ``bias``; a tied weight is one that autograd reaches twice.
+
+    Args:
+        hidden: (N, D) hidden states at the positions that predict the scored tokens.
+        weight: (V, D) head weight as it acts (a LoRA delta already added).
+        target: (N,) ids of the scored tokens.
+        bias: (V,) or None.
+        temperature: The sampling temperature; log-probs are those of the distribution sampled from.
+        scale: Factor a family applies to its logits.
+        softcap: Bound of soft-capped logits.
+        entropy: Also return entropies.
+        chunk: Elements of logits alive at once; at least one row of V is.
+
+    Returns:
+        Log-probs, entropies (or None) and whether each target is the arg max.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a temperature that is not positive.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.eye(2)
+        >>> linear_logprobs(hidden, weight, torch.tensor([0, 0])).logprobs
+        tensor([-0.3133, -1.3133])
+    """
+    hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
+    options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled())
+    logprobs, entropies, correct = _LinearLogprobs.apply(hidden, weight, bias, target, options)
+    return ScoredTokens(logprobs, entropies, correct)
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> ScoredTokens:
+    """Weighted negative log-likelihood ``-sum(weights * logprobs)`` as ``loss``, its gradient made in one pass.
+
+    The other fields carry no gradient; arguments as :func:`linear_logprobs`. Differentiable once.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        target: (N,).
+        weights: (N,) weight of each token in the loss; constants.
+        bias: (V,) or None.
+        temperature: Sampling temperature.
+        scale: Factor a family applies to its logits.
+        softcap: Bound of soft-capped logits.
+        entropy: Also return entropies.
+        chunk: Elements of logits alive at once.
+
+    Returns:
+        Scored tokens with ``loss`` set.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a temperature that is not positive.
+    """
+    hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
+    weights = weights.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+    options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled())
+    loss, logprobs, entropies, correct = _LinearNLL.apply(hidden, weight, bias, target, weights, options)
+    return ScoredTokens(logprobs, entropies, correct, loss)

@@ -1,0 +1,119 @@
+"""Hugging Face models in: weights, dtype, adapters, tokenizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.models.policy import enable_checkpointing
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021), by peft.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale of the update: ``alpha / r`` (``alpha / sqrt(r)`` with ``rslora``).
+        dropout: On the adapters' input.
+        targets: Names of the layers to adapt, or ``all-linear``.
+        modules_to_save: Modules trained in full beside the adapters, such as ``lm_head``.
+        rslora: Rank-stabilised scale (Kalajdzievski 2023).
+        dora: Decompose into magnitude and direction (Liu et al. 2024).
+        init: peft's ``init_lora_weights``: True is the paper's, or ``gaussian``, ``pissa``, ``olora``.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    modules_to_save: list[str] = field(default_factory=list)
+    rslora: bool = False
+    dora: bool = False
+    init: bool | Literal["gaussian", "pissa", "olora"] = True
+
+    def wrap(self, model: PreTrainedModel) -> nn.Module:
+        """The model with trainable adapters; everything else is frozen.
+
+        Raises:
+            ValueError: A target that names no layer of the model.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            modules_to_save=self.modules_to_save or None,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            init_lora_weights=self.init,
+            bias="none",
+        )
+        return get_peft_model(model, config)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory or hub id, with a pad token.
+
+    The pad token only fills rectangles: masks come from lengths, so eos may serve.
+
+    Raises:
+        OSError: Nothing is there.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {name_or_path} has no eos token: nothing could end an answer.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    pretrained: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    dtype: Dtype = "float32",
+    lora: LoRA | None = None,
+    gradient_checkpointing: bool = False,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A causal LM ready to train.
+
+    Args:
+        pretrained: A Hugging Face directory, a hub id, or a model.
+        dtype: Of the weights. fp32 with the Trainer's ``bf16-mixed`` is the safe choice for full fine-tuning.
+        lora: Adapters; None trains everything.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
+        trust_remote_code: Run model code that comes with the checkpoint.
+
+    Returns:
+        The model, or a peft model around it, in training mode.
+
+    Raises:
+        OSError: Nothing is there.
+        ValueError: A dtype that the hardware can't train in.
+    """
+    if isinstance(pretrained, PreTrainedModel):
+        model = pretrained
+    else:
+        if dtype == "float16" and not torch.cuda.is_available():
+            raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
+        arguments: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(pretrained, **arguments)
+    if vocab_size is not None and vocab_size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocab_size)
+    if gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()
+    return model if lora is None else lora.wrap(model)

@@ -1,0 +1,186 @@
+"""Attention over a packed row of trees: a branch sees its prompt and itself, and nothing else.
+
+Registered with transformers as ``"tree"``. A model set to it behaves as with ``"sdpa"`` (``generate`` works) until a
+forest is handed to it; while one is active, a layer that the forest does not reach is an error, because it would
+silently let every token see the whole row.
+
+Shapes: T packed tokens, H query heads, K key / value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lightning_rlhf.data.packed import Forest
+
+NAME = "tree"
+_ACTIVE: ContextVar[bool] = ContextVar("a forest is being run", default=False)
+
+
+class ForestNotPassedError(RuntimeError):
+    """A model dropped the ``forest`` keyword on its way to an attention layer."""
+
+
+@contextmanager
+def forest_active() -> Iterator[None]:
+    """Within it every attention layer must receive a forest, and models make no mask of their own."""
+    token = _ACTIVE.set(True)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    forest: Forest | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One call for each prompt and one for each of its branches; no padding, no (T, T) mask.
+
+    Args:
+        module: The attention layer.
+        query: (1, H, T, E).
+        key: (1, K, T, E), K dividing H.
+        value: (1, K, T, E).
+        attention_mask: Unused with a forest, which says who sees whom.
+        scaling: Factor on the logits; default ``E ** -0.5``.
+        dropout: Attention dropout.
+        sliding_window: Tokens a query sees at most, itself included, where the layer has a window.
+        softcap: Bound of soft-capped logits (Gemma 2).
+        s_aux: (H,) attention sinks (GPT-OSS).
+        forest: Where the trees lie. Without one this is plain SDPA.
+        kwargs: What else transformers hands to attention functions; passed on to SDPA.
+
+    Returns:
+        (1, T, H, E) and no attention weights.
+
+    Raises:
+        ForestNotPassedError: A packed row is being run and no forest arrived.
+        ValueError: More than one row.
+    """
+    if forest is None:
+        if _ACTIVE.get():
+            raise ForestNotPassedError(f"{type(module).__name__} received no forest: its model drops unknown keywords.")
+        sdpa = AttentionInterface()["sdpa"]
+        extra = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        if softcap is not None or s_aux is not None:
+            raise ValueError(
+                f"{type(module).__name__} uses soft-capping or sinks, which SDPA has not: run it by its own "
+                "attention (Policy.native_attention) outside packed batches."
+            )
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra)
+    if query.shape[0] != 1:
+        raise ValueError(f"Tree attention takes one packed row, got a batch of {query.shape[0]}.")
+    if softcap is not None or s_aux is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out: list[Tensor] = []
+    for own, prefix, count in forest.calls:
+        span = slice(own.start, own.start + own.length * count)
+        q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
+        if count > 1:  # side by side and of one length: a batch
+            q, k, v = (t.unflatten(2, (count, own.length))[0].transpose(0, 1) for t in (q, k, v))
+        before = 0
+        if prefix is not None:
+            before = prefix.length
+            seen = slice(prefix.start, prefix.start + prefix.length)
+            k, v = torch.cat([key[:, :, seen], k], 2), torch.cat([value[:, :, seen], v], 2)
+        window = sliding_window if sliding_window and sliding_window < before + own.length else None
+        if softcap is not None or s_aux is not None:
+            mask = forest.mask(before, own.length, window, query.device)
+            result = _by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        else:
+            # SDPA's own is_causal is top-left: right for a prompt, wrong for a branch behind one
+            causal = prefix is None and window is None
+            mask = None if causal else forest.mask(before, own.length, window, query.device)
+            result = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        if count > 1:
+            result = result.transpose(0, 1).flatten(1, 2)[None]
+        out.append(result)
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _by_hand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What SDPA lacks: soft-capped logits and attention sinks."""
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.float().masked_fill(~mask, -torch.inf)
+    if sinks is not None:  # a key without a value: it takes its share and gives nothing
+        sink = sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits)
+        logits = torch.cat([logits, sink], -1)
+    weights = F.dropout(logits.softmax(-1).to(q.dtype)[..., : k.shape[2]], dropout)
+    return weights @ v
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask for a packed row; SDPA's own otherwise."""
+    if _ACTIVE.get():
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, tree_attention)
+try:
+    from transformers import AttentionMaskInterface
+except ImportError:  # transformers < 4.53 makes a mask without asking; tree_attention ignores it
+    pass
+else:
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Makes every layer of a transformers model use the attention function ``name``.
+
+    transformers has no public way to do so on a built model in 4.51; the attribute that its layers read is the same
+    in all supported versions, and ``tests/models/test_tree_attention.py`` fails where it is no longer read.
+    """
+    for module in model.modules():  # some families of 4.51 copy the config into each layer
+        if hasattr(module, "config"):
+            module.config._attn_implementation = name
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention function that :func:`set_attention` set, or the model was built with."""
+    return str(getattr(model.config, "_attn_implementation", None) or "eager")
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The layers that call an attention function, by transformers' naming."""
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__.endswith("Attention") and "hidden_states" in inspect.signature(m.forward).parameters
+    ]

@@ -1,0 +1,161 @@
+"""The scored head against the plain computation, and against finite differences."""
+
+import itertools
+
+import pytest
+import torch
+
+from lightning_rlhf.functional import linear_logprobs, linear_nll
+
+
+def plain(hidden, weight, target, bias=None, temperature=1.0, scale=1.0, softcap=None):
+    """What the head means: (N, V) logits, log_softmax, gather."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(-1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == target
+
+
+def inputs(dtype=torch.float32, n=23, d=8, v=37, bias=True, frozen=False):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=g, dtype=dtype).requires_grad_(not frozen)
+    b = torch.randn(v, generator=g, dtype=dtype).requires_grad_(not frozen) if bias else None
+    return hidden, weight, torch.randint(0, v, (n,), generator=g), b
+
+
+OPTIONS = [
+    dict(temperature=t, scale=s, softcap=c) for t, s, c in itertools.product((1.0, 0.7), (1.0, 0.5), (None, 3.0))
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 37 * 5, 2**22])
+def test_equals_plain_computation(options, frozen, bias, chunk):
+    hidden, weight, target, b = inputs(bias=bias, frozen=frozen)
+    leaves = [t for t in (hidden, weight, b) if t is not None and t.requires_grad]
+    out = linear_logprobs(hidden, weight, target, b, entropy=True, chunk=chunk, **options)
+    want, entropy, correct = plain(hidden, weight, target, b, **options)
+    torch.testing.assert_close(out.logprobs, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.entropies, entropy, atol=1e-5, rtol=0)
+    assert torch.equal(out.correct, correct)
+    mix = torch.linspace(-1, 1, len(want))
+    got = torch.autograd.grad((out.logprobs * mix + out.entropies * mix.flip(0)).sum(), leaves)
+    ref = torch.autograd.grad((want * mix + entropy * mix.flip(0)).sum(), leaves)
+    for g, r in zip(got, ref, strict=True):
+        torch.testing.assert_close(g, r, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weighted_loss_equals_plain_computation(options, frozen):
+    hidden, weight, target, b = inputs(frozen=frozen)
+    leaves = [t for t in (hidden, weight, b) if t.requires_grad]
+    weights = torch.linspace(0, 2, len(target))
+    out = linear_nll(hidden, weight, target, weights, b, chunk=100, entropy=True, **options)
+    want, entropy, correct = plain(hidden, weight, target, b, **options)
+    torch.testing.assert_close(out.loss, -(weights * want).sum(), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(out.logprobs, want.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.entropies, entropy.detach(), atol=1e-5, rtol=0)
+    assert torch.equal(out.correct, correct) and not out.logprobs.requires_grad
+    got = torch.autograd.grad(out.loss * 0.3, leaves)
+    ref = torch.autograd.grad(-(weights * want).sum() * 0.3, leaves)
+    for g, r in zip(got, ref, strict=True):
+        torch.testing.assert_close(g, r, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradcheck_in_float64(softcap, frozen):
+    hidden, weight, target, b = inputs(torch.float64, n=5, d=3, v=7, frozen=frozen)
+
+    def call(hidden, weight, b):
+        out = linear_logprobs(hidden, weight, target, b, temperature=0.7, softcap=softcap, entropy=True, chunk=14)
+        return out.logprobs, out.entropies
+
+    assert torch.autograd.gradcheck(call, (hidden, weight, b))
+
+
+def test_only_logprobs_or_only_entropies_may_be_used():
+    hidden, weight, target, b = inputs()
+    for frozen in (False, True):
+        w = weight.detach().requires_grad_(not frozen)
+        out = linear_logprobs(hidden, w, target, b.detach(), entropy=True)
+        torch.autograd.grad(out.logprobs.sum(), hidden, retain_graph=True)
+        (got,) = torch.autograd.grad(out.entropies.sum(), hidden)
+        (ref,) = torch.autograd.grad(plain(hidden, w, target, b.detach())[1].sum(), hidden)
+        torch.testing.assert_close(got, ref, atol=1e-5, rtol=1e-5)
+
+
+def test_tied_weight_gets_both_gradients():
+    _, weight, target, _ = inputs()
+    ids = target.flip(0)
+    out = linear_logprobs(weight[ids], weight, target)
+    (got,) = torch.autograd.grad(out.logprobs.sum(), weight)
+    (ref,) = torch.autograd.grad(plain(weight[ids], weight, target)[0].sum(), weight)
+    torch.testing.assert_close(got, ref, atol=1e-5, rtol=1e-5)
+
+
+def test_low_precision_inputs_are_reduced_in_fp32():
+    hidden, weight, target, _ = inputs(torch.bfloat16)
+    out = linear_logprobs(hidden, weight, target)
+    assert out.logprobs.dtype == torch.float32
+    logits = (hidden @ weight.T).float()
+    torch.testing.assert_close(out.logprobs, logits.log_softmax(-1).gather(-1, target[:, None])[:, 0])
+
+
+def test_autocast_gradients_arrive_in_the_weights_dtype():
+    hidden, weight, target, b = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_nll(hidden, weight, target, torch.ones(len(target)), b).loss
+    loss.backward()
+    want = plain(hidden.detach(), weight.detach(), target, b.detach())[0]
+    torch.testing.assert_close(loss, -want.sum(), rtol=2e-2, atol=0)
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+
+
+def test_memory_is_bounded_by_the_chunk():
+    """The largest tensor made in forward and backward is a block of logits or a gradient, never (N, V)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    self.size = max(self.size, t.numel())
+            return out
+
+    hidden, weight, target, b = inputs(n=512, d=4, v=1000)
+    chunk = 8000
+    for function in (
+        lambda: linear_logprobs(hidden, weight, target, b, entropy=True, chunk=chunk).logprobs.sum(),
+        lambda: linear_nll(hidden, weight, target, torch.ones(512), b, chunk=chunk).loss,
+    ):
+        with Largest() as largest:
+            function().backward()
+        assert largest.size <= max(chunk, weight.numel()) < 512 * 1000
+
+
+def test_second_backward_through_the_loss_is_refused():
+    hidden, weight, target, _ = inputs()
+    loss = linear_nll(hidden, weight, target, torch.ones(len(target))).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_shape_and_temperature_errors():
+    hidden, weight, target, _ = inputs()
+    with pytest.raises(ValueError, match=r"hidden \(N, D\)"):
+        linear_logprobs(hidden, weight, target[1:])
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprobs(hidden, weight, target, temperature=0)

@@ -1,0 +1,217 @@
+"""Tree, padded and plain transformers give one result, family by family; adapters and checkpointing included."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lightning_rlhf.data.packed import Branch, Tree, pack, pad
+from lightning_rlhf.models import LoRA, Policy, load_causal_lm
+from lightning_rlhf.models.policy import enable_checkpointing
+
+V = 97
+BASE = dict(
+    vocab_size=V,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=256,
+    initializer_range=0.15,
+    attention_dropout=0.0,
+)
+# family: (settings, layout expected in transformers 5, in 4.51)
+FAMILIES = {
+    "llama": ({}, "tree", "tree"),
+    "llama-tied": (dict(tie_word_embeddings=True), "tree", "tree"),
+    "qwen2": ({}, "tree", "tree"),
+    "qwen3": ({}, "tree", "tree"),
+    "mistral": (dict(sliding_window=10), "tree", "tree"),
+    "gemma2": (
+        dict(
+            sliding_window=10,
+            query_pre_attn_scalar=12,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=4.0,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        "tree",
+        "tree",
+    ),
+    "granite": (dict(logits_scaling=3.0), "tree", "tree"),
+    "cohere": (dict(logit_scale=0.5), "tree", "tree"),
+    "gpt_neox": (dict(num_key_value_heads=None, head_dim=None), "tree", "tree"),
+    "gpt2": (dict(n_embd=48, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), "tree", "inject"),
+    "stablelm": (dict(partial_rotary_factor=0.5, head_dim=None), "inject", "padded"),
+    "bloom": (dict(n_layer=2, n_head=4), "padded", "padded"),
+    "gptj": (dict(n_embd=48, n_layer=2, n_head=4, rotary_dim=12, head_dim=None), "padded", "padded"),
+}
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
+
+
+def build(family="llama", dtype=torch.float32):
+    settings = {k: v for k, v in {**BASE, **FAMILIES[family][0]}.items() if v is not None}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family.split("-")[0]](**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    with torch.no_grad():  # nothing hides behind a zero: norms and biases get values
+        for p in model.parameters():
+            if p.dim() == 1:
+                p += 0.1 * torch.randn_like(p)
+    return model.train()
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        return torch.randint(3, V, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
+
+    rows = [Tree(ids(4, 20), [Branch(ids(2, 16)) for _ in range(k)]) for k in (1, 2, 5, 1)]
+    b = ids(6, 9)
+    return pack([*rows, Tree(ids(3, 4), [Branch(b, [i % 2 == 0 for i in range(len(b))])])])
+
+
+def reference(model, packed):
+    """Plain transformers: padded rectangle, its own forward, log_softmax over all logits."""
+    p = pad(packed)
+    logits = model(input_ids=p.input_ids, attention_mask=p.attention_mask, use_cache=False).logits
+    return logits[p.row, p.column].float().log_softmax(-1).gather(-1, packed.target[:, None])[:, 0]
+
+
+def gradient(logprobs, model):
+    model.zero_grad()
+    (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_plain_transformers(family, record_property, capsys):
+    packed = batch()
+    plain = build(family)
+    want = reference(plain, packed)
+    want_gradient = gradient(want, plain)
+    policy = Policy(build(family))
+    got = policy(packed).logprobs
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    difference = (gradient(got, policy.model) - want_gradient).norm() / want_gradient.norm()
+    assert difference < 1e-5
+    assert policy.layout == FAMILIES[family][1 if FIVE else 2]
+    with capsys.disabled():
+        print(f"\n{family:12s} {policy.layout:8s} transformers {transformers.__version__} gradient {difference:.1e}")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_gradient_checkpointing_changes_nothing(family):
+    packed = batch()
+    policy = Policy(build(family))
+    want = gradient(policy(packed).logprobs, policy.model)
+    other = build(family)
+    enable_checkpointing(other)
+    other = Policy(other)
+    got = gradient(other(packed).logprobs, other.model)
+    assert (got - want).norm() / want.norm() < 1e-6
+
+
+def test_layouts_agree_on_the_weighted_loss():
+    packed, weights = batch(), None
+    results = []
+    for layout in ("tree", "padded"):
+        policy = Policy(build(), layout)
+        weights = torch.linspace(0, 1, packed.num_scored)
+        loss = policy(packed, weights=weights).loss
+        loss.backward()
+        results.append((loss, torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
+    assert (results[0][1] - results[1][1]).norm() / results[1][1].norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["attention", "lm_head", "modules_to_save", "dora"])
+def test_lora_on_and_off_equals_plain_transformers(kind):
+    lora = {
+        "attention": LoRA(r=4, targets=["q_proj", "v_proj"]),
+        "lm_head": LoRA(r=4, targets=["q_proj", "lm_head"]),
+        "modules_to_save": LoRA(r=4, targets=["q_proj"], modules_to_save=["lm_head"]),
+        "dora": LoRA(r=4, targets=["q_proj"], dora=True),
+    }[kind]
+    model = load_causal_lm(build(), lora=lora)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p += 0.05 * torch.randn_like(p)
+    packed = batch()
+    policy = Policy(copy.deepcopy(model))
+    torch.testing.assert_close(policy(packed).logprobs, reference(model, packed), atol=1e-5, rtol=0)
+    with policy.model.disable_adapter(), model.disable_adapter():
+        torch.testing.assert_close(policy(packed).logprobs, reference(model, packed), atol=1e-5, rtol=0)
+    got = gradient(policy(packed).logprobs, policy.model)
+    want = gradient(reference(model, packed), model)
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_lora_settings_are_honoured():
+    model = load_causal_lm(build(), lora=LoRA(r=3, alpha=7, dropout=0.25, targets=["q_proj"], rslora=True))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.r["default"] == 3
+    assert layer.scaling["default"] == pytest.approx(7 / 3**0.5)
+    assert layer.lora_dropout["default"].p == 0.25
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all("q_proj.lora_" in n for n in trainable)
+
+
+def test_generate_works_as_before_in_the_tree_layout():
+    ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    arguments = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want = build().eval().generate(ids, **arguments)
+    policy = Policy(build())
+    assert policy.layout == "tree"
+    with policy.native_attention() as model:
+        assert torch.equal(model.generate(ids, **arguments), want)
+    assert policy.model.training
+    policy.eval()
+    assert torch.equal(policy.model.generate(ids, **arguments), want)
+
+
+def test_native_attention_restores_checkpointing_and_layout():
+    model = build()
+    enable_checkpointing(model)
+    policy = Policy(model)
+    with policy.native_attention() as inner:
+        assert not inner.is_gradient_checkpointing
+    assert model.is_gradient_checkpointing
+    torch.testing.assert_close(policy(batch()).logprobs, reference(build(), batch()), atol=1e-5, rtol=0)
+
+
+def test_a_model_that_cannot_take_a_tree_says_so_once(caplog):
+    Policy(build("bloom"))
+    assert "padded" in caplog.text and "Bloom" in caplog.text
+    with pytest.raises(ValueError, match="layout"):
+        Policy(build("bloom"), layout="tree")
+
+
+def test_temperature_and_entropy_reach_the_head():
+    policy, packed = Policy(build()), batch()
+    p = pad(packed)
+    with torch.no_grad():
+        out = policy(packed, entropy=True, temperature=0.7)
+        logits = build()(input_ids=p.input_ids, attention_mask=p.attention_mask).logits[p.row, p.column] / 0.7
+    log_p = logits.log_softmax(-1)
+    torch.testing.assert_close(out.entropies, -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.logprobs, log_p.gather(-1, packed.target[:, None])[:, 0], atol=1e-5, rtol=0)
+
+
+def test_new_tokens_resize_embeddings():
+    model = load_causal_lm(build(), vocab_size=V + 3)
+    assert model.get_input_embeddings().weight.shape[0] == V + 3 == model.config.vocab_size
+
+
+def test_float16_on_a_cpu_is_refused(tmp_path):
+    build().save_pretrained(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="float16"):
+            load_causal_lm(tmp_path, dtype="float16")
