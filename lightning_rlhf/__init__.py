@@ -1,0 +1,42 @@
+"""RLHF as PyTorch Lightning modules: every token computed once, exact resume, one small algorithm a file.
+
+Names load when they are used, so that ``import lightning_rlhf`` is quick.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rlhf.callbacks import HFExport, SampleCompletions, SaveOnInterrupt
+    from lightning_rlhf.data.instruction import InstructionDataModule
+    from lightning_rlhf.models import LoRA, Policy
+    from lightning_rlhf.stages import SFTModule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HFExport": "callbacks",
+    "SampleCompletions": "callbacks",
+    "SaveOnInterrupt": "callbacks",
+    "InstructionDataModule": "data.instruction",
+    "LoRA": "models",
+    "Policy": "models",
+    "SFTModule": "stages",
+}
+__all__ = [
+    "HFExport",
+    "InstructionDataModule",
+    "LoRA",
+    "Policy",
+    "SFTModule",
+    "SampleCompletions",
+    "SaveOnInterrupt",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

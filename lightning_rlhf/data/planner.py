@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -168,9 +169,12 @@ class PlannedLoader:
         self._resume = False
 
     @property
-    def sampler(self) -> PlannedLoader:
-        """Itself: Lightning calls ``loader.sampler.set_epoch`` at the start of each epoch."""
-        return self
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for ``sampler.set_epoch`` at the start of each epoch: this loader.
+
+        Not as ``sampler``, which Lightning takes for a DataLoader's.
+        """
+        return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's plan; the place in it is kept when it is the epoch that was restored."""

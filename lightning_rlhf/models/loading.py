@@ -62,6 +62,10 @@ class LoRA:
         return get_peft_model(model, config)
 
 
+# A checkpoint names the adapters it was made with; torch.load reads it without trusting arbitrary classes.
+torch.serialization.add_safe_globals([LoRA])
+
+
 def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory or hub id, with a pad token.
 

@@ -1,0 +1,75 @@
+"""``lightning-rlhf``: tools first, then one LightningCLI whose subcommands are the Trainer's methods."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+#: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
+TOOLS = {"demo": ("lightning_rlhf.demo:main", "fine-tune a small real model on bundled data, from end to end")}
+
+USAGE = """\
+usage: lightning-rlhf COMMAND ...
+
+RLHF as PyTorch Lightning modules.
+
+  fit       train:    lightning-rlhf fit --config configs/sft/smollm2_lora.yaml --data.train my.jsonl
+  validate  held-out loss of a model or checkpoint
+  test      the same on test data
+  predict   log-probs of the answers in a file
+{tools}
+Each command has its own --help; fit --print_config shows every key, and
+fit --model.help SFTModule, fit --data.help InstructionDataModule what they mean.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        args: Command line without the program's name; default ``sys.argv``.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        tools = "".join(f"  {name:9s} {text}\n" for name, (_, text) in TOOLS.items())
+        print(USAGE.format(tools=tools))
+        return
+    if arguments[0] == "--version":
+        from lightning_rlhf import __version__
+
+        print(__version__)
+        return
+    if arguments[0] in TOOLS:
+        module, function = TOOLS[arguments[0]][0].split(":")
+        getattr(importlib.import_module(module), function)(arguments[1:])
+        return
+    cli(arguments)
+
+
+def cli(args: Sequence[str], run: bool = True) -> Any:
+    """The LightningCLI of all stages; ``run=False`` builds and returns it without running a subcommand."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    # imported so that bare class names work: --model SFTModule
+    import lightning_rlhf.callbacks
+    import lightning_rlhf.data.instruction
+    import lightning_rlhf.stages  # noqa: F401
+
+    return LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        args=list(args),
+        run=run,
+        parser_kwargs={"prog": "lightning-rlhf"} if not run else {c: {"prog": f"lightning-rlhf {c}"} for c in _COMMANDS},
+    )
+
+
+_COMMANDS = ("fit", "validate", "test", "predict")

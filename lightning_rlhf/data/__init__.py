@@ -1,0 +1,37 @@
+"""Rows to messages to tokens to planned, packed batches.
+
+Names load when they are used: the packed core needs none of what reads files.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rlhf.data.instruction import InstructionDataModule
+    from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, pad, split, unpack
+    from lightning_rlhf.data.planner import PlannedLoader, Planner
+
+_HOMES = {
+    "InstructionDataModule": "instruction",
+    **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
+    **dict.fromkeys(("PlannedLoader", "Planner"), "planner"),
+}
+__all__ = [
+    "Branch",
+    "InstructionDataModule",
+    "PackedBatch",
+    "PlannedLoader",
+    "Planner",
+    "Tree",
+    "pack",
+    "pad",
+    "split",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""One LightningModule a stage."""
+
+from lightning_rlhf.stages.sft import SFTModule
+
+__all__ = ["SFTModule"]

@@ -1,0 +1,103 @@
+"""What every stage shares: its tokenizer, exact resume, and checkpoints without frozen weights."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.callbacks import SaveOnInterrupt
+
+
+class Stage(L.LightningModule):
+    """Base of the stages: a :class:`~lightning.pytorch.LightningModule` that resumes bit for bit.
+
+    A checkpoint holds each rank's RNG states, restored before the first batch, and none of the frozen weights,
+    which come from ``pretrained`` again.
+
+    Attributes:
+        tokenizer: With the chat template that data modules render by.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rng_to_restore: dict[str, Any] | None = None
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step."""
+        return [SaveOnInterrupt()]
+
+    def on_fit_start(self) -> None:
+        """Refuses settings under which steps would not be what the planner dealt.
+
+        Raises:
+            ValueError: ``limit_train_batches`` that cuts a step in two.
+        """
+        k, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
+        if isinstance(limit, int) and limit % k:
+            raise ValueError(
+                f"trainer.limit_train_batches={limit} is not a multiple of accumulate_grad_batches={k}: the last "
+                f"optimizer step would miss a part. Use {max(k, limit - limit % k)} or {limit - limit % k + k}."
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Puts a resumed run's RNG states back, after all that set-up drew."""
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds RNG states of all ranks; drops frozen weights."""
+        state = rng_state()
+        states = [state]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [{} for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(states, state)
+        checkpoint["rng_states"] = states
+        frozen = self._frozen()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes this rank's RNG state, and completes the weights with the frozen ones."""
+        states = checkpoint.get("rng_states", [])
+        if self._trainer is not None and len(states) == self.trainer.world_size:
+            self._rng_to_restore = states[self.trainer.global_rank]
+        own = self.state_dict()
+        saved = checkpoint["state_dict"]
+        for name in self._frozen() - saved.keys():
+            saved[name] = own[name]
+
+    def _frozen(self) -> set[str]:
+        """Names in the state dict that no optimizer changes; buffers are kept."""
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def rng_state() -> dict[str, Any]:
+    """This process's global RNG states, in types that a checkpoint loads safely."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    cuda: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "python": (version, list(internal), gauss),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what :func:`rng_state` took."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,167 @@
+"""Supervised fine-tuning: maximise the log-prob of the answers in instruction data."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
+from lightning_rlhf.functional.logprobs import ScoredTokens
+from lightning_rlhf.metrics import Perplexity, TokenMean
+from lightning_rlhf.models import LoRA, Policy, load_causal_lm, load_tokenizer
+from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.policy import LayoutChoice
+from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer, fit_schedules, parameter_groups
+
+
+class SFTModule(Stage):
+    """Fine-tunes a causal LM on packed instruction data.
+
+    The loss is the mean over the scored tokens of a whole optimizer step: how the step is split into micro-batches
+    and ranks, packed or padded, does not change it.
+
+    Args:
+        pretrained: Hugging Face directory, hub id, or a model.
+        tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
+        chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
+            the tokenizer's own.
+        lora: Adapters; None trains all weights.
+        dtype: Of the weights.
+        gradient_checkpointing: Trade a second forward pass for activation memory.
+        layout: ``auto``: every prompt once where the model can, padded elsewhere.
+        optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
+        lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
+        trust_remote_code: Run code that comes with the model.
+
+    Attributes:
+        policy: The model, from ``configure_model`` on.
+        stop_token_ids: Tokens that end an answer.
+
+    Logged: ``train/`` and ``val/`` (``test/``) ``loss``, ``perplexity``, ``token_accuracy``;
+    ``train/tokens_per_second`` (real tokens of this rank) and ``train/scored_share``.
+    """
+
+    policy: Policy
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        lora: LoRA | None = None,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        layout: LayoutChoice = "auto",
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["pretrained", "tokenizer", "optimizer", "lr_scheduler"])
+        if isinstance(pretrained, (str, os.PathLike)):
+            self.save_hyperparameters({"pretrained": os.fspath(pretrained)})
+        if tokenizer is None and isinstance(pretrained, PreTrainedModel):
+            raise ValueError("Give tokenizer=... beside a model object: nothing says which one it was trained with.")
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = tokenizer
+        else:
+            self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
+        set_chat_template(self.tokenizer, chat_template)
+        self.stop_token_ids = stop_token_ids(self.tokenizer)
+        self.pretrained = pretrained
+        self.lora = lora
+        self.dtype_of_weights = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layout = layout
+        self.make_optimizer: Callable[..., Any] = optimizer
+        self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
+        self.trust_remote_code = trust_remote_code
+        for stage in ("train", "val", "test"):
+            self.add_module(f"{stage}_loss", TokenMean())
+            self.add_module(f"{stage}_perplexity", Perplexity())
+            self.add_module(f"{stage}_token_accuracy", TokenMean())
+        self._since = time.perf_counter()
+        self._tokens = self._scored = 0
+
+    def configure_model(self) -> None:
+        """Loads the model once, when Lightning or a caller first needs it."""
+        if hasattr(self, "policy"):
+            return
+        model = load_causal_lm(
+            self.pretrained,
+            dtype=self.dtype_of_weights,
+            lora=self.lora,
+            gradient_checkpointing=self.gradient_checkpointing,
+            vocab_size=len(self.tokenizer),
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.policy = Policy(model, self.layout)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Any:
+        """Loss whose sum over micro-batches and mean over ranks is the step's mean over scored tokens."""
+        weights = batch.weight * (batch.totals.bins / batch.totals.tokens)
+        out = self.policy(batch, weights=weights)
+        self._update("train", batch, out)
+        self._tokens += batch.num_tokens
+        self._scored += batch.num_scored
+        return out.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs once an optimizer step, over its micro-batches and all ranks."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        for name in ("loss", "perplexity", "token_accuracy"):
+            metric = self.get_submodule(f"train_{name}")
+            self.log(f"train/{name}", metric.compute(), prog_bar=name == "loss", batch_size=1)  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+        now = time.perf_counter()
+        self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)
+        self.log("train/scored_share", self._scored / self._tokens, batch_size=1)
+        self._since, self._tokens, self._scored = now, 0, 0
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Held-out loss, perplexity, accuracy."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`, under ``test/``."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
+        """Log-probs of a batch's scored tokens: ``logprobs`` (N,), ``target`` (N,), ``sequence`` (N,)."""
+        return {"logprobs": self.policy(batch).logprobs, "target": batch.target, "sequence": batch.sequence}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and the schedule by optimizer steps."""
+        optimizer = self.make_optimizer(parameter_groups(self.policy))
+        scheduler = self.make_lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config |= {"interval": "epoch", "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value,typeddict-item]
+
+    def on_train_start(self) -> None:
+        """Tells the schedule how long the run is; the first step's clock starts."""
+        fit_schedules(self.trainer)
+        self._since = time.perf_counter()
+
+    def _update(self, stage: str, batch: PackedBatch, out: ScoredTokens) -> None:
+        weight = batch.weight
+        self.get_submodule(f"{stage}_loss").update(-out.logprobs, weight)  # type: ignore[operator]
+        self.get_submodule(f"{stage}_perplexity").update(out.logprobs, weight)  # type: ignore[operator]
+        self.get_submodule(f"{stage}_token_accuracy").update(out.correct, weight)  # type: ignore[operator]
+
+    def _evaluate(self, stage: str, batch: PackedBatch) -> None:
+        self._update(stage, batch, self.policy(batch))
+        for name in ("loss", "perplexity", "token_accuracy"):
+            metric = self.get_submodule(f"{stage}_{name}")
+            self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "loss", batch_size=1)  # type: ignore[arg-type]

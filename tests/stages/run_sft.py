@@ -1,0 +1,84 @@
+"""A small SFT run as a process of its own, for tests of several processes, resume and interrupts.
+
+    python run_sft.py MODEL_DIR OUT_DIR '{"devices": 2, "accumulate": 1, ...}'
+
+Writes OUT_DIR/weights.pt (trained weights) and OUT_DIR/losses.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_rlhf import LoRA, InstructionDataModule, SFTModule
+
+torch.set_num_threads(1)
+
+
+def rows(n=24):
+    """Conversations of mixed length, some of two turns."""
+    out = []
+    for i in range(n):
+        messages = [
+            {"role": "user", "content": f"Say {i} " + "fox " * (i % 5)},
+            {"role": "assistant", "content": f"{i} " + "dog 你好 " * (1 + i % 7)},
+        ]
+        if i % 3 == 0:
+            messages += [{"role": "user", "content": "again"}, {"role": "assistant", "content": f"Paris {i}"}]
+        out.append({"messages": messages})
+    return out
+
+
+def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
+        max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=1, lr=1e-2):  # fmt: skip
+    """One run; returns the trainer and the module."""
+    L.seed_everything(seed, verbose=False)
+    module = SFTModule(
+        model_dir,
+        lora=LoRA(r=4, dropout=dropout) if lora else None,
+        layout=layout,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+    )
+    data = InstructionDataModule(
+        rows()[::order],
+        val_fraction=0.2,
+        batch_size=batch_size,
+        num_workers=workers,
+        cache_dir=Path(out_dir) / "cache",
+    )
+    callbacks = []
+    if save_every:
+        checkpoint = ModelCheckpoint(
+            out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1
+        )
+        callbacks.append(checkpoint)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        callbacks=callbacks,
+        enable_checkpointing=bool(save_every),
+        logger=CSVLogger(out_dir, name="log"),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out_dir,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt)
+    if trainer.is_global_zero:
+        weights = {k: v.detach().clone() for k, v in module.policy.named_parameters()}
+        torch.save(weights, Path(out_dir) / "weights.pt")
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+        (Path(out_dir) / "metrics.json").write_text(json.dumps(metrics))
+    return trainer, module
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
