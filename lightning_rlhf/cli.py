@@ -68,7 +68,9 @@ def cli(args: Sequence[str], run: bool = True) -> Any:
         seed_everything_default=0,
         args=list(args),
         run=run,
-        parser_kwargs={"prog": "lightning-rlhf"} if not run else {c: {"prog": f"lightning-rlhf {c}"} for c in _COMMANDS},
+        parser_kwargs={"prog": "lightning-rlhf"}
+        if not run
+        else {c: {"prog": f"lightning-rlhf {c}"} for c in _COMMANDS},
     )
 
 

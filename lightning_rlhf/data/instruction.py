@@ -124,7 +124,7 @@ class InstructionDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenises into the cache, on one process a node."""
         for part in self._parts(None):
-            self._tokenised(part)
+            self._store(part)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there."""
@@ -189,7 +189,7 @@ class InstructionDataModule(L.LightningDataModule):
         """(where, conversation) of a part's rows; bad ones raised or counted."""
         if part not in self._conversations:
             if part == "train" or self.sources[part] is not None:
-                rows = self._convert(self.sources[part], part)  # type: ignore[arg-type]
+                rows = self._convert(self.sources[part], part)
                 held_out = part == "train" and self.sources["val"] is None
                 self._conversations[part] = [r for r in rows if not (held_out and self._held_out(r[1]))]
                 if held_out:
@@ -203,9 +203,7 @@ class InstructionDataModule(L.LightningDataModule):
     def _convert(self, source: Source, part: str) -> list[tuple[str, Conversation]]:
         bad = BadRows(self.on_bad_row)
         rows: list[tuple[str, Conversation]] = []
-        total = 0
         for row in self._open(source, bad):
-            total += 1
             try:
                 rows.append((row.where, to_conversation(row.value, self.format, self.system)))
             except FormatError as error:
@@ -253,27 +251,34 @@ class InstructionDataModule(L.LightningDataModule):
     def _tokenised(self, part: str) -> TokenRows:
         import datasets
 
+        path = self._store(part)
+        if path is None:
+            return TokenRows(datasets.Dataset.from_dict({"num_tokens": [], "num_scored": []}))
+        return TokenRows(self._without_bad(datasets.load_from_disk(str(path)), part))
+
+    def _store(self, part: str) -> Path | None:
+        """Where the part's tokenised rows lie, made if need be; None where it has no rows."""
+        import datasets
+
         conversations = self._read(part)
+        if not conversations:
+            return None
         tokenizer, limit = self.tokenizer, self._limit()
         records = [
             {"where": where, "conversation": json.dumps([c.messages, c.text], ensure_ascii=False)}
             for where, c in conversations
         ]
         path = self.cache_dir / self._key(tokenizer, records, limit)
-        if path.exists():
-            rank_zero_info(f"{part}: tokenised rows from {path}")
-        else:
-            table = datasets.Dataset.from_list(records) if records else datasets.Dataset.from_dict(_no_rows())
-            if records:
-                table = table.map(
-                    _tokenise,
-                    fn_kwargs=dict(tokenizer=tokenizer, loss_on=self.loss_on, limit=limit, cut=self.truncate),
-                    remove_columns=["conversation"],
-                    num_proc=self.num_proc,
-                    desc=f"Tokenising {part} rows",
-                    load_from_cache_file=False,
-                    new_fingerprint=path.name[:32],
-                )
+        if not path.exists():
+            table = datasets.Dataset.from_list(records).map(
+                _tokenise,
+                fn_kwargs=dict(tokenizer=tokenizer, loss_on=self.loss_on, limit=limit, cut=self.truncate),
+                remove_columns=["conversation"],
+                num_proc=self.num_proc,
+                desc=f"Tokenising {part} rows",
+                load_from_cache_file=False,
+                new_fingerprint=path.name[:32],
+            )
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             temporary = tempfile.mkdtemp(dir=self.cache_dir)
             table.save_to_disk(temporary)
@@ -282,7 +287,8 @@ class InstructionDataModule(L.LightningDataModule):
             except OSError:  # another process was first; its rows are the same
                 if not path.exists():
                     raise
-        return TokenRows(self._without_bad(datasets.load_from_disk(str(path)), part))
+            rank_zero_info(f"{part}: tokenised rows are kept in {path}")
+        return path
 
     def _without_bad(self, table: Any, part: str) -> Any:
         """Raises or counts the rows that could not be tokenised; the cache keeps them."""
@@ -294,12 +300,12 @@ class InstructionDataModule(L.LightningDataModule):
             else:
                 good.append(i)
         bad.report(len(table), part)
-        cut = sum(table["cut"]) if len(table) else 0
+        cut = sum(table["cut"])
         if cut:
             rank_zero_warn(
                 f"{part}: {cut} of {len(table)} rows were cut at max_length; the loss never reads their stop token."
             )
-        if len(table) and not good:
+        if not good:
             raise ValueError(f"No usable row in the {part} data: all {len(table)} were skipped.")
         return table if len(good) == len(table) else table.select(good)
 
@@ -315,10 +321,6 @@ class InstructionDataModule(L.LightningDataModule):
         for record in records:
             digest.update(record["where"].encode() + b"\0" + record["conversation"].encode() + b"\0")
         return digest.hexdigest()[:40]
-
-
-def _no_rows() -> dict[str, list[Any]]:
-    return {k: [] for k in ("where", "input_ids", "scored", "num_tokens", "num_scored", "kind", "reason", "cut")}
 
 
 def _name(source: Source) -> str:

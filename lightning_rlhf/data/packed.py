@@ -59,12 +59,12 @@ class Span(NamedTuple):
 class Attend(NamedTuple):
     """One attention call: the queries of ``own`` see all of ``prefix`` and, causally, themselves.
 
-    ``count`` spans of equal length that lie side by side, none with a prefix, are one call.
+    ``repeats`` spans of equal length that lie side by side, none with a prefix, are one call.
     """
 
     own: Span
     prefix: Span | None
-    count: int = 1
+    repeats: int = 1
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Forest:
                 call = Attend(Span(prompt.start, prompt.length + branches[0].length), None)
                 before = calls[-1] if calls else None
                 if before is not None and before.prefix is None and before.own.length == call.own.length:
-                    calls[-1] = before._replace(count=before.count + 1)
+                    calls[-1] = before._replace(repeats=before.repeats + 1)
                 else:
                     calls.append(call)
             else:

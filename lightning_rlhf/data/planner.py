@@ -136,7 +136,7 @@ class _Bins(Dataset[PackedBatch]):
         return pack(trees, totals)
 
 
-def _whole(batch: PackedBatch) -> PackedBatch:
+def _whole(batch: Any) -> Any:
     return batch
 
 
@@ -218,8 +218,8 @@ class PlannedLoader:
         """
         if state["plan"] != self._fingerprint():
             raise ValueError(
-                f"The checkpoint was made with another plan: {state['plan']}, now {self._fingerprint()}. Resume with the "
-                "same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from the "
+                f"The checkpoint was made with another plan: {state['plan']}, now {self._fingerprint()}. Resume with "
+                "the same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from the "
                 "checkpoint's weights."
             )
         self.epoch, self.position = state["epoch"], state["position"]

@@ -142,7 +142,7 @@ class _Sums:
             self.bias += gradient.sum(0)
 
     def cast(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        hidden, head = self.inputs
+        _, head = self.inputs
         weight = None if self.weight is None else self.weight.to(head.weight.dtype)
         bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
         return self.hidden, weight, bias
@@ -186,7 +186,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_logprob, d_entropy = grads[0], grads[1]
-        scale, softcap, temperature, entropy, chunk, _ = ctx.options
+        scale, softcap, temperature, _, chunk, _ = ctx.options
         if ctx.jacobian:
             by_logprob, by_entropy = ctx.saved_tensors
             d_hidden = by_logprob * d_logprob[:, None] if d_logprob is not None else torch.zeros_like(by_logprob)

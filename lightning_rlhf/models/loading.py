@@ -115,7 +115,8 @@ def load_causal_lm(
             raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
         arguments: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         model = AutoModelForCausalLM.from_pretrained(pretrained, **arguments)
-    if vocab_size is not None and vocab_size > model.get_input_embeddings().weight.shape[0]:
+    embeddings: Any = model.get_input_embeddings()
+    if vocab_size is not None and vocab_size > embeddings.weight.shape[0]:
         model.resize_token_embeddings(vocab_size)
     if gradient_checkpointing:
         enable_checkpointing(model)

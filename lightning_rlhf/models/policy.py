@@ -143,7 +143,7 @@ class Policy(nn.Module):
             with torch.no_grad():
                 want = self(batch).logprobs
                 for layout in ("tree", "inject"):
-                    self.layout = layout  # type: ignore[assignment]
+                    self.layout = layout
                     tree.set_attention(lm, tree.NAME)
                     if layout == "inject":
                         self._install_hooks()
@@ -195,7 +195,8 @@ def _is_full(model: PreTrainedModel) -> bool:
 
 def _probe(model: PreTrainedModel) -> PackedBatch:
     """A branching tree, a pair of lone sequences and one more, of 32 tokens: enough to tell layouts apart."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary: int = embeddings.weight.shape[0]
     ids = [(3 + 7 * i) % vocabulary for i in range(32)]
     rows: Sequence[Tree] = (
         Tree(ids[:5], [Branch(ids[5:9]), Branch(ids[9:12])]),
@@ -203,7 +204,7 @@ def _probe(model: PreTrainedModel) -> PackedBatch:
         Tree(ids[19:21], [Branch(ids[21:26])]),
         Tree(ids[26:27], [Branch(ids[27:32])]),
     )
-    return pack(rows).to(model.get_input_embeddings().weight.device)
+    return pack(rows).to(embeddings.weight.device)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -234,5 +235,3 @@ def head_arguments(model: nn.Module) -> dict[str, Any]:
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     return dict(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))  # Gemma 2
-
-

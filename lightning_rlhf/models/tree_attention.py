@@ -94,20 +94,20 @@ def tree_attention(
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out: list[Tensor] = []
-    for own, prefix, count in forest.calls:
-        span = slice(own.start, own.start + own.length * count)
+    for own, prefix, repeats in forest.calls:
+        span = slice(own.start, own.start + own.length * repeats)
         q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
-        if count > 1:  # side by side and of one length: a batch
-            q, k, v = (t.unflatten(2, (count, own.length))[0].transpose(0, 1) for t in (q, k, v))
+        if repeats > 1:  # side by side and of one length: a batch
+            q, k, v = (t.unflatten(2, (repeats, own.length))[0].transpose(0, 1) for t in (q, k, v))
         before = 0
         if prefix is not None:
             before = prefix.length
-            seen = slice(prefix.start, prefix.start + prefix.length)
-            k, v = torch.cat([key[:, :, seen], k], 2), torch.cat([value[:, :, seen], v], 2)
+            p = slice(prefix.start, prefix.start + prefix.length)
+            k, v = torch.cat([key[:, :, p], k], 2), torch.cat([value[:, :, p], v], 2)
         window = sliding_window if sliding_window and sliding_window < before + own.length else None
         if softcap is not None or s_aux is not None:
-            mask = forest.mask(before, own.length, window, query.device)
-            result = _by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
+            seen = forest.mask(before, own.length, window, query.device)
+            result = _by_hand(q, k, v, seen, scaling, dropout, softcap, s_aux)
         else:
             # SDPA's own is_causal is top-left: right for a prompt, wrong for a branch behind one
             causal = prefix is None and window is None
@@ -115,7 +115,7 @@ def tree_attention(
             result = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
-        if count > 1:
+        if repeats > 1:
             result = result.transpose(0, 1).flatten(1, 2)[None]
         out.append(result)
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
@@ -168,8 +168,9 @@ def set_attention(model: nn.Module, name: str) -> None:
     in all supported versions, and ``tests/models/test_tree_attention.py`` fails where it is no longer read.
     """
     for module in model.modules():  # some families of 4.51 copy the config into each layer
-        if hasattr(module, "config"):
-            module.config._attn_implementation = name
+        config: Any = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = name
 
 
 def attention_of(model: nn.Module) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import nn
@@ -25,7 +27,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
     return [*groups, {"params": rest, "weight_decay": 0.0}] if rest else groups
 
 
-def default_optimizer(params: list[dict[str, object]]) -> Optimizer:
+def default_optimizer(params: Iterable[Any]) -> Optimizer:
     """AdamW, learning rate 2e-5, betas (0.9, 0.999), weight decay 0.01."""
     return AdamW(params, lr=2e-5, weight_decay=0.01)
 

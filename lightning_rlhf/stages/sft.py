@@ -147,7 +147,7 @@ class SFTModule(Stage):
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             config |= {"interval": "epoch", "monitor": "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value,typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
         """Tells the schedule how long the run is; the first step's clock starts."""

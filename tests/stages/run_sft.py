@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_rlhf import LoRA, InstructionDataModule, SFTModule
+from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
 
 torch.set_num_threads(1)
 

@@ -125,7 +125,9 @@ def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
         assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("options", [dict(), dict(workers=2), dict(accumulate=2), dict(lora=True, dropout=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(workers=2), dict(accumulate=2), dict(lora=True, dropout=0.2)], ids=str
+)
 def test_resume_mid_epoch_equals_uninterrupted_bit_for_bit(options, tiny_model_dir, tmp_path):
     options = {"save_every": 1, "max_epochs": 3, **options}
     _, whole = run(tiny_model_dir, tmp_path / "a", **options)
@@ -167,9 +169,7 @@ def test_validation_metrics_equal_plain_transformers_for_any_batch_size(tiny_mod
     results = []
     for size in (1, 3, 8):
         module = SFTModule(tiny_model_dir)
-        data = InstructionDataModule(
-            run_sft.rows(), val=run_sft.rows(7), eval_batch_size=size, cache_dir=tmp_path
-        )
+        data = InstructionDataModule(run_sft.rows(), val=run_sft.rows(7), eval_batch_size=size, cache_dir=tmp_path)
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
         results.append(trainer.validate(module, data, verbose=False)[0])
     data.setup("validate")

@@ -1,0 +1,61 @@
+# make demo, make test: each makes the environments that it needs.
+#   PYTHON       the interpreter they are made with, 3.10 or later
+#   TORCH        what to install as torch, for instance "torch==2.13.0 --index-url URL" for another build of it
+#   CONSTRAINTS  the pinned versions of .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-4.51.txt")')
+
+SHELL := /bin/bash
+
+VENV := .venv
+BRIDGE := .venv-4.51
+# One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+
+# $(call timed,NAME,COMMAND): says what starts and how long it took; fails where it fails, so join commands by &&.
+timed = @echo "== $(1)"; SECONDS=0; $(2) && echo "== $(1): $$SECONDS s"
+
+# $(call install,ENVIRONMENT,CONSTRAINTS,PIP ARGUMENTS): torch first, alone, since it decides which build is taken.
+define install
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=python3.12 ...")'
+$(call timed,$(1): torch,$(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install $(TORCH))
+$(call timed,$(1): the package,$(1)/bin/python -m pip install -c $(2) $(3))
+@touch $@
+endef
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[^ :]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.PHONY: .venv
+.venv: $(VENV)/.demo-installed ## the environment for using the package
+
+$(VENV)/.demo-installed: setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(call install,$(VENV),$(CONSTRAINTS),-e '.[demo]')
+
+$(VENV)/.test-installed: $(VENV)/.demo-installed
+	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo,test]')
+	@touch $@
+
+$(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt
+	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout hypothesis)
+
+.PHONY: demo
+demo: .venv ## fetch SmolLM2-135M-Instruct and fine-tune it on the bundled data
+	@$(VENV)/bin/lightning-rlhf demo
+
+.PHONY: lint
+lint: $(VENV)/.test-installed ## ruff and mypy
+	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
+	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
+
+.PHONY: test
+test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint ## all that CI runs
+	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/python -m pytest tests --durations=15
+	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/python -m pytest tests/models tests/functional tests/data -m 'not slow'
+
+.PHONY: clean
+clean: ## remove the environments, caches and build output
+	rm -rf $(VENV) $(BRIDGE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

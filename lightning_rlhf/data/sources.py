@@ -1,0 +1,433 @@
+"""Where rows come from: files, data sets of the hub and objects in memory, each row with the place it was found.
+
+Nothing is lost silently. What is wrong with one row goes through :class:`BadRows`, which raises or counts; what makes
+the rest of a file unreadable (a truncated gzip, a malformed JSON document, no header) always raises, because the number
+of rows it costs is unknown.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import os
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import IO, TYPE_CHECKING, Any, Literal, Union, cast
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Rows in memory, or paths, globs and hub ids. The order matters to command lines: jsonargparse takes the first member
+#: that fits, and it can turn anything into a string.
+Source = Union[Sequence[Mapping[str, Any]], Sequence[str | os.PathLike[str]], str, os.PathLike[str], "Dataset"]
+
+_HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
+_BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it was found.
+
+    Attributes:
+        value: The row's columns.
+        where: The place, for messages: ``my.jsonl:17`` (line), ``my.csv:3`` (line at which the record starts),
+            ``my.json[5] (line 40)``, ``x.parquet[12]``, ``list[4]``, ``org/set (train)[9]``. Lines count from 1,
+            elements from 0.
+    """
+
+    value: dict[str, Any]
+    where: str
+
+
+class BadRowError(ValueError):
+    """A row that can't be used.
+
+    Args:
+        where: The row's place, as in :class:`Row`.
+        kind: A short name of the fault, the same for all rows that have it.
+        reason: What is wrong and what to do.
+    """
+
+    def __init__(self, where: str, kind: str, reason: str) -> None:
+        super().__init__(where, kind, reason)  # all three, so that the error survives pickling between processes
+        self.where = where
+        self.kind = kind
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class BadRows:
+    """What happens to rows that can't be used: they stop the reading, or they are counted and reported.
+
+    Args:
+        policy: ``"raise"`` raises at the first bad row, ``"skip"`` leaves bad rows out and counts them.
+
+    Attributes:
+        counts: Number of rows left out, by kind of fault.
+    """
+
+    def __init__(self, policy: Literal["raise", "skip"] = "raise") -> None:
+        if policy not in ("raise", "skip"):
+            raise ValueError(f"The policy for bad rows is {policy!r}. Choose 'raise' or 'skip'.")
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, BadRowError] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of rows left out."""
+        return self.counts.total()
+
+    def add(self, where: str, kind: str, reason: str) -> None:
+        """Take note of a bad row.
+
+        Args:
+            where: The row's place, as in :class:`Row`.
+            kind: A short name of the fault, by which rows are counted.
+            reason: What is wrong and what to do.
+
+        Raises:
+            BadRowError: If the policy is ``"raise"``.
+        """
+        if self.policy == "raise":
+            advice = "Mend the row, or choose the policy 'skip' to leave such rows out and have them counted."
+            raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
+        self.counts[kind] += 1
+        self._first.setdefault(kind, BadRowError(where, kind, reason))
+
+    def report(self, total_rows: int, name: str) -> None:
+        """Warn, in one message, of all rows left out. Without any, do nothing.
+
+        Args:
+            total_rows: Number of rows seen, good and bad.
+            name: What was read.
+        """
+        if self.counts:
+            kinds = ", ".join(f"{n} x {kind} (first: {self._first[kind]})" for kind, n in self.counts.most_common())
+            verb = "was" if self.total == 1 else "were"
+            rank_zero_warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {kinds}")
+
+
+def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Row]:
+    """Read rows one after the other.
+
+    Args:
+        source: One of
+
+            * a file: JSON Lines (``.jsonl``), JSON (``.json``: an array of objects, an object with one list of them,
+              or JSON Lines), ``.csv`` or ``.tsv`` with a header, ``.parquet``, or ``.txt`` (each line is a row with the
+              column ``text``); all but Parquet also gzipped (``.jsonl.gz``). Text is UTF-8; blank lines are no rows.
+            * a glob (``data/**/*.jsonl``), whose files are read in sorted order
+            * a directory: the files of these kinds that lie directly in it, in sorted order
+            * the id of a data set on the hub, ``org/name`` or ``org/name:config``. A path that exists, a pattern, and a
+              name with one of the suffixes above is always a file.
+            * a list of these
+            * a :class:`datasets.Dataset` or a list of dicts
+        bad: Takes the rows that can't be read or aren't objects.
+        split: The split of a hub data set.
+
+    Yields:
+        The rows, in order.
+
+    Raises:
+        FileNotFoundError: If a file or hub data set isn't found, or a pattern or directory holds no file.
+        BadRowError: At a bad row, as ``bad`` decides, and wherever the rest of a file can't be read.
+        TypeError: If ``source`` is none of the above.
+        ValueError: If a file is of an unknown kind, or a hub data set lacks the split or configuration.
+    """
+    for where, value in _values(source, bad, split):
+        if isinstance(value, Mapping):
+            yield Row(dict(value), where)
+        else:
+            reason = f"the row is a {type(value).__name__}, not an object. Write it as {{column: value, ...}}"
+            bad.add(where, "not an object", reason)
+
+
+def _values(source: Source, bad: BadRows, split: str) -> Iterator[tuple[str, Any]]:
+    """Yield each row's place and value, whatever the value is."""
+    if isinstance(source, (str, os.PathLike)):
+        source = [source]
+    if _is_dataset(source):
+        dataset = cast("Dataset", source)
+        yield from _read_dataset(dataset, f"Dataset ({dataset.split})" if dataset.split else "Dataset")
+    elif not isinstance(source, Sequence):
+        raise TypeError(
+            f"Can't read rows from a {type(source).__name__}. Give a path, a pattern, a hub id, a list of these, a "
+            "list of dicts, or one split of a data set (data['train'])."
+        )
+    elif all(isinstance(item, (str, os.PathLike)) for item in source):
+        # Everything is looked up before anything is read: a misspelt last file shows at once.
+        for name in [name for item in source for name in _expand(cast("str | os.PathLike[str]", item))]:
+            kind = _kind(name)
+            yield from _READERS[kind](name, bad) if kind else _read_hub(name, split)
+    else:
+        yield from ((f"list[{i}]", item) for i, item in enumerate(source))
+
+
+def _is_dataset(source: object) -> bool:
+    datasets = sys.modules.get("datasets")  # not imported: then nobody can have made one
+    return datasets is not None and isinstance(source, datasets.Dataset)
+
+
+def _kind(path: str) -> str | None:
+    """The suffix that says how to read the file, or None."""
+    lower = path.lower()
+    suffix = PurePath(lower.removesuffix(".gz")).suffix
+    return suffix if suffix in _READERS and not lower.endswith(".parquet.gz") else None
+
+
+def _expand(item: str | os.PathLike[str]) -> list[str]:
+    """The files a path, pattern or directory stands for; a hub id as it is."""
+    path = os.path.expanduser(os.fspath(item))
+    kinds = " ".join(_READERS)
+    if os.path.isdir(path):
+        files = sorted(entry.path for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith("."))
+        files = [file for file in files if _kind(file)]
+        if not files:
+            raise FileNotFoundError(f"{path}: the directory holds no file of a known kind ({kinds}).")
+        return files
+    if os.path.exists(path):
+        files = [path]
+    elif glob.has_magic(path):
+        files = sorted(file for file in glob.glob(path, recursive=True) if not os.path.isdir(file))
+        if not files:
+            raise FileNotFoundError(f"{path}: no file matches this pattern (working directory: {os.getcwd()}).")
+    elif isinstance(item, str) and _HUB_ID.fullmatch(path) and not _kind(path):
+        return [path]
+    else:
+        raise FileNotFoundError(
+            f"{path}: no such file or directory (working directory: {os.getcwd()}). Correct the path; a data set of "
+            "the hub is written org/name."
+        )
+    for file in files:
+        if not _kind(file):
+            raise ValueError(f"{file}: unknown kind of file. Known are {kinds}, all but .parquet also with .gz.")
+    return files
+
+
+@contextmanager
+def _open(path: str) -> Iterator[IO[bytes]]:
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+            yield cast("IO[bytes]", file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        reason = f"the gzip data is damaged or cut short ({error}). Copy or compress the file again."
+        raise BadRowError(path, "damaged gzip", reason) from error
+
+
+def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
+    """Yield each line's number, its text with its line ending, and what is wrong with its encoding, or None."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            try:
+                yield number, line.decode(), None
+            except UnicodeDecodeError as error:
+                yield number, line.decode(errors="replace"), _not_utf8(line, error.start)
+
+
+def _not_utf8(data: bytes, at: int) -> str:
+    column = at - data.rfind(b"\n", 0, at)
+    return f"byte {column} of the line (0x{data[at]:02x}) is not UTF-8. Save the file as UTF-8"
+
+
+def _read_txt(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    for number, line, fault in _lines(path):
+        if fault:
+            bad.add(f"{path}:{number}", "invalid UTF-8", fault)
+        elif line.strip():
+            yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
+
+
+def _read_jsonl(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    for where, row in _read_txt(path, bad):
+        try:
+            value = json.loads(row["text"])
+        except (ValueError, RecursionError) as error:
+            bad.add(where, "malformed JSON", f"malformed JSON: {_json_fault(error)}. Each line is one JSON object")
+        else:
+            yield where, value
+
+
+def _json_fault(error: ValueError | RecursionError) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    if _holds_json_lines(path):
+        yield from _read_jsonl(path, bad)
+        return
+    with _open(path) as file:
+        data = file.read().removeprefix(_BOM)
+    try:
+        text = data.decode()
+        document = json.loads(text)
+    except UnicodeDecodeError as error:
+        where = f"{path}:{data[: error.start].count(10) + 1}"
+        raise BadRowError(where, "invalid UTF-8", f"{_not_utf8(data, error.start)}.") from error
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        reason = f"malformed JSON: {_json_fault(error)}. Nothing of the file was read; correct it."
+        raise BadRowError(where, "malformed JSON", reason) from error
+    if isinstance(document, list):
+        for i, (line, value) in enumerate(_elements(text, len(document))):
+            yield f"{path}[{i}] (line {line})", value
+    elif (rows := _only_list(document)) is not None:
+        yield from ((f"{path}[{i}]", value) for i, value in enumerate(rows))
+    else:
+        yield f"{path}:1", document
+
+
+def _holds_json_lines(path: str) -> bool:
+    """Whether the first line is an object by itself and more follows, which no JSON document can be."""
+    filled = (line for _, line, _ in _lines(path) if line.strip())
+    first = next(filled, "")
+    if not first.lstrip().startswith("{"):  # spares a long array on one line the parsing
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return next(filled, None) is not None
+
+
+def _elements(text: str, count: int) -> Iterator[tuple[int, Any]]:
+    """Yield line and value of each element of a valid JSON array."""
+    decoder = json.JSONDecoder()
+    line, seen, at = 1, 0, text.index("[") + 1
+    for _ in range(count):
+        at = cast("re.Match[str]", _BETWEEN_ELEMENTS.match(text, at)).end()
+        line, seen = line + text.count("\n", seen, at), at
+        value, at = decoder.raw_decode(text, at)
+        yield line, value
+
+
+def _only_list(document: Any) -> list[Any] | None:
+    """The rows of ``{"data": [...]}``: the one list of objects, unless it is the turns of a single conversation."""
+    lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
+    if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict) and not {"role", "from"} & lists[0][0].keys():
+        return lists[0]
+    return None
+
+
+def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), 2**30))  # the default of 128 KiB is less than a long text
+    broken: list[tuple[int, str]] = []  # lines that aren't UTF-8 among those of the record being read
+
+    def lines() -> Iterator[str]:
+        for number, line, fault in _lines(path):
+            if fault:
+                broken.append((number, fault))
+            yield line
+
+    # Strict, since else a stray quote swallows the rest of the file into one field.
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1
+        fault: tuple[int, str, str] | None = None
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            record = []
+            span = f"in lines {start} to {reader.line_num}"
+            fault = start, "malformed CSV", f"malformed CSV {span}: {error}. Check the quotes"
+        if broken:
+            fault = broken[0][0], "invalid UTF-8", broken[0][1]
+            broken.clear()
+        if header is None:
+            if fault:
+                raise BadRowError(f"{path}:{fault[0]}", fault[1], f"{fault[2]}. It is part of the header.")
+            _check_columns(path, record)
+            header = record or None
+        elif fault:
+            bad.add(f"{path}:{fault[0]}", fault[1], fault[2])
+        elif record and len(record) != len(header):
+            sizes = f"the record has {len(record)} fields, the header {len(header)}"
+            bad.add(f"{path}:{start}", "wrong number of fields", f"{sizes}. Quote fields that hold {delimiter!r}")
+        elif record:
+            yield f"{path}:{start}", dict(zip(header, record, strict=True))
+
+
+def _read_tsv(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    return _read_csv(path, bad, delimiter="\t")
+
+
+def _check_columns(path: str, columns: Sequence[str]) -> None:
+    twice = [name for name, n in Counter(columns).items() if n > 1]
+    if twice:
+        raise BadRowError(path, "repeated column", f"several columns have the name {twice[0]!r}. Rename all but one.")
+
+
+def _read_parquet(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    index = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _check_columns(path, names)
+            for batch in file.iter_batches(batch_size=1024):
+                for i in range(batch.num_rows):
+                    where = f"{path}[{index}]"
+                    index += 1
+                    try:
+                        value = {name: column[i].as_py() for name, column in zip(names, batch.columns, strict=True)}
+                    except UnicodeDecodeError as error:
+                        bad.add(where, "invalid UTF-8", f"{error}. Write the file with UTF-8 text")
+                    else:
+                        yield where, value
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = f"can't be read as Parquet after {index} rows ({error}). Write the file again."
+        raise BadRowError(path, "damaged Parquet", reason) from error
+
+
+def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        dataset = datasets.load_dataset(path, config or None, split=split)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name}: no such file or directory (working directory: {os.getcwd()}), and as a data set of the hub it "
+            f"can't be loaded: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: the split {split!r} of this data set can't be loaded: {error} "
+            "A configuration is chosen by org/name:config."
+        ) from error
+    yield from _read_dataset(dataset, f"{name} ({split})")
+
+
+def _read_dataset(dataset: Dataset, name: str) -> Iterator[tuple[str, Any]]:
+    # A data set formatted as tensors would give those; rows are plain Python.
+    yield from ((f"{name}[{i}]", value) for i, value in enumerate(dataset.with_format(None)))
+
+
+_READERS: dict[str, Callable[[str, BadRows], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}

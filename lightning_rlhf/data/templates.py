@@ -1,0 +1,225 @@
+"""Chat templates: how the turns of a conversation become text, and which token ends the assistant's.
+
+A preset marks with ``{% generation %}`` all that the model itself has to write: what follows the generation prompt, the
+stop token included. Presets that end turns with the tokenizer's eos work with any tokenizer; the others bring their
+tokens along.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from jinja2 import TemplateError
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A preset.
+
+    Attributes:
+        name: Its name in configurations.
+        template: The Jinja source.
+        stop: The token it ends assistant turns with; None is the tokenizer's eos.
+        special_tokens: The tokens it needs in the vocabulary, ``stop`` included.
+    """
+
+    name: str
+    template: str
+    stop: str | None = None
+    special_tokens: tuple[str, ...] = ()
+
+
+# transformers renders with trim_blocks, which eats a newline behind a block tag: here newlines are escapes in strings.
+_UNKNOWN_ROLE = "{% else %}{{ raise_exception('This chat template has no role ' + message['role']) }}{% endif %}"
+
+_CHATML = (
+    "{% for message in messages %}"
+    r"{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    r"{{ '\n' }}"
+    "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    r"{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+# A system turn takes the place of the usual preamble; an empty one leaves the preamble out.
+_ALPACA = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ 'Below is an instruction that describes a task. "
+    r"Write a response that appropriately completes the request.\n\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    r"{% if message['content'] %}{{ message['content'] + '\n\n' }}{% endif %}"
+    "{% elif message['role'] == 'user' %}"
+    r"{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    r"{{ '### Response:\n' }}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    r"{% if not loop.last %}{{ '\n\n' }}{% endif %}" + _UNKNOWN_ROLE + "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
+# The blank after "ASSISTANT:" is the model's to write: a generation prompt that ended in it would split " word" tokens.
+_VICUNA = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ 'A chat between a curious user and an artificial intelligence assistant. "
+    r"The assistant gives helpful, detailed, and polite answers to the user\'s questions. ' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{% if message['content'] %}{{ message['content'] + ' ' }}{% endif %}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ 'ASSISTANT:' }}"
+    "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}" + _UNKNOWN_ROLE + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+_ZEPHYR = (
+    "{% for message in messages %}"
+    "{% if message['role'] in ('system', 'user') %}"
+    r"{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    r"{{ '<|assistant|>\n' }}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    r"{{ '\n' }}" + _UNKNOWN_ROLE + "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+_PLAIN = (
+    "{% for message in messages %}"
+    "{% if message['role'] in ('system', 'user') %}"
+    "{{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}" + _UNKNOWN_ROLE + "{% endfor %}"
+)
+
+#: The presets. ``plain`` joins the contents as they are.
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+    preset.name: preset
+    for preset in (
+        ChatTemplate("chatml", _CHATML, "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
+        ChatTemplate("llama3", _LLAMA3, "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+        ChatTemplate("alpaca", _ALPACA),
+        ChatTemplate("vicuna", _VICUNA),
+        ChatTemplate("zephyr", _ZEPHYR),
+        ChatTemplate("plain", _PLAIN),
+    )
+}
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | os.PathLike[str] | None) -> int:
+    """Give a tokenizer a chat template, with the tokens that it needs. Save the tokenizer beside the model.
+
+    A preset does two things more, so that what was trained is what later tools see:
+
+    - Where it ends turns with a token of its own, that token becomes ``tokenizer.eos_token``, and a line in the log
+      says so: exported models and generation stop at it.
+    - Where the tokenizer begins every text with BOS, the template does so too: chat templates write their BOS
+      themselves, and such models have never read a text without it.
+
+    Args:
+        tokenizer: The tokenizer, which is changed.
+        chat_template: The name of a preset (:data:`CHAT_TEMPLATES`), the path of a file that holds a Jinja template, or
+            None for the template that the tokenizer has.
+
+    Returns:
+        The number of tokens added to the vocabulary. Resize the model's embeddings if it isn't 0.
+
+    Raises:
+        ValueError: If there is no such preset or file, if None is given and the tokenizer has no template, or if the
+            preset needs an eos that the tokenizer lacks.
+    """
+    presets = ", ".join(CHAT_TEMPLATES)
+    if chat_template is None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "The tokenizer has no chat template of its own. Set chat_template to a preset "
+                f"({presets}) or to the path of a Jinja file."
+            )
+        return 0
+    preset = CHAT_TEMPLATES.get(os.fspath(chat_template))
+    if preset is None:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise ValueError(f"The chat template {str(path)!r} is neither a preset ({presets}) nor a file.")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        return 0
+    if preset.stop is None and tokenizer.eos_token is None:
+        raise ValueError(
+            f"The chat template {preset.name!r} ends turns with the eos token, and the tokenizer has none. "
+            "Set tokenizer.eos_token, or choose 'chatml' or 'llama3', which bring one."
+        )
+    added = _add_special_tokens(tokenizer, preset.special_tokens)
+    if preset.stop not in (None, tokenizer.eos_token):
+        rank_zero_info(
+            f"The chat template {preset.name!r} ends turns with {preset.stop!r}: it replaces {tokenizer.eos_token!r} "
+            "as the tokenizer's eos token."
+        )
+        tokenizer.eos_token = preset.stop
+    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    writes_bos = "bos_token" in preset.template
+    tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos and not writes_bos else "") + preset.template
+    return added
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tell which tokens end an assistant turn: the eos, and the one that the chat template writes there.
+
+    The two differ in many published models. The template's is read off a short conversation: the special token that
+    follows the assistant's text.
+
+    Args:
+        tokenizer: The tokenizer, with or without a chat template.
+
+    Returns:
+        The ids, the eos first.
+
+    Raises:
+        ValueError: If there is no such token, or if the template refuses a user turn with its answer.
+    """
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        answer = "stop token probe"
+        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        try:
+            text = cast(str, tokenizer.apply_chat_template(probe, tokenize=False))
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses a user turn with its answer: {error}") from error
+        rest = text.rpartition(answer)[2].lstrip()
+        written = [(len(str(t)), i) for i, t in tokenizer.added_tokens_decoder.items() if rest.startswith(str(t))]
+        stops += [i for _, i in sorted(written)[-1:] if i not in stops]
+    if not stops:
+        raise ValueError(
+            "No token ends an assistant turn: the tokenizer has no eos token, and its chat template, if it has one, "
+            "writes no special token after the assistant's text. Set tokenizer.eos_token."
+        )
+    return tuple(stops)
+
+
+def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> int:
+    """Make every token special, also one that the vocabulary holds as ordinary text. Returns how many ids are new."""
+    before = len(tokenizer)
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    return len(tokenizer) - before

