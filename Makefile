@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 BRIDGE := .venv-4.51
+TEST_EXTRAS := demo,test
 # One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
@@ -35,7 +36,7 @@ $(VENV)/.demo-installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(CONSTRAINTS),-e '.[demo]')
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
-	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo,test]')
+	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(TEST_EXTRAS)]')
 	@touch $@
 
 $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt

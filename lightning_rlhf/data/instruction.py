@@ -216,7 +216,7 @@ class InstructionDataModule(L.LightningDataModule):
     def _open(self, source: Source, bad: BadRows) -> Iterable[Row]:
         if isinstance(source, str) and source == BUNDLED:
             folder = importlib.resources.files("lightning_rlhf.data") / "bundled"
-            source = [str(folder / f"instructions.{lang}.jsonl") for lang in ("zh", "en")]
+            source = str(folder / "instructions.*.jsonl")
         return read_rows(source, bad)
 
     def _held_out(self, conversation: Conversation) -> bool:

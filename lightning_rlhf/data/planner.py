@@ -219,8 +219,8 @@ class PlannedLoader:
         if state["plan"] != self._fingerprint():
             raise ValueError(
                 f"The checkpoint was made with another plan: {state['plan']}, now {self._fingerprint()}. Resume with "
-                "the same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from the "
-                "checkpoint's weights."
+                "the same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from "
+                "its weights."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume = self.position < len(self)

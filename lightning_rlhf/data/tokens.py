@@ -242,7 +242,7 @@ def _marked_spans(
     mask: list[int] = cast(BatchEncoding, marked)["assistant_masks"]
     changes = (i for i in range(1, len(mask)) if mask[i] != mask[i - 1])
     edges = [0, *changes, len(mask)]
-    spans = [_close(text, start, end, stop) for start, end in pairwise(edges) if mask[start]]
+    spans = [_close(text, start, end, stop) for start, end in pairwise(edges) if any(mask[start:end])]
     if not only_last:
         return spans
     return [span for span in spans if span.start >= borders[-1]] if borders else spans[-1:]

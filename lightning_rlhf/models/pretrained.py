@@ -140,7 +140,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         settings.pop(key, None)
     settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 12)  # GGUF keeps it in 32 bits: 9.9999997e-06
     # A clean copy, since transformers refuses to save a model that it loaded from a GGUF file.
-    model = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(source.dtype)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(source.state_dict())
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

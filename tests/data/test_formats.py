@@ -1,5 +1,6 @@
 """Rows of every format, Chinese and English, recognised and named; and every way in which a row can be unfit."""
 
+import itertools
 import json
 import pickle
 import string
@@ -258,7 +259,7 @@ def test_named_format_with_other_turns():
 
 
 def test_unknown_format_name_is_no_fault_of_a_row():
-    with pytest.raises(ValueError, match="'alpacka' is not known.*'auto'.*alpaca, prompt_completion, text") as caught:
+    with pytest.raises(ValueError, match=r"'alpacka' is not known.*'auto'.*alpaca, prompt_completion, text") as caught:
         to_conversation({"text": "a"}, "alpacka")
     assert not isinstance(caught.value, FormatError)  # else a policy that skips rows would skip them all
 
@@ -382,6 +383,6 @@ def test_any_row_is_a_fit_conversation_or_a_format_error(row, name, system):
     check_conversation(messages, user_first=False)
     roles = [message["role"] for message in messages]
     assert roles[-1] == "assistant" and "system" not in roles[1:]
-    assert all(a != b for a, b in zip(roles, roles[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(roles))
     assert all(set(message) == {"role", "content"} and isinstance(message["content"], str) for message in messages)
     assert all(message["content"].strip() for message in messages if message["role"] != "system")

@@ -439,10 +439,10 @@ def test_all_tokens_of_a_conversation_without_answer(tiny_tokenizer):
 
 
 def test_faults_of_the_tokenizer_are_no_fault_of_the_row(tiny_tokenizer):
-    with pytest.raises(ValueError, match="loss_on is 'prompt'. Choose one of: assistant, last, all"):
+    with pytest.raises(ValueError, match=r"loss_on is 'prompt'. Choose one of: assistant, last, all"):
         encode(tiny_tokenizer, chat(CONVERSATIONS["english"]), "prompt")
     tiny_tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template.*chatml") as caught:
+    with pytest.raises(ValueError, match=r"no chat template.*chatml") as caught:
         encode(tiny_tokenizer, chat(CONVERSATIONS["english"]))
     assert not isinstance(caught.value, TokenizeError)
 

@@ -34,7 +34,7 @@ def rows(n=24):
 
 
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
-        max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=1, lr=1e-2):  # fmt: skip
+        max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=1, lr=1e-2, callbacks=()):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = SFTModule(
@@ -50,7 +50,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         num_workers=workers,
         cache_dir=Path(out_dir) / "cache",
     )
-    callbacks = []
+    callbacks = list(callbacks)
     if save_every:
         checkpoint = ModelCheckpoint(
             out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1

@@ -1,0 +1,8 @@
+"""Callbacks: Hugging Face export, sample answers, interrupts that save."""
+
+from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
+from lightning_rlhf.callbacks.export import HFExport
+from lightning_rlhf.callbacks.interrupt import SaveOnInterrupt
+from lightning_rlhf.callbacks.samples import SampleCompletions
+
+__all__ = ["AtomicCheckpointIO", "HFExport", "SampleCompletions", "SaveOnInterrupt"]

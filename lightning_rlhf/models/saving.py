@@ -1,0 +1,283 @@
+"""Hugging Face models out: directories that plain transformers 4.51 and 5 load, complete or not there at all."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+COMPLETE = ".complete"
+"""Name of the empty file that is written last into a directory."""
+
+
+def save_pretrained(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | os.PathLike[str],
+    *,
+    stop_token_ids: Iterable[int] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_only: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes weights, config, generation config and tokenizer for ``from_pretrained``.
+
+    The model is left as it is, to the bit: adapters are merged into a copy. The copy shares its tensors with the
+    model where those lie on the CPU, so that extra memory is needed for the merged layers alone; a model on another
+    device is copied to the CPU as a whole.
+
+    The directory appears when it is complete. One that was written here before is replaced, and stays whole until
+    then.
+
+    Args:
+        model: A transformers model, or a peft model around one, whose active adapters are merged.
+        tokenizer: Saved with its chat template.
+        directory: Where to.
+        stop_token_ids: What ends a generation; default the tokenizer's eos token.
+        state_dict: Full weights by the model's own names, where the model's tensors are shards.
+        adapter_only: Save the adapters alone, for ``PeftModel.from_pretrained`` over the original model.
+        max_shard_size: Of a weight file.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: There is a file, or a directory that holds something else.
+        ValueError: Nothing to save alone, or adapters that can't be merged or can't be saved alone.
+    """
+    is_peft = hasattr(model, "peft_config")
+    if adapter_only:
+        _check_adapters_stand_alone(model)
+    base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[operator,assignment]
+    if is_peft and not adapter_only and getattr(base, "is_quantized", False):
+        raise ValueError(
+            "Adapters can't be merged into quantized weights without rounding them: export with adapter_only=True, "
+            "and merge them into the model in full precision."
+        )
+    with atomic_directory(directory) as folder:
+        if base.can_generate():
+            generation = _save_generation_config(base, tokenizer, stop_token_ids, folder)
+        if adapter_only:
+            model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        else:
+            plain = _merged(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
+            if plain.can_generate():
+                plain.generation_config = generation
+            plain.save_pretrained(folder, max_shard_size=max_shard_size)
+            _rewrite(folder / "config.json", _portable_config)
+        tokenizer.save_pretrained(folder)
+        _rewrite(folder / "tokenizer_config.json", _portable_tokenizer_config)
+    return Path(directory)
+
+
+# ------------------------------------------------------------------------------------------------- directories
+
+
+@contextmanager
+def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new directory to write to, that takes its name when the block ends well.
+
+    Files reach the disk, then the marker :data:`COMPLETE`, then the name. Until then a directory of that name keeps
+    what it holds, whatever happens; where the system can't swap two names at once (other than Linux), a crash in the
+    instant between two renames leaves it as ``.NAME.old``, and the next call puts it back.
+
+    Args:
+        directory: The name to take.
+
+    Yields:
+        The directory to write to, beside it.
+
+    Raises:
+        FileExistsError: The name belongs to a file, or to a directory that was not written by this function.
+    """
+    target = Path(directory)
+    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not target.exists():
+        old.rename(target)
+    check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+        (partial / COMPLETE).touch()
+        sync(partial / COMPLETE)
+        sync(partial)
+        if not target.exists():
+            partial.rename(target)
+        elif not _exchange(partial, target):
+            target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
+
+
+def check_replaceable(directory: str | os.PathLike[str]) -> None:
+    """Refuses names under which something else would be lost.
+
+    Raises:
+        FileExistsError: A file, or a directory with content and without the marker :data:`COMPLETE`.
+    """
+    target = Path(directory)
+    if target.is_dir() and ((target / COMPLETE).exists() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise FileExistsError(
+            f"{target} exists and was not written here (it has no file {COMPLETE}): choose another directory, or "
+            "move it away."
+        )
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Has the system write a file, or a directory's list of names, to the disk."""
+    if os.name == "nt" and os.path.isdir(path):  # Windows opens no directories
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step; False where that can't be done."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
+    """The model's modules and configs once more, over the same weights, or those given, on the CPU."""
+    memo: dict[int, Any] = {}
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        value = tensor if state_dict is None else state_dict.get(name, tensor)  # buffers need not be in it
+        value = value.detach().cpu()
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, memo)
+
+
+def _merged(twin: Any) -> PreTrainedModel:
+    """The plain model with adapters merged into it."""
+    seen: set[int] = set()
+    for module in twin.modules():  # a delta on the head must not reach the embeddings tied to it, nor the reverse
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                parameter = nn.Parameter(parameter.data, requires_grad=False)
+                setattr(module, name, parameter)
+            seen.add(id(parameter))
+    model: PreTrainedModel = twin.merge_and_unload(safe_merge=True)  # safe: into new tensors, and refuses NaN
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if head is not None and config.tie_word_embeddings:
+        if torch.equal(embeddings.weight, head.weight):
+            head.weight = embeddings.weight
+        else:
+            config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    return model
+
+
+def _check_adapters_stand_alone(model: nn.Module) -> None:
+    if not hasattr(model, "peft_config"):
+        raise ValueError("adapter_only=True needs a model with adapters: give the module lora=..., or export it whole.")
+    for name, config in model.peft_config.items():  # type: ignore[operator,union-attr]
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.split("_")[0].lower() in ("pissa", "olora", "corda"):
+            raise ValueError(
+                f"Adapter {name!r} was initialised by {init}, which takes its first weights out of the base model: "
+                "over the original model it would be wrong. Export merged (adapter_only=False)."
+            )
+
+
+# ------------------------------------------------------------------------------------------------- configs
+
+
+def _save_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] | None, folder: Path
+) -> GenerationConfig:
+    """Writes the model's generation config with this tokenizer's tokens.
+
+    Published models carry combinations that transformers refuses to save, such as a temperature without
+    ``do_sample``: they were meant to be sampled from.
+    """
+    stop = list(dict.fromkeys(stops if stops is not None else [tokenizer.eos_token_id]))
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stop[0] if len(stop) == 1 else stop,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0],
+    }
+    config = copy.deepcopy(model.generation_config or GenerationConfig())
+    config.update(**tokens)
+    if config.temperature == 0:  # greedy by another name
+        config.temperature = GenerationConfig().temperature
+    sampling = copy.deepcopy(config)
+    sampling.do_sample = True
+    for candidate in (config, sampling):
+        try:
+            candidate.save_pretrained(folder)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[-1]
+        else:
+            return candidate
+    log.warning("The model's generation config is invalid (%s): saved with the stop tokens alone.", reason)
+    plain = GenerationConfig(**tokens)
+    plain.save_pretrained(folder)
+    return plain
+
+
+def _rewrite(file: Path, change: Any) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _portable_config(config: dict[str, Any]) -> None:
+    """Adds what 4.51 reads: transformers 5 writes ``rope_parameters`` alone; 4.51 would take its default theta and say nothing."""
+    for key in ("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"):
+        config.pop(key, None)
+    if isinstance(config.get("text_config"), dict):
+        _portable_config(config["text_config"])
+    rope = config.get("rope_parameters") or {}
+    if "sliding_attention" in rope:  # one set for each kind of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope.get("full_attention") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+
+
+def _portable_tokenizer_config(config: dict[str, Any]) -> None:
+    """4.51 doesn't know the class that 5 names, and takes its list of further special tokens for a dict."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
