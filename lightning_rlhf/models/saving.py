@@ -258,7 +258,7 @@ def _rewrite(file: Path, change: Any) -> None:
 
 
 def _portable_config(config: dict[str, Any]) -> None:
-    """Adds what 4.51 reads: transformers 5 writes ``rope_parameters`` alone; 4.51 would take its default theta and say nothing."""
+    """transformers 5 writes ``rope_parameters`` alone; 4.51 would take its default theta and say nothing."""  # noqa: D403
     for key in ("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"):
         config.pop(key, None)
     if isinstance(config.get("text_config"), dict):
