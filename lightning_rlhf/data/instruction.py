@@ -57,7 +57,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     Args:
         train: Files or globs (JSON, JSONL, CSV, Parquet, text; gzip too), a hub data set id, a ``datasets.Dataset``, a
-            list of dicts, or ``bundled``: 230 rows in Chinese and English that come with the package.
+            list of dicts, or ``bundled``: 266 rows in Chinese and English that come with the package.
         val: Validation data; None takes ``val_fraction`` of the training rows.
         test: Test data for ``trainer.test``; None uses the validation rows.
         predict: Rows for ``trainer.predict``; None uses the validation rows.
