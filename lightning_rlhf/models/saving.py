@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase,
     directory: str | os.PathLike[str],
     *,
-    stop_token_ids: Iterable[int] | None = None,
+    stop_token_ids: Sequence[int] = (),
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_only: bool = False,
     max_shard_size: str = "5GB",
@@ -48,7 +48,7 @@ def save_pretrained(
         model: A transformers model, or a peft model around one, whose active adapters are merged.
         tokenizer: Saved with its chat template.
         directory: Where to.
-        stop_token_ids: What ends a generation; default the tokenizer's eos token.
+        stop_token_ids: What ends a generation; none: the tokenizer's eos token.
         state_dict: Full weights by the model's own names, where the model's tensors are shards.
         adapter_only: Save the adapters alone, for ``PeftModel.from_pretrained`` over the original model.
         max_shard_size: Of a weight file.
@@ -60,7 +60,7 @@ def save_pretrained(
         FileExistsError: There is a file, or a directory that holds something else.
         ValueError: Nothing to save alone, or adapters that can't be merged or can't be saved alone.
     """
-    is_peft = hasattr(model, "peft_config")
+    is_peft = hasattr(model, "get_base_model")  # peft leaves peft_config on the inner model too
     if adapter_only:
         _check_adapters_stand_alone(model)
     base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[operator,assignment]
@@ -204,7 +204,7 @@ def _merged(twin: Any) -> PreTrainedModel:
 
 
 def _check_adapters_stand_alone(model: nn.Module) -> None:
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):
         raise ValueError("adapter_only=True needs a model with adapters: give the module lora=..., or export it whole.")
     for name, config in model.peft_config.items():  # type: ignore[operator,union-attr]
         init = getattr(config, "init_lora_weights", True)
@@ -219,21 +219,22 @@ def _check_adapters_stand_alone(model: nn.Module) -> None:
 
 
 def _save_generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] | None, folder: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], folder: Path
 ) -> GenerationConfig:
     """Writes the model's generation config with this tokenizer's tokens.
 
     Published models carry combinations that transformers refuses to save, such as a temperature without
     ``do_sample``: they were meant to be sampled from.
     """
-    stop = list(dict.fromkeys(stops if stops is not None else [tokenizer.eos_token_id]))
+    stop = list(dict.fromkeys(stops or [tokenizer.eos_token_id]))
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": stop[0] if len(stop) == 1 else stop,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0],
     }
     config = copy.deepcopy(model.generation_config or GenerationConfig())
-    config.update(**tokens)
+    for name, value in tokens.items():  # update() would validate
+        setattr(config, name, value)
     if config.temperature == 0:  # greedy by another name
         config.temperature = GenerationConfig().temperature
     sampling = copy.deepcopy(config)
@@ -251,7 +252,7 @@ def _save_generation_config(
     return plain
 
 
-def _rewrite(file: Path, change: Any) -> None:
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

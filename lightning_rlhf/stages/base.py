@@ -31,8 +31,12 @@ class Stage(L.LightningModule):
         self._rng_to_restore: dict[str, Any] | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step."""
-        return [SaveOnInterrupt()]
+        """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step.
+
+        A ``SaveOnInterrupt`` that the Trainer was given stays in its place.
+        """
+        given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if given else [SaveOnInterrupt()]
 
     def on_fit_start(self) -> None:
         """Refuses settings under which steps would not be what the planner dealt.

@@ -1,0 +1,134 @@
+"""What is saved loads elsewhere, and is whole or not there."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import lightning_rlhf.models.saving as saving
+from lightning_rlhf.models import LoRA, load_causal_lm
+
+IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [LoRA(r=4, targets=["lm_head"]), LoRA(r=4, targets=["embed_tokens"]),
+     LoRA(r=4, targets=["q_proj"], modules_to_save=["lm_head"]), LoRA(r=4)],
+    ids=["head", "embeddings", "saved head", "inner"],
+)  # fmt: skip
+def test_tied_weights_merge_to_what_the_model_computes(lora, model, tokenizer, tmp_path):
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    tuned = load_causal_lm(model, lora=lora)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    want, before = logits(tuned), {k: v.clone() for k, v in tuned.state_dict().items()}
+    rng = torch.get_rng_state()
+    saving.save_pretrained(tuned, tokenizer, tmp_path / "hf")
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items())
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")), want, atol=1e-5, rtol=0)
+
+
+def test_weights_given_by_name_are_the_ones_saved(model, tokenizer, tmp_path):
+    full = {name: value + 1 for name, value in model.state_dict().items()}
+    saving.save_pretrained(model, tokenizer, tmp_path / "hf", state_dict=full)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in full.items())
+
+
+@pytest.mark.parametrize(("stops", "want"), [((), 4), ((4,), 4), ((2, 4), [2, 4])])
+def test_stop_tokens(stops, want, model, tokenizer, tmp_path):
+    saving.save_pretrained(model, tokenizer, tmp_path / "hf", stop_token_ids=stops)
+    config = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert config.eos_token_id == want and config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_generation_configs_that_transformers_refuses_are_mended(model, tokenizer, tmp_path):
+    model.generation_config.temperature = 0.6
+    saving.save_pretrained(model, tokenizer, tmp_path / "a")
+    config = GenerationConfig.from_pretrained(tmp_path / "a")
+    assert (config.do_sample, config.temperature) == (True, 0.6)
+    model.generation_config.num_return_sequences, model.generation_config.num_beams = 3, 2
+    saving.save_pretrained(model, tokenizer, tmp_path / "b")
+    assert GenerationConfig.from_pretrained(tmp_path / "b").eos_token_id == 4
+    assert model.generation_config.do_sample is not True  # the model's own is left alone
+
+
+def test_older_transformers_find_the_rotary_settings():
+    config = {
+        "rope_parameters": {"rope_theta": 5e3, "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+    }
+    saving._portable_config(config)
+    assert config["rope_theta"] == 5e3 and config["partial_rotary_factor"] == 0.5
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    tokenizer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"]}
+    saving._portable_tokenizer_config(tokenizer)
+    assert tokenizer == {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<x>"]}
+
+
+def test_adapters_that_changed_their_base_are_not_saved_alone(model, tokenizer, tmp_path):
+    tuned = load_causal_lm(model, lora=LoRA(r=4, init="pissa", targets=["q_proj"]))
+    with pytest.raises(ValueError, match="pissa"):
+        saving.save_pretrained(tuned, tokenizer, tmp_path / "hf", adapter_only=True)
+    with pytest.raises(ValueError, match="adapter_only"):  # the inner model still carries peft's config
+        saving.save_pretrained(tuned.get_base_model(), tokenizer, tmp_path / "hf", adapter_only=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_directory_is_replaced_whole(swaps, tmp_path, monkeypatch):
+    if not swaps:
+        monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+    for text in ("one", "two"):
+        with saving.atomic_directory(tmp_path / "d") as folder:
+            (folder / "file").write_text(text)
+            assert not (tmp_path / "d" / "file").exists() or (tmp_path / "d" / "file").read_text() == "one"
+    assert (tmp_path / "d" / "file").read_text() == "two" and (tmp_path / "d" / saving.COMPLETE).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_directory_left_between_two_renames_comes_back(tmp_path):
+    with saving.atomic_directory(tmp_path / "d") as folder:
+        (folder / "file").write_text("one")
+    (tmp_path / "d").rename(tmp_path / ".d.old")
+    with pytest.raises(OSError, match="full"), saving.atomic_directory(tmp_path / "d"):
+        raise OSError("disk full")
+    assert (tmp_path / "d" / "file").read_text() == "one"
+
+
+def test_what_was_not_written_here_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not written here"), saving.atomic_directory(tmp_path):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_private_attention_stays_private(model, tokenizer, tmp_path):
+    from lightning_rlhf.models import Policy
+
+    policy = Policy(model)
+    assert policy.layout == "tree"
+    saving.save_pretrained(policy.model, tokenizer, tmp_path / "hf")
+    assert "tree" not in json.dumps(json.loads((tmp_path / "hf" / "config.json").read_text()))
+    assert policy.model.config._attn_implementation == "tree"
