@@ -63,8 +63,9 @@ class TokenMean(Metric):
 
     def update(self, values: Tensor, weight: Tensor) -> None:
         """Adds (N,) values with (N,) weights."""
-        self.total += (values.detach().to(self.total.dtype) * weight).sum()
-        self.weight += weight.sum()
+        # not in place: a reset inside trainer.validate leaves inference tensors, which fit may not write to
+        self.total = self.total + (values.detach().to(self.total.dtype) * weight).sum()
+        self.weight = self.weight + weight.sum()
 
     def compute(self) -> Tensor:
         """The mean of all that was added, in fp32."""

@@ -29,3 +29,12 @@ def test_doctests(module):
     names = {k: getattr(module, k) for k in dir(module)}
     result = doctest.testmod(module, extraglobs={**names, "torch": torch})
     assert result.attempted and not result.failed
+
+
+def test_a_metric_reset_under_inference_mode_takes_updates_outside_it():
+    metric = TokenMean()
+    with torch.inference_mode():
+        metric.update(torch.ones(2), torch.ones(2))
+        metric.reset()
+    metric.update(torch.full((2,), 3.0), torch.ones(2))
+    assert metric.compute() == 3

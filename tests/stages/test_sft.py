@@ -245,3 +245,14 @@ def test_a_model_object_needs_its_tokenizer(tiny_model_dir):
     with pytest.raises(ValueError, match="tokenizer"):
         SFTModule(model)
     SFTModule(model, tokenizer=str(tiny_model_dir)).configure_model()
+
+
+def test_one_trainer_validates_then_fits_then_validates(tiny_model_dir, tmp_path):
+    module = SFTModule(tiny_model_dir)
+    data = InstructionDataModule(run_sft.rows(), cache_dir=tmp_path)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
+                        enable_checkpointing=False)  # fmt: skip
+    before = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    trainer.fit(module, data)
+    after = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    assert after < before
