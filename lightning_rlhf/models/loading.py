@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,6 +83,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool
     return tokenizer
 
 
+def dtype_keyword() -> str:
+    """What ``from_pretrained`` calls the weights' dtype: transformers 5 deprecates the name that 4.51 needs."""
+    return "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+
+
 def load_causal_lm(
     pretrained: str | os.PathLike[str] | PreTrainedModel,
     *,
@@ -113,7 +119,7 @@ def load_causal_lm(
     else:
         if dtype == "float16" and not torch.cuda.is_available():
             raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
-        arguments: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        arguments: dict[str, Any] = {dtype_keyword(): getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         model = AutoModelForCausalLM.from_pretrained(pretrained, **arguments)
     embeddings: Any = model.get_input_embeddings()
     if vocab_size is not None and vocab_size > embeddings.weight.shape[0]:

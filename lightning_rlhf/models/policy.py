@@ -115,7 +115,7 @@ class Policy(nn.Module):
     def native_attention(self) -> Iterator[nn.Module]:
         """The model with the attention it came with, in eval mode and able to cache: for ``generate``."""
         lm, mode = self._causal_lm, self.model.training
-        checkpointing = bool(getattr(lm, "is_gradient_checkpointing", False))
+        checkpointing = is_checkpointing(lm)
         forest, self._forest = self._forest, None
         self.model.eval()
         tree.set_attention(lm, self._own_attention)
@@ -170,7 +170,7 @@ class Policy(nn.Module):
 
     def _run_checkpointed(self, batch: PackedBatch) -> None:
         """Some families drop keywords only on the checkpointed path, which eval mode does not take."""
-        if getattr(self._causal_lm, "is_gradient_checkpointing", False):
+        if is_checkpointing(self._causal_lm):
             with torch.random.fork_rng(), torch.enable_grad():
                 self.model.train()
                 self(batch)
@@ -210,6 +210,12 @@ def _probe(model: PreTrainedModel) -> PackedBatch:
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Gradient checkpointing in the form that works with frozen inputs and keyword arguments."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether :func:`enable_checkpointing` is in force; transformers 5 renamed the property."""
+    new = "is_activation_checkpointing"
+    return bool(getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing"))
 
 
 def head_weight(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

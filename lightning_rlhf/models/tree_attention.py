@@ -135,7 +135,8 @@ def _by_hand(
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.float().masked_fill(~mask, -torch.inf)
+    at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(at_least_fp32).masked_fill(~mask, -torch.inf)
     if sinks is not None:  # a key without a value: it takes its share and gives nothing
         sink = sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits)
         logits = torch.cat([logits, sink], -1)

@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,7 @@ class Stage(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._rng_to_restore: dict[str, Any] | None = None
+        self._mid_step = False
 
     def configure_callbacks(self) -> list[L.Callback]:
         """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step.
@@ -42,8 +45,13 @@ class Stage(L.LightningModule):
         """Refuses settings under which steps would not be what the planner dealt.
 
         Raises:
-            ValueError: ``limit_train_batches`` that cuts a step in two.
+            ValueError: ``limit_train_batches`` that cuts a step in two, or accumulation that changes by epoch.
         """
+        if any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "GradientAccumulationScheduler changes accumulate_grad_batches by epoch, but steps are planned for one "
+                "value of it. Set trainer.accumulate_grad_batches, and run again from a checkpoint to change it."
+            )
         k, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
         if isinstance(limit, int) and limit % k:
             raise ValueError(
@@ -53,12 +61,20 @@ class Stage(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Puts a resumed run's RNG states back, after all that set-up drew."""
+        last = self.trainer.num_training_batches
+        self._mid_step = bool((batch_idx + 1) % self.trainer.accumulate_grad_batches) and batch_idx + 1 != last
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds RNG states of all ranks; drops frozen weights."""
+        if self._mid_step and self.trainer.training:
+            rank_zero_warn(
+                "This checkpoint falls between two micro-batches of one optimizer step (a time-based ModelCheckpoint, "
+                "or a val_check_interval that is no multiple of accumulate_grad_batches). The gradients gathered so "
+                "far are not in it: a run resumed from it will differ."
+            )
         state = rng_state()
         states = [state]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -71,8 +87,12 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes this rank's RNG state, and completes the weights with the frozen ones."""
         states = checkpoint.get("rng_states", [])
-        if self._trainer is not None and len(states) == self.trainer.world_size:
-            self._rng_to_restore = states[self.trainer.global_rank]
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # load_from_checkpoint: no run goes on
+            trainer = None
+        if trainer is not None and len(states) == trainer.world_size:
+            self._rng_to_restore = states[trainer.global_rank]
         own = self.state_dict()
         saved = checkpoint["state_dict"]
         for name in self._frozen() - saved.keys():

@@ -2,7 +2,7 @@
 
     python run_sft.py MODEL_DIR OUT_DIR '{"devices": 2, "accumulate": 1, ...}'
 
-Writes OUT_DIR/weights.pt (trained weights) and OUT_DIR/losses.json.
+Writes to OUT_DIR gradients.pt (the first step's, as the optimizer got them), weights.pt (trained) and metrics.json.
 """
 
 import json
@@ -19,8 +19,8 @@ from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
 torch.set_num_threads(1)
 
 
-def rows(n=24):
-    """Conversations of mixed length, some of two turns."""
+def rows(n=24, order=0):
+    """Conversations of mixed length, some of two turns; any other order than 0 shuffles them."""
     out = []
     for i in range(n):
         messages = [
@@ -30,11 +30,20 @@ def rows(n=24):
         if i % 3 == 0:
             messages += [{"role": "user", "content": "again"}, {"role": "assistant", "content": f"Paris {i}"}]
         out.append({"messages": messages})
-    return out
+    return out if not order else [out[i] for i in torch.randperm(n, generator=torch.Generator().manual_seed(order))]
+
+
+class FirstGradients(L.Callback):
+    """Keeps what the optimizer is handed at the first step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not trainer.global_step:
+            self.gradients = {k: p.grad.clone() for k, p in pl_module.policy.named_parameters() if p.grad is not None}
 
 
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
-        max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=1, lr=1e-2, callbacks=()):  # fmt: skip
+        max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=0, lr=1e-2, val_fraction=0.2,
+        callbacks=()):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = SFTModule(
@@ -44,13 +53,14 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
     )
     data = InstructionDataModule(
-        rows()[::order],
-        val_fraction=0.2,
+        rows(order=order),
+        val_fraction=val_fraction,
         batch_size=batch_size,
         num_workers=workers,
         cache_dir=Path(out_dir) / "cache",
     )
-    callbacks = list(callbacks)
+    first = FirstGradients()
+    callbacks = [*callbacks, first]
     if save_every:
         checkpoint = ModelCheckpoint(
             out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1
@@ -75,6 +85,8 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
     if trainer.is_global_zero:
         weights = {k: v.detach().clone() for k, v in module.policy.named_parameters()}
         torch.save(weights, Path(out_dir) / "weights.pt")
+        if hasattr(first, "gradients"):
+            torch.save(first.gradients, Path(out_dir) / "gradients.pt")
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
         (Path(out_dir) / "metrics.json").write_text(json.dumps(metrics))
     return trainer, module
