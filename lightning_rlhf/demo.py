@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     import lightning.pytorch as L
     import torch
+    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
     from lightning_rlhf import HFExport, InstructionDataModule, LoRA, SampleCompletions, SFTModule
@@ -59,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
         callbacks=[
             HFExport(str(options.output / "hf"), on="end"),
             SampleCompletions(PROMPTS, max_new_tokens=40),
+            # Lightning's default bar shows nothing in a file or a pipe
+            *([] if sys.stdout.isatty() else [TQDMProgressBar()]),
         ],
     )
     print(f"Everything goes to {options.output}.\n\n1. Held-out loss before training")
@@ -73,6 +77,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _line(metrics: Mapping[str, float]) -> str:
-
     names = ("loss", "perplexity", "token_accuracy")
     return "  ".join(f"{n.replace('_', ' ')} {metrics[f'val/{n}']:.3f}" for n in names)
