@@ -1,6 +1,6 @@
 """A batch as one row of tokens: every prompt once, its completions behind it.
 
-Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees.
+Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees, P pairs of compared completions.
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ class Branch(NamedTuple):
     scored: Sequence[bool] | None = None
 
 
+class Pair(NamedTuple):
+    """Two completions of one tree, the first better than the second.
+
+    Attributes:
+        better: Number of the better branch in its tree.
+        worse: Number of the other.
+        margin: By how much the better one should win.
+        weight: Of the pair in a loss.
+    """
+
+    better: int
+    worse: int
+    margin: float = 0.0
+    weight: float = 1.0
+
+
 class Tree(NamedTuple):
     """A prompt of at least one token and the completions that continue it.
 
@@ -32,11 +48,15 @@ class Tree(NamedTuple):
         prompt: Tokens that stand once and are never scored.
         branches: At least one completion.
         weight: Weight of its scored tokens in a loss; 0 marks a row that only fills an empty bin.
+        pairs: Which completions are better than which.
+        origin: Number of where the row comes from (source and language), for metrics apart.
     """
 
     prompt: Sequence[int]
     branches: Sequence[Branch]
     weight: float = 1.0
+    pairs: Sequence[Pair] = ()
+    origin: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -112,11 +132,31 @@ class StepTotals(NamedTuple):
         sequences: Sequences by weight.
         bins: Micro-batches of all ranks (``accumulate_grad_batches`` x data-parallel size): a mean over the step is
             ``loss_sum * bins / tokens``, since Lightning divides by the first factor and the ranks by the second.
+        pairs: Pairs by weight.
     """
 
     tokens: float
     sequences: float
     bins: int
+    pairs: float = 0.0
+
+
+class Pairs(NamedTuple):
+    """The compared completions of a batch.
+
+    Attributes:
+        better: (P,) sequence of the better completion.
+        worse: (P,) sequence of the other.
+        margin: (P,) fp32, by how much the better one should win.
+        weight: (P,) fp32 weight in a loss.
+        origin: (P,) their trees' origins.
+    """
+
+    better: Tensor
+    worse: Tensor
+    margin: Tensor
+    weight: Tensor
+    origin: Tensor
 
 
 @dataclass(eq=False)
@@ -133,7 +173,9 @@ class PackedBatch:
         sequence: (N,) the branch a scored token belongs to.
         last: (S,) index into T of each branch's last token.
         weight: (N,) fp32 weight of each scored token.
+        pairs: Which sequences are better than which; P = 0 in data that compares nothing.
         totals: Of the optimizer step; of this batch alone where no planner made it.
+        rows: Numbers of the trees in their data, where a planner knows them: for putting predictions in order.
     """
 
     input_ids: Tensor
@@ -144,7 +186,9 @@ class PackedBatch:
     sequence: Tensor
     last: Tensor
     weight: Tensor
+    pairs: Pairs
     totals: StepTotals
+    rows: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -162,8 +206,10 @@ class PackedBatch:
         return self.last.shape[0]
 
     def _map(self, function: Any) -> PackedBatch:
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, forest=Forest(self.forest.trees), **{k: function(v) for k, v in tensors.items()})
+        changed: dict[str, Any] = {
+            f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, forest=Forest(self.forest.trees), pairs=Pairs(*map(function, self.pairs)), **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``; Lightning moves batches by this method."""
@@ -174,12 +220,13 @@ class PackedBatch:
         return self._map(lambda t: t.pin_memory())
 
 
-def pack(trees: Sequence[Tree], totals: StepTotals | None = None) -> PackedBatch:
+def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence[int] = ()) -> PackedBatch:
     """Lays trees out in one row.
 
     Args:
         trees: At least one.
         totals: Of the optimizer step; default those of ``trees``.
+        rows: The trees' numbers in their data.
 
     Returns:
         The packed batch.
@@ -197,10 +244,12 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None) -> PackedBatch
     sequence: list[Tensor] = []
     weight: list[Tensor] = []
     last: list[int] = []
+    pairs: list[tuple[int, int, float, float, int]] = []
     for i, tree in enumerate(trees):
         start, length = len(ids), len(tree.prompt)
         if not length or not tree.branches:
             raise ValueError(f"Tree {i} needs a prompt of at least one token and at least one completion.")
+        pairs.extend((len(last) + p.better, len(last) + p.worse, p.margin, p.weight, tree.origin) for p in tree.pairs)
         ids.extend(tree.prompt)
         positions.append(torch.arange(length))
         branches = []
@@ -225,8 +274,12 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None) -> PackedBatch
         spans.append((Span(start, length), tuple(branches)))
     if totals is None:
         totals = StepTotals(
-            sum(t.weight * t.num_scored for t in trees), sum(t.weight * len(t.branches) for t in trees), 1
+            tokens=sum(t.weight * t.num_scored for t in trees),
+            sequences=sum(t.weight * len(t.branches) for t in trees),
+            bins=1,
+            pairs=sum(p.weight for t in trees for p in t.pairs),
         )
+    better, worse, margin, pair_weight, origin = zip(*pairs, strict=True) if pairs else ((),) * 5
     return PackedBatch(
         input_ids=torch.tensor(ids, dtype=torch.long),
         position_ids=torch.cat(positions),
@@ -236,12 +289,20 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None) -> PackedBatch
         sequence=torch.cat(sequence),
         last=torch.tensor(last),
         weight=torch.cat(weight),
+        pairs=Pairs(
+            torch.tensor(better, dtype=torch.long),
+            torch.tensor(worse, dtype=torch.long),
+            torch.tensor(margin, dtype=torch.float32),
+            torch.tensor(pair_weight, dtype=torch.float32),
+            torch.tensor(origin, dtype=torch.long),
+        ),
         totals=totals,
+        rows=tuple(rows),
     )
 
 
 def unpack(batch: PackedBatch) -> list[Tree]:
-    """The trees of a batch: the inverse of :func:`pack`."""
+    """The trees of a batch: the inverse of :func:`pack`; a tree without pairs loses its origin."""
     scored = [torch.zeros(branch.length, dtype=torch.bool) for _, branches in batch.forest.trees for branch in branches]
     starts = [branch.start for _, branches in batch.forest.trees for branch in branches]
     weights = [1.0] * len(starts)
@@ -249,17 +310,24 @@ def unpack(batch: PackedBatch) -> list[Tree]:
     for predictor, s, w in zip(batch.predictor.tolist(), batch.sequence.tolist(), batch.weight.tolist(), strict=True):
         scored[s][0 if predictor in prompt_ends else predictor + 1 - starts[s]] = True
         weights[s] = w
+    tree_of = [(t, j) for t, (_, branches) in enumerate(batch.forest.trees) for j in range(len(branches))]
+    pairs: list[list[Pair]] = [[] for _ in batch.forest.trees]
+    origins = [0] * len(pairs)
+    for better, worse, margin, w, origin in zip(*(column.tolist() for column in batch.pairs), strict=True):
+        tree, number = tree_of[better]
+        pairs[tree].append(Pair(number, tree_of[worse][1], margin, w))
+        origins[tree] = origin
     ids = batch.input_ids.tolist()
 
     def cut(span: Span) -> list[int]:
         return ids[span.start : span.start + span.length]
 
     trees, i = [], 0
-    for prompt, spans in batch.forest.trees:
+    for t, (prompt, spans) in enumerate(batch.forest.trees):
         branches = [
             Branch(cut(b), None if scored[i + j].all() else scored[i + j].tolist()) for j, b in enumerate(spans)
         ]
-        trees.append(Tree(cut(prompt), branches, weights[i]))
+        trees.append(Tree(cut(prompt), branches, weights[i], tuple(pairs[t]), origins[t]))
         i += len(spans)
     return trees
 
@@ -270,9 +338,10 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
     Raises:
         ValueError: One tree alone is over the budget.
     """
-    parts: list[list[Tree]] = [[]]
+    parts: list[list[int]] = [[]]
     used = 0
-    for tree in unpack(batch):
+    trees = unpack(batch)
+    for i, tree in enumerate(trees):
         if tree.num_tokens > max_tokens:
             raise ValueError(
                 f"A tree of {tree.num_tokens} tokens does not fit into max_tokens={max_tokens}; raise it to at least "
@@ -281,9 +350,14 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
         if parts[-1] and used + tree.num_tokens > max_tokens:
             parts.append([])
             used = 0
-        parts[-1].append(tree)
+        parts[-1].append(i)
         used += tree.num_tokens
-    return [pack(part, batch.totals).to(batch.input_ids.device) for part in parts]
+    return [
+        pack([trees[i] for i in part], batch.totals, [batch.rows[i] for i in part] if batch.rows else ()).to(
+            batch.input_ids.device
+        )
+        for part in parts
+    ]
 
 
 class PaddedBatch(NamedTuple):

@@ -27,11 +27,12 @@ class Bin(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What the planner needs to know of a tree."""
+    """What the planner needs to know of a tree: tokens, scored tokens, branches, and pairs by weight."""
 
     tokens: int
     scored: float
     sequences: int
+    pairs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,13 @@ class Planner:
 
     def _deal(self, rows: list[int]) -> list[Bin]:
         bins = self.micro_batches * self.ranks
-        totals = StepTotals(sum(self.sizes[i].scored for i in rows), sum(self.sizes[i].sequences for i in rows), bins)
+        sizes = [self.sizes[i] for i in rows]
+        totals = StepTotals(
+            tokens=sum(s.scored for s in sizes),
+            sequences=sum(s.sequences for s in sizes),
+            bins=bins,
+            pairs=sum(s.pairs for s in sizes),
+        )
         dealt = balance([self.sizes[i].tokens for i in rows], bins)
         largest = max(sum(self.sizes[rows[i]].tokens for i in b) for b in dealt)
         if self.max_tokens is not None and largest > self.max_tokens:
@@ -133,7 +140,7 @@ class _Bins(Dataset[PackedBatch]):
     def __getitem__(self, index: int) -> PackedBatch:
         chosen, totals = self.bins[index]
         trees = [self.rows(i) for i in chosen] or [Tree([0], [Branch([0])], weight=0.0)]
-        return pack(trees, totals)
+        return pack(trees, totals, chosen)
 
 
 def _whole(batch: Any) -> Any:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.policy import enable_checkpointing
+from lightning_rlhf.models.backbone import enable_checkpointing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import SaveOnInterrupt
+from lightning_rlhf.models.backbone import Backbone
 
 
 class Stage(L.LightningModule):
@@ -32,6 +33,16 @@ class Stage(L.LightningModule):
         super().__init__()
         self._rng_to_restore: dict[str, Any] | None = None
         self._mid_step = False
+
+    @property
+    def exportable(self) -> Backbone:
+        """The model that callbacks export and show."""
+        raise NotImplementedError
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a sequence, where the model knows; data modules ask."""
+        return self.exportable.context_length
 
     def configure_callbacks(self) -> list[L.Callback]:
         """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step.

@@ -17,8 +17,8 @@ from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.functional.logprobs import ScoredTokens
 from lightning_rlhf.metrics import Perplexity, TokenMean
 from lightning_rlhf.models import LoRA, Policy, load_causal_lm, load_tokenizer
+from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.models.policy import LayoutChoice
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer, fit_schedules, parameter_groups
 
@@ -105,6 +105,11 @@ class SFTModule(Stage):
             trust_remote_code=self.trust_remote_code,
         )
         self.policy = Policy(model, self.layout)
+
+    @property
+    def exportable(self) -> Policy:
+        """The policy."""
+        return self.policy
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Any:
         """Loss whose sum over micro-batches and mean over ranks is the step's mean over scored tokens."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.data.packed import Branch, StepTotals, Tree, pack, pad, split, unpack
+from lightning_rlhf.data.packed import Branch, Pair, StepTotals, Tree, pack, pad, split, unpack
 
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
@@ -20,6 +20,9 @@ def branch(draw):
 @st.composite
 def tree(draw):
     t = Tree(draw(ids), draw(st.lists(branch(), min_size=1, max_size=4)))
+    if len(t.branches) > 1 and draw(st.booleans()):
+        pair = st.permutations(range(len(t.branches))).map(lambda order: Pair(order[0], order[1], 0.5, 0.25))
+        t = t._replace(pairs=tuple(draw(st.lists(pair, min_size=1, max_size=3))), origin=draw(st.integers(0, 3)))
     return t._replace(weight=draw(st.sampled_from([0.0, 1.0]))) if all(_count(b) for b in t.branches) else t
 
 
@@ -101,3 +104,22 @@ def test_impossible_trees_are_refused(rows):
 def test_a_tree_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="max_tokens=3"):
         split(pack([Tree([1, 2], [Branch([3, 4])])]), 3)
+
+
+def test_pairs_point_at_the_sequences_of_their_tree():
+    rows = [
+        Tree([1], [Branch([2]), Branch([3]), Branch([4])], pairs=[Pair(2, 0, 1.5, 0.5), Pair(1, 0)], origin=3),
+        Tree([5], [Branch([6])]),
+        Tree([7], [Branch([8]), Branch([9])], pairs=[Pair(0, 1)], origin=1),
+    ]
+    batch = pack(rows, rows=[7, 8, 9])
+    first = batch.input_ids[batch.last]
+    assert first[batch.pairs.better].tolist() == [4, 3, 8]
+    assert first[batch.pairs.worse].tolist() == [2, 2, 9]
+    assert batch.pairs.margin.tolist() == [1.5, 0.0, 0.0]
+    assert batch.pairs.origin.tolist() == [3, 3, 1]
+    assert batch.totals.pairs == 2.5
+    parts = split(batch, 5)
+    assert [p.rows for p in parts] == [(7,), (8, 9)]
+    assert parts[1].pairs.better.tolist() == [1]
+    assert parts[1].to("cpu").pairs.worse.tolist() == [2]

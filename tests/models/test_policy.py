@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack, pad
 from lightning_rlhf.models import LoRA, Policy, load_causal_lm
-from lightning_rlhf.models.policy import enable_checkpointing
+from lightning_rlhf.models.backbone import enable_checkpointing, is_checkpointing
 
 V = 97
 BASE = dict(
@@ -182,8 +182,8 @@ def test_native_attention_restores_checkpointing_and_layout():
     enable_checkpointing(model)
     policy = Policy(model)
     with policy.native_attention() as inner:
-        assert not inner.is_gradient_checkpointing
-    assert model.is_gradient_checkpointing
+        assert not is_checkpointing(inner)
+    assert is_checkpointing(model)
     torch.testing.assert_close(policy(batch()).logprobs, reference(build(), batch()), atol=1e-5, rtol=0)
 
 

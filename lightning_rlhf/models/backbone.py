@@ -1,0 +1,205 @@
+"""A transformers model that runs packed batches: which layouts it can take, and its hidden states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_rlhf.data.packed import Branch, Forest, PackedBatch, Tree, pack, pad
+from lightning_rlhf.models import tree_attention as tree
+
+log = logging.getLogger(__name__)
+
+Layout = Literal["tree", "inject", "padded"]
+LayoutChoice = Literal["auto", "tree", "padded"]
+
+
+class Hidden(NamedTuple):
+    """Hidden states of a batch, in either layout.
+
+    Attributes:
+        states: (M, D), M being T, or the positions of the padded rectangle.
+        predictor: (N,) index into M of the position that predicts each scored token.
+        last: (S,) index into M of each sequence's last token.
+    """
+
+    states: Tensor
+    predictor: Tensor
+    last: Tensor
+
+
+class Backbone(nn.Module):
+    """Base of the models that read packed batches; a subclass puts a head behind :meth:`hidden`.
+
+    Args:
+        model: A ``transformers`` decoder with any head, or a peft model around one.
+        layout: ``auto`` tries the tree layout on a small batch and takes the padded one where results differ;
+            ``tree`` raises there; ``padded`` never tries.
+
+    Attributes:
+        model: As given, its attention set to ``"tree"`` unless the layout is padded.
+        layout: ``tree``, ``inject`` (a tree, handed to the attention layers by hooks, for families that drop
+            unknown keywords), or ``padded``.
+
+    Raises:
+        ValueError: ``layout="tree"`` and the model can't take it.
+    """
+
+    def __init__(self, model: nn.Module, layout: LayoutChoice = "auto") -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = "padded"
+        self._forest: Forest | None = None
+        self._hooks: list[Any] = []
+        self._own_attention = tree.attention_of(self.transformer)
+        if layout != "padded":
+            self._choose_layout(required=layout == "tree")
+
+    @property
+    def transformer(self) -> PreTrainedModel:
+        """The transformers model inside adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a sequence, where the model knows."""
+        return getattr(self.transformer.config, "max_position_embeddings", None)
+
+    @property
+    def _decoder(self) -> nn.Module:
+        """The transformers model without its head."""
+        whole = self.transformer
+        return whole.base_model if whole.base_model is not whole else whole.get_decoder()
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """Runs the model without its head; to be called inside ``forward``, where wrappers' hooks fire."""
+        if self.layout == "padded":
+            padded = pad(batch)
+            # right padding needs no position ids, and some families take none
+            out = self._decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False)
+            states = out.last_hidden_state
+            first = torch.arange(len(states), device=states.device) * states.shape[1]
+            return Hidden(states.flatten(0, 1), first[padded.row] + padded.column, first + padded.last)
+        # kept until the next forward pass: a checkpointed layer runs again in the backward pass
+        self._forest = batch.forest
+        inputs: dict[str, Any] = dict(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None])
+        if self.layout == "tree":
+            inputs["forest"] = batch.forest
+        with tree.forest_active():
+            # without the cache off, packed positions leak into each other in transformers 5
+            out = self._decoder(**inputs, use_cache=False)
+        return Hidden(out.last_hidden_state[0], batch.predictor, batch.last)
+
+    @contextmanager
+    def native_attention(self) -> Iterator[nn.Module]:
+        """The model with the attention it came with, in eval mode and able to cache: for ``generate``."""
+        whole, mode = self.transformer, self.model.training
+        checkpointing = is_checkpointing(whole)
+        forest, self._forest = self._forest, None
+        self.model.eval()
+        tree.set_attention(whole, self._own_attention)
+        if checkpointing:
+            whole.gradient_checkpointing_disable()
+        try:
+            yield self.model
+        finally:
+            if checkpointing:
+                enable_checkpointing(whole)
+            if self.layout != "padded":
+                tree.set_attention(whole, tree.NAME)
+            self._forest = forest
+            self.model.train(mode)
+
+    # ------------------------------------------------------------------------------------------------- layouts
+
+    def _choose_layout(self, required: bool) -> None:
+        """Runs a small batch down each layout and takes the first that equals the padded one."""
+        batch = _probe(self.transformer)
+        whole, mode = self.transformer, self.model.training
+        self.model.eval()  # dropout would differ; layers run what they run in training
+        # half precision rounds differently in each layout
+        tolerance = 1e-4 if whole.dtype in (torch.float32, torch.float64) else 0.05
+        reasons = []
+        try:
+            with torch.no_grad():
+                want = self._probed(batch)
+                for layout in ("tree", "inject"):
+                    self.layout = layout
+                    tree.set_attention(whole, tree.NAME)
+                    if layout == "inject":
+                        self._install_hooks()
+                    try:
+                        difference = ((self._probed(batch) - want).norm() / want.norm()).item()
+                        self._run_checkpointed(batch)
+                    except (tree.ForestNotPassedError, TypeError, ValueError, RuntimeError) as error:
+                        reasons.append(f"{layout}: {str(error).splitlines()[0]}")
+                    else:
+                        if difference < tolerance:
+                            return
+                        reasons.append(f"{layout}: hidden states differ by {difference:.1e} of their size")
+                    self._remove_hooks()
+            self.layout = "padded"
+            tree.set_attention(whole, self._own_attention)
+        finally:
+            self._forest = None
+            self.model.train(mode)
+        message = f"{type(whole).__name__} can't take the tree layout ({'; '.join(reasons)})"
+        if required:
+            raise ValueError(f"{message}; use layout: auto or padded.")
+        log.warning("%s: batches run padded, with equal results and more compute.", message)
+
+    def _probed(self, batch: PackedBatch) -> Tensor:
+        """All hidden states that any head reads."""
+        states, predictor, last = self.hidden(batch)
+        return states[torch.cat([predictor, last])].float()
+
+    def _run_checkpointed(self, batch: PackedBatch) -> None:
+        """Some families drop keywords only on the checkpointed path, which eval mode does not take."""
+        if is_checkpointing(self.transformer):
+            with torch.random.fork_rng(), torch.enable_grad():
+                self.model.train()
+                self.hidden(batch)
+            self.model.eval()
+
+    def _install_hooks(self) -> None:
+        def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            return None if self._forest is None else (args, {**kwargs, "forest": self._forest})
+
+        for module in tree.attention_modules(self.transformer):
+            self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _probe(model: PreTrainedModel) -> PackedBatch:
+    """A branching tree, a pair of lone sequences and one more, of 32 tokens: enough to tell layouts apart."""
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary: int = embeddings.weight.shape[0]
+    ids = [(3 + 7 * i) % vocabulary for i in range(32)]
+    rows: Sequence[Tree] = (
+        Tree(ids[:5], [Branch(ids[5:9]), Branch(ids[9:12])]),
+        Tree(ids[12:14], [Branch(ids[14:19])]),
+        Tree(ids[19:21], [Branch(ids[21:26])]),
+        Tree(ids[26:27], [Branch(ids[27:32])]),
+    )
+    return pack(rows).to(embeddings.weight.device)
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Gradient checkpointing in the form that works with frozen inputs and keyword arguments."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether :func:`enable_checkpointing` is in force; transformers 5 renamed the property."""
+    new = "is_activation_checkpointing"
+    return bool(getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing"))
