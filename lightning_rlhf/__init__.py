@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_rlhf.callbacks import HFExport, SampleCompletions, SaveOnInterrupt
     from lightning_rlhf.data.instruction import InstructionDataModule
-    from lightning_rlhf.models import LoRA, Policy
-    from lightning_rlhf.stages import SFTModule
+    from lightning_rlhf.data.preference import PreferenceDataModule
+    from lightning_rlhf.models import LoRA, Policy, RewardModel
+    from lightning_rlhf.stages import RewardModule, SFTModule
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,11 @@ _HOMES = {
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
     "InstructionDataModule": "data.instruction",
+    "PreferenceDataModule": "data.preference",
     "LoRA": "models",
     "Policy": "models",
+    "RewardModel": "models",
+    "RewardModule": "stages",
     "SFTModule": "stages",
 }
 __all__ = [
@@ -27,6 +31,9 @@ __all__ = [
     "InstructionDataModule",
     "LoRA",
     "Policy",
+    "PreferenceDataModule",
+    "RewardModel",
+    "RewardModule",
     "SFTModule",
     "SampleCompletions",
     "SaveOnInterrupt",

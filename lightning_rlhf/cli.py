@@ -56,6 +56,7 @@ def cli(args: Sequence[str], run: bool = True) -> Any:
     # imported so that bare class names work: --model SFTModule
     import lightning_rlhf.callbacks
     import lightning_rlhf.data.instruction
+    import lightning_rlhf.data.preference
     import lightning_rlhf.stages  # noqa: F401
 
     return LightningCLI(

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, pad, split, unpack
     from lightning_rlhf.data.planner import PlannedLoader, Planner
+    from lightning_rlhf.data.preference import PreferenceDataModule
 
 _HOMES = {
     "InstructionDataModule": "instruction",
+    "PreferenceDataModule": "preference",
     **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
     **dict.fromkeys(("PlannedLoader", "Planner"), "planner"),
 }
@@ -21,6 +23,7 @@ __all__ = [
     "PackedBatch",
     "PlannedLoader",
     "Planner",
+    "PreferenceDataModule",
     "Tree",
     "pack",
     "pad",

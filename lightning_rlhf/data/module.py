@@ -153,6 +153,14 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def messages(self, item: Item) -> list[dict[str, str]] | None:
         """The prompt of a row for showing samples; None where it has none."""
 
+    def finish(self, table: Any, part: str) -> Any:
+        """Adds what depends on the whole part to its table of good rows."""
+        return table
+
+    def where(self, part: str, row: int) -> str:
+        """File and line of a row by its number in the part's batches (``PackedBatch.rows``)."""
+        return str(self._rows[part].dataset[row]["where"])
+
     # ------------------------------------------------------------------------------------------------- Lightning
 
     def prepare_data(self) -> None:
@@ -281,7 +289,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         path = self._store(part)
         if path is None:
             return TokenRows(datasets.Dataset.from_dict({name: [] for name in SIZE_COLUMNS}), self.tree)
-        return TokenRows(self._without_bad(datasets.load_from_disk(str(path)), part), self.tree)
+        return TokenRows(self.finish(self._without_bad(datasets.load_from_disk(str(path)), part), part), self.tree)
 
     def _store(self, part: str) -> Path | None:
         """Where the part's tokenised rows lie, made if need be; None where it has no rows."""

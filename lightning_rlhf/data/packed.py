@@ -205,6 +205,11 @@ class PackedBatch:
         """S."""
         return self.last.shape[0]
 
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) tokens of each completion."""
+        return torch.tensor([b.length for _, branches in self.forest.trees for b in branches], device=self.last.device)
+
     def _map(self, function: Any) -> PackedBatch:
         changed: dict[str, Any] = {
             f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)

@@ -1,5 +1,15 @@
 """Metrics, each exact over ranks and micro-batches, with a functional twin."""
 
+from lightning_rlhf.metrics.preference import PreferenceAccuracy, calibration, calibration_error, share_won
 from lightning_rlhf.metrics.tokens import Perplexity, TokenMean, perplexity, token_mean
 
-__all__ = ["Perplexity", "TokenMean", "perplexity", "token_mean"]
+__all__ = [
+    "Perplexity",
+    "PreferenceAccuracy",
+    "TokenMean",
+    "calibration",
+    "calibration_error",
+    "perplexity",
+    "share_won",
+    "token_mean",
+]

@@ -9,8 +9,16 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -49,7 +57,8 @@ class LoRA:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            # of a classifier peft trains the head in full, and saves it with the adapters
+            task_type="SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
@@ -83,11 +92,6 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool
     return tokenizer
 
 
-def dtype_keyword() -> str:
-    """What ``from_pretrained`` calls the weights' dtype: transformers 5 deprecates the name that 4.51 needs."""
-    return "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-
-
 def load_causal_lm(
     pretrained: str | os.PathLike[str] | PreTrainedModel,
     *,
@@ -117,10 +121,82 @@ def load_causal_lm(
     if isinstance(pretrained, PreTrainedModel):
         model = pretrained
     else:
-        if dtype == "float16" and not torch.cuda.is_available():
-            raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
-        arguments: dict[str, Any] = {dtype_keyword(): getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(pretrained, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(pretrained, **_arguments(dtype, trust_remote_code))
+    return _prepared(model, lora, gradient_checkpointing, vocab_size)
+
+
+def load_reward_model(
+    pretrained: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    dtype: Dtype = "float32",
+    lora: LoRA | None = None,
+    gradient_checkpointing: bool = False,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A transformers classifier with one label.
+
+    From a causal LM the head is new: no bias, normal with standard deviation ``1 / sqrt(D + 1)`` (Stiennon et al.
+    2020). From a classifier it is the classifier's own.
+
+    Args:
+        pretrained: A directory or hub id of a causal LM or of a one-label classifier, or such a classifier.
+        dtype: Of the weights; the head is fp32.
+        lora: Adapters; the head is trained beside them.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
+        pad_token_id: What plain transformers skips at the end of a row: never a token that ends answers.
+        seed: Of a new head.
+        trust_remote_code: Run model code that comes with the checkpoint.
+
+    Returns:
+        The model, or a peft model around it, in training mode.
+
+    Raises:
+        OSError: Nothing is there.
+        ValueError: A classifier with several labels, or a dtype that the hardware can't train in.
+    """
+    if isinstance(pretrained, PreTrainedModel):
+        _check_labels(pretrained.config, type(pretrained).__name__)
+        model = pretrained
+    else:
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+            config.num_labels = 1  # a language model's config says 2, and means nothing by it
+        _check_labels(config, pretrained)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            pretrained, config=config, output_loading_info=True, **_arguments(dtype, trust_remote_code)
+        )
+        if "score.weight" in found["missing_keys"]:
+            weight = model.score.weight
+            drawn = torch.empty(weight.shape).normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed))
+            weight.data.copy_(drawn)
+    if pad_token_id is not None:
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
+    if isinstance(score := getattr(model, "score", None), nn.Module):
+        score.float()
+    return _prepared(model, lora, gradient_checkpointing, vocab_size)
+
+
+def _check_labels(config: Any, name: object) -> None:
+    if config.num_labels != 1:
+        raise ValueError(f"{name} is a classifier of {config.num_labels} labels; a reward model has one.")
+
+
+def _arguments(dtype: Dtype, trust_remote_code: bool) -> dict[str, Any]:
+    """Of ``from_pretrained``; transformers 5 deprecates the name of ``dtype`` that 4.51 needs."""
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    return {name: getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+
+
+def _prepared(
+    model: PreTrainedModel, lora: LoRA | None, gradient_checkpointing: bool, vocab_size: int | None
+) -> nn.Module:
+    """In training mode, with embeddings for every token and adapters."""
     embeddings: Any = model.get_input_embeddings()
     if vocab_size is not None and vocab_size > embeddings.weight.shape[0]:
         model.resize_token_embeddings(vocab_size)

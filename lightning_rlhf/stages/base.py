@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import SaveOnInterrupt
-from lightning_rlhf.models.backbone import Backbone
+from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
+from lightning_rlhf.models import LoRA, load_tokenizer
+from lightning_rlhf.models.backbone import Backbone, LayoutChoice
+from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 
 
 class Stage(L.LightningModule):
@@ -23,16 +33,73 @@ class Stage(L.LightningModule):
     A checkpoint holds each rank's RNG states, restored before the first batch, and none of the frozen weights,
     which come from ``pretrained`` again.
 
+    Args:
+        pretrained: Hugging Face directory, hub id, or a model.
+        tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
+        chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
+        lora: Adapters; None trains all weights.
+        dtype: Of the weights.
+        gradient_checkpointing: Trade a second forward pass for activation memory.
+        layout: ``auto``, ``tree`` or ``padded``.
+        optimizer: Parameter groups to optimizer.
+        lr_scheduler: Optimizer to scheduler.
+        trust_remote_code: Run code that comes with the model.
+
     Attributes:
         tokenizer: With the chat template that data modules render by.
+        stop_token_ids: Tokens that end an answer.
+
+    Raises:
+        ValueError: A model object without its tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None,
+        chat_template: str | None,
+        lora: LoRA | None,
+        dtype: Dtype,
+        gradient_checkpointing: bool,
+        layout: LayoutChoice,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable,
+        trust_remote_code: bool,
+    ) -> None:
         super().__init__()
+        if tokenizer is None and isinstance(pretrained, PreTrainedModel):
+            raise ValueError("Give tokenizer=... beside a model object: nothing says which one it was trained with.")
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = tokenizer
+        else:
+            self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
+        set_chat_template(self.tokenizer, chat_template)
+        self.stop_token_ids = stop_token_ids(self.tokenizer)
+        self.pretrained = pretrained
+        self.lora = lora
+        self.dtype_of_weights = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layout = layout
+        self.make_optimizer: Callable[..., Any] = optimizer
+        self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
+        self.trust_remote_code = trust_remote_code
         self._rng_to_restore: dict[str, Any] | None = None
         self._mid_step = False
+
+    def keep_hyperparameters(self) -> None:
+        """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
+
+        Objects among them (a model, a tokenizer, callables) stay out.
+        """
+        frame = inspect.currentframe()
+        self.save_hyperparameters(
+            ignore=["pretrained", "tokenizer", "optimizer", "lr_scheduler"], frame=frame and frame.f_back
+        )
+        if isinstance(self.pretrained, (str, os.PathLike)):
+            self.save_hyperparameters({"pretrained": os.fspath(self.pretrained)})
 
     @property
     def exportable(self) -> Backbone:
@@ -51,6 +118,19 @@ class Stage(L.LightningModule):
         """
         given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if given else [SaveOnInterrupt()]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and the schedule by optimizer steps."""
+        optimizer = self.make_optimizer(parameter_groups(self.exportable))
+        scheduler = self.make_lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config |= {"interval": "epoch", "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    def on_train_start(self) -> None:
+        """Tells the schedule how long the run is."""
+        fit_schedules(self.trainer)
 
     def on_fit_start(self) -> None:
         """Refuses settings under which steps would not be what the planner dealt.

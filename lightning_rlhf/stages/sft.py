@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.functional.logprobs import ScoredTokens
 from lightning_rlhf.metrics import Perplexity, TokenMean
-from lightning_rlhf.models import LoRA, Policy, load_causal_lm, load_tokenizer
+from lightning_rlhf.models import LoRA, Policy, load_causal_lm
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.stages.base import Stage
-from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer, fit_schedules, parameter_groups
+from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 
 
 class SFTModule(Stage):
@@ -65,26 +61,19 @@ class SFTModule(Stage):
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["pretrained", "tokenizer", "optimizer", "lr_scheduler"])
-        if isinstance(pretrained, (str, os.PathLike)):
-            self.save_hyperparameters({"pretrained": os.fspath(pretrained)})
-        if tokenizer is None and isinstance(pretrained, PreTrainedModel):
-            raise ValueError("Give tokenizer=... beside a model object: nothing says which one it was trained with.")
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            self.tokenizer = tokenizer
-        else:
-            self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
-        set_chat_template(self.tokenizer, chat_template)
-        self.stop_token_ids = stop_token_ids(self.tokenizer)
-        self.pretrained = pretrained
-        self.lora = lora
-        self.dtype_of_weights = dtype
-        self.gradient_checkpointing = gradient_checkpointing
-        self.layout = layout
-        self.make_optimizer: Callable[..., Any] = optimizer
-        self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
-        self.trust_remote_code = trust_remote_code
+        super().__init__(
+            pretrained,
+            tokenizer,
+            chat_template,
+            lora,
+            dtype,
+            gradient_checkpointing,
+            layout,
+            optimizer,
+            lr_scheduler,
+            trust_remote_code,
+        )
+        self.keep_hyperparameters()
         for stage in ("train", "val", "test"):
             self.add_module(f"{stage}_loss", TokenMean())
             self.add_module(f"{stage}_perplexity", Perplexity())
@@ -145,18 +134,9 @@ class SFTModule(Stage):
         """Log-probs of a batch's scored tokens: ``logprobs`` (N,), ``target`` (N,), ``sequence`` (N,)."""
         return {"logprobs": self.policy(batch).logprobs, "target": batch.target, "sequence": batch.sequence}
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and the schedule by optimizer steps."""
-        optimizer = self.make_optimizer(parameter_groups(self.policy))
-        scheduler = self.make_lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config |= {"interval": "epoch", "monitor": "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
-
     def on_train_start(self) -> None:
-        """Tells the schedule how long the run is; the first step's clock starts."""
-        fit_schedules(self.trainer)
+        """Starts the first step's clock."""
+        super().on_train_start()
         self._since = time.perf_counter()
 
     def _update(self, stage: str, batch: PackedBatch, out: ScoredTokens) -> None:

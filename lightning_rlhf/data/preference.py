@@ -1,0 +1,191 @@
+"""Preference data: pairs and rankings of answers, each prompt once with its answers behind it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.data.formats import Conversation, Message, to_conversation
+from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.packed import Branch, Pair, Tree
+from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
+from lightning_rlhf.data.sources import Source
+from lightning_rlhf.data.tokens import TokenizeError, encode, encode_prompt
+
+PairWeight = Literal["pair", "prompt"]
+
+
+def preference_tree(row: Mapping[str, Any]) -> Tree:
+    """A tokenised row as its prompt with one branch an answer."""
+    branches = [Branch(ids, scored) for ids, scored in zip(row["answers"], row["scored"], strict=True)]
+    columns = (row["better"], row["worse"], row["margin"], row["weight"])
+    return Tree(
+        row["prompt"], branches, pairs=[Pair(*pair) for pair in zip(*columns, strict=True)], origin=row["origin"]
+    )
+
+
+class PreferenceDataModule(TreeDataModule[Preference]):
+    """Preference data for reward models.
+
+    Args:
+        train: Files or globs (JSON, JSONL, CSV, Parquet; gzip too), a hub data set id, a ``datasets.Dataset``, a list
+            of dicts, or ``bundled``: pairs in Chinese and English that come with the package.
+        val: Validation data; None takes ``val_fraction`` of the training rows.
+        test: Test data for ``trainer.test``; None uses the validation rows.
+        predict: Rows to score: preferences, or conversations of any instruction format; None uses the validation rows.
+        format: Row format, or ``auto``; see :data:`~lightning_rlhf.data.preference_formats.PREFERENCE_FORMATS`.
+        system: System prompt of rows that have none.
+        pair_weight: ``pair``: every pair weighs the same; ``prompt``: every prompt, its pairs sharing its weight
+            (InstructGPT's loss over rankings).
+        use_margin: Let the loss ask for the rows' margins; where a row has none but has scores, for their difference.
+        max_length: Most tokens of a prompt with its answer; default the model's context.
+        on_bad_row: ``raise`` names file, line and reason; ``skip`` counts by reason and reports once.
+        batch_size: Sequences (answers, two a pair) of an optimizer step, over all ranks and micro-batches.
+        max_tokens: Most tokens of a micro-batch; beyond it an error names the accumulation that fits.
+        eval_batch_size: Sequences of an evaluation batch on each rank.
+        val_fraction: Share held out by first user turn: rows that open alike stay on one side.
+        seed: Of the split and the shuffle.
+        num_proc: Processes that tokenise; None for one.
+        num_workers: Processes that pack batches.
+        cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
+            ``LIGHTNING_RLHF_CACHE``.
+        tokenizer: Default: the module's, with its chat template.
+
+    Attributes:
+        origins: For each part, the names (source, language) of the numbers that its pairs carry.
+    """
+
+    bundled = "preferences.*.jsonl"
+    tree = staticmethod(preference_tree)
+
+    def __init__(
+        self,
+        train: Source = BUNDLED,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        format: str = "auto",
+        system: str | None = None,
+        pair_weight: PairWeight = "pair",
+        use_margin: bool = False,
+        max_length: int | None = None,
+        on_bad_row: OnBadRow = "raise",
+        batch_size: int = 16,
+        max_tokens: int | None = None,
+        eval_batch_size: int = 16,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_proc: int | None = None,
+        num_workers: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__(
+            train,
+            val,
+            test,
+            predict,
+            max_length,
+            on_bad_row,
+            batch_size,
+            max_tokens,
+            eval_batch_size,
+            val_fraction,
+            seed,
+            num_proc,
+            num_workers,
+            cache_dir,
+            tokenizer,
+        )
+        self.format, self.system = format, system
+        self.pair_weight, self.use_margin = pair_weight, use_margin
+        self.origins: dict[str, list[tuple[str, ...]]] = {}
+
+    def parse(self, row: Mapping[str, Any], part: str) -> Preference:
+        """A preference; to predict, a conversation does too, as one answer that is compared with none."""
+        if part == "predict" and self.format == "auto" and not _is_preference(row):
+            messages = to_conversation(row, system=self.system).messages
+            if messages is not None:
+                return Preference(messages[:-1], (messages[-1:],), ())
+        return to_preference(row, self.format, self.system)
+
+    def first_user_turn(self, item: Preference) -> str:
+        """What the split goes by."""
+        return item.first_user_turn
+
+    def dump(self, item: Preference) -> dict[str, Any]:
+        """Messages, pairs with their margins and weights, and names of the origin."""
+        margins = item.margins or (0.0,) * len(item.pairs)
+        if item.margins is None and item.scores is not None:
+            margins = tuple(item.scores[better] - item.scores[worse] for better, worse in item.pairs)
+        return {
+            "prompt": item.prompt,
+            "answers": item.answers,
+            "better": [better for better, _ in item.pairs],
+            "worse": [worse for _, worse in item.pairs],
+            "margin": list(margins) if self.use_margin else [0.0] * len(item.pairs),
+            "weight": [1.0 if self.pair_weight == "pair" else 1 / len(item.pairs)] * len(item.pairs),
+            "names": [name for name in (item.source, item.lang) if name],
+        }
+
+    def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
+        """:func:`encode_preference` with the length limit."""
+        return encode_preference, {"limit": limit}
+
+    def messages(self, item: Preference) -> list[dict[str, str]]:
+        """The prompt."""
+        return [{"role": m["role"], "content": m["content"]} for m in item.prompt]
+
+    def finish(self, table: Any, part: str) -> Any:
+        """Numbers the origins."""
+        names = [tuple(row) for row in table["names"]]
+        self.origins[part] = sorted(set(names))
+        number = {origin: i for i, origin in enumerate(self.origins[part])}
+        return table.add_column("origin", [number[origin] for origin in names])
+
+
+def _is_preference(row: Mapping[str, Any]) -> bool:
+    return any(not entry.missing(row) for name, entry in PREFERENCE_FORMATS.items() if name != "unpaired")
+
+
+def encode_preference(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, Any]:
+    """One row's tokens, or why it has none; runs in worker processes.
+
+    An answer ends with its stop token, as a completion does when it is sampled: what a template writes behind that
+    (ChatML a line break) is left out, since the reward is read at the last token.
+    """
+    sizes = {"num_tokens": 0, "num_scored": 0, "num_sequences": len(row["answers"]), "pair_weight": sum(row["weight"])}
+    pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
+    empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs, **sizes}
+    messages: list[Message] = row["prompt"]
+    try:
+        prompt = encode_prompt(tokenizer, messages)
+        answers, scored = [], []
+        for answer in row["answers"]:
+            tokens = encode(tokenizer, Conversation((*messages, *answer)))
+            end = max(i for i, read in enumerate(tokens.scored) if read) + 1
+            if tokens.input_ids[: len(prompt)] != prompt:
+                reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"
+                return {**empty, "kind": "prompt changes", "reason": reason}
+            answers.append(tokens.input_ids[len(prompt) : end])
+            scored.append(tokens.scored[len(prompt) : end])
+    except TokenizeError as error:
+        return {**empty, "kind": error.kind, "reason": str(error)}
+    longest = len(prompt) + max(map(len, answers))
+    if longest > limit:
+        reason = f"{longest} tokens are over max_length={limit}; raise it, or shorten the row"
+        return {**empty, "kind": "too long", "reason": reason}
+    return {
+        **empty,
+        "prompt": prompt,
+        "answers": answers,
+        "scored": scored,
+        "num_tokens": len(prompt) + sum(map(len, answers)),
+        "num_scored": sum(itertools.chain.from_iterable(scored)),
+        "kind": "",
+        "reason": "",
+    }

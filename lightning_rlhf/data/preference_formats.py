@@ -1,0 +1,374 @@
+"""The shapes in which preferences come (pairs, transcripts, rankings), and the one shape they become.
+
+Each format is a line of :data:`PREFERENCE_FORMATS`: the columns it needs, and one small function that makes a row of it
+whole conversations with ranks. Prompt, pairs and all checks are derived from those, the same way for every format.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NoReturn
+
+from lightning_rlhf.data.formats import (
+    ROLES,
+    FormatError,
+    Message,
+    _has,
+    _names,
+    _text,
+    _turn,
+    _turns,
+    _wrong_type,
+    to_conversation,
+)
+
+_MARKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
+#: What tells a transcript from a text beside a prompt; stricter than the marker, since any text may begin "Human:".
+_TRANSCRIPT = re.compile(r"\r?\n\r?\nHuman:")
+_ANSWERS = ("ranked", "answers", "responses", "completions")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt, its answers, and which of them are better than which.
+
+    Attributes:
+        prompt: The messages that all answers share. It ends with a user turn and may begin with a system turn.
+        answers: The messages after the prompt, best answer first. Each begins and ends with an assistant turn.
+        pairs: Indexes into ``answers`` of the better and the worse of each pair. Ties form no pair.
+        margins: By how much the better should win, one a pair, or None.
+        scores: What graders gave, one an answer, or None.
+        source: Where the row comes from, or empty.
+        lang: Its language, or empty.
+    """
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    pairs: tuple[tuple[int, int], ...]
+    margins: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    source: str = ""
+    lang: str = ""
+
+    @property
+    def first_user_turn(self) -> str:
+        """What rows are split by, as instruction rows are."""
+        return next(message["content"] for message in self.prompt if message["role"] == "user")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer of a row, before it is checked.
+
+    Attributes:
+        name: What to call it in errors: its column, and its number where that holds several.
+        messages: The whole conversation, prompt included.
+        rank: Its place; lower is better.
+        score: What graders gave, where the row says.
+    """
+
+    name: str
+    messages: tuple[Message, ...]
+    rank: float
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceFormat:
+    """A shape of preference rows.
+
+    Attributes:
+        name: Its name in configurations.
+        columns: What it needs: one column out of each of these groups.
+        convert: Makes the candidates of such a row, without the ``system`` column.
+    """
+
+    name: str
+    columns: tuple[tuple[str, ...], ...]
+    convert: Callable[[Mapping[str, Any]], list[Candidate]]
+
+    def missing(self, row: Mapping[str, Any]) -> str:
+        """The columns a row lacks, in words; empty if it is of this shape."""
+        return ", ".join(" or ".join(map(repr, group)) for group in self.columns if _filled(row, *group) is None)
+
+
+def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Preference:
+    r"""Make a row a preference.
+
+    The prompt is the longest run of messages that all answers begin with, so the prompt may be repeated in the answers,
+    or be found in them alone. Strings that begin with ``"\n\nHuman:"`` are read as transcripts, whose turns lose the
+    white space around them. Columns that are None count as absent. All numbers may be written as strings, as CSV does.
+
+    Columns ``margin`` (of rows with one pair), ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
+    ``score_rejected``), ``source``, and ``lang`` or ``language`` are taken over; ``system`` works as in
+    :func:`~lightning_rlhf.data.formats.to_conversation`.
+
+    Args:
+        row: The columns of the row.
+        format: A name in :data:`PREFERENCE_FORMATS`, or ``"auto"`` for the first of them that matches.
+        system: System turn of conversations whose row has none.
+
+    Returns:
+        The preference, checked.
+
+    Raises:
+        FormatError: If nothing can be learnt from the row: its columns, types, texts or numbers are unfit, a
+            conversation is one that :func:`~lightning_rlhf.data.formats.check_conversation` refuses, the answers don't
+            answer the same turn, or no answer is better than another.
+        ValueError: If ``format`` is no known name: that is no fault of a row.
+    """
+    candidates = sorted(_choose(row, format).convert(row), key=lambda candidate: candidate.rank)
+    conversations = [_checked(candidate, row, system) for candidate in candidates]
+    shared = _shared(candidates, conversations)
+    answers = tuple(messages[shared:] for messages in conversations)
+    pairs = _pairs(candidates, answers)
+    scores = tuple(candidate.score for candidate in candidates if candidate.score is not None)
+    lang = _filled(row, "lang", "language")
+    return Preference(
+        prompt=conversations[0][:shared],
+        answers=answers,
+        pairs=pairs,
+        margins=_margins(row, len(pairs)),
+        scores=scores or None,
+        source=_text(row["source"], "the column 'source'") if _has(row, "source") else "",
+        lang=_text(row[lang], f"the column {lang!r}") if lang else "",
+    )
+
+
+def _choose(row: Mapping[str, Any], name: str) -> PreferenceFormat:
+    if name == "auto":
+        for candidate in PREFERENCE_FORMATS.values():
+            if not candidate.missing(row):
+                return candidate
+        known = "; ".join(f"{entry.name}: {entry.missing({})}" for entry in PREFERENCE_FORMATS.values())
+        reason = f"no known preference format has the columns of this row: {_names(row)}. Known are {known}"
+        raise FormatError("unknown format", reason)
+    if name not in PREFERENCE_FORMATS:
+        names = ", ".join(PREFERENCE_FORMATS)
+        raise ValueError(f"The preference format {name!r} is not known. Choose 'auto' or one of: {names}.")
+    if missing := PREFERENCE_FORMATS[name].missing(row):
+        lacks = f"the format {name!r} needs the column {missing}, and the row has {_names(row)}"
+        raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
+    return PREFERENCE_FORMATS[name]
+
+
+def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> tuple[Message, ...]:
+    """The whole conversation, fit to learn from, with its system turn."""
+    try:
+        conversation = to_conversation(
+            {"messages": candidate.messages, "system": row.get("system")}, "messages", system
+        )
+    except FormatError as error:
+        raise FormatError(error.kind, f"in the conversation with {candidate.name}, {error.reason}") from error
+    assert conversation.messages is not None  # the format 'messages' makes no plain text
+    return conversation.messages
+
+
+def _shared(candidates: Sequence[Candidate], conversations: Sequence[tuple[Message, ...]]) -> int:
+    """The number of messages that all conversations begin with, leaving each a last one to judge."""
+    first = conversations[0]
+    most = min(map(len, conversations)) - 1
+    for n in range(most):
+        for candidate, other in zip(candidates, conversations, strict=True):
+            if other[n] == first[n]:
+                continue
+            if first[n]["role"] != "assistant":  # then other's isn't either: roles alternate in both, from the user's
+                texts = f"{first[n]['content'][:40]!r} and {other[n]['content'][:40]!r}"
+                reason = f"{candidates[0].name} and {candidate.name} differ before the assistant's turn: {texts}"
+                raise FormatError("different prompts", f"{reason}. Give answers to one and the same prompt")
+            return n
+    return most
+
+
+def _pairs(candidates: Sequence[Candidate], answers: Sequence[tuple[Message, ...]]) -> tuple[tuple[int, int], ...]:
+    pairs = [
+        (i, j) for i, j in itertools.combinations(range(len(answers)), 2) if candidates[i].rank < candidates[j].rank
+    ]
+    if not pairs:
+        reason = "all answers are tied, so none is better than another. Rank them, or remove the row"
+        raise FormatError("no pair", reason)
+    for i, j in pairs:
+        better, worse = candidates[i], candidates[j]
+        if answers[i] == answers[j]:
+            reason = f"no difference: {better.name} and {worse.name} are the same. Remove one of them, or the row"
+            raise FormatError("no difference", reason)
+        if better.score is not None and worse.score is not None and better.score < worse.score:
+            scores = f"{better.name} has the score {better.score:g}, and {worse.name}, the worse one, {worse.score:g}"
+            raise FormatError("scores out of order", f"{scores}. Swap the answers or correct the scores")
+    return tuple(pairs)
+
+
+def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None:
+    if not _has(row, "margin"):
+        return None
+    margin = _number(row["margin"], "the column 'margin'")
+    if margin < 0:
+        reason = f"the column 'margin' is {margin:g}. Make it 0 or more; swap the answers if the worse is named better"
+        raise FormatError("negative margin", reason)
+    if num_pairs > 1:
+        reason = f"the column 'margin' is one number, and the row has {num_pairs} pairs. Give 'scores' instead"
+        raise FormatError("ambiguous margin", reason)
+    return (margin,)
+
+
+def _filled(row: Mapping[str, Any], *columns: str) -> str | None:
+    return next((column for column in columns if _has(row, column)), None)
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+        _wrong_type(what, value, "a number")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond any float
+        number = math.inf
+    except ValueError as error:
+        raise FormatError("wrong type", f"{what} is the text {str(value)[:40]!r}. Make it a number") from error
+    if not math.isfinite(number):
+        raise FormatError("not finite", f"{what} is {number}. Make it a finite number")
+    return number
+
+
+def _numbers(row: Mapping[str, Any], column: str, count: int) -> list[float]:
+    values = row[column]
+    if not isinstance(values, (list, tuple)):
+        _wrong_type(f"the column {column!r}", values, "a list of numbers, one an answer")
+    if len(values) != count:
+        reason = f"the column {column!r} has {len(values)} numbers for {count} answers. Give one an answer"
+        raise FormatError("wrong length", reason)
+    return [_number(value, f"number {i} of {column!r}") for i, value in enumerate(values, 1)]
+
+
+def _messages(
+    value: object, what: str, role: str, role_key: str = "role", content_key: str = "content"
+) -> tuple[Message, ...]:
+    """Messages that are written as a list of turns, one turn, a transcript, or the text of the given role's turn."""
+    if isinstance(value, Mapping):
+        return (_turn(value, what, role_key, content_key),)
+    if isinstance(value, (list, tuple)):
+        return tuple(_turn(turn, f"turn {i} of {what}", role_key, content_key) for i, turn in enumerate(value, 1))
+    if not isinstance(value, str):
+        _wrong_type(what, value, f"a string or a list of {{{role_key}: ..., {content_key}: ...}}")
+    text = _text(value, what)
+    return _transcript(text, what) if _TRANSCRIPT.match(text) else (Message(role=role, content=text),)
+
+
+def _transcript(text: str, what: str) -> tuple[Message, ...]:
+    r"""The turns of ``"\n\nHuman: ...\n\nAssistant: ..."``. Only the start or a blank line makes a marker."""
+    if not _MARKER.match(text):
+        form = "does not begin with 'Human:', so it is no transcript"
+        raise FormatError("no transcript", f"{what} {form}. If the prompt has a column of its own, name it 'prompt'")
+    _, *parts = _MARKER.split(text)
+    return tuple(
+        Message(role=ROLES[name.lower()], content=content.strip())
+        for name, content in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    prompt = _messages(row["prompt"], "the column 'prompt'", "user")
+    if isinstance(row["prompt"], str) and prompt[-1] == Message(role="assistant", content=""):
+        return prompt[:-1]  # a transcript that stops at 'Assistant:', for the answer to follow
+    return prompt
+
+
+def _after(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Prompt and answer, where the answer may repeat the prompt."""
+    repeats = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
+    return answer if repeats else prompt + answer
+
+
+def _chosen_rejected(
+    row: Mapping[str, Any], read: Callable[[object, str], tuple[Message, ...]], prompt: tuple[Message, ...] = ()
+) -> list[Candidate]:
+    """The two candidates of a pair, with their scores."""
+    columns = {side: _filled(row, f"{side}_score", f"score_{side}") for side in ("chosen", "rejected")}
+    lone = [column for column in columns.values() if column]
+    if len(lone) == 1:
+        reason = f"the row has the score {lone[0]!r} alone. Give both answers a score, or none"
+        raise FormatError("missing column", reason)
+    return [
+        Candidate(
+            name=f"the column {side!r}",
+            messages=_after(prompt, read(row[side], f"the column {side!r}")),
+            rank=rank,
+            score=_number(row[column], f"the column {column!r}") if column else None,
+        )
+        for rank, (side, column) in enumerate(columns.items())
+    ]
+
+
+def _from_pair(row: Mapping[str, Any]) -> list[Candidate]:
+    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), _prompt(row))
+
+
+def _from_colossalchat(row: Mapping[str, Any]) -> list[Candidate]:
+    prompt = _turns(row, "context", "from", "content")
+    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant", "from", "content"), prompt)
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> list[Candidate]:
+    prompt = _turns(row, "conversations", "from", "value")
+    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant", "from", "value"), prompt)
+
+
+def _from_transcripts(row: Mapping[str, Any]) -> list[Candidate]:
+    def read(value: object, what: str) -> tuple[Message, ...]:
+        return _transcript(_text(value, what), what) if isinstance(value, str) else _messages(value, what, "assistant")
+
+    return _chosen_rejected(row, read)
+
+
+def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
+    """Any number of answers to a prompt, with ranks, scores or both; without, they are ordered if 'ranked'."""
+    column = next(column for column in _ANSWERS if _has(row, column))
+    answers = row[column]
+    if not isinstance(answers, (list, tuple)):
+        _wrong_type(f"the column {column!r}", answers, "a list of answers")
+    count = len(answers)
+    if count < 2:
+        reason = f"the column {column!r} holds {count} of the two answers a comparison needs. Add answers"
+        raise FormatError("too few answers", reason)
+    scores = _numbers(row, "scores", count) if _has(row, "scores") else None
+    rank_column = _filled(row, "ranks", "rank")
+    if rank_column:
+        ranks = _numbers(row, rank_column, count)
+    elif scores:
+        ranks = [-score for score in scores]
+    elif column == "ranked":
+        ranks = [float(i) for i in range(count)]
+    else:
+        reason = f"nothing says which of {column!r} is better. Add a column 'ranks' (lower is better) or 'scores'"
+        raise FormatError("missing column", f"{reason}, or name it 'ranked' if the best is the first")
+    prompt = _prompt(row)
+    candidates = []
+    for i, answer in enumerate(answers):
+        name = f"answer {i + 1} of {column!r}"
+        messages = _after(prompt, _messages(answer, name, "assistant"))
+        candidates.append(Candidate(name, messages, ranks[i], scores[i] if scores else None))
+    return candidates
+
+
+def _from_unpaired(row: Mapping[str, Any]) -> NoReturn:
+    reason = "the column 'label' judges a single answer, which KTO-style training learns from, not training on pairs"
+    raise FormatError("unpaired", f"{reason}. Group good and bad answers to a prompt into 'chosen' and 'rejected'")
+
+
+_PAIR = (("chosen",), ("rejected",))
+#: The known preference formats, in the order in which they are tried.
+PREFERENCE_FORMATS: dict[str, PreferenceFormat] = {
+    entry.name: entry
+    for entry in (
+        PreferenceFormat("pair", (("prompt",), *_PAIR), _from_pair),
+        PreferenceFormat("colossalchat", (("context",), *_PAIR), _from_colossalchat),
+        PreferenceFormat("sharegpt_preference", (("conversations",), *_PAIR), _from_sharegpt),
+        PreferenceFormat("transcripts", _PAIR, _from_transcripts),
+        PreferenceFormat("ranking", (("prompt",), _ANSWERS), _from_ranking),
+        PreferenceFormat("unpaired", (("prompt",), ("completion", "response"), ("label",)), _from_unpaired),
+    )
+}

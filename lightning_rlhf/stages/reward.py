@@ -1,0 +1,229 @@
+"""Reward modelling: a score for each answer, such that the better of two scores higher."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty
+from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
+from lightning_rlhf.models import LoRA, RewardModel, load_reward_model
+from lightning_rlhf.models.backbone import LayoutChoice
+from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.reward import set_distinct_pad_token
+from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
+
+#: Logged at each step of training; validation adds what :class:`PreferenceAccuracy` knows.
+TRAINED = ("loss", "accuracy", "margin", "chosen_score", "rejected_score")
+
+
+class RewardModule(Stage):
+    """Trains a reward model on pairs and rankings of answers.
+
+    The loss is the weighted mean over the pairs of a whole optimizer step of ``-log sigmoid(chosen - rejected -
+    margin)``, plus ``center`` times the centring penalty. A prompt stands once in the batch, its answers behind it.
+
+    Args:
+        pretrained: Directory or hub id of a causal LM (the head is new) or of a one-label classifier (the head is its
+            own), or such a classifier.
+        tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
+        chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
+            the tokenizer's own.
+        lora: Adapters; the head is trained beside them. None trains all weights.
+        center: Weight of the penalty that holds scores near zero; 0.01 is usual, 0 is none.
+        dtype: Of the weights; the head is fp32.
+        gradient_checkpointing: Trade a second forward pass for activation memory.
+        layout: ``auto``: every prompt once where the model can, padded elsewhere.
+        optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
+        lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
+        head_seed: Of a new head.
+        trust_remote_code: Run code that comes with the model.
+
+    Attributes:
+        reward_model: The model, from ``configure_model`` on. Its ``score_offset`` is the mean score of the preferred
+            validation answers, measured at each validation and kept in the exported config.
+
+    Logged: ``train/`` and ``val/`` (``test/``) ``loss``, ``accuracy``, ``margin``, ``chosen_score``,
+    ``rejected_score``; and on validation ``calibration_error``, ``length_accuracy`` ("the longer answer wins"),
+    ``matched_accuracy`` and ``matched_pairs`` (lengths within a tenth), ``accuracy/NAME`` by source and language.
+    """
+
+    reward_model: RewardModel
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        lora: LoRA | None = None,
+        center: float = 0.0,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        layout: LayoutChoice = "auto",
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        head_seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            tokenizer,
+            chat_template,
+            lora,
+            dtype,
+            gradient_checkpointing,
+            layout,
+            optimizer,
+            lr_scheduler,
+            trust_remote_code,
+        )
+        self.keep_hyperparameters()
+        if center < 0:
+            raise ValueError(f"center must be at least 0, got {center}.")
+        self.center, self.head_seed = center, head_seed
+        set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
+        for name in TRAINED:
+            self.add_module(f"train_{name}", TokenMean())
+        for stage in ("val", "test"):
+            self.add_module(f"{stage}_loss", TokenMean())
+            self.add_module(f"{stage}_preference", PreferenceAccuracy())
+        self.reference_score = TokenMean()
+        self._offset_step: int | None = None
+
+    def configure_model(self) -> None:
+        """Loads the model once, when Lightning or a caller first needs it."""
+        if hasattr(self, "reward_model"):
+            return
+        model = load_reward_model(
+            self.pretrained,
+            dtype=self.dtype_of_weights,
+            lora=self.lora,
+            gradient_checkpointing=self.gradient_checkpointing,
+            vocab_size=len(self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            seed=self.head_seed,
+            trust_remote_code=self.trust_remote_code,
+        )
+        self.reward_model = RewardModel(model, self.layout)
+
+    @property
+    def exportable(self) -> RewardModel:
+        """The reward model."""
+        return self.reward_model
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss whose sum over micro-batches and mean over ranks is the step's mean over pairs."""
+        chosen, rejected, loss = self._compare(batch)
+        weight = batch.pairs.weight
+        values = (loss, (chosen > rejected).float(), chosen - rejected, chosen, rejected)
+        for name, value in zip(TRAINED, values, strict=True):
+            self.get_submodule(f"train_{name}").update(value, weight)  # type: ignore[operator]
+        return (weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)
+
+    def _compare(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(P,) scores of the better and the worse answers, and losses."""
+        scores = self.reward_model(batch)
+        chosen, rejected = scores[batch.pairs.better], scores[batch.pairs.worse]
+        loss = bradley_terry_loss(chosen, rejected, batch.pairs.margin)
+        return chosen, rejected, loss + self.center * centring_penalty(chosen, rejected)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs once an optimizer step, over its micro-batches and all ranks."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        for name in TRAINED:
+            metric: Any = self.get_submodule(f"train_{name}")
+            self.log(f"train/{name}", metric.compute(), prog_bar=name in ("loss", "accuracy"), batch_size=1)
+            metric.reset()
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Held-out loss and accuracies."""
+        self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what was found; inside ``fit`` its mean chosen score becomes the offset."""
+        found = self._report("val")
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._set_offset(found["chosen_score"])
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`, under ``test/``."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs what was found."""
+        self._report("test")
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A record an answer: ``row`` and ``answer`` (from 0), raw ``score``, ``normalised`` score, ``tokens``."""
+        scores, lengths = self.reward_model(batch).tolist(), batch.lengths.tolist()
+        places = [(row, i) for row, (_, b) in zip(batch.rows, batch.forest.trees, strict=False) for i in range(len(b))]
+        offset = self.reward_model.score_offset
+        return [
+            {"row": row, "answer": answer, "score": score, "normalised": score - offset, "tokens": length}
+            for (row, answer), score, length in zip(places, scores, lengths, strict=False)  # a filler has no place
+        ]
+
+    def on_train_epoch_end(self) -> None:
+        """Measures the offset where the epoch ended without a validation, so that no export has an old one."""
+        loader: Any = self.trainer.val_dataloaders
+        if self._offset_step in (None, self.trainer.global_step) or not loader:
+            return
+        self.eval()
+        with torch.no_grad():
+            for batch in loader:
+                batch = batch.to(self.device)
+                chosen = self.reward_model(batch)[batch.pairs.better]
+                self.reference_score.update(chosen, torch.ones_like(chosen))
+        self.train()
+        self._set_offset(self.reference_score.compute())
+        self.reference_score.reset()
+
+    def _set_offset(self, mean: Tensor) -> None:
+        if not mean.isnan():
+            self.reward_model.score_offset = mean.item()
+            self._offset_step = self.trainer.global_step
+
+    def _evaluate(self, stage: str, batch: PackedBatch) -> None:
+        chosen, rejected, loss = self._compare(batch)
+        pairs, lengths = batch.pairs, batch.lengths
+        self.get_submodule(f"{stage}_loss").update(loss, pairs.weight)  # type: ignore[operator]
+        self.get_submodule(f"{stage}_preference").update(  # type: ignore[operator]
+            chosen, rejected, lengths[pairs.better], lengths[pairs.worse], pairs.origin
+        )
+
+    def _report(self, stage: str) -> dict[str, Tensor]:
+        loss: Any = self.get_submodule(f"{stage}_loss")
+        preference: Any = self.get_submodule(f"{stage}_preference")
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        preference.names = getattr(datamodule, "origins", {}).get(stage, ())
+        found: dict[str, Tensor] = {"loss": loss.compute(), **preference.compute()}
+        for name, value in found.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=1)
+        loss.reset()
+        preference.reset()
+        return found
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the offset."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["score_offset"] = self.reward_model.score_offset
+        checkpoint["score_offset_step"] = self._offset_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it back."""
+        super().on_load_checkpoint(checkpoint)
+        self.reward_model.score_offset = checkpoint["score_offset"]
+        self._offset_step = checkpoint["score_offset_step"]
