@@ -6,7 +6,7 @@ Names load when they are used, so that ``import lightning_rlhf`` is quick.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlhf.callbacks import HFExport, SampleCompletions, SaveOnInterrupt
+    from lightning_rlhf.callbacks import HFExport, SampleCompletions, SaveOnInterrupt, WritePredictions
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.models import LoRA, Policy, RewardModel
@@ -18,6 +18,7 @@ _HOMES = {
     "HFExport": "callbacks",
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
+    "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
     "PreferenceDataModule": "data.preference",
     "LoRA": "models",
@@ -37,6 +38,7 @@ __all__ = [
     "SFTModule",
     "SampleCompletions",
     "SaveOnInterrupt",
+    "WritePredictions",
     "__version__",
 ]
 

@@ -16,12 +16,12 @@ usage: lightning-rlhf COMMAND ...
 RLHF as PyTorch Lightning modules.
 
   fit       train:    lightning-rlhf fit --config configs/sft/smollm2_lora.yaml --data.train my.jsonl
-  validate  held-out loss of a model or checkpoint
+  validate  held-out loss, accuracy ... of a model or checkpoint
   test      the same on test data
-  predict   log-probs of the answers in a file
+  predict   scores by a reward model, or log-probs, of the answers in a file: --data.predict FILE
 {tools}
 Each command has its own --help; fit --print_config shows every key, and
-fit --model.help SFTModule, fit --data.help InstructionDataModule what they mean.
+fit --model.help RewardModule, fit --data.help PreferenceDataModule what they mean.
 """
 
 
@@ -57,11 +57,12 @@ def cli(args: Sequence[str], run: bool = True) -> Any:
     import lightning_rlhf.callbacks
     import lightning_rlhf.data.instruction
     import lightning_rlhf.data.preference
-    import lightning_rlhf.stages  # noqa: F401
+    import lightning_rlhf.stages
 
     return LightningCLI(
         LightningModule,
         LightningDataModule,
+        trainer_defaults={"callbacks": [lightning_rlhf.callbacks.WritePredictions()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

@@ -34,6 +34,7 @@ def arguments(command, model, rows, out):
 def test_trainer_methods_run_with_bare_class_names(command, tiny_model_dir, rows, tmp_path, capsys):
     extra = ["--trainer.max_steps", "1", "--trainer.enable_checkpointing", "false"] if command == "fit" else []
     cli([*arguments(command, tiny_model_dir, rows, tmp_path), *extra])
+    assert (tmp_path / "predictions.jsonl").exists() == (command == "predict")
 
 
 def test_help_names_commands_and_tools(capsys):

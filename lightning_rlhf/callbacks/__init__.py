@@ -1,8 +1,9 @@
-"""Callbacks: Hugging Face export, sample answers, interrupts that save."""
+"""Callbacks: Hugging Face export, sample answers, interrupts that save, predictions."""
 
 from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
 from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.interrupt import SaveOnInterrupt
+from lightning_rlhf.callbacks.predictions import WritePredictions
 from lightning_rlhf.callbacks.samples import SampleCompletions
 
-__all__ = ["AtomicCheckpointIO", "HFExport", "SampleCompletions", "SaveOnInterrupt"]
+__all__ = ["AtomicCheckpointIO", "HFExport", "SampleCompletions", "SaveOnInterrupt", "WritePredictions"]

@@ -130,9 +130,15 @@ class SFTModule(Stage):
         """As :meth:`validation_step`, under ``test/``."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
-        """Log-probs of a batch's scored tokens: ``logprobs`` (N,), ``target`` (N,), ``sequence`` (N,)."""
-        return {"logprobs": self.policy(batch).logprobs, "target": batch.target, "sequence": batch.sequence}
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A record a row: ``row``, summed ``logprob`` of its scored tokens in nats, and their number ``tokens``."""
+        logprobs = self.policy(batch).logprobs
+        sums = logprobs.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, logprobs).tolist()
+        counts = batch.sequence.bincount(minlength=batch.num_sequences).tolist()
+        return [
+            {"row": row, "logprob": logprob, "tokens": tokens}
+            for row, logprob, tokens in zip(batch.rows, sums, counts, strict=False)  # a filler is no row
+        ]
 
     def on_train_start(self) -> None:
         """Starts the first step's clock."""

@@ -1,0 +1,76 @@
+"""Predictions as a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class WritePredictions(L.Callback):
+    """Writes what ``predict`` found to ``predictions.jsonl``: a line a record, in the order of the data.
+
+    For modules whose ``predict_step`` returns records with a ``row``. Each line also says ``where`` its row came from,
+    where the data module knows. While it runs each rank keeps what it has in a part file beside the target, which a
+    run that was cut off leaves behind.
+
+    Args:
+        path: Of the file; default ``predictions.jsonl`` under the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = path
+        self._part: TextIO | None = None
+
+    def _target(self, trainer: L.Trainer) -> Path:
+        return Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens this rank's part."""
+        target = self._target(trainer)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._part = target.with_name(f"{target.name}.part{trainer.global_rank}").open("w+", encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds a batch's records."""
+        where = getattr(getattr(trainer, "datamodule", None), "where", None)
+        assert self._part is not None
+        for record in outputs:
+            place = {"where": where("predict", record["row"])} if where else {}
+            self._part.write(json.dumps({**record, **place}, ensure_ascii=False) + "\n")
+        self._part.flush()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Joins the parts of all ranks, in order."""
+        assert self._part is not None
+        self._part.seek(0)
+        lines = self._part.read().splitlines()
+        parts = [lines]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(parts, lines)
+        target = self._target(trainer)
+        if trainer.is_global_zero:
+            # a stable sort: a row's records stay as they were made
+            records = sorted((line for part in parts for line in part), key=lambda line: json.loads(line)["row"])
+            temporary = target.with_name(f"{target.name}.writing")
+            temporary.write_text("".join(line + "\n" for line in records), encoding="utf-8")
+            os.replace(temporary, target)
+        trainer.strategy.barrier("WritePredictions")
+        self._part.close()
+        os.unlink(self._part.name)
+        self._part = None
+        rank_zero_info(f"Predictions: {target}")
