@@ -66,7 +66,10 @@ def main(args: Sequence[str] | None = None) -> None:
         ],
     )
     print(f"Everything goes to {options.output}.\n\n1. Held-out loss before training")
-    before = trainer.validate(module, data, verbose=False)[0]
+    measured = trainer.validate(module, data, verbose=False)
+    if not measured:
+        sys.exit(f"{options.train} has too few rows: none was held out. Give at least 50.")
+    before = measured[0]
     print(f"   {_line(before)}\n\n2. Fine-tuning by LoRA, {options.steps} steps of {options.batch_size} conversations")
     trainer.fit(module, data)
     print("\n3. Held-out loss after training")

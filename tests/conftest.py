@@ -64,7 +64,8 @@ def make_tokenizer():
         eos_token="<|im_end|>",
         pad_token="</s>",
         additional_special_tokens=["<|im_start|>"],
-        model_max_length=256,
+        model_max_length=100_000,  # the model's context decides
+        model_input_names=["input_ids", "attention_mask"],
     )
     fast.chat_template = CHATML
     return fast

@@ -67,11 +67,6 @@ class Backbone(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
 
     @property
-    def context_length(self) -> int | None:
-        """Most tokens of a sequence, where the model knows."""
-        return getattr(self.transformer.config, "max_position_embeddings", None)
-
-    @property
     def _decoder(self) -> nn.Module:
         """The transformers model without its head."""
         whole = self.transformer

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def save_pretrained(
             "Adapters can't be merged into quantized weights without rounding them: export with adapter_only=True, "
             "and merge them into the model in full precision."
         )
-    with atomic_directory(directory) as folder:
+    with _no_progress_bars(), atomic_directory(directory) as folder:
         if base.can_generate():
             generation = _save_generation_config(base, tokenizer, stop_token_ids, folder)
         if adapter_only:
@@ -168,6 +169,18 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Inside rich's bar, which Lightning shows, those of transformers recurse without end in Jupyter."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 # ------------------------------------------------------------------------------------------------- weights
 
 
@@ -259,7 +272,7 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _portable_config(config: dict[str, Any]) -> None:
-    """transformers 5 writes ``rope_parameters`` alone; 4.51 would take its default theta and say nothing."""  # noqa: D403
+    """Adds the rotary settings' old names: 4.51 does not read ``rope_parameters`` and would take its default theta."""
     for key in ("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"):
         config.pop(key, None)
     if isinstance(config.get("text_config"), dict):

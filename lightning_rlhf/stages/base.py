@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import SaveOnInterrupt
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
@@ -108,8 +108,12 @@ class Stage(L.LightningModule):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of a sequence, where the model knows; data modules ask."""
-        return self.exportable.context_length
+        """Most tokens of a sequence, where the model says; data modules ask, before there is a model."""
+        if isinstance(self.pretrained, PreTrainedModel):
+            config = self.pretrained.config
+        else:
+            config = AutoConfig.from_pretrained(self.pretrained, trust_remote_code=self.trust_remote_code)
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step.

@@ -5,11 +5,11 @@ import json
 import lightning.pytorch as L
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.data.sources import BadRowError
+from lightning_rlhf.stages import SFTModule
 
 
 def row(question, answer="Paris."):
@@ -159,16 +159,7 @@ def test_without_a_tokenizer_it_says_what_to_give():
 
 
 def test_the_modules_tokenizer_and_context_serve_by_default(tiny_model_dir):
-    class Module(L.LightningModule):
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-
-        def training_step(self, batch, batch_idx):
-            return None
-
-        def configure_optimizers(self):
-            return None
-
     data = InstructionDataModule([row("a", "fox " * 400)])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(BadRowError, match="max_length=256"):
-        trainer.fit(Module(), data)
+        trainer.fit(SFTModule(tiny_model_dir), data)

@@ -1,0 +1,161 @@
+"""What the README and docs show works: Python blocks and commands run, at smoke size, and what is named exists.
+
+A block is made small by replacing texts in it. A text to replace that is no longer there, a command of no known kind
+and a name of no known file are failures: then this file must follow.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lightning_rlhf.cli import main
+from lightning_rlhf.data.formats import FORMATS, to_conversation
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TEXTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+
+#: Text of a Python block, and what takes its place: {model} and {rows} are the small ones.
+IN_PYTHON = {
+    '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"{model}"',
+    '"my.jsonl"': '"{rows}"',
+    "max_epochs=2": 'max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False',
+}
+#: Text of a command, and what takes its place.
+IN_COMMANDS = {"my.jsonl": "{rows}", "configs/": "{root}/configs/"}
+#: What makes a command small, behind its own arguments.
+ON_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"
+SMALL = {
+    "fit": f"--model.pretrained {{model}} --data.train {{rows}} {ON_CPU}",
+    "validate": f"--model.pretrained {{model}} {ON_CPU}",
+    "test": f"--model.pretrained {{model}} {ON_CPU}",
+    "predict": f"--model.pretrained {{model}} {ON_CPU}",
+    "demo": "--model {model} --train {rows} --steps 1",
+}
+
+
+def blocks(path, language):
+    """(line number, source) of the fenced blocks of a language."""
+    text = path.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def commands(path):
+    """(line number, command) of the sh blocks, continued lines joined, comments left out."""
+    found = []
+    for start, source in blocks(path, "sh"):
+        whole = re.sub(r"\\\n *", lambda match: " " * len(match[0]), source)
+        for offset, line in enumerate(whole.splitlines()):
+            if shlex.split(line, comments=True):
+                found.append((start + offset, " ".join(shlex.split(line, comments=True))))
+    return found
+
+
+def at(path, number):
+    return f"{path.relative_to(ROOT)}:{number}"
+
+
+PYTHON = [pytest.param(source, id=at(path, n)) for path in TEXTS for n, source in blocks(path, "python")]
+COMMANDS = [pytest.param(command, id=at(path, n)) for path in TEXTS for n, command in commands(path)]
+RUN = [entry for entry in COMMANDS if entry.values[0].startswith("lightning-rlhf ")]
+
+
+@pytest.fixture
+def small(tiny_model_dir, tmp_path, monkeypatch):
+    """Fills the places of a text; the working directory is a fresh one."""
+    rows = tmp_path / "small.jsonl"
+    answers = ("fox", "dog", "the lazy dog")
+    lines = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(24)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return lambda text: text.format(model=tiny_model_dir, rows=rows, root=ROOT)
+
+
+def replaced(text, table, small):
+    for old, new in table.items():
+        text = text.replace(old, small(new))
+    return text
+
+
+def test_the_readme_has_blocks():
+    assert blocks(README, "python") and commands(README)
+
+
+@pytest.mark.parametrize(
+    "table, texts",
+    [(IN_PYTHON, [entry.values[0] for entry in PYTHON]), (IN_COMMANDS, [entry.values[0] for entry in COMMANDS])],
+    ids=["python", "commands"],
+)
+def test_every_text_to_replace_is_still_there(table, texts):
+    assert [old for old in table if not any(old in text for text in texts)] == []
+
+
+@pytest.mark.parametrize("source", PYTHON)
+def test_python_block_runs(source, small):
+    source = replaced(source, IN_PYTHON, small)
+    small_ones = len(re.findall("max_steps=[12]\\b", source))
+    assert source.count("Trainer(") == small_ones, "it would train at full size: say in IN_PYTHON how it is made small"
+    exec(compile(source, "README", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_command_runs(command, small, capsys):
+    name, *rest = shlex.split(replaced(command, IN_COMMANDS, small))[1:]
+    assert name in SMALL, f"say in SMALL how lightning-rlhf {name} is made small"
+    if any(arg.split(".")[-1] in ("help", "--help", "--print_config") for arg in rest):
+        with pytest.raises(SystemExit) as stop:
+            main([name, *rest])
+        assert stop.value.code == 0
+        assert "usage" in capsys.readouterr().out
+        return
+    arguments = [name, *rest, *shlex.split(small(SMALL[name]))]
+    if "--ckpt_path" in rest:  # a run that this one goes on from
+        i = arguments.index("--ckpt_path")
+        main([*arguments[:i], *arguments[i + 2 :], "--trainer.max_steps", "1"])
+        [arguments[i + 1]] = map(str, Path().rglob("*.ckpt"))
+    main([*arguments, *(["--trainer.max_steps", "2"] if name == "fit" else [])])
+    assert name not in ("fit", "demo") or list(Path().rglob("config.json")), "no Hugging Face directory was exported"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_one_that_exists(command):
+    first, *rest = shlex.split(command)
+    if first == "make":
+        targets = re.findall(r"^([\w.-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert [arg for arg in rest if "=" not in arg and arg not in targets] == []
+    else:
+        assert first in ("lightning-rlhf", "pip", "pytest", "python", "git", "cd", "mkdocs"), f"what runs {first}?"
+
+
+def test_example_rows_are_of_their_format():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\*\*`(\w+)`\*\*.*?```json\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in examples] == list(FORMATS), "each format, in the order in which they are tried"
+    for name, row in examples:
+        matching = [known.name for known in FORMATS.values() if known.matches(json.loads(row))]
+        assert matching[0] == name
+        to_conversation(json.loads(row))
+
+
+def files_named(path):
+    """Relative links, and what looks like a path of the repository or a file of its root."""
+    text = path.read_text(encoding="utf-8")
+    link = r"\]\(([^)\s]+)\)"
+    targets = [target.split("#")[0] for target in re.findall(link, text) if "://" not in target]
+    yield from (path.parent / target for target in targets if target)
+    folders = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    known = rf"(?<![\w/.~-])(?:(?:{folders})/[\w./*-]*[\w*]|[\w.-]+\.(?:md|txt|cfg|toml|yml|py|ipynb))(?![\w/])"
+    yield from (ROOT / name for name in re.findall(known, re.sub(link, "]", text)) if not name.startswith("my."))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_named_exists(path):
+    written = {"runs", "build", "dist", "site", "models"}  # by runs and tools
+    named = [file.resolve().relative_to(ROOT) for file in files_named(path)]
+    named = [file for file in named if file.parts and file.parts[0] not in written]
+    assert [str(file) for file in named if not list(ROOT.glob(str(file)))] == []
