@@ -122,12 +122,13 @@ class PreferenceAccuracy(Metric):
         origin = torch.zeros_like(chosen_length) if origin is None else origin
         values = (chosen, rejected, chosen_length, rejected_length, origin)
         for name, value in zip(self.COLUMNS, values, strict=True):
-            getattr(self, name).append(value.detach())
+            # one dtype: torchmetrics gathers fp32 from a rank that never updates
+            getattr(self, name).append(value.detach().float())
 
     def compute(self) -> dict[str, Tensor]:
         """All of it, over all ranks; NaN where there are no pairs."""
         chosen, rejected, long, short, origin = self._columns()
-        margin = chosen.float() - rejected.float()
+        margin = chosen - rejected
         apart = {}
         for name in sorted({name for names in self.names for name in names}):
             numbers = torch.tensor([i for i, names in enumerate(self.names) if name in names], device=origin.device)
@@ -136,10 +137,10 @@ class PreferenceAccuracy(Metric):
         return {
             "accuracy": share_won(margin),
             "margin": margin.mean(),
-            "chosen_score": chosen.float().mean(),
-            "rejected_score": rejected.float().mean(),
+            "chosen_score": chosen.mean(),
+            "rejected_score": rejected.mean(),
             "calibration_error": calibration_error(margin),
-            "length_accuracy": share_won((long - short).float()),
+            "length_accuracy": share_won(long - short),
             "matched_accuracy": share_won(margin[matched]),
             "matched_pairs": matched.sum().float(),
             **apart,
@@ -148,8 +149,10 @@ class PreferenceAccuracy(Metric):
     def calibration(self, bins: int = 10) -> Calibration:
         """:func:`calibration` of this process's pairs."""
         chosen, rejected, *_ = self._columns()
-        return calibration(chosen.float() - rejected.float(), bins)
+        return calibration(chosen - rejected, bins)
 
     def _columns(self) -> list[Tensor]:
         # after a sync the states are tensors already
-        return [torch.cat(v) if isinstance(v := getattr(self, name), list) else v for name in self.COLUMNS]
+        empty = torch.empty(0, device=self.device)
+        columns = (getattr(self, name) for name in self.COLUMNS)
+        return [torch.cat([empty, *v]) if isinstance(v, list) else v for v in columns]

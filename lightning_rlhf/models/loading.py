@@ -159,6 +159,10 @@ def load_reward_model(
         ValueError: A classifier with several labels, or a dtype that the hardware can't train in.
     """
     if isinstance(pretrained, PreTrainedModel):
+        if not type(pretrained).__name__.endswith("ForSequenceClassification"):
+            raise ValueError(
+                f"{type(pretrained).__name__} is no classifier: give the directory or hub id of the model."
+            )
         _check_labels(pretrained.config, type(pretrained).__name__)
         model = pretrained
     else:
@@ -166,9 +170,10 @@ def load_reward_model(
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             config.num_labels = 1  # a language model's config says 2, and means nothing by it
         _check_labels(config, pretrained)
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            pretrained, config=config, output_loading_info=True, **_arguments(dtype, trust_remote_code)
-        )
+        with torch.random.fork_rng(devices=()):  # transformers draws a head of its own first
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                pretrained, config=config, output_loading_info=True, **_arguments(dtype, trust_remote_code)
+            )
         if "score.weight" in found["missing_keys"]:
             weight = model.score.weight
             drawn = torch.empty(weight.shape).normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed))
