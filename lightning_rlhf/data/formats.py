@@ -18,8 +18,8 @@ ROLES = {
 }
 
 
-class FormatError(ValueError):
-    """A row that isn't a conversation to learn from.
+class UnfitRowError(ValueError):
+    """A row that can't be learnt from; the data modules raise it with its place, or count it.
 
     Args:
         kind: A short name of the fault, the same for all rows that have it.
@@ -33,6 +33,10 @@ class FormatError(ValueError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class FormatError(UnfitRowError):
+    """A row that isn't a conversation or a preference to learn from."""
 
 
 class Message(TypedDict):
@@ -87,7 +91,7 @@ class Format:
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is of this shape."""
-        return _has(row, *self.columns) and self.also(row)
+        return has_columns(row, *self.columns) and self.also(row)
 
 
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:
@@ -115,7 +119,7 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
             raise FormatError("empty text", "the column 'text' is empty. Write the text or remove the row")
         return conversation
     check_conversation(conversation.messages, chosen.user_first)
-    own = _text(row["system"], "the column 'system'") if _has(row, "system") else ""
+    own = read_text(row["system"], "the column 'system'") if has_columns(row, "system") else ""
     if conversation.messages[0]["role"] == "system":
         if own.strip() and own != conversation.messages[0]["content"]:
             reason = "the column 'system' and the system turn differ. Remove one of them"
@@ -167,22 +171,24 @@ def _choose(row: Mapping[str, Any], name: str) -> Format:
             if candidate.matches(row):
                 return candidate
         known = "; ".join(f"{entry.name}: {', '.join(entry.columns)}" for entry in FORMATS.values())
-        reason = f"no known format has the columns of this row: {_names(row)}. Known are {known}"
+        reason = f"no known format has the columns of this row: {column_names(row)}. Known are {known}"
         raise FormatError("unknown format", reason)
     if name not in FORMATS:
         raise ValueError(f"The format {name!r} is not known. Choose 'auto' or one of: {', '.join(FORMATS)}.")
-    missing = [column for column in FORMATS[name].columns if not _has(row, column)]
+    missing = [column for column in FORMATS[name].columns if not has_columns(row, column)]
     if missing:
-        lacks = f"the format {name!r} needs the column {_quoted(missing)}, and the row has {_names(row)}"
+        lacks = f"the format {name!r} needs the column {_quoted(missing)}, and the row has {column_names(row)}"
         raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
     return FORMATS[name]
 
 
-def _has(row: Mapping[str, Any], *columns: str) -> bool:
+def has_columns(row: Mapping[str, Any], *columns: str) -> bool:
+    """Whether all these columns are filled; None counts as absent."""
     return all(row.get(column) is not None for column in columns)
 
 
-def _names(row: Mapping[str, Any]) -> str:
+def column_names(row: Mapping[str, Any]) -> str:
+    """The filled columns, for messages."""
     return _quoted([column for column in row if row[column] is not None]) or "none that is filled"
 
 
@@ -190,11 +196,12 @@ def _quoted(names: Sequence[object]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _wrong_type(what: str, value: object, wanted: str) -> NoReturn:
+def wrong_type(what: str, value: object, wanted: str) -> NoReturn:
+    """Raises the error of a value that is of another type than ``wanted``."""
     raise FormatError("wrong type", f"{what} is a {type(value).__name__}. Make it {wanted}")
 
 
-def _text(value: object, what: str) -> str:
+def read_text(value: object, what: str) -> str:
     """A string, or the joined text parts of a multi-modal content list."""
     if isinstance(value, (list, tuple)):
         for number, part in enumerate(value, 1):
@@ -203,7 +210,7 @@ def _text(value: object, what: str) -> str:
                 raise FormatError("wrong type", reason)
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
-        _wrong_type(what, value, "a string")
+        wrong_type(what, value, "a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer can take
@@ -212,58 +219,72 @@ def _text(value: object, what: str) -> str:
     return value
 
 
-def _turns(row: Mapping[str, Any], column: str, role_key: str, content_key: str) -> tuple[Message, ...]:
+def read_turns(row: Mapping[str, Any], column: str, role_key: str, content_key: str) -> tuple[Message, ...]:
+    """The turns of a column.
+
+    Raises:
+        FormatError: It holds something else.
+    """
     turns = row[column]
     if not isinstance(turns, (list, tuple)):
-        _wrong_type(f"the column {column!r}", turns, f"a list of {{{role_key}: ..., {content_key}: ...}}")
+        wrong_type(f"the column {column!r}", turns, f"a list of {{{role_key}: ..., {content_key}: ...}}")
     return tuple(
-        _turn(turn, f"turn {number} of {column!r}", role_key, content_key) for number, turn in enumerate(turns, 1)
+        read_turn(turn, f"turn {number} of {column!r}", role_key, content_key) for number, turn in enumerate(turns, 1)
     )
 
 
-def _turn(turn: object, what: str, role_key: str, content_key: str) -> Message:
+def read_turn(turn: object, what: str, role_key: str, content_key: str) -> Message:
+    """One turn, its role by its common name.
+
+    Raises:
+        FormatError: It is none, its role is unknown, or it calls a tool.
+    """
     if not isinstance(turn, Mapping):
-        _wrong_type(what, turn, f"{{{role_key}: ..., {content_key}: ...}}")
+        wrong_type(what, turn, f"{{{role_key}: ..., {content_key}: ...}}")
     for key in ("tool_calls", "function_call"):
         if turn.get(key):
             raise FormatError("tool call", f"{what} has {key!r}, which would be lost. Make it text or remove the row")
     for key in (role_key, content_key):
         if turn.get(key) is None:
-            raise FormatError("wrong type", f"{what} lacks {key!r}, it has {_names(turn)}. Add it")
-    name = _text(turn[role_key], f"{role_key!r} in {what}")
+            raise FormatError("wrong type", f"{what} lacks {key!r}, it has {column_names(turn)}. Add it")
+    name = read_text(turn[role_key], f"{role_key!r} in {what}")
     role = ROLES.get(name.strip().lower())
     if role is None:
         reason = f"{what} has the role {name[:40]!r}. Known roles are {', '.join(ROLES)}"
         raise FormatError("unknown role", reason)
-    return Message(role=role, content=_text(turn[content_key], f"{content_key!r} in {what}"))
+    return Message(role=role, content=read_text(turn[content_key], f"{content_key!r} in {what}"))
 
 
 def _from_messages(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(_turns(row, "messages", "role", "content"))
+    return Conversation(read_turns(row, "messages", "role", "content"))
 
 
 def _from_colossalchat(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(_turns(row, "messages", "from", "content"))
+    return Conversation(read_turns(row, "messages", "from", "content"))
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(_turns(row, "conversations", "from", "value"))
+    return Conversation(read_turns(row, "conversations", "from", "value"))
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
     """Earlier exchanges, then the instruction, with its input after a blank line, and the output."""
-    history = row["history"] if _has(row, "history") else []
+    history = row["history"] if has_columns(row, "history") else []
     if not isinstance(history, (list, tuple)):
-        _wrong_type("the column 'history'", history, "a list of [instruction, output] pairs")
+        wrong_type("the column 'history'", history, "a list of [instruction, output] pairs")
     texts: list[str] = []
     for number, pair in enumerate(history, 1):
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
             reason = f"entry {number} of 'history' is not a pair. Make it [instruction, output]"
             raise FormatError("wrong type", reason)
-        texts += [_text(text, f"entry {number} of 'history'") for text in pair]
-    asked = [_text(row[column], f"the column {column!r}") for column in ("instruction", "input") if _has(row, column)]
+        texts += [read_text(text, f"entry {number} of 'history'") for text in pair]
+    asked = [
+        read_text(row[column], f"the column {column!r}")
+        for column in ("instruction", "input")
+        if has_columns(row, column)
+    ]
     texts.append("\n\n".join(text for text in asked if text.strip()))
-    texts.append(_text(row["output"], "the column 'output'"))
+    texts.append(read_text(row["output"], "the column 'output'"))
     return Conversation(
         tuple(Message(role="assistant" if i % 2 else "user", content=text) for i, text in enumerate(texts))
     )
@@ -275,17 +296,19 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> Conversation:
 
 def _side(row: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:
     if isinstance(row[column], (list, tuple)):
-        return _turns(row, column, "role", "content")
-    return (Message(role=role, content=_text(row[column], f"the column {column!r}")),)
+        return read_turns(row, column, "role", "content")
+    return (Message(role=role, content=read_text(row[column], f"the column {column!r}")),)
 
 
 def _from_text(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(text=_text(row["text"], "the column 'text'"))
+    return Conversation(text=read_text(row["text"], "the column 'text'"))
 
 
 def _says_from(row: Mapping[str, Any]) -> bool:
     turns = row.get("messages")
-    return isinstance(turns, (list, tuple)) and any(isinstance(turn, Mapping) and _has(turn, "from") for turn in turns)
+    return isinstance(turns, (list, tuple)) and any(
+        isinstance(turn, Mapping) and has_columns(turn, "from") for turn in turns
+    )
 
 
 #: The known formats, in the order in which they are tried.

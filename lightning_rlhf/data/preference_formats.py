@@ -18,13 +18,13 @@ from lightning_rlhf.data.formats import (
     ROLES,
     FormatError,
     Message,
-    _has,
-    _names,
-    _text,
-    _turn,
-    _turns,
-    _wrong_type,
+    column_names,
+    has_columns,
+    read_text,
+    read_turn,
+    read_turns,
     to_conversation,
+    wrong_type,
 )
 
 _MARKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
@@ -135,8 +135,8 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
         pairs=pairs,
         margins=_margins(row, len(pairs)),
         scores=scores or None,
-        source=_text(row["source"], "the column 'source'") if _has(row, "source") else "",
-        lang=_text(row[lang], f"the column {lang!r}") if lang else "",
+        source=read_text(row["source"], "the column 'source'") if has_columns(row, "source") else "",
+        lang=read_text(row[lang], f"the column {lang!r}") if lang else "",
     )
 
 
@@ -146,13 +146,13 @@ def _choose(row: Mapping[str, Any], name: str) -> PreferenceFormat:
             if not candidate.missing(row):
                 return candidate
         known = "; ".join(f"{entry.name}: {entry.missing({})}" for entry in PREFERENCE_FORMATS.values())
-        reason = f"no known preference format has the columns of this row: {_names(row)}. Known are {known}"
+        reason = f"no known preference format has the columns of this row: {column_names(row)}. Known are {known}"
         raise FormatError("unknown format", reason)
     if name not in PREFERENCE_FORMATS:
         names = ", ".join(PREFERENCE_FORMATS)
         raise ValueError(f"The preference format {name!r} is not known. Choose 'auto' or one of: {names}.")
     if missing := PREFERENCE_FORMATS[name].missing(row):
-        lacks = f"the format {name!r} needs the column {missing}, and the row has {_names(row)}"
+        lacks = f"the format {name!r} needs the column {missing}, and the row has {column_names(row)}"
         raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
     return PREFERENCE_FORMATS[name]
 
@@ -204,7 +204,7 @@ def _pairs(candidates: Sequence[Candidate], answers: Sequence[tuple[Message, ...
 
 
 def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None:
-    if not _has(row, "margin"):
+    if not has_columns(row, "margin"):
         return None
     margin = _number(row["margin"], "the column 'margin'")
     if margin < 0:
@@ -217,12 +217,12 @@ def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None
 
 
 def _filled(row: Mapping[str, Any], *columns: str) -> str | None:
-    return next((column for column in columns if _has(row, column)), None)
+    return next((column for column in columns if has_columns(row, column)), None)
 
 
 def _number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
-        _wrong_type(what, value, "a number")
+        wrong_type(what, value, "a number")
     try:
         number = float(value)
     except OverflowError:  # an integer beyond any float
@@ -237,7 +237,7 @@ def _number(value: object, what: str) -> float:
 def _numbers(row: Mapping[str, Any], column: str, count: int) -> list[float]:
     values = row[column]
     if not isinstance(values, (list, tuple)):
-        _wrong_type(f"the column {column!r}", values, "a list of numbers, one an answer")
+        wrong_type(f"the column {column!r}", values, "a list of numbers, one an answer")
     if len(values) != count:
         reason = f"the column {column!r} has {len(values)} numbers for {count} answers. Give one an answer"
         raise FormatError("wrong length", reason)
@@ -249,12 +249,12 @@ def _messages(
 ) -> tuple[Message, ...]:
     """Messages that are written as a list of turns, one turn, a transcript, or the text of the given role's turn."""
     if isinstance(value, Mapping):
-        return (_turn(value, what, role_key, content_key),)
+        return (read_turn(value, what, role_key, content_key),)
     if isinstance(value, (list, tuple)):
-        return tuple(_turn(turn, f"turn {i} of {what}", role_key, content_key) for i, turn in enumerate(value, 1))
+        return tuple(read_turn(turn, f"turn {i} of {what}", role_key, content_key) for i, turn in enumerate(value, 1))
     if not isinstance(value, str):
-        _wrong_type(what, value, f"a string or a list of {{{role_key}: ..., {content_key}: ...}}")
-    text = _text(value, what)
+        wrong_type(what, value, f"a string or a list of {{{role_key}: ..., {content_key}: ...}}")
+    text = read_text(value, what)
     return _transcript(text, what) if _TRANSCRIPT.match(text) else (Message(role=role, content=text),)
 
 
@@ -308,33 +308,35 @@ def _from_pair(row: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _from_colossalchat(row: Mapping[str, Any]) -> list[Candidate]:
-    prompt = _turns(row, "context", "from", "content")
+    prompt = read_turns(row, "context", "from", "content")
     return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant", "from", "content"), prompt)
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> list[Candidate]:
-    prompt = _turns(row, "conversations", "from", "value")
+    prompt = read_turns(row, "conversations", "from", "value")
     return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant", "from", "value"), prompt)
 
 
 def _from_transcripts(row: Mapping[str, Any]) -> list[Candidate]:
     def read(value: object, what: str) -> tuple[Message, ...]:
-        return _transcript(_text(value, what), what) if isinstance(value, str) else _messages(value, what, "assistant")
+        return (
+            _transcript(read_text(value, what), what) if isinstance(value, str) else _messages(value, what, "assistant")
+        )
 
     return _chosen_rejected(row, read)
 
 
 def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
     """Any number of answers to a prompt, with ranks, scores or both; without, they are ordered if 'ranked'."""
-    column = next(column for column in _ANSWERS if _has(row, column))
+    column = next(column for column in _ANSWERS if has_columns(row, column))
     answers = row[column]
     if not isinstance(answers, (list, tuple)):
-        _wrong_type(f"the column {column!r}", answers, "a list of answers")
+        wrong_type(f"the column {column!r}", answers, "a list of answers")
     count = len(answers)
     if count < 2:
         reason = f"the column {column!r} holds {count} of the two answers a comparison needs. Add answers"
         raise FormatError("too few answers", reason)
-    scores = _numbers(row, "scores", count) if _has(row, "scores") else None
+    scores = _numbers(row, "scores", count) if has_columns(row, "scores") else None
     rank_column = _filled(row, "ranks", "rank")
     if rank_column:
         ranks = _numbers(row, rank_column, count)

@@ -24,7 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lightning_rlhf.data.formats import Conversation, Message
+from lightning_rlhf.data.formats import Conversation, Message, UnfitRowError
 from lightning_rlhf.data.templates import CHAT_TEMPLATES, stop_token_ids
 
 #: What the loss reads: every assistant turn, the last of them, or all tokens.
@@ -33,21 +33,8 @@ LossOn = Literal["assistant", "last", "all"]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class TokenizeError(ValueError):
-    """A conversation that can't become tokens to learn from.
-
-    Args:
-        kind: A short name of the fault, the same for all rows that have it.
-        reason: What is wrong and what to do.
-    """
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(kind, reason)
-        self.kind = kind
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
+class TokenizeError(UnfitRowError):
+    """A conversation that can't become tokens to learn from."""
 
 
 @dataclass(frozen=True)
