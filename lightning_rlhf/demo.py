@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         logger=CSVLogger(options.output, name="log"),
         default_root_dir=options.output,
         callbacks=[
-            HFExport(str(options.output / "hf"), on="end"),
+            HFExport(str(options.output / "hf"), when="end"),
             SampleCompletions(PROMPTS, max_new_tokens=40),
             # Lightning's default bar shows nothing in a file or a pipe
             *([] if sys.stdout.isatty() else [TQDMProgressBar()]),

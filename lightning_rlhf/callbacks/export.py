@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.models.saving import check_replaceable, save_pretrained
 
 
 class HFExport(L.Callback):
     """Writes directories that ``from_pretrained`` loads: ``best`` whenever a metric improves, ``last`` at the end.
 
+    The module says what is exported: ``exportable.model`` and ``tokenizer``. Sharded weights (FSDP) are gathered by
+    all ranks and written by one.
+
     Args:
         dirpath: Parent of both; default ``hf`` under the Trainer's ``default_root_dir``.
-        on: ``best``, ``end`` or ``both``; ``best`` needs ``monitor``.
-        monitor: Metric that decides what is best, such as ``val/loss``.
+        when: ``best``, ``end`` or ``both``; ``best`` needs ``monitor``.
+        monitor: Metric that decides what is best, such as ``val/loss``. Where it differs by rank, their mean decides.
         mode: Whether less or more of it is better.
         adapter_only: Save adapters alone rather than merged weights.
         max_shard_size: Most bytes of a weights file.
 
     Raises:
-        ValueError: ``on: best`` without ``monitor``.
+        ValueError: ``when: best`` without ``monitor``.
     """
 
     def __init__(
         self,
         dirpath: str | None = None,
-        on: Literal["best", "end", "both"] = "both",
+        when: Literal["best", "end", "both"] = "both",
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         adapter_only: bool = False,
         max_shard_size: str = "5GB",
     ) -> None:
-        if on == "best" and monitor is None:
-            raise ValueError("HFExport(on='best') needs monitor, such as 'val/loss'.")
-        self.dirpath, self.on, self.monitor, self.mode = dirpath, on, monitor, mode
+        if when == "best" and monitor is None:
+            raise ValueError("HFExport(when='best') needs monitor, such as 'val/loss'.")
+        self.dirpath, self.when, self.monitor, self.mode = dirpath, when, monitor, mode
         self.adapter_only, self.max_shard_size = adapter_only, max_shard_size
         self.best: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells several exports of one run apart."""
+        return self._generate_state_key(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run does not replace a better export."""
@@ -50,38 +64,81 @@ class HFExport(L.Callback):
         """Takes it back."""
         self.best = state_dict["best"]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses what would fail at the first export, when the compute is spent.
+
+        Raises:
+            FileExistsError: Something else is where the export goes.
+            ValueError: The strategy does not gather whole weights.
+        """
+        if stage != TrainerFn.FITTING:
+            return
+        strategy: Any = trainer.strategy
+        # no public attribute tells FSDP's kind of checkpoint
+        in_shards = getattr(strategy, "_state_dict_type", "full") != "full" or getattr(strategy, "zero_stage_3", False)
+        if in_shards or isinstance(strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"HFExport: {type(strategy).__name__} as it is set keeps weights in shards. Use FSDPStrategy with "
+                "state_dict_type: full, or leave HFExport out."
+            )
+        for name in [*(["best"] if self._watches else []), *(["last"] if self.when != "best" else [])]:
+            check_replaceable(self._path(trainer, name))
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports when the metric is better than ever.
 
         Raises:
             ValueError: ``monitor`` names a metric that was not logged.
         """
-        if self.monitor is None or self.on == "end" or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if not self._watches or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"HFExport: monitor={self.monitor!r} was not logged. Logged: {known}.")
-        value = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or (value < self.best if self.mode == "min" else value > self.best):
+        own = torch.tensor(float(trainer.callback_metrics[self.monitor]), device=trainer.strategy.root_device)
+        value = float(trainer.strategy.reduce(own, reduce_op="mean"))  # all ranks must come to the same decision
+        best = self.best if self.best is not None else float("inf" if self.mode == "min" else "-inf")
+        if value < best if self.mode == "min" else value > best:  # never a NaN
             self.best = value
             self._export(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports the last weights and says where they are."""
-        if self.on != "best":
-            path = self._export(trainer, pl_module, "last")
-            rank_zero_info(f"Hugging Face model: {path}")
+        if self.when != "best":
+            self._export(trainer, pl_module, "last")
+            rank_zero_info(f"Hugging Face model: {self._path(trainer, 'last')}")
 
-    def _export(self, trainer: L.Trainer, pl_module: Any, name: str) -> Path:
-        path = Path(self.dirpath or Path(trainer.default_root_dir) / "hf") / name
+    @property
+    def _watches(self) -> bool:
+        return self.monitor is not None and self.when != "end"
+
+    def _path(self, trainer: L.Trainer, name: str) -> Path:
+        return Path(self.dirpath or Path(trainer.default_root_dir) / "hf") / name
+
+    def _export(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
+        weights = trainer.strategy.lightning_module_state_dict()  # all ranks: it may gather shards
         if trainer.is_global_zero:
+            model: nn.Module = pl_module.exportable.model
+            names = {id(module): name for name, module in pl_module.named_modules()}
+            prefix = names[id(model)].replace("_fsdp_wrapped_module.", "") + "."
             save_pretrained(
-                pl_module.policy.model,
+                _unwrapped(model),
                 pl_module.tokenizer,
-                path,
+                self._path(trainer, name),
                 stop_token_ids=getattr(pl_module, "stop_token_ids", ()),
+                state_dict={k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
                 adapter_only=self.adapter_only,
                 max_shard_size=self.max_shard_size,
             )
         trainer.strategy.barrier("HFExport")
-        return path
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model without FSDP's wrappers around its layers, over the same tensors."""
+    wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    if not wrappers:
+        return model
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    for wrapper in reversed(wrappers):  # inner ones first
+        memo[id(wrapper)] = copy.deepcopy(wrapper.module, memo)
+    return copy.deepcopy(model, memo)

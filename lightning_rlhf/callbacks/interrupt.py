@@ -24,15 +24,18 @@ class SaveOnInterrupt(L.Callback):
     The signal, on whichever rank, sets a flag and does nothing else. When a step ends, never within an accumulation
     window, ranks agree on it and save ``interrupted.ckpt``. A validation that is due then still runs, and the
     checkpoint is written once more after it, since a resumed run doesn't make up for it; a signal during a validation
-    acts at its end. Then the run stops, whatever ``min_steps`` and ``min_epochs`` say, without the hooks of an epoch
-    that isn't over. A second Ctrl-C raises :class:`KeyboardInterrupt` at once.
+    acts at its end. Then the run stops, whatever ``min_steps`` and ``min_epochs`` say; no callback sees the end of an
+    epoch that isn't over. A second Ctrl-C raises :class:`KeyboardInterrupt` at once.
+
+    In the Trainer's list this callback moves itself to the end, so that the checkpoint holds what all others noted of
+    the step.
 
     ``fit`` returns as after a run of full length, so a script goes on and its exit status is 0, unless it looks at
     :attr:`interrupted`. While this callback trains, Lightning's own reaction to SIGTERM is off; handlers are put back
     when training ends. Signals reach Python's main thread only: in another thread ``fit`` isn't interruptible.
 
     Args:
-        dirpath: Where ``interrupted.ckpt`` goes; default the logger's directory, or the Trainer's root.
+        dirpath: Where ``interrupted.ckpt`` goes; default the Trainer's ``default_root_dir``.
 
     Attributes:
         interrupted: Path of the checkpoint, once an interrupt was served; None in an undisturbed run.
@@ -46,7 +49,8 @@ class SaveOnInterrupt(L.Callback):
         self._former: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Has checkpoints written atomically where nothing else was asked for."""
+        """Goes last; has checkpoints written atomically where nothing else was asked for."""
+        trainer.callbacks = [*self._others(trainer), self]  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -110,18 +114,26 @@ class SaveOnInterrupt(L.Callback):
         """Stops before the step after the one that was saved."""
         if self.interrupted is not None:
             self._stopping = True
+            # first, or callbacks before this one would take the epoch for a whole one
+            trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
             trainer.should_stop = True
             trainer.state.status = TrainerStatus.INTERRUPTED
             raise StopIteration  # ends the epoch's loop, also where min_steps would hold should_stop back
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves a broken-off epoch before ModelCheckpoint takes it for a whole one and skips its rest on resume."""
+        """Leaves a broken-off epoch before others take it for a whole one: their checkpoint would skip its rest."""
         if self._stopping:
             raise StopIteration
 
     def _save_if_asked(self, trainer: L.Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             return
-        self.interrupted = os.path.join(self.dirpath or trainer.log_dir or trainer.default_root_dir, "interrupted.ckpt")
+        self.interrupted = os.path.join(self.dirpath or trainer.default_root_dir, "interrupted.ckpt")
         trainer.save_checkpoint(self.interrupted)
-        rank_zero_info(f"Interrupted at step {trainer.global_step}. Resume with --ckpt_path {self.interrupted}")
+        rank_zero_info(
+            f"Interrupted at step {trainer.global_step}: all is saved in {self.interrupted}. Go on from there with "
+            f"--ckpt_path {self.interrupted}"
+        )
+
+    def _others(self, trainer: L.Trainer) -> list[L.Callback]:
+        return [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]

@@ -57,7 +57,7 @@ class WritePredictions(L.Callback):
         """Joins the parts of all ranks, in order."""
         assert self._part is not None
         self._part.seek(0)
-        lines = self._part.read().splitlines()
+        lines = [line.rstrip("\n") for line in self._part]
         parts = [lines]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [[] for _ in range(trainer.world_size)]

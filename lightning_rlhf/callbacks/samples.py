@@ -3,117 +3,328 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import random
+import shutil
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.loggers import CometLogger, MLFlowLogger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from lightning_rlhf.data.tokens import encode_prompt
+from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
+from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
+
+COLUMNS = ["prompt", "completion", "ended"]
+"""Of the tables that loggers get."""
 
 
 class SampleCompletions(L.Callback):
-    """Shows answers to fixed prompts before training, after each validation, and at the end.
+    """Shows answers to fixed prompts before training, after each validation or every few steps, and at the end.
 
-    They go to the terminal, to loggers that take text (``log_text``, or TensorBoard's ``add_text``), and always to
-    ``samples.jsonl`` under the Trainer's ``default_root_dir``.
+    They go to the terminal, to loggers that take text (W&B and others with ``log_table`` or ``log_text``, TensorBoard,
+    MLflow, Comet), and always to ``samples.jsonl`` under the Trainer's ``default_root_dir``. Training is not disturbed:
+    sampling has a random generator of its own.
+
+    The module says what is shown: ``exportable``, which must be able to generate, and ``tokenizer``. Where the strategy
+    shards the model (FSDP) all ranks generate, elsewhere one.
 
     Args:
-        prompts: User turns, or message lists; None takes the first prompts of the data module's ``sample_prompts``.
-        num_prompts: How many of those.
+        prompts: User turns or message lists; or a file: ``.txt`` with one prompt a line, or ``.jsonl`` and the other
+            kinds that data modules read, with a column ``prompt`` (text or messages) or ``messages`` (whose last turn
+            is left out if it is an answer). None takes the data module's ``sample_prompts``.
+        num_prompts: How many of the data module's.
         max_new_tokens: Length limit of an answer.
-        temperature: 0 is greedy. Sampling draws from a generator of its own, keyed by seed and step.
+        temperature: 0 is greedy; otherwise sampling is keyed by seed, step and prompt.
         seed: Of the sampling.
         on_start: Show answers before the first step.
+        every_n_steps: Show answers after so many optimizer steps; None: after each validation.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1.
     """
 
     def __init__(
         self,
-        prompts: Sequence[str | list[dict[str, str]]] | None = None,
+        prompts: Sequence[str | list[dict[str, str]]] | str | os.PathLike[str] | None = None,
         num_prompts: int = 3,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
         on_start: bool = True,
+        every_n_steps: int | None = None,
     ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, or null for each validation; got {every_n_steps}.")
         self.prompts, self.num_prompts = prompts, num_prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self.on_start = on_start
+        self.on_start, self.every_n_steps = on_start, every_n_steps
+        self._encoded: list[tuple[str, list[int]]] = []
         self._last_step = -1
+
+    # ------------------------------------------------------------------------------------------------- hooks
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Reads and tokenises the prompts, so that a bad one shows before compute is spent.
+
+        Raises:
+            ValueError: There are no prompts, or one of them is bad; the message says which.
+        """
+        if stage != TrainerFn.FITTING:
+            return
+        self._encoded, self._last_step = [], -1
+        for where, messages in self._find(trainer):
+            try:
+                ids = encode_prompt(pl_module.tokenizer, messages)
+            except TokenizeError as error:
+                raise BadRowError(where, error.kind, f"{error}.") from error
+            self._encoded.append((messages[-1]["content"], ids))
+        if not self._encoded:
+            raise ValueError("SampleCompletions: there are no prompts. Give prompts=[...] or a file of them.")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuses models that don't generate.
+
+        Raises:
+            ValueError: It is one.
+        """
+        model = pl_module.exportable.transformer
+        if not model.can_generate():
+            raise ValueError(f"SampleCompletions: {type(model).__name__} can't generate. Leave the callback out.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Answers before training."""
         if self.on_start:
             self._show(trainer, pl_module)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Answers every few steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._show(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Answers after a validation inside ``fit``."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if not self.every_n_steps and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answers at the end, unless a validation has just shown them."""
+        """Answers at the end, unless they were just shown."""
         self._show(trainer, pl_module)
+
+    # ------------------------------------------------------------------------------------------------- prompts
+
+    def _find(self, trainer: Any) -> list[tuple[str, list[Message]]]:
+        """Each prompt with the place it comes from."""
+        if isinstance(self.prompts, (str, os.PathLike)):
+            keys = ["text"] if ".txt" in Path(self.prompts).suffixes else ["prompt", "messages"]
+            rows = read_rows(self.prompts, _Refuse())
+            found = [(row.where, next(filter(None, map(row.value.get, keys)), None)) for row in rows]
+        elif self.prompts is not None:
+            found = [(f"SampleCompletions: prompts[{i}]", prompt) for i, prompt in enumerate(self.prompts)]
+        elif hasattr(trainer.datamodule, "sample_prompts"):
+            prompts = trainer.datamodule.sample_prompts(self.num_prompts)
+            found = [(f"sample_prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+        else:
+            raise ValueError("SampleCompletions: give prompts, or use a data module that has sample_prompts(n).")
+        return [(where, _messages(prompt, where)) for where, prompt in found]
+
+    # ------------------------------------------------------------------------------------------------- answers
 
     def _show(self, trainer: L.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
         if step == self._last_step:
             return
         self._last_step = step
-        if trainer.is_global_zero:
-            prompts = self._messages(trainer)
-            rows = self._generate(pl_module, prompts, step)
-            self._write(trainer, rows, step)
-        trainer.strategy.barrier("SampleCompletions")
+        strategy = trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+            strategy, DeepSpeedStrategy
+        )
+        if trainer.is_global_zero or not whole:
+            rows = self._generate(trainer, pl_module, step, together=not whole)
+            if trainer.is_global_zero:
+                self._write(trainer, rows, step)
+        strategy.barrier("SampleCompletions")
 
-    def _messages(self, trainer: Any) -> list[list[dict[str, str]]]:
-        if self.prompts is not None:
-            return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
-        if not hasattr(trainer.datamodule, "sample_prompts"):
-            raise ValueError("SampleCompletions: give prompts, or use a data module that has sample_prompts(n).")
-        found: list[list[dict[str, str]]] = trainer.datamodule.sample_prompts(self.num_prompts)
-        return found
-
-    def _generate(self, module: Any, prompts: list[list[dict[str, str]]], step: int) -> list[dict[str, Any]]:
+    def _generate(self, trainer: L.Trainer, module: Any, step: int, together: bool) -> list[dict[str, Any]]:
         """One prompt at a time: an answer must not depend on what it is shown beside."""
         tokenizer = module.tokenizer
-        stops = tuple(getattr(module, "stop_token_ids", (tokenizer.eos_token_id,)))
-        how: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            how = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        stops = tuple(getattr(module, "stop_token_ids", ())) or (tokenizer.eos_token_id,)
+        gathered: AbstractContextManager[None] = nullcontext()
+        root = trainer.strategy.model
+        if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
+            gathered = FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False)
         rows = []
-        with module.policy.native_attention() as model, torch.random.fork_rng(), torch.no_grad():
-            for i, messages in enumerate(prompts):
-                torch.manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + i)
-                ids = torch.tensor([encode_prompt(tokenizer, messages)], device=module.device)  # type: ignore[arg-type]
+        with (
+            torch.no_grad(),
+            gathered,
+            trainer.precision_plugin.forward_context(),
+            module.exportable.native_attention() as model,
+        ):
+            for i, (prompt, encoded) in enumerate(self._encoded):
+                ids = torch.tensor([encoded], device=module.device)
+                key = random.Random(f"{self.seed} {step} {i}").getrandbits(32)  # torch reads no more bits of a seed
+                noise = _Noise(self.temperature, key)
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
+                    logits_processor=LogitsProcessorList([noise] if self.temperature > 0 else []),
                     max_new_tokens=self.max_new_tokens,
                     eos_token_id=list(stops),
                     pad_token_id=tokenizer.pad_token_id,
-                    **how,
+                    synced_gpus=together,
+                    num_beams=1,
+                    do_sample=False,
+                    # what the model's own config says of sampling, transformers would warn of
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=50,
                 )
                 answer = out[0, ids.shape[1] :].tolist()
                 ended = bool(answer) and answer[-1] in stops
                 text = tokenizer.decode(answer, skip_special_tokens=True)
-                rows.append({"step": step, "prompt": messages[-1]["content"], "completion": text, "ended": ended})
+                rows.append({"step": step, "prompt": prompt, "completion": text, "ended": ended})
         return rows
+
+    # ------------------------------------------------------------------------------------------------- output
 
     def _write(self, trainer: L.Trainer, rows: list[dict[str, Any]], step: int) -> None:
         file = Path(trainer.default_root_dir) / "samples.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        blocks = [f"  > {r['prompt']}\n    {r['completion'].strip()}{'' if r['ended'] else ' …'}" for r in rows]
-        print(f"\nAnswers at step {step} (… = cut at {self.max_new_tokens} tokens; all in {file})")
-        print("\n".join(blocks), flush=True)
-        table = [[r["prompt"], r["completion"], str(r["ended"])] for r in rows]
+        cells = [(row["prompt"], row["completion"].strip() + ("" if row["ended"] else " …")) for row in rows]
+        title = f"Answers at step {step} (… = cut at {self.max_new_tokens} tokens; all in {file})"
+        text = f"\n{title}\n{table(cells, shutil.get_terminal_size((100, 24)).columns)}"
+        encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        data = [[str(row[column]) for column in COLUMNS] for row in rows]
         for logger in trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
-            if hasattr(logger, "log_text"):
-                logger.log_text(key="samples", columns=["prompt", "completion", "ended"], data=table, step=step)
-            elif experiment is not None and hasattr(experiment, "add_text"):
-                experiment.add_text("samples", "\n\n".join(blocks), step)
+            log: Any = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)
+            experiment: Any = getattr(logger, "experiment", None)
+            if log is not None:
+                log(key="samples", columns=COLUMNS, data=data, step=step)
+            elif hasattr(experiment, "add_text"):  # TensorBoard
+                experiment.add_text("samples", markdown(COLUMNS, data), step)
+            elif isinstance(logger, MLFlowLogger):
+                experiment.log_text(logger.run_id, markdown(COLUMNS, data), f"samples/step_{step}.md")
+            elif isinstance(logger, CometLogger):
+                experiment.log_text(markdown(COLUMNS, data), step=step)
+
+
+class _Refuse(BadRows):
+    """No row of a file of prompts is skipped."""
+
+    def add(self, where: str, kind: str, reason: str) -> NoReturn:
+        raise BadRowError(where, kind, f"{reason}.")
+
+
+class _Noise(LogitsProcessor):
+    """Makes the arg max a sample (the Gumbel-max trick), where ``generate`` would draw from the global generator."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature = temperature
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.empty(scores.shape, dtype=torch.float32).exponential_(generator=self.generator).log()
+        return scores.float() / self.temperature - noise.to(scores.device)
+
+
+def _messages(prompt: Any, where: str) -> list[Message]:
+    """A prompt's turns, without the answer where it brings one."""
+    if isinstance(prompt, str) and prompt.strip():
+        return [Message(role="user", content=prompt)]
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        texts = [m.get(key) if isinstance(m, Mapping) else None for m in prompt for key in ("role", "content")]
+        turns = prompt[:-1] if prompt and texts[-2] == "assistant" else prompt
+        if turns and all(isinstance(text, str) for text in texts):
+            return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
+    raise BadRowError(
+        where, "no prompt", "not a prompt. Write a text, or a list of messages {role: ..., content: ...}; in a file, "
+        "as the column 'prompt' or 'messages'."
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- text tables
+
+
+def table(rows: Sequence[tuple[str, str]], width: int) -> str:
+    """Two columns of wrapped text, for a terminal.
+
+    Args:
+        rows: Left and right text of each row.
+        width: Columns of the terminal.
+
+    Returns:
+        The lines. The left column takes a third at most, and of a long text eight lines.
+    """
+    longest = max((columns(line) for left, _ in rows for line in left.splitlines()), default=1)
+    first = max(2, min(longest, width // 3))
+    second = max(2, width - first - 3)
+    lines = []
+    for left, right in rows:
+        names, texts = wrap(left, first), wrap(right, second)
+        if len(names) > 8:
+            names = [*names[:7], "…"]
+        lines.append("-" * first + "-+-" + "-" * second)
+        for i in range(max(len(names), len(texts))):
+            name = names[i] if i < len(names) else ""
+            text = texts[i] if i < len(texts) else ""
+            lines.append(f"{name}{' ' * (first - columns(name))} | {text}")
+    return "\n".join(lines)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Breaks text at blanks, between wide (Chinese) characters, and elsewhere if it must.
+
+    Args:
+        text: Control characters in it become blanks.
+        width: Columns of a line, at least 2.
+
+    Returns:
+        The lines.
+    """
+    lines = []
+    for paragraph in text.splitlines():
+        line = ""
+        for character in paragraph:
+            line += " " if unicodedata.category(character) == "Cc" else character
+            if columns(line) > width:
+                ends = (
+                    i for i in range(len(line) - 1, 0, -1) if " " in line[i - 1 : i + 1] or _wide(line[i - 1 : i + 1])
+                )
+                end = next(ends, len(line) - 1)
+                lines.append(line[:end].rstrip())
+                line = line[end:].lstrip()
+        lines.append(line)
+    return lines
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a wide character, none for a combining one."""
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + _wide(c) for c in text)
+
+
+def _wide(text: str) -> bool:
+    return any(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, such as TensorBoard shows."""
+    cells = [[c.strip().replace("|", "\\|").replace("\n", "<br>") for c in row] for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])

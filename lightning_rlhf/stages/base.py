@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -164,7 +165,7 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds RNG states of all ranks; drops frozen weights."""
-        if self._mid_step and self.trainer.training:
+        if self._mid_step and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_warn(
                 "This checkpoint falls between two micro-batches of one optimizer step (a time-based ModelCheckpoint, "
                 "or a val_check_interval that is no multiple of accumulate_grad_batches). The gradients gathered so "

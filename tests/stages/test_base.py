@@ -14,12 +14,12 @@ from lightning_rlhf.stages.base import rng_state, set_rng_state
 ROWS = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(8)]
 
 
-def fit(model_dir, tmp_path, **options):
+def fit(model_dir, tmp_path, val=None, **options):
     settings = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
                     enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
     trainer = L.Trainer(**{**settings, **options})
     module = SFTModule(model_dir)
-    trainer.fit(module, InstructionDataModule(ROWS, batch_size=4, val_fraction=0.0, cache_dir=tmp_path))
+    trainer.fit(module, InstructionDataModule(ROWS, val=val, batch_size=4, val_fraction=0.0, cache_dir=tmp_path))
     return trainer, module
 
 
@@ -53,6 +53,9 @@ def test_a_checkpoint_between_two_micro_batches_warns(tiny_model_dir, tmp_path):
     options = dict(accumulate_grad_batches=2)
     with pytest.warns(UserWarning, match="between two micro-batches"):
         fit(tiny_model_dir, tmp_path, callbacks=[Save(0)], **options)
+    with pytest.warns(UserWarning, match="between two micro-batches"):
+        fit(tiny_model_dir, tmp_path, enable_checkpointing=True, val_check_interval=1, val=ROWS,
+            callbacks=[ModelCheckpoint(tmp_path)], **options)  # fmt: skip
     with pytest.warns() as caught:
         fit(tiny_model_dir, tmp_path, callbacks=[Save(1)], **options)
         fit(tiny_model_dir, tmp_path, enable_checkpointing=True,
