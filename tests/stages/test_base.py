@@ -54,7 +54,7 @@ def test_a_checkpoint_between_two_micro_batches_warns(tiny_model_dir, tmp_path):
     with pytest.warns(UserWarning, match="between two micro-batches"):
         fit(tiny_model_dir, tmp_path, callbacks=[Save(0)], **options)
     with pytest.warns(UserWarning, match="between two micro-batches"):
-        fit(tiny_model_dir, tmp_path, enable_checkpointing=True, val_check_interval=1, val=ROWS,
+        fit(tiny_model_dir, tmp_path, enable_checkpointing=True, val_check_interval=3, val=ROWS,
             callbacks=[ModelCheckpoint(tmp_path)], **options)  # fmt: skip
     with pytest.warns() as caught:
         fit(tiny_model_dir, tmp_path, callbacks=[Save(1)], **options)
