@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,6 +49,7 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         tokenizer: Default: the module's, with its chat template.
     """
 
+    columns: ClassVar[Mapping[str, Any]] = {"input_ids": [int], "scored": [bool]}
     bundled = "instructions.*.jsonl"
     tree = staticmethod(instruction_tree)
 

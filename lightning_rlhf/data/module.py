@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -23,8 +23,8 @@ from lightning_rlhf.data.packed import Tree
 from lightning_rlhf.data.planner import PlannedLoader, Planner, Size
 from lightning_rlhf.data.sources import BadRows, Row, Source, read_rows
 
-#: Changes whenever the same rows would be tokenised otherwise.
-_CACHE_VERSION = 2
+#: Changes whenever the same rows would be tokenised or stored otherwise.
+_CACHE_VERSION = 3
 BUNDLED = "bundled"
 
 Item = TypeVar("Item")
@@ -56,7 +56,8 @@ class TokenRows:
 
 
 #: Columns of a tokenised row that say how large it is, in the order of :class:`~lightning_rlhf.data.planner.Size`.
-SIZE_COLUMNS = ("num_tokens", "num_scored", "num_sequences", "pair_weight")
+SIZE_TYPES = {"num_tokens": int, "num_scored": int, "num_sequences": int, "pair_weight": float}
+SIZE_COLUMNS = tuple(SIZE_TYPES)
 
 
 class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
@@ -85,6 +86,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     #: Files of the package that ``bundled`` stands for.
     bundled: str
+    #: Types of the columns that ``tree`` reads: a type, or a list of one.
+    columns: ClassVar[Mapping[str, Any]]
     #: Makes a tree of a tokenised row; a function of a module, since worker processes get it.
     tree: Callable[[Mapping[str, Any]], Tree]
 
@@ -302,10 +305,13 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         records = [{"where": where, "row": json.dumps(self.dump(item), ensure_ascii=False)} for where, item in rows]
         path = self.cache_dir / self._key(records, arguments)
         if not path.exists():
+            columns = {"where": str, **self.columns, **SIZE_TYPES, "kind": str, "reason": str, "cut": bool}
             table = datasets.Dataset.from_list(records).map(
                 _encode_row,
                 fn_kwargs=dict(encode=encode, tokenizer=self.tokenizer, arguments=arguments),
                 remove_columns=["row"],
+                # not inferred: that reads the first thousand rows, which may all have empty lists
+                features=datasets.Features({name: _feature(kind) for name, kind in columns.items()}),
                 num_proc=self.num_proc,
                 desc=f"Tokenising {part} rows",
                 load_from_cache_file=False,
@@ -354,6 +360,15 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         for record in records:
             digest.update(record["where"].encode() + b"\0" + record["row"].encode() + b"\0")
         return digest.hexdigest()[:40]
+
+
+def _feature(kind: Any) -> Any:
+    """A column's type as ``datasets`` calls it."""
+    import datasets
+
+    if isinstance(kind, list):
+        return [_feature(kind[0])]
+    return datasets.Value({str: "string", int: "int64", float: "float64", bool: "bool"}[kind])
 
 
 def _name(source: Source) -> str:

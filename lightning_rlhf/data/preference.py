@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.packed import Branch, Pair, Tree
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
 from lightning_rlhf.data.sources import Source
-from lightning_rlhf.data.tokens import TokenizeError, encode, encode_prompt
+from lightning_rlhf.data.tokens import LossOn, TokenizeError, encode, encode_prompt
 
 PairWeight = Literal["pair", "prompt"]
 
@@ -59,6 +59,14 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         origins: For each part, the names (source, language) of the numbers that its pairs carry.
     """
 
+    columns: ClassVar[Mapping[str, Any]] = {
+        "prompt": [int],
+        "answers": [[int]],
+        "scored": [[bool]],
+        **{name: [int] for name in ("better", "worse")},
+        **{name: [float] for name in ("margin", "weight")},
+        "names": [str],
+    }
     bundled = "preferences.*.jsonl"
     tree = staticmethod(preference_tree)
 
@@ -101,6 +109,8 @@ class PreferenceDataModule(TreeDataModule[Preference]):
             cache_dir,
             tokenizer,
         )
+        if pair_weight not in get_args(PairWeight):
+            raise ValueError(f"pair_weight is {pair_weight!r}. Choose one of: {', '.join(get_args(PairWeight))}.")
         self.format, self.system = format, system
         self.pair_weight, self.use_margin = pair_weight, use_margin
         self.origins: dict[str, list[tuple[str, ...]]] = {}
@@ -166,7 +176,9 @@ def encode_preference(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
         prompt = encode_prompt(tokenizer, messages)
         answers, scored = [], []
         for answer in row["answers"]:
-            tokens = encode(tokenizer, Conversation((*messages, *answer)))
+            # turns of the prompt are not scored here: a template may write them otherwise than when they were new
+            loss_on: LossOn = "last" if len(answer) == 1 else "assistant"
+            tokens = encode(tokenizer, Conversation((*messages, *answer)), loss_on)
             end = max(i for i, read in enumerate(tokens.scored) if read) + 1
             if tokens.input_ids[: len(prompt)] != prompt:
                 reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import Any
 
 import torch
@@ -176,12 +177,17 @@ class RewardModule(Stage):
 
     def on_train_epoch_end(self) -> None:
         """Measures the offset where the epoch ended without a validation, so that no export has an old one."""
+        if self._offset_step == self.trainer.global_step:
+            return
+        loop: Any = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()  # a resumed run, or one that validates later, has no loader yet
         loader: Any = self.trainer.val_dataloaders
-        if self._offset_step in (None, self.trainer.global_step) or not loader:
+        batches = int(sum(self.trainer.num_val_batches))
+        if not batches:
             return
         self.eval()
-        with torch.no_grad():
-            for batch in loader:
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+            for batch in islice(loader, batches):
                 batch = batch.to(self.device)
                 chosen = self.reward_model(batch)[batch.pairs.better]
                 self.reference_score.update(chosen, torch.ones_like(chosen))
