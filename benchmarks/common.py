@@ -1,0 +1,243 @@
+"""What the speed benchmarks share: contestants that take turns in processes of their own, and one table of ratios."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+OURS = "ours"
+
+
+# ---------------------------------------------------------------------------------------------- what all train
+
+
+def llama_config(
+    vocab_size: int, width: int = 256, layers: int = 4, heads: int = 4, context: int = 2048
+) -> LlamaConfig:
+    """A small Llama: MLP 2.69 times as wide as the model, as in the large ones; embeddings and head apart."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=688 * width // 256,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
+    """The same random weights for every contestant, in fp32."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).train()
+
+
+def adamw(params: Iterable[Any], lr: float = 1e-4) -> torch.optim.AdamW:
+    """The optimizer of every contestant: PyTorch's fastest AdamW, whose state is there before the first step.
+
+    So that memory above "model and optimizer" is what a step takes, and not the optimizer's moments.
+    """
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros(()), **moments}
+    return optimizer
+
+
+# ---------------------------------------------------------------------------------------------- one measurement
+
+
+@dataclass
+class Meter:
+    """Times the steps of one contestant in this process, from the end of the warm-up.
+
+    Args:
+        warmup: Steps before the clock starts.
+        tokens: Real tokens of the measured steps; no padding.
+        seconds: CPU seconds they took, of all threads of the process.
+        losses: Of every step, the warm-up's too.
+        extra_mib: Most resident memory during the steps, above that with model and optimizer made.
+    """
+
+    warmup: int
+    tokens: int = 0
+    seconds: float = 0.0
+    extra_mib: float = 0.0
+    losses: list[float | Tensor] = field(default_factory=list)
+    started: float = field(default=0.0, init=False, repr=False)
+    base_mib: float = field(default=0.0, init=False, repr=False)
+
+    def ready(self) -> None:
+        """To be called when model and optimizer are made."""
+        gc.collect()
+        _forget_peak()
+        self.base_mib = _memory("VmRSS")
+
+    def step(self, tokens: int, loss: Tensor) -> None:
+        """To be called at the end of every step."""
+        self.losses.append(loss.detach())
+        if len(self.losses) == self.warmup:
+            self.started = time.process_time()
+        elif len(self.losses) > self.warmup:
+            self.tokens += tokens
+            self.seconds = time.process_time() - self.started
+
+    def finish(self) -> None:
+        """To be called after the last step."""
+        self.extra_mib = _memory("VmHWM") - self.base_mib
+        self.losses = [float(loss) for loss in self.losses]
+
+    @property
+    def speed(self) -> float:
+        """Real tokens a CPU second."""
+        return self.tokens / self.seconds
+
+
+def _memory(name: str) -> float:
+    """A line of Linux's account of this process, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {name}.")
+
+
+def _forget_peak() -> None:
+    """Lets the peak of resident memory begin anew: loading libraries and making models has one of its own."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---------------------------------------------------------------------------------------------- taking turns
+
+
+_MARK = "measured: "
+
+
+def report(meter: Meter) -> None:
+    """Hands a finished measurement from a worker process to :func:`measure`."""
+    result = asdict(meter)
+    print(_MARK + json.dumps({k: result[k] for k in ("warmup", "tokens", "seconds", "extra_mib", "losses")}))
+
+
+def measure(script: str | Path, arguments: Sequence[str]) -> Meter:
+    """Runs ``script`` in a fresh single-threaded process, whose output ends with a :func:`report`."""
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return Meter(**json.loads(lines[-1].removeprefix(_MARK)))
+
+
+def alternate(
+    script: str | Path, contestants: Sequence[str], rounds: int, arguments: Sequence[str], title: str
+) -> dict[str, list[Meter]]:
+    """Measures A B C A B C ..., each in a process of its own, so that all meet the same state of the machine."""
+    found: dict[str, list[Meter]] = {name: [] for name in contestants}
+    for i in range(rounds):
+        for name in contestants:
+            found[name].append(measure(script, ["--worker", name, *arguments]))
+            last = found[name][-1]
+            print(
+                f"{title}, round {i + 1} of {rounds}: {name} {last.speed:.0f} tokens a CPU second, "
+                f"{last.extra_mib:.0f} MiB",
+                file=sys.stderr,
+                flush=True,
+            )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+class Goal(NamedTuple):
+    """What ours should reach against a contestant: so many times its speed, at such a share of its memory."""
+
+    speed: float
+    memory: float | None = None
+
+
+COLUMNS = (
+    "case",
+    "contestant",
+    "tokens / CPU s",
+    "range",
+    "ours is",
+    "extra MiB",
+    "ours needs",
+    "loss differs by",
+    "goal",
+)
+
+
+def rows(case: str, found: Mapping[str, list[Meter]], goals: Mapping[str, Goal]) -> list[list[str]]:
+    """Rows of the table: medians, ours over each contestant, and where ours falls short of a goal."""
+    ours = found[OURS]
+    lines = []
+    for name, meters in found.items():
+        speeds = [m.speed for m in meters]
+        speed_ratio = _median(m.speed for m in ours) / statistics.median(speeds)
+        memory = _median(m.extra_mib for m in meters)
+        memory_ratio = _median(m.extra_mib for m in ours) / memory
+        other = name != OURS
+        lines.append(
+            [
+                case,
+                name,
+                f"{statistics.median(speeds):,.0f}",
+                f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                f"{speed_ratio:.2f}x" if other else "",
+                f"{memory:,.0f}",
+                f"{memory_ratio:.2f}x" if other else "",
+                f"{loss_difference(ours[0], meters[0]):.1e}" if other else "",
+                _verdict(goals[name], speed_ratio, memory_ratio) if name in goals else "",
+            ]
+        )
+    return lines
+
+
+def loss_difference(a: Meter, b: Meter) -> float:
+    """Largest difference of the losses of the steps that both made: the same work was done."""
+    return max(abs(float(x) - float(y)) for x, y in zip(a.losses, b.losses, strict=False))
+
+
+def _verdict(goal: Goal, speed: float, memory: float) -> str:
+    parts = [f"{goal.speed}x " + ("met" if speed >= goal.speed else f"short by {goal.speed - speed:.2f}x")]
+    if goal.memory is not None:
+        over = memory - goal.memory
+        parts.append(f"memory {goal.memory}x " + ("met" if over <= 0 else f"over by {over:.2f}x"))
+    return ", ".join(parts)
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def markdown(lines: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))

@@ -1,0 +1,316 @@
+"""Speed and memory of supervised fine-tuning, beside TRL's SFTTrainer and a bare PyTorch loop.
+
+    pip install -e '.[demo,bench]'
+    python benchmarks/sft.py                                # all cases against all peers, one table
+    python benchmarks/sft.py --case varied --peers bare     # one case; without TRL
+
+Every contestant trains the same random Llama (width 256, 4 layers, fp32) on the same batches in the same order with the
+same AdamW, rate, clipping and number of steps, on one thread. They take turns, each time in a process of its own. The
+figure is real tokens (no padding) a CPU second after a warm-up; "extra MiB" is the most resident memory during the
+steps above that with model and optimizer made; "loss differs by" compares the losses of every step.
+
+Contestants:
+    ours       Trainer.fit(SFTModule(...), InstructionDataModule(...))
+    bare       a PyTorch loop: a padded batch, model(...).loss, backward, step
+    trl        SFTTrainer as it comes, but in fp32 as the others (it would take bf16)
+    trl-fast   SFTTrainer without gradient checkpointing
+    trl-flat   the same and padding-free
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common
+import lightning.pytorch as L
+import torch
+from common import OURS, Goal, Meter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lightning_rlhf import InstructionDataModule, SFTModule
+from lightning_rlhf.data.packed import unpack
+from lightning_rlhf.models import load_tokenizer
+from lightning_rlhf.models.pretrained import SMOLLM2, obtain
+
+CLIP = 1.0
+IGNORED = -100
+
+
+class Case(NamedTuple):
+    """What is trained on.
+
+    Attributes:
+        batch_size: Sequences of a step.
+        length: Most tokens of a sequence.
+        shortest: Fewest.
+        vocab_size: Of the made-up vocabulary; None takes real data and a real tokenizer.
+        goals: What ours should reach.
+        steps: Measured in a round; real data takes seconds a step.
+    """
+
+    batch_size: int
+    length: int
+    shortest: int
+    vocab_size: int | None
+    goals: dict[str, Goal]
+    steps: int = 8
+
+
+CASES = {
+    "fixed": Case(8, 128, 128, 1024, {"bare": Goal(1.0)}),
+    "varied": Case(8, 256, 64, 1024, {"trl": Goal(1.7)}),
+    "real": Case(8, 1024, 2, None, {"trl": Goal(1.8)}, steps=4),
+    "vocab": Case(4, 128, 128, 32_000, {"trl": Goal(1.7, 0.5)}),
+}
+
+# ---------------------------------------------------------------------------------------------- what they train on
+
+
+class Task(NamedTuple):
+    """The same for every contestant."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    data: InstructionDataModule
+    steps: int
+    meter: Meter
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One word a token: word ``w7`` has id 7."""
+    words = {"<unk>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocab_size)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    fast.chat_template = "{{ messages[0]['content'] }}"  # never used, and SFTModule asks for one
+    return fast
+
+
+def word_rows(case: Case, count: int) -> list[dict[str, str]]:
+    """Random texts of the case's lengths, the end token counted; every token but the first is scored."""
+    draw = random.Random(0)
+    sizes = [draw.randint(case.shortest, case.length) - 1 for _ in range(count)]
+    return [{"text": " ".join(f"w{draw.randrange(2, case.vocab_size or 3)}" for _ in range(n))} for n in sizes]
+
+
+def make_task(options: argparse.Namespace, cache: str) -> Task:
+    case = CASES[options.case]
+    length = options.length or case.length
+    case = case._replace(length=length, shortest=case.shortest * length // case.length)
+    steps = options.warmup + (options.steps or case.steps)
+    source: Any
+    if case.vocab_size is None:
+        tokenizer = load_tokenizer(obtain(options.tokenizer, report=lambda line: print(line, file=sys.stderr)))
+        source = str(common.ASSETS / "data" / "sft.jsonl")
+    else:
+        case = case._replace(vocab_size=options.vocab_size or case.vocab_size)
+        tokenizer = word_tokenizer(case.vocab_size)
+        source = word_rows(case, steps * case.batch_size)
+    data = InstructionDataModule(
+        source,
+        batch_size=case.batch_size,
+        max_length=length,
+        truncate=True,
+        on_bad_row="skip",  # nothing scored within the length
+        val_fraction=0.0,
+        cache_dir=cache,
+        tokenizer=tokenizer,
+    )
+    config = common.llama_config(len(tokenizer), options.width, options.layers)
+    return Task(common.random_llama(config), tokenizer, data, steps, Meter(options.warmup))
+
+
+def batches(task: Task) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Our batches as rows of (ids, labels), for the others."""
+    task.data.setup("fit")
+    for batch in itertools.islice(itertools.cycle(task.data.train_dataloader()), task.steps):
+        rows = []
+        for prompt, (branch,), *_ in unpack(batch):
+            scored = branch.scored or [True] * len(branch.input_ids)
+            labels = [t if s else IGNORED for t, s in zip(branch.input_ids, scored, strict=True)]
+            rows.append(([*prompt, *branch.input_ids], [IGNORED] * len(prompt) + labels))
+        yield rows
+
+
+# ---------------------------------------------------------------------------------------------- contestants
+
+
+class _Watch(L.Callback):
+    """Reads the meter from inside our Trainer."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.meter.ready()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.meter.step(batch.num_tokens, outputs["loss"])
+
+
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def run_ours(task: Task) -> None:
+    module = SFTModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=constant)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=task.steps,
+        gradient_clip_val=CLIP,
+        callbacks=[_Watch(task.meter)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, task.data)
+
+
+def run_bare(task: Task) -> None:
+    model, optimizer = task.model, common.adamw(task.model.parameters())
+    steps = list(batches(task))
+    task.meter.ready()
+    for rows in steps:
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        task.meter.step(sum(len(ids) for ids, _ in rows), loss)
+
+
+def run_trl(task: Task, **settings: Any) -> None:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    meter = task.meter
+    steps = list(batches(task))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            meter.ready()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            meter.step(trainer.tokens, trainer.loss)
+
+    class Watched(SFTTrainer):
+        tokens: int
+        loss: torch.Tensor
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            mask = inputs.get("attention_mask")
+            self.tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self.loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return self.loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Watched(
+            model=task.model,
+            args=SFTConfig(
+                folder,
+                per_device_train_batch_size=len(steps[0]),
+                max_steps=task.steps,
+                max_length=None,  # rows were cut already
+                dataset_kwargs={"skip_prepare_dataset": True},  # and tokenised
+                train_sampling_strategy="sequential",
+                max_grad_norm=CLIP,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                bf16=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                **settings,
+            ),
+            train_dataset=Dataset.from_list([dict(input_ids=i, labels=j) for rows in steps for i, j in rows]),
+            processing_class=task.tokenizer,
+            optimizers=(common.adamw(task.model.parameters()), None),
+            callbacks=[Watch()],
+        )
+        trainer.train()
+
+
+PEERS: dict[str, Callable[[Task], None]] = {
+    "bare": run_bare,
+    "trl": run_trl,
+    "trl-fast": lambda task: run_trl(task, gradient_checkpointing=False),
+    "trl-flat": lambda task: run_trl(task, gradient_checkpointing=False, padding_free=True),
+}
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="measured steps of a round; default the case's")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1")
+    parser.add_argument("--tokenizer", default=SMOLLM2, help="of the case real: a folder, or %(default)s, fetched once")
+    parser.add_argument("--length", type=int, help="most tokens of a sequence; default the case's")
+    parser.add_argument("--vocab-size", type=int, help="of a made-up vocabulary; default the case's")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--worker", choices=[OURS, *PEERS], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.warmup < 1:
+        parser.error("--warmup must be at least 1: the clock starts at the end of a step.")
+    return options
+
+
+def work(options: argparse.Namespace) -> None:
+    """One measurement, in this process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as cache:
+        task = make_task(options, cache)
+        (run_ours if options.worker == OURS else PEERS[options.worker])(task)
+    task.meter.finish()
+    common.report(task.meter)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, and prints the table."""
+    options = parse(arguments)
+    if options.worker:
+        work(options)
+        return
+    if any(peer.startswith("trl") for peer in options.peers) and importlib.util.find_spec("trl") is None:
+        sys.exit("TRL is not installed: pip install 'lightning_rlhf[bench]', or choose --peers bare.")
+    passed = ["steps", "warmup", "tokenizer", "length", "vocab_size", "width", "layers"]
+    flags = [
+        part
+        for name in passed
+        if getattr(options, name) is not None
+        for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
+    lines = []
+    for case in CASES if options.case == "all" else [options.case]:
+        found = common.alternate(__file__, [OURS, *options.peers], options.rounds, ["--case", case, *flags], case)
+        lines += common.rows(case, found, CASES[case].goals)
+    print(common.markdown(lines))
+
+
+if __name__ == "__main__":
+    main()
