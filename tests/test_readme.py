@@ -13,28 +13,34 @@ import pytest
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.data.formats import FORMATS, to_conversation
+from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, to_preference
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TEXTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
-#: Text of a Python block, and what takes its place: {model} and {rows} are the small ones.
+SHORT = 'max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False'
+#: Text of a Python block, and what takes its place: {model}, {rows} and {pairs} are the small ones.
 IN_PYTHON = {
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"{model}"',
     '"my.jsonl"': '"{rows}"',
-    "max_epochs=2": 'max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False',
+    '"my_pairs.jsonl"': '"{pairs}"',
+    "max_epochs=2": SHORT,
+    "max_epochs=1": SHORT,
 }
 #: Text of a command, and what takes its place.
-IN_COMMANDS = {"my.jsonl": "{rows}", "configs/": "{root}/configs/"}
+IN_COMMANDS = {"my.jsonl": "{rows}", "my_pairs.jsonl": "{pairs}", "configs/": "{root}/configs/"}
 #: What makes a command small, behind its own arguments.
 ON_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"
 SMALL = {
-    "fit": f"--model.pretrained {{model}} --data.train {{rows}} {ON_CPU}",
+    "fit": f"--model.pretrained {{model}} {ON_CPU}",
     "validate": f"--model.pretrained {{model}} {ON_CPU}",
     "test": f"--model.pretrained {{model}} {ON_CPU}",
     "predict": f"--model.pretrained {{model}} {ON_CPU}",
     "demo": "--model {model} --train {rows} --steps 1",
 }
+#: The small data of the configs in a folder.
+TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}"}
 
 
 def blocks(path, language):
@@ -67,13 +73,15 @@ RUN = [entry for entry in COMMANDS if entry.values[0].startswith("lightning-rlhf
 @pytest.fixture
 def small(tiny_model_dir, tmp_path, monkeypatch):
     """Fills the places of a text; the working directory is a fresh one."""
-    rows = tmp_path / "small.jsonl"
+    rows, pairs = tmp_path / "small.jsonl", tmp_path / "small_pairs.jsonl"
     answers = ("fox", "dog", "the lazy dog")
     lines = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(24)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"prompt": f"question {i}", "chosen": answers[i % 3], "rejected": answers[i % 3 - 1]} for i in range(24)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    return lambda text: text.format(model=tiny_model_dir, rows=rows, root=ROOT)
+    return lambda text: text.format(model=tiny_model_dir, rows=rows, pairs=pairs, root=ROOT)
 
 
 def replaced(text, table, small):
@@ -114,12 +122,16 @@ def test_command_runs(command, small, capsys):
         assert "usage" in capsys.readouterr().out
         return
     arguments = [name, *rest, *shlex.split(small(SMALL[name]))]
+    if "--config" in rest:  # whatever the command reads: Lightning prepares the training data for all of them
+        [train] = [small(train) for folder, train in TRAIN.items() if folder in command]
+        arguments += ["--data.train", train]
     if "--ckpt_path" in rest:  # a run that this one goes on from
         i = arguments.index("--ckpt_path")
         main([*arguments[:i], *arguments[i + 2 :], "--trainer.max_steps", "1"])
         [arguments[i + 1]] = map(str, Path().rglob("*.ckpt"))
     main([*arguments, *(["--trainer.max_steps", "2"] if name == "fit" else [])])
     assert name not in ("fit", "demo") or list(Path().rglob("config.json")), "no Hugging Face directory was exported"
+    assert name != "predict" or any(map(Path.read_text, Path().rglob("predictions.jsonl"))), "no predictions"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -132,14 +144,24 @@ def test_command_is_one_that_exists(command):
         assert first in ("lightning-rlhf", "pip", "pytest", "python", "git", "cd", "mkdocs"), f"what runs {first}?"
 
 
-def test_example_rows_are_of_their_format():
+@pytest.mark.parametrize(
+    "heading, formats, fits, convert",
+    [
+        ("Formats", FORMATS, lambda entry, row: entry.matches(row), to_conversation),
+        ("Preference formats", PREFERENCE_FORMATS, lambda entry, row: not entry.missing(row), to_preference),
+    ],
+    ids=["instructions", "preferences"],
+)
+def test_example_rows_are_of_their_format(heading, formats, fits, convert):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^\*\*`(\w+)`\*\*.*?```json\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in examples] == list(FORMATS), "each format, in the order in which they are tried"
+    [section] = re.findall(rf"^## {heading}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    examples = re.findall(r"^\*\*`(\w+)`\*\*.*?```json\n(.*?)\n```$", section, re.MULTILINE | re.DOTALL)
+    known = [name for name in formats if name != "unpaired"]  # of which every row is refused
+    assert [name for name, _ in examples] == known, "each format, in the order in which they are tried"
     for name, row in examples:
-        matching = [known.name for known in FORMATS.values() if known.matches(json.loads(row))]
-        assert matching[0] == name
-        to_conversation(json.loads(row))
+        row = json.loads(row)
+        assert next(entry.name for entry in formats.values() if fits(entry, row)) == name
+        convert(row)
 
 
 def files_named(path):

@@ -168,7 +168,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def prepare_data(self) -> None:
         """Tokenises into the cache, on one process a node."""
-        for part in self._parts(None):
+        for part in self._parts(None if self.trainer is None else self.trainer.state.fn):
             self._store(part)
 
     def setup(self, stage: str | None = None) -> None:

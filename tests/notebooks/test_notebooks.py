@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last, at smoke size, and is committed without outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -16,11 +17,22 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 @pytest.fixture(scope="module")
 def settings(tiny_model_dir, tmp_path_factory):
-    """What makes a notebook small; its first code cell reads them."""
-    rows = tmp_path_factory.mktemp("data") / "my.jsonl"
-    lines = [{"instruction": f"question {i}", "output": "the lazy dog"[: 3 + i % 9]} for i in range(24)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"MODEL": str(tiny_model_dir), "TRAIN": str(rows), "STEPS": "2", "BATCH_SIZE": "4"}
+    """What makes a notebook small, by its name; its first code cell reads them."""
+    text = "the lazy dog"
+    rows = {
+        "sft": [{"instruction": f"question {i}", "output": text[: 3 + i % 9]} for i in range(24)],
+        "reward": [
+            {"prompt": f"question {i}", "chosen": text[: 3 + i % 9], "rejected": text[: 4 + i % 7], "lang": "en"}
+            for i in range(24)
+        ],
+    }
+    folder = tmp_path_factory.mktemp("data")
+    small = {}
+    for name, lines in rows.items():
+        train = folder / f"{name}.jsonl"
+        train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        small[name] = {"MODEL": str(tiny_model_dir), "TRAIN": str(train), "STEPS": "2", "BATCH_SIZE": "4"}
+    return small
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +47,7 @@ def run(settings, tmp_path_factory):
                 "PYTHONPATH": ROOT,
                 "LIGHTNING_RLHF_CACHE": elsewhere / "cache",
                 **{name: elsewhere / name for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")},
-                **{PREFIX + name: value for name, value in settings.items()},
+                **{PREFIX + name: value for name, value in settings[path.stem].items()},
             }
             notebook = nbformat.read(path, as_version=4)
             where = {"metadata": {"path": str(folder)}}
@@ -58,8 +70,13 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-def test_there_are_notebooks():
-    assert ROOT / "notebooks" / "sft.ipynb" in NOTEBOOKS
+def displayed(notebook, kind):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return [o.data[kind] for o in outputs if o.output_type == "display_data" and kind in o.data]
+
+
+def test_there_are_notebooks(settings):
+    assert [path.stem for path in NOTEBOOKS] == sorted(settings)
 
 
 @each_notebook
@@ -74,7 +91,7 @@ def test_notebook_is_committed_clean(path):
 @each_notebook
 def test_notebook_can_be_made_small(path, settings):
     first = code_cells(nbformat.read(path, as_version=4))[0]
-    assert [name for name in settings if PREFIX + name not in first.source] == []
+    assert [name for name in settings[path.stem] if PREFIX + name not in first.source] == []
 
 
 @each_notebook
@@ -90,9 +107,33 @@ def test_sft_notebook_shows_what_it_says(run):
     assert "step=1.ckpt to step 2: largest difference to the run above 0.0\n" in text
     assert "4 conversations in one row of" in text
     assert (folder / "runs" / "notebook" / "hf" / "last" / "config.json").is_file()
-    shown = [o.data for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "display_data"]
-    [table] = [data["text/markdown"] for data in shown if "text/markdown" in data]
+    [table] = displayed(notebook, "text/markdown")
     before, after = next(line for line in table.splitlines() if line.startswith("| loss")).split("|")[2:4]
     assert float(before) != float(after)
-    [marked] = [data["text/html"] for data in shown if "<mark>" in data.get("text/html", "")]
+    [marked] = [shown for shown in displayed(notebook, "text/html") if "<mark>" in shown]
     assert "<mark>&lt;|im_end|&gt;</mark>" in marked, "the token that ends the answer is scored"
+
+
+def test_reward_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "reward.ipynb")
+    text = printed(notebook)
+    assert "4 answers to 2 prompts in one row of" in text
+    assert len(re.findall("^(plain transformers|its own head): .*, equal: True$", text, re.MULTILINE)) == 2
+    accuracy, above = re.search(r"held-out accuracy ([\d.]+), above ([\d.]+)$", text, re.MULTILINE).groups()
+    assert accuracy == above
+    config = json.loads((folder / "runs" / "notebook" / "reward" / "hf" / "last" / "config.json").read_text())
+    measured = [float(offset) for offset in re.findall(r"^score_offset .*?([-\d.]+)$", text, re.MULTILINE)]
+    assert measured == [round(config["score_offset"], 3)] * 2 != [0.0, 0.0]
+    found, calibration = (table.splitlines()[2:] for table in displayed(notebook, "text/markdown"))
+    cells = {name: values for name, *values in ([cell.strip() for cell in line.split("|")[1:-1]] for line in found)}
+    assert cells["loss"][0] != cells["loss"][1]
+    assert cells["accuracy"][1] == above and cells["length_accuracy"][0] == cells["length_accuracy"][1]
+    assert cells["accuracy/en"] == cells["accuracy"]
+    held_out = sum(int(line.split("|")[3]) for line in calibration)
+    assert 0 < held_out < int(re.match(r"(\d+) rows", text)[1])
+    kinds = re.findall(r"([\d.]+|nan) of (\d+) pairs won", text)
+    assert sum(int(pairs) for _, pairs in kinds) == held_out
+    won = sum(float(share) * int(pairs) for share, pairs in kinds if int(pairs))
+    assert won / held_out == pytest.approx(float(above), abs=1e-3)
+    [marked] = [shown for shown in displayed(notebook, "text/html") if "<mark>" in shown]
+    assert marked.count("<mark>&lt;|im_end|&gt;</mark>") == 2, "each answer is scored at the token that ends it"
