@@ -93,17 +93,21 @@ def tree_attention(
     if softcap is not None or s_aux is not None:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # one split each: a slice a call would fill a whole gradient a call in the backward pass
+    sizes = [own.length * repeats for own, _, repeats in forest.calls]
+    pieces = zip(forest.calls, *(t.split(sizes, 2) for t in (query, key, value)), strict=True)
+    prompts: dict[int, tuple[Tensor, Tensor]] = {}
     out: list[Tensor] = []
-    for own, prefix, repeats in forest.calls:
-        span = slice(own.start, own.start + own.length * repeats)
-        q, k, v = query[:, :, span], key[:, :, span], value[:, :, span]
+    for (own, prefix, repeats), q, k, v in pieces:
         if repeats > 1:  # side by side and of one length: a batch
             q, k, v = (t.unflatten(2, (repeats, own.length))[0].transpose(0, 1) for t in (q, k, v))
         before = 0
-        if prefix is not None:
+        if prefix is None:
+            prompts[own.start] = k, v
+        else:
             before = prefix.length
-            p = slice(prefix.start, prefix.start + prefix.length)
-            k, v = torch.cat([key[:, :, p], k], 2), torch.cat([value[:, :, p], v], 2)
+            shared_k, shared_v = prompts[prefix.start]
+            k, v = torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2)
         window = sliding_window if sliding_window and sliding_window < before + own.length else None
         if softcap is not None or s_aux is not None:
             seen = forest.mask(before, own.length, window, query.device)
@@ -115,10 +119,9 @@ def tree_attention(
             result = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
-        if repeats > 1:
-            result = result.transpose(0, 1).flatten(1, 2)[None]
-        out.append(result)
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+        result = result.transpose(1, 2)
+        out.append(result if repeats == 1 else result.flatten(0, 1)[None])
+    return torch.cat(out, 1), None
 
 
 def _by_hand(
