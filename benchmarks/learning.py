@@ -160,7 +160,7 @@ def _held_out(
 
 
 STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (sft_smollm2, sft_stories260k, reward_stories260k, reward_smollm2)
+    f.__name__: f for f in (sft_smollm2, sft_stories260k, sft_stories260k_short, reward_stories260k, reward_smollm2)
 }
 
 
