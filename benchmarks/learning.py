@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from lightning_rlhf import InstructionDataModule, LoRA, PreferenceDataModule, RewardModule, SFTModule
+from lightning_rlhf import InstructionDataModule, LoRA, PreferenceDataModule, RewardModule, SaveOnInterrupt, SFTModule
 from lightning_rlhf.models.pretrained import obtain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +151,8 @@ def _held_out(
 
     before = measure()
     trainer.fit(module, data)
+    if any(isinstance(c, SaveOnInterrupt) and c.interrupted for c in trainer.callbacks):
+        raise SystemExit("Interrupted: a run cut short is no result.")
     after = measure()
     fixed = [name for name in before if name in ("length_accuracy", "matched_pairs")]
     shown = {
