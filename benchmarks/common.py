@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,6 +29,8 @@ ONE_THREAD = {
     "HF_HUB_OFFLINE": "1",
 }
 OURS = "ours"
+CLIP = 1.0
+"""Gradient norm that every contestant clips at."""
 
 
 # ---------------------------------------------------------------------------------------------- what all train
@@ -130,6 +133,46 @@ def _memory(name: str) -> float:
 def _forget_peak() -> None:
     """Lets the peak of resident memory begin anew: loading libraries and making models has one of its own."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+class Watch(L.Callback):
+    """Reads a meter from inside our Trainer."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Model and optimizer are made."""
+        self.meter.ready()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A step is done."""
+        self.meter.step(batch.num_tokens, outputs["loss"])
+
+
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The same rate at every step, as the others have it."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def fit_ours(module: L.LightningModule, data: L.LightningDataModule, steps: int, meter: Meter) -> None:
+    """Trains a stage for so many steps under the meter."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        gradient_clip_val=CLIP,
+        callbacks=[Watch(meter)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, data)
 
 
 # ---------------------------------------------------------------------------------------------- taking turns

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-import lightning.pytorch as L
 import torch
 from common import OURS, Goal, Meter
 from torch import Tensor
@@ -46,7 +45,6 @@ from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.pretrained import SMOLLM2, obtain
 from lightning_rlhf.models.reward import set_distinct_pad_token
 
-CLIP = 1.0
 TITLE = "preferences"
 GOALS = {"trl": Goal(2.0, 1.0)}
 COLUMNS = tuple("pairs / CPU s" if name == "tokens / CPU s" else name for name in common.COLUMNS)
@@ -123,38 +121,9 @@ def batches(data: PreferenceDataModule, steps: int) -> Iterator[Step]:
 # ---------------------------------------------------------------------------------------------- contestants
 
 
-class _Watch(L.Callback):
-    """Reads the meter from inside our Trainer."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.meter.ready()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.meter.step(batch.num_tokens, outputs["loss"])
-
-
-def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
 def run_ours(task: Task) -> None:
-    module = RewardModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=constant)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=task.steps,
-        gradient_clip_val=CLIP,
-        callbacks=[_Watch(task.meter)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, task.data)
+    module = RewardModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=common.constant)
+    common.fit_ours(module, task.data, task.steps, task.meter)
 
 
 def run_bare(task: Task) -> None:
@@ -170,7 +139,7 @@ def run_bare(task: Task) -> None:
         chosen, rejected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].chunk(2)
         loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), common.CLIP)
         optimizer.step()
         optimizer.zero_grad()
         task.meter.step(step.tokens, loss)
@@ -208,7 +177,7 @@ def run_trl(task: Task, **settings: Any) -> None:
                 max_steps=task.steps,
                 max_length=None,  # longer rows were left out already
                 train_sampling_strategy="sequential",
-                max_grad_norm=CLIP,
+                max_grad_norm=common.CLIP,
                 lr_scheduler_type="constant",
                 use_cpu=True,
                 bf16=False,

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-import lightning.pytorch as L
 import torch
 from common import OURS, Goal, Meter
 from tokenizers import Tokenizer
@@ -45,7 +44,6 @@ from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.pretrained import SMOLLM2, obtain
 
-CLIP = 1.0
 IGNORED = -100
 
 
@@ -148,38 +146,9 @@ def batches(task: Task) -> Iterator[list[tuple[list[int], list[int]]]]:
 # ---------------------------------------------------------------------------------------------- contestants
 
 
-class _Watch(L.Callback):
-    """Reads the meter from inside our Trainer."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.meter.ready()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.meter.step(batch.num_tokens, outputs["loss"])
-
-
-def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
 def run_ours(task: Task) -> None:
-    module = SFTModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=constant)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=task.steps,
-        gradient_clip_val=CLIP,
-        callbacks=[_Watch(task.meter)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, task.data)
+    module = SFTModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=common.constant)
+    common.fit_ours(module, task.data, task.steps, task.meter)
 
 
 def run_bare(task: Task) -> None:
@@ -193,7 +162,7 @@ def run_bare(task: Task) -> None:
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
         loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), common.CLIP)
         optimizer.step()
         optimizer.zero_grad()
         task.meter.step(sum(len(ids) for ids, _ in rows), loss)
@@ -234,7 +203,7 @@ def run_trl(task: Task, **settings: Any) -> None:
                 max_length=None,  # rows were cut already
                 dataset_kwargs={"skip_prepare_dataset": True},  # and tokenised
                 train_sampling_strategy="sequential",
-                max_grad_norm=CLIP,
+                max_grad_norm=common.CLIP,
                 lr_scheduler_type="constant",
                 use_cpu=True,
                 bf16=False,
