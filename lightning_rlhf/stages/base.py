@@ -6,6 +6,7 @@ import inspect
 import os
 import random
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as L
@@ -107,7 +108,7 @@ class Stage(L.LightningModule):
         """The model that callbacks export and show."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def context_length(self) -> int | None:
         """Most tokens of a sequence, where the model says; data modules ask, before there is a model."""
         if isinstance(self.pretrained, PreTrainedModel):
