@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_rlhf.functional.precision import wide
 
 
 def bradley_terry_loss(better: Tensor, worse: Tensor, margin: Tensor | float = 0.0) -> Tensor:
@@ -25,7 +26,7 @@ def bradley_terry_loss(better: Tensor, worse: Tensor, margin: Tensor | float = 0
         >>> bradley_terry_loss(torch.tensor([0.0, -500.0]), torch.zeros(2))
         tensor([  0.6931, 500.0000])
     """
-    return -F.logsigmoid(_wide(better) - _wide(worse) - margin)
+    return -F.logsigmoid(wide(better) - wide(worse) - margin)
 
 
 #: ColossalChat's names for the same loss.
@@ -43,9 +44,4 @@ def centring_penalty(better: Tensor, worse: Tensor) -> Tensor:
     Returns:
         (P,) penalties, in at least fp32.
     """
-    return (_wide(better) + _wide(worse)) ** 2
-
-
-def _wide(scores: Tensor) -> Tensor:
-    """Half precision becomes fp32; fp32 and fp64 stay."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return (wide(better) + wide(worse)) ** 2
