@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, pad, split, unpack
     from lightning_rlhf.data.planner import PlannedLoader, Planner
     from lightning_rlhf.data.preference import PreferenceDataModule
+    from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
 
 _HOMES = {
     "InstructionDataModule": "instruction",
     "PreferenceDataModule": "preference",
     **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
     **dict.fromkeys(("PlannedLoader", "Planner"), "planner"),
+    **dict.fromkeys(("PromptBatch", "PromptDataModule"), "prompts"),
 }
 __all__ = [
     "Branch",
@@ -24,6 +26,8 @@ __all__ = [
     "PlannedLoader",
     "Planner",
     "PreferenceDataModule",
+    "PromptBatch",
+    "PromptDataModule",
     "Tree",
     "pack",
     "pad",

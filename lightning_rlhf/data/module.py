@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import FormatError
-from lightning_rlhf.data.packed import Tree
 from lightning_rlhf.data.planner import PlannedLoader, Planner, Size
 from lightning_rlhf.data.sources import BadRows, Row, Source, read_rows
 
@@ -36,16 +35,16 @@ class TokenRows:
 
     Args:
         dataset: A ``datasets.Dataset`` of what ``encode`` returned.
-        tree: Makes a tree of a row.
+        tree: Makes a tree of a row, or what else batches are made of.
     """
 
-    def __init__(self, dataset: Any, tree: Callable[[Mapping[str, Any]], Tree]) -> None:
+    def __init__(self, dataset: Any, tree: Callable[[Mapping[str, Any]], Any]) -> None:
         self.dataset, self.tree = dataset, tree
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __call__(self, index: int) -> Tree:
+    def __call__(self, index: int) -> Any:
         """The row's tree."""
         return self.tree(self.dataset[index])
 
@@ -89,7 +88,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     #: Types of the columns that ``tree`` reads: a type, or a list of one.
     columns: ClassVar[Mapping[str, Any]]
     #: Makes a tree of a tokenised row; a function of a module, since worker processes get it.
-    tree: Callable[[Mapping[str, Any]], Tree]
+    tree: Callable[[Mapping[str, Any]], Any]
 
     def __init__(
         self,
@@ -153,8 +152,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """
 
     @abstractmethod
-    def messages(self, item: Item) -> list[dict[str, str]] | None:
-        """The prompt of a row for showing samples; None where it has none."""
+    def messages(self, item: Item) -> list[dict[str, str]] | str | None:
+        """The prompt of a row for showing samples: messages or a plain text; None where it has none."""
 
     def finish(self, table: Any, part: str) -> Any:
         """Adds what depends on the whole part to its table of good rows."""
@@ -195,7 +194,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """Rows to predict, in order."""
         return self._eval_loader("predict")
 
-    def sample_prompts(self, n: int) -> list[list[dict[str, str]]]:
+    def sample_prompts(self, n: int) -> list[list[dict[str, str]] | str]:
         """Prompts of the first ``n`` validation rows, for showing samples."""
         prompts = (self.messages(item) for _, item in self._read("val") or self._read("train"))
         return list(islice((prompt for prompt in prompts if prompt is not None), n))

@@ -47,6 +47,7 @@ class Planner:
         max_tokens: Most tokens of a bin; None for no bound.
         shuffle: Deal in a new order each epoch.
         seed: Of the shuffle. The plan is a function of (seed, epoch).
+        drop_last: Leave out an epoch's last step where it has fewer than ``batch_size`` sequences.
     """
 
     sizes: Sequence[Size]
@@ -56,6 +57,7 @@ class Planner:
     max_tokens: int | None = None
     shuffle: bool = True
     seed: int = 0
+    drop_last: bool = False
 
     def steps(self, epoch: int) -> list[list[Bin]]:
         """The epoch's steps, each ``micro_batches * ranks`` bins; rank r's k-th is number ``k * ranks + r``.
@@ -77,7 +79,7 @@ class Planner:
                 step, count = [], 0
             step.append(i)
             count += self.sizes[i].sequences
-        if step:
+        if step and not (self.drop_last and count < self.batch_size):
             yield step
 
     def _deal(self, rows: list[int]) -> list[Bin]:
@@ -128,19 +130,23 @@ def balance(tokens: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(b) for b in dealt]
 
 
-class _Bins(Dataset[PackedBatch]):
-    """Bins to packed batches; runs in worker processes."""
+def pack_bin(trees: Sequence[Tree], chosen: Bin) -> PackedBatch:
+    """A bin's trees as a packed batch; a row without weight where there are none."""
+    return pack(trees or [Tree([0], [Branch([0])], weight=0.0)], chosen.totals, chosen.rows)
 
-    def __init__(self, rows: Callable[[int], Tree], bins: list[Bin]) -> None:
-        self.rows, self.bins = rows, bins
+
+class _Bins(Dataset[Any]):
+    """Bins to batches; runs in worker processes."""
+
+    def __init__(self, rows: Callable[[int], Any], bins: list[Bin], collate: Callable[[list[Any], Bin], Any]) -> None:
+        self.rows, self.bins, self.collate = rows, bins, collate
 
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, index: int) -> PackedBatch:
-        chosen, totals = self.bins[index]
-        trees = [self.rows(i) for i in chosen] or [Tree([0], [Branch([0])], weight=0.0)]
-        return pack(trees, totals, chosen)
+    def __getitem__(self, index: int) -> Any:
+        chosen = self.bins[index]
+        return self.collate([self.rows(i) for i in chosen.rows], chosen)
 
 
 def _whole(batch: Any) -> Any:
@@ -154,23 +160,25 @@ class PlannedLoader:
     when a batch is handed over, so that neither workers that read ahead nor a loop state kept by one rank matter.
 
     Args:
-        rows: Index to tree; must pickle where ``num_workers`` > 0.
+        rows: Index to tree, or to what else ``collate`` takes; must pickle where ``num_workers`` > 0.
         planner: The plan.
         rank: Data-parallel rank.
         num_workers: Processes that pack ahead.
         pin_memory: Hand over batches in page-locked memory.
+        collate: Makes a batch of a bin: its rows and the bin; must pickle as well.
     """
 
     def __init__(
         self,
-        rows: Callable[[int], Tree],
+        rows: Callable[[int], Any],
         planner: Planner,
         rank: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
+        collate: Callable[[list[Any], Bin], Any] = pack_bin,
     ) -> None:
         self.rows, self.planner, self.rank = rows, planner, rank
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.collate = num_workers, pin_memory, collate
         self.epoch, self.position = 0, 0
         self._planned: tuple[int, list[Bin]] | None = None
         self._resume = False
@@ -186,7 +194,7 @@ class PlannedLoader:
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's plan; the place in it is kept when it is the epoch that was restored."""
         if epoch != self.epoch:
-            self.epoch, self._resume = epoch, False
+            self.epoch, self.position, self._resume = epoch, 0, False
 
     def _bins(self) -> list[Bin]:
         if self._planned is None or self._planned[0] != self.epoch:
@@ -198,11 +206,11 @@ class PlannedLoader:
         """Micro-batches of the whole epoch, also after a resume."""
         return len(self._bins())
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[Any]:
         self.position, self._resume = (self.position if self._resume else 0), False
         bins = self._bins()
         loader = DataLoader(
-            _Bins(self.rows, bins[self.position :]),
+            _Bins(self.rows, bins[self.position :], self.collate),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -223,11 +231,11 @@ class PlannedLoader:
         Raises:
             ValueError: The plan is another one: other data, batch size, accumulation, ranks or seed.
         """
-        if state["plan"] != self._fingerprint():
+        if state.get("plan") != self._fingerprint():
             raise ValueError(
-                f"The checkpoint was made with another plan: {state['plan']}, now {self._fingerprint()}. Resume with "
-                "the same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from "
-                "its weights."
+                f"The checkpoint was made with another plan: {state.get('plan')}, now {self._fingerprint()}. Resume "
+                "with the same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run "
+                "from its weights."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume = self.position < len(self)

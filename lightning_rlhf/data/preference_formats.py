@@ -270,7 +270,12 @@ def _transcript(text: str, what: str) -> tuple[Message, ...]:
     )
 
 
-def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def read_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages of a row's column ``prompt``, a text or messages; an empty answer that is to be written is left out.
+
+    Raises:
+        UnfitRowError: It is neither.
+    """
     prompt = _messages(row["prompt"], "the column 'prompt'", "user")
     if isinstance(row["prompt"], str) and prompt[-1] == Message(role="assistant", content=""):
         return prompt[:-1]  # a transcript that stops at 'Assistant:', for the answer to follow
@@ -304,7 +309,7 @@ def _chosen_rejected(
 
 
 def _from_pair(row: Mapping[str, Any]) -> list[Candidate]:
-    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), _prompt(row))
+    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), read_prompt(row))
 
 
 def _from_colossalchat(row: Mapping[str, Any]) -> list[Candidate]:
@@ -347,7 +352,7 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
     else:
         reason = f"nothing says which of {column!r} is better. Add a column 'ranks' (lower is better) or 'scores'"
         raise FormatError("missing column", f"{reason}, or name it 'ranked' if the best is the first")
-    prompt = _prompt(row)
+    prompt = read_prompt(row)
     candidates = []
     for i, answer in enumerate(answers):
         name = f"answer {i + 1} of {column!r}"

@@ -1,0 +1,527 @@
+"""Prompts to roll out from: rows of any known format, what else they hold for reward functions, and PPO-ptx's texts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.data.formats import (
+    FORMATS,
+    Conversation,
+    FormatError,
+    Message,
+    column_names,
+    has_columns,
+    read_text,
+    read_turns,
+    to_conversation,
+)
+from lightning_rlhf.data.instruction import InstructionDataModule
+from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
+from lightning_rlhf.data.preference_formats import read_prompt, to_preference
+from lightning_rlhf.data.sources import BadRows, Row, Source
+from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
+
+#: Stands where the answer would, since rows are checked as whole conversations.
+_ANSWER = Message(role="assistant", content="...")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a row becomes.
+
+    Attributes:
+        prompt: The messages, of which the last is the user's; or a plain text that no template touches.
+        columns: The row's further columns.
+    """
+
+    prompt: tuple[Message, ...] | str
+    columns: Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class PromptBatch:
+    """One rank's prompts of an iteration, B of them; none where there are fewer prompts than ranks.
+
+    Attributes:
+        prompts: The token ids of each, as inference feeds them: generation prompt included, nothing padded.
+        messages: What they were made of: messages, or plain texts.
+        rows: Their numbers in the data.
+        columns: The rows' further columns for reward functions, B values each; None where a row lacks one. All batches
+            have the same columns.
+        total: Prompts of the iteration over all ranks.
+    """
+
+    prompts: list[list[int]]
+    messages: list[list[Message] | str]
+    rows: tuple[int, ...]
+    columns: dict[str, list[Any]]
+    total: int
+
+    def to(self, device: Any, non_blocking: bool = False) -> PromptBatch:
+        """Itself: there are no tensors. Lightning asks for it, and would else look at every token."""
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+class PromptFormat(NamedTuple):
+    """A shape of rows.
+
+    Attributes:
+        columns: The columns it needs.
+        convert: Makes the messages of such a row, with or without a last answer; or the text of a user turn.
+        further: Columns that the prompt is made of too, where they are there.
+        also: What a row needs besides the columns to be recognised.
+    """
+
+    columns: tuple[str, ...]
+    convert: Callable[[Mapping[str, Any]], tuple[Message, ...] | str]
+    further: tuple[str, ...] = ()
+    also: Callable[[Mapping[str, Any]], bool] = lambda row: True
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is of this shape."""
+        return has_columns(row, *self.columns) and self.also(row)
+
+
+def _column(row: Mapping[str, Any], *, name: str) -> str:
+    return read_text(row[name], f"the column {name!r}")
+
+
+def _from_prompt(row: Mapping[str, Any]) -> tuple[Message, ...] | str:
+    return row["prompt"] if isinstance(row["prompt"], str) else read_prompt(row)
+
+
+def _from_conversation(row: Mapping[str, Any], *, name: str) -> tuple[Message, ...]:
+    return FORMATS[name].convert(row).messages or ()
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> tuple[Message, ...] | str:
+    messages = FORMATS["alpaca"].convert({**row, "output": _ANSWER["content"]}).messages or ()
+    return messages if len(messages) > 2 else messages[0]["content"]
+
+
+def _from_preference(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    return to_preference({"chosen": row["chosen"], "rejected": row["rejected"]}, "transcripts").prompt
+
+
+#: The known formats by name, in the order in which they are tried: those of instructions and preferences, of which no
+#: answer is needed, and a column ``question``.
+PROMPT_FORMATS: dict[str, PromptFormat] = {
+    "prompt": PromptFormat(("prompt",), _from_prompt),
+    "colossalchat": PromptFormat(
+        ("messages",), partial(_from_conversation, name="colossalchat"), also=FORMATS["colossalchat"].also
+    ),
+    "messages": PromptFormat(("messages",), partial(_from_conversation, name="messages")),
+    "colossalchat_preference": PromptFormat(
+        ("context",),
+        lambda row: read_turns(row, "context", "from", "content"),
+        also=lambda row: not isinstance(row["context"], str),
+    ),
+    "sharegpt": PromptFormat(("conversations",), partial(_from_conversation, name="sharegpt")),
+    "alpaca": PromptFormat(("instruction",), _from_alpaca, further=("input", "history")),
+    "question": PromptFormat(("question",), partial(_column, name="question")),
+    "transcripts": PromptFormat(("chosen", "rejected"), _from_preference),
+    "text": PromptFormat(("text",), partial(_column, name="text")),
+}
+
+
+def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None = None, as_text: bool = False) -> Prompt:
+    """Make a row a prompt.
+
+    A last answer of a conversation is left out. Columns that are None count as absent. A column ``system``, where it
+    holds text, is the system turn of a prompt that brings none. All that the prompt isn't made of is kept.
+
+    Args:
+        row: The columns of the row.
+        format: A name in :data:`PROMPT_FORMATS`, or ``"auto"`` for the first of them that matches.
+        system: System turn of prompts whose row has none.
+        as_text: Take a text as it is, not as the turn of a user.
+
+    Returns:
+        The prompt, checked.
+
+    Raises:
+        FormatError: If it is no prompt, or a further column holds what JSON can't.
+        ValueError: If ``format`` is no known name: that is no fault of a row.
+    """
+    chosen = _choose(row, format)
+    made = chosen.convert(row)
+    if as_text:
+        prompt: tuple[Message, ...] | str = _text(made, row)
+    else:
+        turns = _turns(made)
+        whole = {"messages": (*turns, _ANSWER), "system": row.get("system")}
+        prompt = (to_conversation(whole, "messages", system).messages or ())[:-1]
+    used = {*chosen.columns, *chosen.further, "system"}
+    columns = {str(name): value for name, value in row.items() if name not in used}
+    for name, value in columns.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            reason = f"the column {name!r} rides along for reward functions, and can't be written as JSON: {error}"
+            raise FormatError("no JSON", f"{reason}. Make it text or numbers, or remove it") from error
+    return Prompt(prompt, columns)
+
+
+def _choose(row: Mapping[str, Any], name: str) -> PromptFormat:
+    if name == "auto":
+        for candidate in PROMPT_FORMATS.values():
+            if candidate.matches(row):
+                return candidate
+        known = "; ".join(f"{name}: {', '.join(entry.columns)}" for name, entry in PROMPT_FORMATS.items())
+        reason = f"no known prompt format has the columns of this row: {column_names(row)}. Known are {known}"
+        raise FormatError("unknown format", reason)
+    if name not in PROMPT_FORMATS:
+        raise ValueError(
+            f"The prompt format {name!r} is not known. Choose 'auto' or one of: {', '.join(PROMPT_FORMATS)}."
+        )
+    missing = [column for column in PROMPT_FORMATS[name].columns if not has_columns(row, column)]
+    if missing:
+        lacks = f"the prompt format {name!r} needs the column {missing[0]!r}, and the row has {column_names(row)}"
+        raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
+    return PROMPT_FORMATS[name]
+
+
+def _turns(made: tuple[Message, ...] | str) -> tuple[Message, ...]:
+    """The messages up to a last user turn."""
+    if isinstance(made, str):
+        made = read_prompt({"prompt": made})  # a transcript, or the text of one turn
+    turns = made[:-1] if made and made[-1]["role"] == "assistant" else made
+    if not turns or turns[-1]["role"] != "user":
+        reason = "the prompt doesn't end with a turn of the user's, to be answered. Add one or remove the row"
+        raise FormatError("no user turn", reason)
+    return turns
+
+
+def _text(made: tuple[Message, ...] | str, row: Mapping[str, Any]) -> str:
+    if isinstance(made, tuple) or (has_columns(row, "system") and row["system"]):
+        reason = "with as_text the prompt is a plain text, and the row holds messages or a system prompt"
+        raise FormatError("no plain text", f"{reason}. Give it a text in the column 'prompt', or set as_text: false")
+    text = read_text(made, "the prompt")
+    if not text.strip():
+        raise FormatError("empty text", "the prompt is empty. Write its text or remove the row")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class _PromptRow(NamedTuple):
+    ids: list[int]
+    messages: list[Message] | str
+    columns: dict[str, Any]
+
+
+def prompt_row(row: Mapping[str, Any]) -> _PromptRow:
+    """A tokenised row's token ids, messages and further columns."""
+    return _PromptRow(row["prompt"], json.loads(row["messages"]), json.loads(row["further"]))
+
+
+def collate_prompts(rows: list[_PromptRow], chosen: Bin, names: tuple[str, ...]) -> PromptBatch:
+    """A bin's rows as a batch, with the columns ``names``."""
+    return PromptBatch(
+        prompts=[row.ids for row in rows],
+        messages=[row.messages for row in rows],
+        rows=chosen.rows,
+        columns={name: [row.columns.get(name) for row in rows] for name in names},
+        total=int(chosen.totals.sequences),
+    )
+
+
+class PromptsWithPtx:
+    """Batches ``{"prompts": PromptBatch, "ptx": PackedBatch}``: an epoch is the prompts', beside it the texts go round.
+
+    A plain iterable with a state, as :class:`~lightning_rlhf.data.planner.PlannedLoader` is one. The texts begin their
+    next epoch, in another order, when they are through, wherever the prompts are.
+
+    Args:
+        prompts: The loader whose epochs count.
+        ptx: The loader of language-model batches.
+    """
+
+    def __init__(self, prompts: PlannedLoader, ptx: PlannedLoader) -> None:
+        self.prompts, self.ptx = prompts, ptx
+        self._texts: Iterator[Any] | None = None
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for ``sampler.set_epoch``: this loader."""
+        return SimpleNamespace(sampler=self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The prompts' epoch; the texts have their own."""
+        self.prompts.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Iterations of an epoch."""
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._texts is None:
+            self._texts = self._rounds()
+        for prompts in self.prompts:
+            yield {"prompts": prompts, "ptx": next(self._texts)}
+
+    def _rounds(self) -> Iterator[Any]:
+        while True:
+            yield from self.ptx
+            self.ptx.set_epoch(self.ptx.epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both places."""
+        return {"prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved place.
+
+        Raises:
+            ValueError: One of the plans is another one, or the checkpoint was made without ``ptx``.
+        """
+        if "ptx" not in state:
+            raise ValueError("The checkpoint was made without ptx. Resume without it, or start a new run.")
+        self.prompts.load_state_dict(state["prompts"])
+        self.ptx.load_state_dict(state["ptx"])
+        if self.ptx.position == len(self.ptx):  # saved at the end of a round
+            self.ptx.set_epoch(self.ptx.epoch + 1)
+        self._texts = None
+
+
+# --------------------------------------------------------------------------------------------------------- data module
+
+
+class PromptDataModule(TreeDataModule[Prompt]):
+    """Prompts for PPO and its family, one batch an iteration.
+
+    Args:
+        train: Files or globs (JSON, JSONL, CSV, Parquet, text; gzip too), a hub data set id, a ``datasets.Dataset``, a
+            list of dicts, or ``bundled``: the first user turns of the instruction data that comes with the package.
+        val: Prompts for validation; None takes ``val_fraction`` of the training rows.
+        test: Prompts for ``trainer.test``; None uses the validation rows.
+        predict: Prompts for ``trainer.predict``; None uses the validation rows.
+        format: Row format, or ``auto``; see :data:`PROMPT_FORMATS`.
+        system: System prompt of rows that have none.
+        as_text: A prompt is a plain text that no chat template touches, for base models.
+        max_length: Most tokens of a prompt. Besides, it must leave room for its completion: the limit is the module's
+            ``prompt_limit`` where it has one, else the model's context.
+        on_bad_row: ``raise`` names file, line and reason; ``skip`` counts by reason and reports once.
+        batch_size: Prompts of an iteration, over all ranks.
+        drop_last: Leave out an epoch's last batch where it is smaller.
+        eval_batch_size: Prompts of an evaluation batch on each rank.
+        ptx: Instruction data or plain texts, for a language-model loss beside PPO's (PPO-ptx): training batches are
+            then ``{"prompts": PromptBatch, "ptx": PackedBatch}``. ``val_fraction`` of it is held out as in fine-tuning.
+        ptx_batch_size: Sequences of ``ptx`` an iteration, over all ranks.
+        ptx_max_length: Most tokens of a row of ``ptx``; default the model's context.
+        val_fraction: Share held out by first user turn: rows that open alike stay on one side, in fine-tuning too.
+        seed: Of the split and the shuffle.
+        num_proc: Processes that tokenise; None for one.
+        cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
+            ``LIGHTNING_RLHF_CACHE``.
+        tokenizer: Default: the module's, with its chat template.
+
+    ``trainer.accumulate_grad_batches`` plays no part: an iteration is one batch, and micro-batches are the module's.
+    """
+
+    columns: ClassVar[Mapping[str, Any]] = {"prompt": [int], "messages": str, "further": str}
+    bundled = "instructions.*.jsonl"
+    tree = staticmethod(prompt_row)
+
+    def __init__(
+        self,
+        train: Source = BUNDLED,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        format: str = "auto",
+        system: str | None = None,
+        as_text: bool = False,
+        max_length: int | None = None,
+        on_bad_row: OnBadRow = "raise",
+        batch_size: int = 64,
+        drop_last: bool = False,
+        eval_batch_size: int = 16,
+        ptx: Source | None = None,
+        ptx_batch_size: int = 8,
+        ptx_max_length: int | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_proc: int | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__(
+            train,
+            val,
+            test,
+            predict,
+            max_length,
+            on_bad_row,
+            batch_size,
+            None,
+            eval_batch_size,
+            val_fraction,
+            seed,
+            num_proc,
+            0,
+            cache_dir,
+            tokenizer,
+        )
+        if ptx_batch_size < 1:
+            raise ValueError(f"ptx_batch_size must be at least 1, got {ptx_batch_size}.")
+        if as_text and system is not None:
+            raise ValueError(
+                "With as_text prompts are plain texts, which have no system prompt. Leave one of them out."
+            )
+        self.format, self.system, self.as_text, self.drop_last = format, system, as_text, drop_last
+        self.ptx: InstructionDataModule | None = None
+        if ptx is not None:
+            self.sources["ptx"] = ptx
+            self.ptx = InstructionDataModule(
+                ptx,
+                max_length=ptx_max_length,
+                on_bad_row=on_bad_row,
+                batch_size=ptx_batch_size,
+                val_fraction=val_fraction,
+                seed=seed,
+                num_proc=num_proc,
+                cache_dir=cache_dir,
+                tokenizer=tokenizer,
+            )
+        self._names: dict[str, tuple[str, ...]] = {}
+
+    # ------------------------------------------------------------------------------------------------- rows
+
+    def parse(self, row: Mapping[str, Any], part: str) -> Prompt:
+        """A prompt with its further columns."""
+        return to_prompt(row, self.format, self.system, self.as_text)
+
+    def first_user_turn(self, item: Prompt) -> str:
+        """What the split goes by, as fine-tuning's does."""
+        if isinstance(item.prompt, str):
+            return item.prompt
+        return Conversation(item.prompt).first_user_turn
+
+    def dump(self, item: Prompt) -> dict[str, Any]:
+        """The prompt, and the further columns as JSON in ASCII, which keeps whatever they hold."""
+        return {"prompt": item.prompt, "further": json.dumps(item.columns)}
+
+    def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
+        """:func:`encode_prompt_row` with the length limit."""
+        return encode_prompt_row, {"limit": limit, "given": self.max_length == limit}
+
+    def messages(self, item: Prompt) -> list[dict[str, str]] | str:
+        """The prompt."""
+        if isinstance(item.prompt, str):
+            return item.prompt
+        return [{"role": m["role"], "content": m["content"]} for m in item.prompt]
+
+    def finish(self, table: Any, part: str) -> Any:
+        """Notes the columns that any row has, so that all batches have the same."""
+        self._names[part] = tuple(dict.fromkeys(name for text in table["further"] for name in json.loads(text)))
+        return table
+
+    def _open(self, source: Source, bad: BadRows) -> Iterable[Row]:
+        rows = super()._open(source, bad)
+        if not (isinstance(source, str) and source == BUNDLED):
+            return rows
+        return (Row(_opening(row.value, self.as_text), row.where) for row in rows)
+
+    def _limit(self) -> int:
+        """What leaves room for a completion, and ``max_length``."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        room = getattr(module, "prompt_limit", None)
+        if room is None:
+            return super()._limit()
+        return int(room if self.max_length is None else min(room, self.max_length))
+
+    # ------------------------------------------------------------------------------------------------- Lightning
+
+    def prepare_data(self) -> None:
+        """Tokenises into the cache, on one process a node."""
+        super().prepare_data()
+        if texts := self._texts():
+            texts.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there."""
+        super().setup(stage)
+        if texts := self._texts(stage):
+            texts.setup(stage)
+
+    def train_dataloader(self) -> PlannedLoader | PromptsWithPtx:  # type: ignore[override]
+        """Shuffled prompts, each iteration's dealt over ranks; with texts beside them where there is ``ptx``."""
+        loader = self._loader("train", self.batch_size, 1, shuffle=True)
+        texts = self._texts("fit")
+        return loader if texts is None else PromptsWithPtx(loader, texts.train_dataloader())
+
+    def _texts(self, stage: str | None = None) -> InstructionDataModule | None:
+        """The data module of ``ptx`` where this stage needs it, with this one's trainer."""
+        stage = stage or (None if self.trainer is None else self.trainer.state.fn)
+        if self.ptx is None or stage not in (None, "fit"):
+            return None
+        self.ptx.trainer = self.trainer
+        return self.ptx
+
+    def _loader(self, part: str, batch_size: int, micro_batches: int, shuffle: bool) -> PlannedLoader:
+        ranks, rank = self._ranks()
+        rows = self._rows[part]
+        sizes = rows.sizes()
+        # Completions cost more than prompts, and about the same each: ranks first get as many prompts, then tokens.
+        longest = max((size.tokens for size in sizes), default=0)
+        sizes = [size._replace(tokens=size.tokens + longest) for size in sizes]
+        drops = self.drop_last and part == "train"
+        if drops and len(sizes) < batch_size:
+            raise ValueError(
+                f"drop_last leaves nothing: there are {len(sizes)} prompts, and batch_size is {batch_size}. Lower it."
+            )
+        planner = Planner(sizes, batch_size, micro_batches, ranks, shuffle=shuffle, seed=self.seed, drop_last=drops)
+        return PlannedLoader(rows, planner, rank, collate=partial(collate_prompts, names=self._names.get(part, ())))
+
+
+def _opening(row: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    """A bundled conversation up to its first user turn; as a text, that turn alone."""
+    first = next(i for i, turn in enumerate(row["messages"]) if turn["role"] == "user")
+    further = {name: value for name, value in row.items() if name != "messages"}
+    opening = row["messages"][first]["content"] if as_text else row["messages"][: first + 1]
+    return {"prompt": opening, **further}
+
+
+def encode_prompt_row(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, given: bool
+) -> dict[str, Any]:
+    """One row's tokens, or why it has none; runs in worker processes."""
+    out: dict[str, Any] = {
+        "prompt": [],
+        "messages": json.dumps(row["prompt"]),
+        "further": row["further"],
+        "num_tokens": 0,
+        "num_scored": 0,
+        "num_sequences": 1,
+        "pair_weight": 0.0,
+        "kind": "",
+        "reason": "",
+        "cut": False,
+    }
+    try:
+        ids = encode_prompt(tokenizer, row["prompt"])
+    except TokenizeError as error:
+        return {**out, "kind": error.kind, "reason": str(error)}
+    if len(ids) > limit:
+        bound = (
+            f"max_length={limit}; raise it"
+            if given
+            else f"the {limit} that the model has room for; lower max_new_tokens"
+        )
+        reason = f"the prompt's {len(ids)} tokens are over {bound}, or shorten the row"
+        return {**out, "kind": "too long", "reason": reason}
+    return {**out, "prompt": ids, "num_tokens": len(ids)}
