@@ -92,13 +92,21 @@ class Backbone(nn.Module):
         return Hidden(out.last_hidden_state[0], batch.predictor, batch.last)
 
     @contextmanager
-    def native_attention(self) -> Iterator[nn.Module]:
-        """The model with the attention it came with, in eval mode and able to cache: for ``generate``."""
-        whole, mode = self.transformer, self.model.training
+    def native_attention(self, attention: str | None = None) -> Iterator[nn.Module]:
+        """The model outside packed batches, in eval mode and able to cache: for ``generate`` and rollouts.
+
+        Args:
+            attention: Name of the attention function to set; None: the one that the model came with.
+
+        Yields:
+            The model, which is as it was afterwards.
+        """
+        whole = self.transformer
+        modes = [(module, module.training) for module in self.model.modules()]
         checkpointing = is_checkpointing(whole)
         forest, self._forest = self._forest, None
         self.model.eval()
-        tree.set_attention(whole, self._own_attention)
+        tree.set_attention(whole, attention or self._own_attention)
         if checkpointing:
             whole.gradient_checkpointing_disable()
         try:
@@ -106,10 +114,10 @@ class Backbone(nn.Module):
         finally:
             if checkpointing:
                 enable_checkpointing(whole)
-            if self.layout != "padded":
-                tree.set_attention(whole, tree.NAME)
+            tree.set_attention(whole, self._own_attention if self.layout == "padded" else tree.NAME)
             self._forest = forest
-            self.model.train(mode)
+            for module, mode in modes:  # parts may differ, such as a dropout that was switched off
+                module.training = mode
 
     # ------------------------------------------------------------------------------------------------- layouts
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,9 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
+from lightning_rlhf.models.saving import ADAPTED, merge_adapters
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -92,6 +98,21 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool
     return tokenizer
 
 
+def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The config of a Hugging Face directory or hub id; of adapters, that of the model they change.
+
+    Raises:
+        OSError: Nothing is there, or adapters without the model that they change.
+    """
+    folder = _adapter_folder(name_or_path)
+    if folder is None:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    config = load_config(_base_of(folder), trust_remote_code)
+    for name, value in _adapted(folder).items():
+        setattr(config.get_text_config() if name == "vocab_size" else config, name, value)
+    return config
+
+
 def load_causal_lm(
     pretrained: str | os.PathLike[str] | PreTrainedModel,
     *,
@@ -104,7 +125,7 @@ def load_causal_lm(
     """A causal LM ready to train.
 
     Args:
-        pretrained: A Hugging Face directory, a hub id, or a model.
+        pretrained: A Hugging Face directory, a hub id, or a model. Adapters found there are merged into their base.
         dtype: Of the weights. fp32 with the Trainer's ``bf16-mixed`` is the safe choice for full fine-tuning.
         lora: Adapters; None trains everything.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -121,7 +142,7 @@ def load_causal_lm(
     if isinstance(pretrained, PreTrainedModel):
         model = pretrained
     else:
-        model = AutoModelForCausalLM.from_pretrained(pretrained, **_arguments(dtype, trust_remote_code))
+        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(dtype, trust_remote_code))
     return _prepared(model, lora, gradient_checkpointing, vocab_size)
 
 
@@ -134,6 +155,7 @@ def load_reward_model(
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     seed: int = 0,
+    needs_head: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A transformers classifier with one label.
@@ -142,21 +164,24 @@ def load_reward_model(
     2020). From a classifier it is the classifier's own.
 
     Args:
-        pretrained: A directory or hub id of a causal LM or of a one-label classifier, or such a classifier.
+        pretrained: A directory or hub id of a causal LM or of a one-label classifier, or such a classifier. Adapters
+            found there are merged into their base, and the ``score_offset`` saved with them comes back.
         dtype: Of the weights; the head is fp32.
         lora: Adapters; the head is trained beside them.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
         pad_token_id: What plain transformers skips at the end of a row: never a token that ends answers.
         seed: Of a new head.
+        needs_head: Refuse what has no trained head, for who wants to score and not to train.
         trust_remote_code: Run model code that comes with the checkpoint.
 
     Returns:
         The model, or a peft model around it, in training mode.
 
     Raises:
-        OSError: Nothing is there.
-        ValueError: A classifier with several labels, or a dtype that the hardware can't train in.
+        OSError: Nothing is there, or adapters without the model that they change.
+        ValueError: A classifier with several labels, no head where one is needed, or a dtype that the hardware can't
+            train in.
     """
     if isinstance(pretrained, PreTrainedModel):
         if not type(pretrained).__name__.endswith("ForSequenceClassification"):
@@ -166,15 +191,14 @@ def load_reward_model(
         _check_labels(pretrained.config, type(pretrained).__name__)
         model = pretrained
     else:
-        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
-        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-            config.num_labels = 1  # a language model's config says 2, and means nothing by it
-        _check_labels(config, pretrained)
         with torch.random.fork_rng(devices=()):  # transformers draws a head of its own first
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                pretrained, config=config, output_loading_info=True, **_arguments(dtype, trust_remote_code)
+            model, missing = _load(AutoModelForSequenceClassification, pretrained, _arguments(dtype, trust_remote_code))
+        if needs_head and missing:
+            raise ValueError(
+                f"{pretrained} is no reward model: it has no weights for {', '.join(sorted(missing))}. Give the "
+                "directory that training a reward model left (hf/best or hf/last)."
             )
-        if "score.weight" in found["missing_keys"]:
+        if "score.weight" in missing:
             weight = model.score.weight
             drawn = torch.empty(weight.shape).normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed))
             weight.data.copy_(drawn)
@@ -183,6 +207,76 @@ def load_reward_model(
     if isinstance(score := getattr(model, "score", None), nn.Module):
         score.float()
     return _prepared(model, lora, gradient_checkpointing, vocab_size)
+
+
+def _load(auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The model in one piece, adapters merged, and the names of weights that were nowhere to be found."""
+    folder = _adapter_folder(pretrained)
+    if folder is not None:
+        base = _base_of(folder)
+        try:
+            model, missing = _load(auto, base, arguments)
+        except OSError as error:
+            raise OSError(
+                f"{pretrained} holds adapters of {base!r}, which can't be loaded: {error} Put it there, or correct "
+                "base_model_name_or_path in adapter_config.json."
+            ) from error
+        return _adapt(model, folder, os.fspath(pretrained), missing)
+    config = AutoConfig.from_pretrained(pretrained, trust_remote_code=arguments["trust_remote_code"])
+    if auto is AutoModelForSequenceClassification:
+        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+            config.num_labels = 1  # a language model's config says 2, and means nothing by it
+        _check_labels(config, pretrained)
+    model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
+    return model, set(found["missing_keys"])
+
+
+def _adapter_folder(pretrained: str | os.PathLike[str]) -> Path | None:
+    """The directory, fetched where it is on the hub, if it holds adapters and no model."""
+    name = os.fspath(pretrained)
+    try:
+        found = find_adapter_config_file(name)
+    except HFValidationError:  # a path where nothing is; what loads it says so
+        found = None
+    if found is None:
+        return None
+    folder = Path(name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.json", "adapter_model*"]))
+    return None if (folder / "config.json").exists() else folder
+
+
+def _base_of(folder: Path) -> str:
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise OSError(
+            f"{folder / 'adapter_config.json'} doesn't say which model the adapters change. Write its directory or hub "
+            "id as base_model_name_or_path."
+        )
+    return base
+
+
+def _adapted(folder: Path) -> dict[str, Any]:
+    """What our export wrote beside the adapters; adapters from elsewhere have none of it."""
+    file = folder / ADAPTED
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _adapt(model: Any, folder: Path, name: str, missing: set[str]) -> tuple[Any, set[str]]:
+    """Merges the adapters of a directory into their base."""
+    from peft import PeftConfig, PeftModel
+
+    settings = _adapted(folder)
+    with torch.random.fork_rng(devices=()):
+        if settings.get("vocab_size", 0) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(settings["vocab_size"])
+        config = PeftConfig.from_pretrained(os.fspath(folder))
+        config.task_type = None  # the plain wrapper: a language model's adapters fit under a score head too
+        model = merge_adapters(PeftModel.from_pretrained(model, folder, config=config))
+    model.requires_grad_(True)
+    model.name_or_path = name  # what further adapters are adapters of
+    for key in settings.keys() - {"vocab_size"}:
+        setattr(model.config, key, settings[key])
+    whole = set(config.modules_to_save or ())
+    return model, {key for key in missing if whole.isdisjoint(key.split("."))}
 
 
 def _check_labels(config: Any, name: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -55,13 +56,24 @@ class RewardModel(Backbone):
         """
         if self.reads_last:
             states, _, last = self.hidden(batch)
-            head: Any = self.transformer.score
-            scores = head(states[last].float())[:, 0]
+            scores = read_head(self.transformer.score, states[last])  # type: ignore[arg-type]
         else:
             padded = pad(batch)
             scores = self.model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, 0]
         scores = scores.float()
         return scores - self.score_offset if normalise else scores
+
+
+def read_head(head: nn.Module, states: Tensor) -> Tensor:
+    """(M,) outputs of a head of one label, in its own precision (fp32) whatever autocast is in force.
+
+    Args:
+        head: A linear layer to one label, or peft's wrapper around one.
+        states: (M, D) hidden states.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        out: Tensor = head(states.to(next(head.parameters()).dtype))
+    return out[:, 0]
 
 
 def set_distinct_pad_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:

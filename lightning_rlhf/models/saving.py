@@ -25,6 +25,12 @@ log = logging.getLogger(__name__)
 COMPLETE = ".complete"
 """Name of the empty file that is written last into a directory."""
 
+ADAPTED = "adapted_config.json"
+"""Name of the file beside adapters that says what in their base's config is another value now.
+
+Not ``config.json``: transformers would take the directory for a whole model.
+"""
+
 
 def save_pretrained(
     model: nn.Module,
@@ -51,7 +57,8 @@ def save_pretrained(
         directory: Where to.
         stop_token_ids: What ends a generation; none: the tokenizer's eos token.
         state_dict: Full weights by the model's own names, where the model's tensors are shards.
-        adapter_only: Save the adapters alone, for ``PeftModel.from_pretrained`` over the original model.
+        adapter_only: Save the active adapter alone, for ``PeftModel.from_pretrained`` over the original model; what
+            changed in the config, such as a reward model's ``score_offset``, is written to :data:`ADAPTED`.
         max_shard_size: Of a weight file.
 
     Returns:
@@ -62,8 +69,7 @@ def save_pretrained(
         ValueError: Nothing to save alone, or adapters that can't be merged or can't be saved alone.
     """
     is_peft = hasattr(model, "get_base_model")  # peft leaves peft_config on the inner model too
-    if adapter_only:
-        _check_adapters_stand_alone(model)
+    adapter = _adapter_alone(model) if adapter_only else None
     base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[operator,assignment]
     if is_peft and not adapter_only and getattr(base, "is_quantized", False):
         raise ValueError(
@@ -73,10 +79,15 @@ def save_pretrained(
     with _no_progress_bars(), atomic_directory(directory) as folder:
         if base.can_generate():
             generation = _save_generation_config(base, tokenizer, stop_token_ids, folder)
-        if adapter_only:
-            model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        if adapter is not None:
+            model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[adapter])  # type: ignore[operator]
+            if adapter != "default":  # peft gives others a directory of their own
+                for file in (folder / adapter).iterdir():
+                    file.rename(folder / file.name)
+                (folder / adapter).rmdir()
+            _save_adapted(base, folder)
         else:
-            plain = _merged(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
+            plain = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
             if plain.can_generate():
                 plain.generation_config = generation
             plain.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -195,37 +206,51 @@ def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _merged(twin: Any) -> PreTrainedModel:
-    """The plain model with adapters merged into it."""
+def merge_adapters(model: Any) -> PreTrainedModel:
+    """The plain model with the active adapters merged into it.
+
+    Args:
+        model: A peft model, whose modules are used up; its tensors stay as they are.
+    """
     seen: set[int] = set()
-    for module in twin.modules():  # a delta on the head must not reach the embeddings tied to it, nor the reverse
+    for module in model.modules():  # a delta on the head must not reach the embeddings tied to it, nor the reverse
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in seen:
                 parameter = nn.Parameter(parameter.data, requires_grad=False)
                 setattr(module, name, parameter)
             seen.add(id(parameter))
-    model: PreTrainedModel = twin.merge_and_unload(safe_merge=True)  # safe: into new tensors, and refuses NaN
-    embeddings: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    config = model.config.get_text_config()
+    plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)  # safe: into new tensors, and refuses NaN
+    if hasattr(plain, "peft_config"):
+        del plain.peft_config
+    embeddings: Any = plain.get_input_embeddings()
+    head: Any = plain.get_output_embeddings()
+    config = plain.config.get_text_config()
     if head is not None and config.tie_word_embeddings:
         if torch.equal(embeddings.weight, head.weight):
             head.weight = embeddings.weight
         else:
-            config.tie_word_embeddings = model.config.tie_word_embeddings = False
-    return model
+            config.tie_word_embeddings = plain.config.tie_word_embeddings = False
+    return plain
 
 
-def _check_adapters_stand_alone(model: nn.Module) -> None:
+def _adapter_alone(model: nn.Module) -> str:
+    """Name of the active adapter, which must be right over the original model."""
     if not hasattr(model, "get_base_model"):
         raise ValueError("adapter_only=True needs a model with adapters: give the module lora=..., or export it whole.")
-    for name, config in model.peft_config.items():  # type: ignore[operator,union-attr]
-        init = getattr(config, "init_lora_weights", True)
-        if isinstance(init, str) and init.split("_")[0].lower() in ("pissa", "olora", "corda"):
-            raise ValueError(
-                f"Adapter {name!r} was initialised by {init}, which takes its first weights out of the base model: "
-                "over the original model it would be wrong. Export merged (adapter_only=False)."
-            )
+    active: Any = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"adapter_only=True saves one adapter, and {', '.join(map(repr, active)) or 'none'} are active: activate "
+            "one, or export merged (adapter_only=False)."
+        )
+    configs: Any = model.peft_config
+    init = getattr(configs[active[0]], "init_lora_weights", True)
+    if isinstance(init, str) and init.split("_")[0].lower() in ("pissa", "olora", "corda"):
+        raise ValueError(
+            f"Adapter {active[0]!r} was initialised by {init}, which takes its first weights out of the base model: "
+            "over the original model it would be wrong. Export merged (adapter_only=False)."
+        )
+    return active[0]
 
 
 # ------------------------------------------------------------------------------------------------- configs
@@ -263,6 +288,14 @@ def _save_generation_config(
     plain = GenerationConfig(**tokens)
     plain.save_pretrained(folder)
     return plain
+
+
+def _save_adapted(base: PreTrainedModel, folder: Path) -> None:
+    embeddings: Any = base.get_input_embeddings()
+    settings = {"vocab_size": embeddings.weight.shape[0], "pad_token_id": getattr(base.config, "pad_token_id", None)}
+    if hasattr(base.config, "score_offset"):
+        settings["score_offset"] = base.config.score_offset
+    (folder / ADAPTED).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.data.planner import generator
-from lightning_rlhf.models import LoRA, RewardModel, load_reward_model
+from lightning_rlhf.models import LoRA, RewardModel, load_causal_lm, load_reward_model
 from lightning_rlhf.models.reward import set_distinct_pad_token
 from lightning_rlhf.models.saving import save_pretrained
 
@@ -400,6 +400,65 @@ def test_an_export_scores_the_same_in_plain_transformers(kind, source, request, 
         torch.testing.assert_close(plain_scores(plain, again, rows, side), want, atol=1e-5, rtol=0)
     plain.config.pad_token_id = again.eos_token_id  # what would have been, had nobody cared
     assert (plain_scores(plain, again, rows, "right") - want).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("source", ["padless_dir", "bare_dir"], ids=["pad serves", "pad added"])
+def test_an_adapter_directory_is_the_reward_model_again(source, request, tmp_path):
+    original = request.getfixturevalue(source)
+    reward_model, tokenizer = trained(original, lora=LORA)
+    save_pretrained(reward_model.model, tokenizer, tmp_path / "out", adapter_only=True)
+    batch = pack(answers(tokenizer))
+    for lora in (None, LoRA(r=2)):
+        state = torch.get_rng_state()
+        model = load_reward_model(tmp_path / "out", lora=lora, seed=7, needs_head=True)
+        assert lora is not None or torch.equal(torch.get_rng_state(), state)
+        again = RewardModel(model).eval()
+        assert again.score_offset == 0.75 and again.transformer.config.pad_token_id == tokenizer.pad_token_id
+        with torch.no_grad():
+            torch.testing.assert_close(again(batch), reward_model(batch), atol=1e-5, rtol=0)
+            want = reward_model(batch, normalise=True)
+            torch.testing.assert_close(again(batch, normalise=True), want, atol=1e-5, rtol=0)
+
+
+def test_plain_peft_loads_an_adapter_directory_without_a_word(padless_dir, tmp_path, recwarn, caplog):
+    from peft import AutoPeftModelForSequenceClassification, PeftModel
+
+    reward_model, tokenizer = trained(padless_dir, lora=LORA)
+    save_pretrained(reward_model.model, tokenizer, tmp_path / "out", adapter_only=True)
+    base = AutoModelForSequenceClassification.from_pretrained(padless_dir, num_labels=1)
+    base.config.pad_token_id = tokenizer.pad_token_id  # nothing in peft's format says so
+    recwarn.clear()
+    caplog.clear()
+    plain = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert not recwarn.list and not caplog.records
+    with torch.no_grad():
+        want = reward_model(pack(answers(tokenizer)))
+        torch.testing.assert_close(alone(plain, answers(tokenizer)), want, atol=1e-5, rtol=0)
+        auto = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=1).eval()
+        auto.config.pad_token_id = tokenizer.pad_token_id
+        torch.testing.assert_close(alone(auto, answers(tokenizer)), want, atol=1e-5, rtol=0)
+
+
+def test_from_a_language_models_adapters_the_body_is_adapted_and_the_head_new(tiny_model_dir, tmp_path):
+    tuned = load_causal_lm(tiny_model_dir, lora=LoRA(r=4, init="gaussian"))
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.05)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    save_pretrained(tuned, tokenizer, tmp_path / "sft", adapter_only=True)
+    save_pretrained(tuned, tokenizer, tmp_path / "merged")
+    rows = pack(trees(vocabulary=300))
+    with torch.no_grad():
+        got, want, base = (
+            RewardModel(load_reward_model(source, seed=3)).eval()(rows)
+            for source in (tmp_path / "sft", tmp_path / "merged", tiny_model_dir)
+        )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (got - base).abs().max() > 1e-3
+    for source in (tmp_path / "sft", tmp_path / "merged", tiny_model_dir):
+        with pytest.raises(ValueError, match=r"no reward model.*score\.weight"):
+            load_reward_model(source, needs_head=True)
 
 
 def test_an_encoder_with_adapters_is_exported_with_its_head(tiny_tokenizer, tmp_path):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lightning_rlhf.models.saving as saving
 from lightning_rlhf.models import LoRA, load_causal_lm
+from lightning_rlhf.models.loading import load_config
 
 IDS = torch.arange(5, 25)[None]
 
@@ -94,6 +95,87 @@ def test_adapters_that_changed_their_base_are_not_saved_alone(model, tokenizer, 
     with pytest.raises(ValueError, match="adapter_only"):  # the inner model still carries peft's config
         saving.save_pretrained(tuned.get_base_model(), tokenizer, tmp_path / "hf", adapter_only=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def shaken(model, seed=1):
+    """Every trainable weight has moved."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=g)
+    return model
+
+
+def two_adapters(directory):
+    from peft import LoraConfig
+
+    model = shaken(load_causal_lm(directory, lora=LoRA(r=4, init="gaussian")), seed=1)
+    model.add_adapter("critic", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian"))
+    model.set_adapter("critic")
+    return shaken(model, seed=2)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("default", 4), ("critic", 2)])
+def test_only_the_active_adapter_is_saved_and_in_the_root(name, rank, tokenizer, tiny_model_dir, tmp_path):
+    from peft import PeftModel
+
+    tuned = two_adapters(tiny_model_dir)
+    tuned.set_adapter(name)
+    want = logits(tuned)
+    saving.save_pretrained(tuned, tokenizer, tmp_path / "hf", adapter_only=True)
+    assert not [path for path in (tmp_path / "hf").iterdir() if path.is_dir()]
+    assert json.loads((tmp_path / "hf" / "adapter_config.json").read_text())["r"] == rank
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "hf")
+    torch.testing.assert_close(logits(plain), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load_causal_lm(tmp_path / "hf")), want, atol=1e-5, rtol=0)
+    saving.save_pretrained(tuned, tokenizer, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), want, atol=1e-5, rtol=0)
+
+
+def test_several_active_adapters_are_not_saved_as_one(tokenizer, tiny_model_dir, tmp_path):
+    tuned = two_adapters(tiny_model_dir)
+    tuned.base_model.set_adapter(["default", "critic"])
+    with pytest.raises(ValueError, match="'default', 'critic' are active"):
+        saving.save_pretrained(tuned, tokenizer, tmp_path / "hf", adapter_only=True)
+
+
+def test_an_adapter_directory_is_a_model_like_any_other(tokenizer, tiny_model_dir, tmp_path):
+    """It can be trained on, in full or with adapters again, and those know over what they are."""
+    first = shaken(load_causal_lm(tiny_model_dir, lora=LoRA(r=4)))
+    saving.save_pretrained(first, tokenizer, tmp_path / "one", adapter_only=True)
+    whole = load_causal_lm(tmp_path / "one")
+    assert all(p.requires_grad for p in whole.parameters()) and not hasattr(whole, "peft_config")
+    second = load_causal_lm(tmp_path / "one", lora=LoRA(r=2))
+    torch.testing.assert_close(logits(second), logits(first), atol=1e-5, rtol=0)
+    saving.save_pretrained(shaken(second.train(), seed=3), tokenizer, tmp_path / "two", adapter_only=True)
+    torch.testing.assert_close(logits(load_causal_lm(tmp_path / "two")), logits(second), atol=1e-5, rtol=0)
+    assert load_config(tmp_path / "two").max_position_embeddings == 256
+
+
+def test_loading_adapters_leaves_the_global_rng_alone(tokenizer, tiny_model_dir, tmp_path):
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    tuned = load_causal_lm(tiny_model_dir, lora=LoRA(r=4), vocab_size=len(tokenizer))
+    with pytest.warns(UserWarning, match="embedding"):
+        saving.save_pretrained(shaken(tuned), tokenizer, tmp_path / "hf", adapter_only=True)
+    state = torch.get_rng_state()
+    again = load_causal_lm(tmp_path / "hf")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert load_config(tmp_path / "hf").vocab_size == again.config.vocab_size == len(tokenizer)
+    torch.testing.assert_close(logits(again), logits(tuned), atol=1e-5, rtol=0)
+
+
+def test_adapters_without_their_base_say_so(tokenizer, tiny_model_dir, tmp_path):
+    saving.save_pretrained(
+        load_causal_lm(tiny_model_dir, lora=LoRA(r=4)), tokenizer, tmp_path / "hf", adapter_only=True
+    )
+    file = tmp_path / "hf" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    for base, message in ((str(tmp_path / "gone"), "holds adapters of '.*gone'"), (None, "doesn't say which model")):
+        file.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+        with pytest.raises(OSError, match=message):
+            load_causal_lm(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("swaps", [True, False])

@@ -1,0 +1,225 @@
+"""One frozen backbone that is policy, reference, critic and reward model, by its adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.functional.logprobs import CHUNK, ScoredTokens
+from lightning_rlhf.models.backbone import LayoutChoice
+from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.reward import read_head
+from lightning_rlhf.models.saving import ADAPTED
+from lightning_rlhf.models.value import Values, read_values
+
+Role = Literal["policy", "reference", "critic", "reward"]
+
+
+class RoleModel(Policy):
+    """A causal LM under adapters that plays the roles of PPO; called without a role it is the policy.
+
+    The policy is the model under its own adapter, the reference the model with adapters off, the critic the model
+    under a second adapter and a head of its own, the reward model, where it was trained as an adapter of the same
+    weights, a third adapter that stays frozen.
+
+    peft makes an adapter trainable when it is switched on and freezes the others. A backward pass after such a switch
+    would lose gradients without a word, so here all that trains stays trainable; and since checkpointed layers run
+    again in the backward pass, **run it before the next role's forward pass**.
+
+    Args:
+        model: A peft model around a causal LM; its active adapter is the policy's.
+        layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
+        chunk: Elements of logits alive at once in the scored head.
+        critic: Whether to add a critic, with adapters as the policy's and a head of zeros.
+        critic_from: Directory of a reward model's adapter for the critic to start from.
+        reward: Directory of a reward model's adapter for the role ``reward``.
+
+    Raises:
+        ValueError: No adapters, an initialisation that changes the backbone, or a reward adapter of other shapes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: LayoutChoice = "auto",
+        chunk: int = CHUNK,
+        critic: bool = True,
+        critic_from: str | os.PathLike[str] | None = None,
+        reward: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not hasattr(model, "peft_config"):
+            raise ValueError("A shared backbone needs adapters: give lora, or set shared_backbone: false.")
+        peft: Any = model
+        own = peft.active_adapter
+        config = peft.peft_config[own]
+        if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+            raise ValueError(
+                f"lora.init={config.init_lora_weights!r} takes its weights out of the backbone, which is the reference "
+                "here: use true or gaussian, or set shared_backbone: false."
+            )
+        super().__init__(model, layout, chunk)
+        self.adapters: dict[str, str] = {"policy": own}
+        width = self.transformer.config.get_text_config().hidden_size
+        device = next(model.parameters()).device
+        if critic:
+            self.value_head = nn.Linear(width, 1, device=device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            if critic_from is None:
+                self._add("critic", config)
+            else:
+                head, offset = self._add_reward("critic", critic_from)
+                with torch.no_grad():
+                    self.value_head.weight.copy_(head)
+                    self.value_head.bias.fill_(-offset)
+        self.score_offset = 0.0
+        if reward is not None:
+            head, self.score_offset = self._add_reward("reward", reward)
+            self.score_head = nn.Linear(width, 1, bias=False, device=device)
+            self.score_head.weight = nn.Parameter(head.to(device), requires_grad=False)
+        peft.set_adapter(own)  # freezes all but the policy's
+        critics = {id(p) for p in self.critic_parameters()}
+        self._trainable = [p for p in self.parameters() if p.requires_grad or id(p) in critics]
+        trained = {id(p) for p in self._trainable}
+        self._frozen = [p for name, p in self.named_parameters() if "lora_" in name and id(p) not in trained]
+        self._role: Role = "policy"
+        self._keep_trainable()
+
+    @overload
+    def forward(
+        self,
+        batch: PackedBatch,
+        role: Literal["policy", "reference"] = "policy",
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        weights: Tensor | None = None,
+    ) -> ScoredTokens: ...
+
+    @overload
+    def forward(self, batch: PackedBatch, role: Literal["critic"]) -> Values: ...
+
+    @overload
+    def forward(self, batch: PackedBatch, role: Literal["reward"]) -> Tensor: ...
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        role: Role = "policy",
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        weights: Tensor | None = None,
+    ) -> ScoredTokens | Values | Tensor:
+        """Plays a role.
+
+        Args:
+            batch: A packed batch on the model's device.
+            role: Which.
+            entropy: See :meth:`Policy.forward`, also for the following.
+            temperature: Sampling temperature.
+            weights: (N,) constants.
+
+        Returns:
+            Of policy and reference what :class:`Policy` returns, of the critic its values, of the reward model (S,)
+            scores less its ``score_offset``.
+        """
+        self.play(role)
+        if role == "critic":
+            return read_values(self.value_head, self.hidden(batch))
+        if role == "reward":
+            states, _, last = self.hidden(batch)
+            return read_head(self.score_head, states[last]) - self.score_offset
+        return super().forward(batch, entropy=entropy, temperature=temperature, weights=weights)
+
+    def play(self, role: Role) -> None:
+        """Switches the adapters; the backward pass of the role before must be over."""
+        if role == self._role:
+            return
+        peft: Any = self.model
+        if role == "reference":
+            peft.base_model.disable_adapter_layers()
+        else:
+            if self._role == "reference":
+                peft.base_model.enable_adapter_layers()
+            peft.set_adapter(self.adapters[role])
+        self._role = role
+        self._keep_trainable()
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy's optimizer trains."""
+        critic = {id(p) for p in self.critic_parameters()}
+        return [p for p in self._trainable if id(p) not in critic]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic's does: its adapter and its head."""
+        if "critic" not in self.adapters:
+            return []
+        adapter = f".{self.adapters['critic']}."
+        own = [p for name, p in self.model.named_parameters() if adapter in name]
+        return [*own, *self.value_head.parameters()]
+
+    @contextmanager
+    def native_attention(self, attention: str | None = None) -> Iterator[nn.Module]:
+        """As :meth:`Backbone.native_attention`, of the policy."""
+        self.play("policy")
+        with super().native_attention(attention) as model:
+            yield model
+
+    # ------------------------------------------------------------------------------------------------- adapters
+
+    def _add(self, role: str, config: Any) -> None:
+        """A further adapter, named after its role."""
+        peft: Any = self.model
+        config = copy.deepcopy(config)
+        config.modules_to_save, config.task_type = None, "CAUSAL_LM"
+        while role in peft.peft_config:  # the user's own adapter has that name
+            role = f"{role}_"
+        peft.add_adapter(role, config)
+        self.adapters[role.rstrip("_")] = role
+
+    def _add_reward(self, role: str, directory: str | os.PathLike[str]) -> tuple[Tensor, float]:
+        """A reward model's adapter as ``role``; its (1, D) head and its offset."""
+        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+        if not is_adapter(directory):
+            raise ValueError(
+                f"{directory} holds no adapters, so it can't share the policy's backbone: train the reward model on "
+                "the same weights and export it with adapter_only, or set shared_backbone: false."
+            )
+        weights = load_peft_weights(os.fspath(directory), device="cpu")
+        heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
+        if len(heads) != 1:
+            raise ValueError(f"The adapter in {directory} has no score head: it is not a reward model's.")
+        self._add(role, PeftConfig.from_pretrained(os.fspath(directory)))
+        name = self.adapters[role]
+        outcome: Any = set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        places = sum(f".{name}." in key for key, _ in self.model.named_parameters())
+        if outcome.unexpected_keys or places != len(weights):
+            raise ValueError(
+                f"The adapter in {directory} does not fit this backbone: {len(weights)} tensors there, {places} "
+                "places here. It must have been trained on the same model."
+            )
+        adapted = Path(directory) / ADAPTED
+        settings = json.loads(adapted.read_text(encoding="utf-8")) if adapted.exists() else {}
+        return heads[0], float(settings.get("score_offset", 0.0))
+
+    def _keep_trainable(self) -> None:
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+
+def is_adapter(directory: object) -> bool:
+    """Whether it is a directory of adapters."""
+    return isinstance(directory, (str, os.PathLike)) and (Path(directory) / "adapter_config.json").exists()

@@ -1,0 +1,16 @@
+"""Where rewards come from: reward models, Python functions, weighted sums of both."""
+
+from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.function import FunctionReward
+from lightning_rlhf.rewards.model import RewardModelReward
+from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward
+
+__all__ = [
+    "FunctionReward",
+    "Reward",
+    "RewardModelReward",
+    "Samples",
+    "WeightedReward",
+    "WeightedSum",
+    "make_reward",
+]

@@ -1,0 +1,75 @@
+"""What every reward is: sampled completions in, one score each out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data.packed import PackedBatch
+
+
+@dataclass(eq=False)
+class Samples:
+    """Completions to score: S of them, in the order of the batch's branches.
+
+    Attributes:
+        batch: The prompts' tokens with the completions' as branches: exactly those that were sampled.
+        prompts: (S,) what each completion answers: messages, or a plain text.
+        completions: (S,) their texts.
+        truncated: (S,) whether the length limit ended them.
+        columns: Further columns of the prompts' rows, each (S,).
+    """
+
+    batch: PackedBatch
+    prompts: list[list[Message] | str]
+    completions: list[str]
+    truncated: list[bool]
+    columns: dict[str, list[Any]]
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, list[Any]] = {
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "truncated": self.truncated,
+            **self.columns,
+        }
+        for name, values in sizes.items():
+            if len(values) != self.batch.num_sequences:
+                raise ValueError(f"{name} has {len(values)} entries for {self.batch.num_sequences} completions.")
+
+
+class Reward(nn.Module, ABC):
+    """Base of the rewards; never trained, so always in eval mode.
+
+    Attributes:
+        names: Of the parts of a sum; none for others.
+        last: (S,) scores of each part in the last call, for logging.
+    """
+
+    names: Sequence[str] = ()
+    last: Mapping[str, Tensor] = MappingProxyType({})
+
+    def load(self) -> None:
+        """Loads what is heavy, once; modules call it in ``configure_model``."""
+        return
+
+    def train(self, mode: bool = True) -> Any:
+        """Stays in eval mode, so that a reward is a function of its sample alone."""
+        return super().train(False)
+
+    @abstractmethod
+    def forward(self, samples: Samples) -> Tensor:
+        """Scores the samples.
+
+        Args:
+            samples: S completions.
+
+        Returns:
+            (S,) scores in fp32, on the device of ``samples.batch``.
+        """

@@ -1,0 +1,157 @@
+"""Rewards by a Python function."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.rewards.base import Reward, Samples
+
+
+class FunctionReward(Reward):
+    """Scores by ``f(prompts, completions, **columns) -> scores``.
+
+    Arguments are passed by their names: ``prompts``, each a text or a list of messages, ``completions``, texts, and of
+    the further columns of the prompt data those that the function names, or all with ``**columns``; each has one entry
+    a completion. It returns as many finite numbers, in a list, an array or a tensor.
+
+    Args:
+        function: The function, or its import path: ``package.module.function`` or ``package.module:function``.
+
+    Raises:
+        ImportError: Nothing is at the import path.
+        TypeError: What is there can't be called so.
+    """
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = import_function(function) if isinstance(function, str) else function
+        self.name = _name(self.function)
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except ValueError as error:  # some that are written in C
+            raise TypeError(f"The reward function {self.name} doesn't say what arguments it has.") from error
+        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.accepts = {p.name for p in by_name}
+        self.needs = {p.name for p in by_name if p.default is p.empty}
+        self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        if not (self.takes_all or {"prompts", "completions"} <= self.accepts):
+            raise TypeError(
+                f"The reward function {self.name} must have the arguments prompts and completions, and those columns "
+                f"of the data that it reads; it has {', '.join(sorted(self.accepts)) or 'none'}."
+            )
+
+    def forward(self, samples: Samples) -> Tensor:
+        """Calls the function, with lists of its own, and checks what it returns.
+
+        Args:
+            samples: S completions.
+
+        Returns:
+            (S,) scores in fp32.
+
+        Raises:
+            ValueError: A column that the function needs is not in the data, or the scores are not one finite number a
+                completion.
+        """
+        given: dict[str, list[Any]] = {"prompts": samples.prompts, "completions": samples.completions}
+        if clash := sorted(given.keys() & samples.columns.keys()):
+            raise ValueError(f"Rename the column {clash[0]} of the prompt data: the argument of that name is ours.")
+        given |= samples.columns
+        if missing := sorted(self.needs - given.keys()):
+            raise ValueError(
+                f"The reward function {self.name} needs the column {', '.join(missing)}; the prompts' rows have "
+                f"{', '.join(sorted(samples.columns)) or 'no further columns'}."
+            )
+        passed = {name: list(v) for name, v in given.items() if self.takes_all or name in self.accepts}
+        scores = self._checked(self.function(**passed), samples)
+        return torch.tensor(scores, dtype=torch.float32, device=samples.batch.input_ids.device)
+
+    def _checked(self, result: Any, samples: Samples) -> list[float]:
+        size = len(samples.completions)
+        try:
+            scores = list(result.tolist() if hasattr(result, "tolist") else result)
+        except TypeError:
+            raise ValueError(
+                f"The reward function {self.name} returned {_short(result)}; return a list of {size} numbers, one a "
+                "completion."
+            ) from None
+        if len(scores) != size:
+            raise ValueError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
+        numbers = [_number(score) for score in scores]
+        for i, number in enumerate(numbers):
+            if not math.isfinite(number):
+                raise ValueError(
+                    f"The reward function {self.name} returned {_short(scores[i])} for completion {i}, which is not a "
+                    f"finite number. Prompt: {_short(samples.prompts[i])}. Completion: "
+                    f"{_short(samples.completions[i])}."
+                )
+        return numbers
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """What is at an import path; the current directory is searched too.
+
+    Args:
+        path: ``package.module.function`` or ``package.module:function``.
+
+    Returns:
+        The function, or another object that can be called.
+
+    Raises:
+        ImportError: No such module or name, or a module that imports what isn't there.
+        TypeError: Something that can't be called.
+    """
+    module, _, name = path.rpartition(":" if ":" in path else ".")
+    if not module:
+        raise ImportError(f"{path!r} is no import path: those look like package.module.function.")
+    here = os.getcwd()
+    sys.path.append(here)  # a console script's own search path starts where it is installed
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it imports is not
+        raise ImportError(
+            f"Can't import the reward {path!r}: there is no module {error.name!r}, neither installed nor in {here}. "
+            "Put its folder on PYTHONPATH."
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not hasattr(found, name):
+        names = sorted(n for n, value in vars(found).items() if inspect.isfunction(value) and not n.startswith("_"))
+        raise ImportError(
+            f"Can't import the reward {path!r}: {module} has no {name}. Its functions: {', '.join(names) or 'none'}."
+        )
+    function = getattr(found, name)
+    if not callable(function):
+        raise TypeError(f"The reward {path} is a {type(function).__name__}, which can't be called.")
+    return function
+
+
+def _name(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _number(score: Any) -> float:
+    """NaN for what is none."""
+    try:
+        return math.nan if isinstance(score, (str, bytes)) else float(score)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

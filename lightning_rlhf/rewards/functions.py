@@ -1,0 +1,113 @@
+"""Reward functions for common wishes, to be used as they are or as patterns for one's own.
+
+In a configuration, ``answer`` being a column of the prompt data::
+
+    reward:
+      - {source: lightning_rlhf.rewards.functions.answer_match, weight: 1.0}
+      - {source: lightning_rlhf.rewards.functions.length_window, weight: 0.2}
+
+Other limits than the defaults come from columns of the data, or from ``functools.partial`` in Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+
+def length_window(
+    prompts: Sequence[object],
+    completions: Sequence[str],
+    low: int | Sequence[int] = 1,
+    high: int | Sequence[int] = 1000,
+) -> list[float]:
+    """1 from ``low`` to ``high`` characters, falling in a straight line to 0 at none and at twice ``high``.
+
+    Characters, since words have no meaning in many languages, and tokens none to a reader.
+
+    Args:
+        prompts: (S,) not read.
+        completions: (S,) texts.
+        low: Fewest characters; one number or (S,).
+        high: Most characters; one number or (S,).
+
+    Returns:
+        (S,) scores.
+
+    Raises:
+        ValueError: Limits other than ``1 <= low <= high``.
+
+    Example:
+        >>> length_window([""] * 4, ["", "five!", "ten chars!", "fifteen chars.."], low=10, high=10)
+        [0.0, 0.5, 1.0, 0.5]
+    """
+    scores = []
+    for text, least, most in zip(completions, _each(low, completions), _each(high, completions), strict=True):
+        if not 1 <= least <= most:
+            raise ValueError(f"length_window needs 1 <= low <= high, got low={least} and high={most}.")
+        scores.append(min(1.0, len(text) / least, max(0.0, 2 - len(text) / most)))
+    return scores
+
+
+def format_match(prompts: Sequence[object], completions: Sequence[str], pattern: str | Sequence[str]) -> list[float]:
+    """1 where the whole completion, but for blanks around it, matches a regular expression, else 0.
+
+    Args:
+        prompts: (S,) not read.
+        completions: (S,) texts.
+        pattern: One expression or (S,); a dot matches line breaks too.
+
+    Returns:
+        (S,) scores.
+
+    Example:
+        >>> format_match(["", ""], ["<think>so</think> 4", "4"], pattern="<think>.*</think>.+")
+        [1.0, 0.0]
+    """
+    each = zip(completions, _each(pattern, completions), strict=True)
+    return [float(re.fullmatch(wanted, text.strip(), re.DOTALL) is not None) for text, wanted in each]
+
+
+def answer_match(prompts: Sequence[object], completions: Sequence[str], answer: Sequence[object]) -> list[float]:
+    r"""1 where a completion's answer is the one in the column ``answer``, else 0.
+
+    The answer is what the last ``\boxed{...}`` holds, or else follows the last ``####`` or ``Answer:`` on its line, or
+    else is all of the text; so too in the column, where GSM8K keeps its reasoning. Numbers are compared as numbers
+    (``1,000.0`` is ``1000``), other answers without regard to case, blanks and a full stop behind.
+
+    Args:
+        prompts: (S,) not read.
+        completions: (S,) texts.
+        answer: (S,) texts or numbers.
+
+    Returns:
+        (S,) scores.
+
+    Example:
+        >>> answer_match([""] * 3, ["2 + 2 is 4.\n#### 4.0", "Answer: five", "I can't say."], answer=[4, "Five.", "5"])
+        [1.0, 1.0, 0.0]
+    """
+    each = zip(completions, answer, strict=True)
+    return [float(_canonical(_answer(text)) == _canonical(_answer(str(wanted)))) for text, wanted in each]
+
+
+def _each(value: Any, completions: Sequence[str]) -> Sequence[Any]:
+    """One value for all completions, or a column."""
+    return value if isinstance(value, (list, tuple)) else [value] * len(completions)
+
+
+def _answer(text: str) -> str:
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    marked = re.findall(r"(?:####|\banswer:|答案：)[ \t]*([^\n]+)", text, re.IGNORECASE)
+    return boxed[-1] if boxed else marked[-1] if marked else text
+
+
+def _canonical(answer: str) -> str | Decimal:
+    answer = " ".join(answer.split()).casefold().rstrip(".。").strip("$ ")
+    try:
+        number = Decimal(re.sub(r"(?<=\d),(?=\d{3})", "", answer))
+    except InvalidOperation:
+        return answer
+    return number if number.is_finite() else answer

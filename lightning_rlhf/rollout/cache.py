@@ -1,0 +1,293 @@
+"""Keys and values of ragged rows, written in place, and the attention that reads them.
+
+A row lies from the left: the key of position p is in column p. So a new prompt can take a free row at any time, rows of
+different length share a batch without padding, and a row is moved by one copy.
+
+Shapes: R rows, C columns, H query heads, K key / value heads, E head size, L tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+NAME = "rollout"
+_ACTIVE: ContextVar[SlotCache] = ContextVar("the cache that a model is being run with")
+
+
+class SlotCache(Cache):
+    """Keys and values in one (R, K, C, E) tensor a layer.
+
+    transformers only ever calls ``update`` and asks for lengths; which rows and columns are meant is said beforehand by
+    :meth:`prefilling` or :meth:`decoding`, within which the model runs.
+
+    Attributes:
+        slots: R, rows that there is memory for.
+        columns: C.
+        windows: What the layers that ran gave as their sliding window.
+    """
+
+    def __init__(self) -> None:
+        try:
+            super().__init__(layers=[])
+        except TypeError:  # transformers 4
+            super().__init__()
+        self.slots = self.columns = 0
+        self.windows: set[int | None] = set()
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._rows = self._from = self._positions = torch.empty(0, dtype=torch.long)
+        self._width = 0  # columns that are read
+        self._prefill = False
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def arrange(self, sources: Sequence[int | None], slots: int, columns: int, width: int) -> None:
+        """Lays rows out anew, in place where the size stays.
+
+        Args:
+            sources: For each row from the first, the row that it was; None: what it holds does not matter.
+            slots: Rows to have memory for.
+            columns: Columns to have memory for.
+            width: Columns that are in use.
+        """
+        same = (slots, columns) == (self.slots, self.columns)
+        moves = [(i, source) for i, source in enumerate(sources) if source is not None and not (same and i == source)]
+        self.slots, self.columns = slots, columns
+        if same and not moves:
+            return
+        for store in (self._keys, self._values):
+            for layer, old in enumerate(store):
+                new = old if same else old.new_zeros(slots, old.shape[1], columns, old.shape[3])
+                if moves:
+                    to, source = torch.tensor(moves, device=old.device).unbind(1)
+                    new[to, :, :width] = old[source, :, :width]  # the right side is a copy: order does not matter
+                store[layer] = new
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        self._keys, self._values = [], []
+        self.slots = self.columns = 0
+
+    @contextmanager
+    def prefilling(self, rows: Tensor, prompts: Tensor, longest: int) -> Iterator[None]:
+        """The model runs on whole prompts, padded on the right; row ``rows[i]`` gets those of prompt ``prompts[i]``."""
+        self._rows, self._from, self._width, self._prefill = rows, prompts, longest, True
+        with self._active():
+            yield
+
+    @contextmanager
+    def decoding(self, positions: Tensor, width: int) -> Iterator[None]:
+        """The model runs on one token of each row from the first, at (R,) positions below ``width``."""
+        self._rows = torch.arange(len(positions), device=positions.device)
+        self._positions, self._width, self._prefill = positions, width, False
+        with self._active():
+            yield
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        self._masks = {}
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+    def mask(self, window: int | None, like: Tensor) -> Tensor | None:
+        """What is added to the logits: (R, 1, 1, C) in decoding, (L, L) in prefilling, None for plain causality.
+
+        Args:
+            window: Tokens a query sees at most, itself included; None: all.
+            like: Gives type and device.
+        """
+        self.windows.add(window)
+        if window is not None and window >= self._width:
+            window = None
+        if window not in self._masks:
+            columns = torch.arange(self._width, device=like.device)
+            # padding on the right of a prompt is hidden by causality, and overwritten in decoding
+            queries = columns[:, None] if self._prefill else self._positions[:, None, None, None]
+            seen = columns <= queries
+            if window is not None:
+                seen &= columns > queries - window
+            plain = self._prefill and window is None
+            mask = None if plain else torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+            self._masks[window] = mask
+        return self._masks[window]
+
+    # ------------------------------------------------------------------------------------------------- of transformers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes a layer's new keys and values, (R, K, 1 or L, E), and returns what its queries see."""
+        for store, new in ((self._keys, key_states), (self._values, value_states)):
+            if layer_idx == len(store):
+                # zeros: a masked column counts for nothing, unless it holds a NaN
+                store.append(new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3]))
+            if self._prefill:
+                store[layer_idx][self._rows, :, : self._width] = new[self._from]
+            else:
+                store[layer_idx][self._rows, :, self._positions] = new[:, :, 0]
+        if self._prefill:
+            return key_states, value_states
+        rows = len(self._rows)
+        return self._keys[layer_idx][:rows, :, : self._width], self._values[layer_idx][:rows, :, : self._width]
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns before the new ones."""
+        return 0 if self._prefill else self._width - 1
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
+        """Grows as needed."""
+        return None
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a :class:`SlotCache`, which makes the mask: each layer gets the one for its window.
+
+    Keys are never repeated for the query heads that share them: in decoding those heads become positions of one head.
+
+    Args:
+        module: The attention layer.
+        query: (R, H, 1 or L, E).
+        key: (R, K, C, E), K dividing H.
+        value: (R, K, C, E).
+        attention_mask: Unused.
+        scaling: Factor on the logits; default ``E ** -0.5``.
+        dropout: Unused: the model is in eval mode.
+        sliding_window: Tokens a query sees at most, itself included, where the layer has a window.
+        softcap: Bound of soft-capped logits (Gemma 2).
+        s_aux: (H,) attention sinks (GPT-OSS).
+        kwargs: What else transformers hands to attention functions.
+
+    Returns:
+        (R, 1 or L, H, E) and no attention weights.
+    """
+    mask = _ACTIVE.get().mask(sliding_window or None, query)
+    rows, heads, length, _ = query.shape
+    shared = key.shape[1]
+    if softcap is not None or s_aux is not None:
+        split = query.unflatten(1, (shared, -1))
+        out = _by_hand(split, key[:, :, None], value[:, :, None], mask, scaling, softcap, s_aux).flatten(1, 2)
+    elif length == 1 and mask is not None:
+        packed = query.reshape(rows, shared, heads // shared, -1)
+        out = F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling).reshape(rows, heads, 1, -1)
+    else:
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != shared
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What SDPA lacks; (R, K, H / K, 1 or L, E) queries, (R, K, 1, C, E) keys and values."""
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is None:
+        mask = torch.full(logits.shape[-2:], -torch.inf, device=logits.device).triu(1)
+    logits = logits + (mask[:, None] if mask.ndim == 4 else mask)
+    if sinks is not None:  # a key without a value: it takes its share and gives nothing
+        sink = sinks.view(1, key.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits)
+        logits = torch.cat([logits, sink], -1)
+    return logits.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value
+
+
+AttentionInterface.register(NAME, slot_attention)
+
+
+class Decoder:
+    """A transformers model beside a cache: prompts and next tokens in, logits out.
+
+    The model's attention must be set to :data:`NAME`.
+
+    Args:
+        model: The transformers model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, SlotCache()
+        embeddings: Any = model.get_input_embeddings()
+        self.device: torch.device = embeddings.weight.device
+
+    def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> Tensor:
+        """Runs prompts once.
+
+        Args:
+            prompts: B lists of token ids.
+            rows: For each, the cache rows that get its keys and values.
+
+        Returns:
+            (B, V) logits of each prompt's next token.
+        """
+        longest = max(map(len, prompts))
+        ids = self._tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+        last = self._tensor([len(prompt) - 1 for prompt in prompts])
+        target = self._tensor([row for group in rows for row in group])
+        prompt_of = self._tensor([i for i, group in enumerate(rows) for _ in group])
+        positions = torch.arange(longest, device=self.device).expand(len(ids), -1)
+
+        def only_last(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (args[0][torch.arange(len(last), device=last.device), last][:, None],)
+
+        # logits of whole prompts would not fit; logits_to_keep takes one set of positions for all of them
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(only_last)
+        try:
+            with self.cache.prefilling(target, prompt_of, longest):
+                return self._run(ids, positions)
+        finally:
+            hook.remove()
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Runs one token of each cache row from the first.
+
+        Args:
+            tokens: Their ids.
+            positions: Their positions.
+
+        Returns:
+            (R, V) logits of each row's next token.
+        """
+        at = self._tensor(positions)
+        with self.cache.decoding(at, max(positions) + 1):
+            return self._run(self._tensor(tokens)[:, None], at[:, None])
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        # models hand a 4-D mask on as it is, and make none of their own; slot_attention does not read it
+        mask = torch.zeros(len(ids), 1, 1, 1, dtype=self.model.dtype, device=self.device)
+        out = self.model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
+        )
+        return out.logits[:, -1]
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)

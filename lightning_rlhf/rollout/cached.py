@@ -1,0 +1,190 @@
+"""The engine: continuous batching over a :class:`~lightning_rlhf.rollout.cache.SlotCache`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.models.backbone import Backbone
+from lightning_rlhf.rollout.cache import NAME, Decoder
+from lightning_rlhf.rollout.generate import GenerateEngine
+from lightning_rlhf.rollout.interface import Completion, Request, Sampling
+from lightning_rlhf.rollout.session import Session
+
+log = logging.getLogger(__name__)
+
+_REASONS: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+"""Why a model can't be run with the cache; None: it can. A model is tried once."""
+
+
+class CachedEngine:
+    """The decoding engine of one device: each distinct prompt is run once, and a finished row makes room for the next.
+
+    A model that gives other logits with the cache than without is served by
+    :class:`~lightning_rlhf.rollout.GenerateEngine`: same results, less speed, and a warning that says so.
+
+    Args:
+        max_live_tokens: Rows times columns that the cache may hold, where a row needs its prompt and
+            ``max_new_tokens``; None: no limit.
+        max_rows: Completions in the making at once; None: no limit. A larger batch is faster while memory lasts.
+        prefill_tokens: Padded tokens of prompts that the model runs on at once, unless one prompt has more.
+
+    Raises:
+        ValueError: A limit is below 1.
+    """
+
+    def __init__(
+        self, max_live_tokens: int | None = None, max_rows: int | None = None, prefill_tokens: int = 4096
+    ) -> None:
+        limits = dict(max_live_tokens=max_live_tokens, max_rows=max_rows, prefill_tokens=prefill_tokens)
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1{', or null for no limit'}; got {limit}.")
+        self.max_live_tokens, self.max_rows, self.prefill_tokens = max_live_tokens, max_rows, prefill_tokens
+
+    def generate(
+        self,
+        policy: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        stop_token_ids: Sequence[int],
+    ) -> list[list[Completion]]:
+        """See :meth:`RolloutEngine.generate`."""
+        if reason_against(policy):
+            fallback = GenerateEngine(self.max_rows)
+            return fallback.generate(policy, tokenizer, requests, sampling, stop_token_ids)
+        with self.session(policy, tokenizer) as session:
+            futures = [
+                session.submit(request, sampling, stop_token_ids, name=f"Rollout request {i}")
+                for i, request in enumerate(requests)
+            ]
+            while session.busy:
+                session.step()
+        return [[future.result() for future in group] for group in futures]
+
+    @contextmanager
+    def session(self, policy: Backbone, tokenizer: PreTrainedTokenizerBase) -> Iterator[Session]:
+        """Requests that come and go: for servers and chats, and for whoever wants tokens as they come.
+
+        Args:
+            policy: A backbone whose model can generate. Within the context it is in eval mode and serves the session.
+            tokenizer: The model's.
+
+        Yields:
+            A session, which is closed afterwards.
+
+        Raises:
+            ValueError: The model can't be run with the cache.
+        """
+        if reason := reason_against(policy):
+            raise ValueError(f"{type(policy.transformer).__name__} can't run in a session: {reason}.")
+        with policy.native_attention(NAME), _left_trainable(policy.transformer):
+            session = Session(
+                Decoder(policy.transformer), tokenizer, self.max_live_tokens, self.max_rows, self.prefill_tokens
+            )
+            try:
+                yield session
+            finally:
+                session.close()
+
+
+@contextmanager
+def _left_trainable(model: PreTrainedModel) -> Iterator[None]:
+    """Steps run in inference mode, and what is made there can't meet a backward pass.
+
+    That is half-precision copies of weights, which autocast keeps, and buffers that a model made anew.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_inference():
+                    module._buffers[name] = buffer.clone()
+
+
+# ------------------------------------------------------------------------------------------------- which models
+
+
+def reason_against(policy: Backbone) -> str | None:
+    """Why a policy's model can't be run with the cache, or None; found by trying, once a model."""
+    model = policy.transformer
+    if model not in _REASONS:
+        _REASONS[model] = reason = _by_config(model) or _by_trying(policy)
+        if reason:
+            log.warning(
+                "%s can't use the rollout cache (%s): completions are made by transformers' generate, with equal "
+                "results and less speed.",
+                type(model).__name__,
+                reason,
+            )
+    return _REASONS[model]
+
+
+def _by_config(model: PreTrainedModel) -> str | None:
+    """What a small trial would not show."""
+    types = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())  # by kind of layer in Gemma 3
+    if changing := next((name for name in ("dynamic", "longrope") if name in types), None):
+        return f"rotary embeddings of the type {changing} depend on the longest row of a batch"
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    strange = set(kinds) - {"full_attention", "sliding_attention"}
+    return f"it has layers of the type {strange.pop()}" if strange else None
+
+
+def _by_trying(policy: Backbone) -> str | None:
+    """Runs two ragged rows with the cache, and whole without it."""
+    model = policy.transformer
+    embeddings: Any = model.get_input_embeddings()
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 16
+    lengths, steps = (min(10, context - 3), min(4, context - 3)), 3
+    tokens = [[(3 + 7 * i + 5 * row) % embeddings.weight.shape[0] for i in range(length + steps)]
+              for row, length in enumerate(lengths)]  # fmt: skip
+    prompts = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
+    try:
+        with torch.no_grad():
+            with policy.native_attention():
+                want = torch.stack([
+                    model(input_ids=torch.tensor([ids], device=embeddings.weight.device), use_cache=False)
+                    .logits[0, length - 1 :].float()
+                    for ids, length in zip(tokens, lengths, strict=True)
+                ])  # fmt: skip
+            with policy.native_attention(NAME):
+                decoder = Decoder(model)
+                decoder.cache.arrange([None, None], slots=2, columns=max(map(len, tokens)), width=0)
+                got = [decoder.prefill(prompts, [[0], [1]])]
+                for step in range(steps):
+                    positions = [length + step for length in lengths]
+                    got.append(decoder.decode([ids[p] for ids, p in zip(tokens, positions, strict=True)], positions))
+        half = got[0].dtype not in (torch.float32, torch.float64)
+        difference = _difference(torch.stack(got, 1).float(), want)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if not difference < (0.05 if half else 1e-4):
+        return f"logits differ by {difference:.1e} of their size"
+    window = _window(config)
+    if window is not None and window not in decoder.cache.windows:  # it may be wider than the trial
+        return f"its layers don't say that they have a window of {window} tokens"
+    return None
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window that some layer must have, by the config."""
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) is False or (kinds and "sliding_attention" not in kinds):
+        return None
+    return getattr(config, "sliding_window", None)

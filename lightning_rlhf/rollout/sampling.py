@@ -1,0 +1,147 @@
+"""The next token of every row, each a function of its own logits and key.
+
+A token is the arg max of scores minus the log of exponential noise (the Gumbel trick), which samples from their
+softmax. The noise of (key, token) comes from a hash and not from a generator, so it does not matter which rows share a
+batch, and rounding changes a token only where two sums tie. (One uniform number and an inverse CDF would flip wherever
+it falls between two unlikely tokens.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.rollout.row import Row
+
+_CHUNK = 2**18
+"""Elements of noise alive at once on a CPU: they stay in its cache."""
+_NUCLEUS = 1024
+"""Tokens that top-p looks at first: sorting a whole vocabulary takes longer than the model's head."""
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+    """Draws the next token of each row.
+
+    Args:
+        logits: (S, V), in any float type.
+        rows: S.
+
+    Returns:
+        S tokens, and their log-probs at the temperature, before any processor, in fp32.
+
+    Raises:
+        FloatingPointError: Logits are not finite.
+    """
+    settings = [row.sampling for row in rows]
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if any(s.temperature not in (0, 1) for s in settings):
+        scaled = scaled / scaled.new_tensor([s.temperature or 1.0 for s in settings])[:, None]
+    scores = _processed(scaled, rows)
+    token = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    greedy = [i for i, s in enumerate(settings) if s.temperature == 0]
+    cut = [i for i, s in enumerate(settings) if s.temperature > 0 and (s.top_k or s.top_p < 1)]
+    plain = sorted({*range(len(rows))} - {*greedy, *cut})
+    if greedy:
+        token[greedy] = scores[_span(greedy)].argmax(-1)
+    chunk = max(1, _CHUNK // scores.shape[1]) if logits.device.type == "cpu" else len(rows)
+    ids = _mixed_ids(scores.shape[1], logits.device)
+    for start in range(0, len(plain), chunk):
+        part = plain[start : start + chunk]
+        token[part] = (scores[_span(part)] - _log_exponential(_keys(rows, part, ids), ids)).argmax(-1)
+    if cut:
+        token[cut] = _from_the_top(scores[_span(cut)], [rows[i] for i in cut], ids)
+    logprobs: list[float] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
+    if not all(map(math.isfinite, logprobs)):
+        raise FloatingPointError("Rollout: the policy's logits are not finite; its weights may have diverged.")
+    return token.tolist(), logprobs
+
+
+def _span(indices: list[int]) -> slice | list[int]:
+    """Neighbours as a slice, which copies nothing."""
+    first, last = indices[0], indices[-1]
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+def _processed(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Scores after repetition penalty and minimum length; ``scaled`` itself where neither is at work."""
+    penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
+    short = [i for i, row in enumerate(rows) if row.too_short and row.stops]
+    if not penalised and not short:
+        return scaled
+    scores = scaled.clone()
+    if penalised:
+        longest = max(rows[i].position + 1 for i in penalised)
+        seen = [[*rows[i].prompt, *rows[i].ids] for i in penalised]
+        columns = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in seen], device=scores.device)
+        lines = torch.tensor(penalised, device=scores.device)[:, None]
+        penalty = scores.new_tensor([rows[i].sampling.repetition_penalty for i in penalised])[:, None]
+        old = scores[lines, columns]
+        scores[lines, columns] = torch.where(old < 0, old * penalty, old / penalty)
+    for i in short:
+        scores[i, list(rows[i].stops)] = -torch.inf
+    return scores
+
+
+def _from_the_top(scores: Tensor, rows: Sequence[Row], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
+    """(S, V) scores -> (S,) tokens, under top-k and then top-p; the ``width`` likeliest are looked at."""
+    vocabulary = scores.shape[1]
+    limits = [row.sampling.top_k or vocabulary for row in rows]
+    width = min(vocabulary, max(width, *(k for k in limits if k < vocabulary), 1))
+    best, index = scores.topk(width)
+    limit = torch.tensor(limits, device=scores.device)[:, None]
+    top_p = scores.new_tensor([row.sampling.top_p for row in rows])[:, None]
+    best = best.masked_fill(torch.arange(width, device=scores.device) >= limit, -torch.inf)
+    whole = torch.where(limit < vocabulary, best.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True))
+    mass = (best - whole).exp()
+    summed = mass.cumsum(-1)
+    kept = best.masked_fill(summed - mass >= top_p, -torch.inf)
+    noise = _log_exponential(_keys(rows, range(len(rows)), ids), ids[index])
+    token = index.gather(1, (kept - noise).argmax(-1, keepdim=True))[:, 0]
+    flat = (limit >= vocabulary) & (summed[:, -1:] < top_p) if width < vocabulary else None
+    if flat is not None and flat.any():  # so flat that the nucleus is wider
+        again: list[int] = flat[:, 0].nonzero()[:, 0].tolist()
+        token[again] = _from_the_top(scores[again], [rows[i] for i in again], ids, vocabulary)
+    return token
+
+
+# ------------------------------------------------------------------------------------------------- noise
+
+
+def _keys(rows: Sequence[Row], which: Sequence[int], ids: Tensor) -> Tensor:
+    """(len(which), 1) noise keys of rows."""
+    signed = [(key := rows[i].noise_key) - (key >> 31 << 32) for i in which]
+    return torch.tensor(signed, dtype=torch.int32, device=ids.device)[:, None]
+
+
+@lru_cache(maxsize=8)
+def _mixed_ids(vocabulary: int, device: torch.device) -> Tensor:
+    """(V,) int32 hashes of token ids."""
+    return _mix(torch.arange(1, vocabulary + 1, dtype=torch.int32, device=device))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Hashes int32 in place: the multiply and xor-shift rounds of "lowbias32". Products wrap, on every device alike."""
+    x *= 2146121005
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= -2073254261
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def _log_exponential(keys: Tensor, ids: Tensor) -> Tensor:
+    """Log of standard exponential noise, which is standard Gumbel noise with its sign turned.
+
+    Args:
+        keys: (S, 1) int32.
+        ids: (K,) or (S, K) int32 hashes of tokens.
+
+    Returns:
+        (S, K) fp32, a function of each pair of key and token. It comes from u in (0, 1) with 31 bits, exact where u is
+        small, since the small values decide: so unlikely tokens keep their chance.
+    """
+    u = _mix(keys ^ ids).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24))
+    return u.log1p_().neg_().log_()

@@ -1,0 +1,137 @@
+"""The shared backbone: each role is what a model of its own would be, and each trains."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lightning_rlhf.data.packed import Branch, Tree, pack
+from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm, load_reward_model
+from lightning_rlhf.models.roles import RoleModel
+from lightning_rlhf.models.saving import save_pretrained
+
+TREES = [Tree([5, 6, 7], [Branch([8, 9, 4]), Branch([10, 11])]), Tree([12], [Branch([13, 4])])]
+
+
+def roles(model_dir, **options):
+    torch.manual_seed(0)
+    checkpointing = options.pop("gradient_checkpointing", False)
+    model = load_causal_lm(model_dir, lora=LoRA(r=4), gradient_checkpointing=checkpointing)
+    found = RoleModel(model, **options)
+    for name, p in found.named_parameters():  # adapters begin as nothing
+        if p.requires_grad and "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    if options.get("critic", True):
+        found.value_head.weight.data.normal_()
+    return found
+
+
+@pytest.fixture
+def reward_adapter(tiny_model_dir, tiny_tokenizer, tmp_path):
+    """The directory of a reward model's adapter over the same weights, and what it scores."""
+    torch.manual_seed(1)
+    model = load_reward_model(tiny_model_dir, lora=LoRA(r=4), pad_token_id=tiny_tokenizer.pad_token_id)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    reward = RewardModel(model)
+    reward.score_offset = 0.25
+    save_pretrained(model, tiny_tokenizer, tmp_path / "reward", adapter_only=True)
+    return tmp_path / "reward", reward(pack(TREES), normalise=True).detach()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_policy_and_reference_are_the_models_with_and_without_the_adapter(tiny_model_dir):
+    model = roles(tiny_model_dir)
+    batch = pack(TREES)
+    own = copy.deepcopy(model.model)
+    own.delete_adapter("critic")
+    with torch.no_grad():
+        want = Policy(own)(batch).logprobs
+        plain = Policy(AutoModelForCausalLM.from_pretrained(tiny_model_dir))(batch).logprobs
+        for _ in range(2):  # in any order
+            torch.testing.assert_close(model(batch).logprobs, want)
+            torch.testing.assert_close(model(batch, "reference").logprobs, plain)
+            model(batch, "critic")
+    assert (want - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_roles_receive_their_gradients_and_only_theirs(tiny_model_dir, checkpointing):
+    """After any switches, with no gradients in between, each role's are those that it gets alone."""
+    batch = pack(TREES)
+    alone = {}
+    for role in ("policy", "critic"):
+        model = roles(tiny_model_dir, gradient_checkpointing=checkpointing)
+        loss = model(batch).logprobs.sum() if role == "policy" else model(batch, "critic").values.square().sum()
+        loss.backward()
+        alone[role] = gradients(model)
+    assert alone["policy"].keys().isdisjoint(alone["critic"])
+    model = roles(tiny_model_dir, gradient_checkpointing=checkpointing)
+    with torch.no_grad():
+        model(batch, "reference"), model(batch, "critic")
+    model(batch).logprobs.sum().backward()
+    model(batch, "critic").values.square().sum().backward()
+    together = gradients(model)
+    assert together.keys() == alone["policy"].keys() | alone["critic"].keys()
+    for name, gradient in (alone["policy"] | alone["critic"]).items():
+        torch.testing.assert_close(together[name], gradient, msg=name)
+    trained = {id(p) for p in [*model.policy_parameters(), *model.critic_parameters()]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(trained) == len(together)
+
+
+def test_a_reward_adapter_scores_as_the_model_it_came_from(tiny_model_dir, reward_adapter):
+    directory, want = reward_adapter
+    model = roles(tiny_model_dir, reward=directory)
+    batch = pack(TREES)
+    with torch.no_grad():
+        before = model(batch).logprobs
+        torch.testing.assert_close(model(batch, "reward"), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(batch).logprobs, before)
+    model(batch).logprobs.sum().backward()
+    assert not any("reward" in name or "score_head" in name for name in gradients(model))
+
+
+def test_a_critic_may_start_as_the_reward_model(tiny_model_dir, reward_adapter):
+    directory, want = reward_adapter
+    torch.manual_seed(0)
+    model = RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=8)), critic_from=directory)
+    found = model(pack(TREES), "critic")
+    torch.testing.assert_close(found.last_values, want, rtol=1e-5, atol=1e-5)  # the value behind a whole completion
+    found.values.sum().backward()
+    assert {name for name in gradients(model) if "lora_" in name}
+
+
+def test_an_export_is_the_policy_alone(tiny_model_dir, tiny_tokenizer, reward_adapter, tmp_path):
+    model = roles(tiny_model_dir, reward=reward_adapter[0])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), model.native_attention() as native:
+        want = native(ids).logits
+    for adapter_only in (False, True):
+        out = tmp_path / str(adapter_only)
+        save_pretrained(model.model, tiny_tokenizer, out, adapter_only=adapter_only)
+        assert not [p for p in out.rglob("*") if "critic" in p.name or "reward" in p.name]
+        if adapter_only:
+            loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), out)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(out)
+        torch.testing.assert_close(loaded(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(tiny_model_dir, tiny_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="needs adapters"):
+        RoleModel(load_causal_lm(tiny_model_dir))
+    with pytest.raises(ValueError, match="takes its weights out of the backbone"):
+        RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=4, init="pissa")))
+    with pytest.raises(ValueError, match="holds no adapters"):
+        RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=4)), reward=tiny_model_dir)
+    policy = load_causal_lm(tiny_model_dir, lora=LoRA(r=4))
+    save_pretrained(policy, tiny_tokenizer, tmp_path / "policy", adapter_only=True)
+    with pytest.raises(ValueError, match="no score head"):
+        RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=4)), reward=tmp_path / "policy")

@@ -1,0 +1,103 @@
+"""Rewards by a function: what reaches it, and what of its answers is refused."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_rlhf.data.packed import Branch, Tree, pack
+from lightning_rlhf.rewards import FunctionReward, Samples
+
+
+def samples(prompts=("a", "b"), completions=("x", "yy"), **columns):
+    trees = [Tree([5, 6], [Branch([7, 4])]) for _ in prompts]
+    return Samples(pack(trees), list(prompts), list(completions), [False] * len(prompts), columns)
+
+
+def by_length(prompts, completions, **columns):
+    """A reward of this module, for import by path."""
+    return [len(c) for c in completions]
+
+
+def test_it_gets_lists_and_the_columns_that_it_names():
+    seen = {}
+
+    def f(prompts, completions, answer, other=None):
+        seen.update(prompts=prompts, completions=completions, answer=answer, other=other)
+        return torch.tensor([1, 2])
+
+    scores = FunctionReward(f)(samples(answer=[3, None], unused=["u", "v"]))
+    assert scores.tolist() == [1.0, 2.0] and scores.dtype == torch.float32
+    assert seen == {"prompts": ["a", "b"], "completions": ["x", "yy"], "answer": [3, None], "other": None}
+
+
+def test_one_with_double_star_gets_all_columns():
+    seen = {}
+
+    def f(prompts, completions, **columns):
+        seen.update(columns)
+        return [0.0, 1.0]
+
+    FunctionReward(f)(samples(a=[1, 2], b=[3, 4]))
+    assert seen == {"a": [1, 2], "b": [3, 4]}
+
+
+def test_what_it_does_to_its_lists_harms_nobody():
+    def f(prompts, completions, answer):
+        prompts.clear(), completions.clear(), answer.clear()
+        return [0.0, 0.0]
+
+    given = samples(answer=[1, 2])
+    FunctionReward(f)(given)
+    assert given.prompts == ["a", "b"] and given.completions == ["x", "yy"] and given.columns == {"answer": [1, 2]}
+
+
+@pytest.mark.parametrize("path", ["statistics.mean", "statistics:mean"])
+def test_import_paths(path):
+    with pytest.raises(TypeError, match="must have the arguments prompts and completions"):
+        FunctionReward(path)
+
+
+@pytest.mark.parametrize("path", ["nowhere.f", "math.nothing", "f"])
+def test_a_path_to_nothing(path):
+    with pytest.raises(ImportError, match=r"import"):
+        FunctionReward(path)
+
+
+def test_a_path_to_no_function():
+    with pytest.raises(TypeError, match=r"math\.pi is a float"):
+        FunctionReward("math.pi")
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "good"])
+def test_a_score_that_is_no_number_shows_its_sample(bad):
+    def f(prompts, completions):
+        return [1.0, bad]
+
+    with pytest.raises(ValueError, match=r"(?s)function f returned .* not a finite number.*Prompt: 'b'.*'yy'"):
+        FunctionReward(f)(samples())
+
+
+def test_a_wrong_number_of_scores():
+    def f(prompts, completions):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="f returned 1 scores for 2 completions"):
+        FunctionReward(f)(samples())
+
+
+def test_a_column_that_the_data_lack():
+    def f(prompts, completions, answer):
+        return [1.0, 1.0]
+
+    with pytest.raises(ValueError, match="needs the column answer; the prompts' rows have lang"):
+        FunctionReward(f)(samples(lang=["en", "zh"]))
+
+
+def test_an_object_that_is_called():
+    class Judge:
+        def __call__(self, prompts, completions):
+            return [len(c) for c in completions]
+
+    assert FunctionReward(Judge())(samples()).tolist() == [1.0, 2.0]
+    assert FunctionReward(by_length)(samples(z=[1, 2])).tolist() == [1.0, 2.0]

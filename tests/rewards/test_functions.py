@@ -1,0 +1,77 @@
+"""The functions that come with the package."""
+
+import doctest
+from itertools import pairwise
+
+import pytest
+
+import lightning_rlhf.rewards.functions
+from lightning_rlhf.data.packed import Branch, Tree, pack
+from lightning_rlhf.rewards import FunctionReward, Samples
+from lightning_rlhf.rewards.functions import answer_match, format_match, length_window
+
+
+def samples(completions, **columns):
+    batch = pack([Tree([5], [Branch([7]) for _ in completions])])
+    size = len(completions)
+    return Samples(batch, ["q"] * size, list(completions), [False] * size, columns)
+
+
+def test_by_import_path_with_columns():
+    reward = FunctionReward("lightning_rlhf.rewards.functions.length_window")
+    assert reward(samples(["a" * 8, "b" * 8], low=[4, 16], high=[8, 20], answer=[1, 2])).tolist() == [1.0, 0.5]
+    reward = FunctionReward("lightning_rlhf.rewards.functions:answer_match")
+    assert reward(samples(["Answer: 72", "71"], answer=["so many\n#### 72", 72])).tolist() == [1.0, 0.0]
+
+
+def test_the_window_has_no_step():
+    lengths = range(0, 60)
+    scores = length_window([""] * 60, ["x" * n for n in lengths], low=10, high=20)
+    assert scores[0] == 0 and scores[10:21] == [1.0] * 11 and scores[40:] == [0.0] * 20
+    assert max(abs(a - b) for a, b in pairwise(scores)) <= 0.1 + 1e-12
+    with pytest.raises(ValueError, match="low=5 and high=4"):
+        length_window([""], ["x"], low=5, high=4)
+
+
+def test_the_whole_completion_matches():
+    texts = ["<a>\nx\n</a>\n", "so <a>x</a>", "<a>x</a> so", ""]
+    assert format_match([""] * 4, texts, "<a>.*</a>") == [1, 0, 0, 0]
+    assert format_match([""] * 2, ["12", "ab"], [r"\d+", r"\d+"]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [
+        ("so \\boxed{12}", 12, 1),
+        ("first \\boxed{3}, no, \\boxed{4}", "4", 1),
+        ("#### 1,234.0", "1234", 1),
+        ("The answer: $5$.", "5", 1),
+        ("答案：北京。", "北京", 1),
+        ("PARIS.", "Paris", 1),
+        ("It is Paris", "Paris", 0),
+        ("12", "-12", 0),
+        ("1,2", "12", 0),
+        ("nan", "nan", 1),
+        ("", "5", 0),
+    ],
+)
+def test_answers(text, answer, score):
+    assert answer_match([""], [text], [answer]) == [score]
+
+
+def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_own_rewards.py").write_text(
+        "def shout(prompts, completions):\n    return [c.count('!') for c in completions]\n"
+    )
+    (tmp_path / "my_broken_rewards.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    assert FunctionReward("my_own_rewards.shout")(samples(["a!", "!!"])).tolist() == [1.0, 2.0]
+    with pytest.raises(ImportError, match=r"has no whisper\. Its functions: shout"):
+        FunctionReward("my_own_rewards:whisper")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):  # its own fault, not the path's
+        FunctionReward("my_broken_rewards.f")
+
+
+def test_doctests():
+    result = doctest.testmod(lightning_rlhf.rewards.functions)
+    assert result.attempted and not result.failed

@@ -1,0 +1,66 @@
+"""What a config's ``reward`` means."""
+
+import pytest
+import torch
+
+from lightning_rlhf.data.packed import Branch, Tree, pack
+from lightning_rlhf.models import load_reward_model
+from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.rewards import (
+    FunctionReward,
+    Reward,
+    RewardModelReward,
+    Samples,
+    WeightedReward,
+    WeightedSum,
+    make_reward,
+)
+
+
+def long(prompts, completions):
+    return [len(c) for c in completions]
+
+
+def ones(prompts, completions):
+    return [1.0] * len(completions)
+
+
+SAMPLES = Samples(pack([Tree([5], [Branch([7]), Branch([8, 4])])]), ["a", "a"], ["xyz", "x"], [True, False], {})
+
+
+def test_a_weighted_list_of_functions_and_models(tiny_model_dir, tiny_tokenizer, tmp_path):
+    model = load_reward_model(tiny_model_dir, pad_token_id=tiny_tokenizer.pad_token_id)
+    save_pretrained(model, tiny_tokenizer, tmp_path / "rm")
+    spec = [WeightedReward(long, 2.0), WeightedReward(str(tmp_path / "rm"), -0.5), WeightedReward(ones, name="bias")]
+    reward = make_reward(spec, tiny_tokenizer)
+    reward.load()
+    alone = RewardModelReward(tmp_path / "rm", tiny_tokenizer)
+    alone.load()
+    want = 2 * torch.tensor([3.0, 1.0]) - 0.5 * alone(SAMPLES) + 1.0
+    torch.testing.assert_close(reward(SAMPLES), want)
+    assert list(reward.last) == ["long", "rm", "bias"]
+    assert reward.last["long"].tolist() == [3.0, 1.0]
+
+
+def test_parts_of_one_name_stay_apart(tiny_tokenizer):
+    reward = make_reward([WeightedReward(long), WeightedReward(long)], tiny_tokenizer)
+    assert isinstance(reward, WeightedSum) and len(set(reward.names)) == 2
+
+
+def test_each_kind(tiny_model_dir, tiny_tokenizer):
+    assert isinstance(make_reward(long, tiny_tokenizer), FunctionReward)
+    assert isinstance(make_reward(tiny_model_dir, tiny_tokenizer), RewardModelReward)
+    given = make_reward(long, tiny_tokenizer)
+    assert isinstance(given, Reward) and make_reward(given, tiny_tokenizer) is given
+    with pytest.raises(ImportError):
+        make_reward("no_such_package.reward", tiny_tokenizer)
+    with pytest.raises(OSError):
+        make_reward("someone/no-such-model", tiny_tokenizer)
+
+
+@pytest.mark.parametrize("spec", ["not there", "runs/reward/hf/best", "./nowhere", ""])
+def test_what_is_none_of_them_says_what_was_tried(spec, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"no directory here .* no hub id .* no import path"):
+        make_reward(spec, tiny_tokenizer)
+    with pytest.raises(ValueError, match="the list is empty"):
+        make_reward([], tiny_tokenizer)

@@ -1,0 +1,434 @@
+"""Completions equal transformers' own, whatever shares their batch; the policy stays as it was."""
+
+import itertools
+import logging
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lightning_rlhf.models import Policy
+from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, Sampling, sample_key
+from lightning_rlhf.rollout import cached as module
+from lightning_rlhf.rollout.cache import Decoder, SlotCache
+
+OLD = transformers.__version__.startswith("4.")
+FAMILIES = {
+    "Llama": ("Llama", {}),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen3": ("Qwen3", {}),
+    "Mistral": ("Mistral", dict(sliding_window=None)),
+    "Mistral, window": ("Mistral", dict(sliding_window=5)),
+    "Mistral, wide window": ("Mistral", dict(sliding_window=20)),
+    "Gemma2": ("Gemma2", dict(sliding_window=5)),
+    "GPTNeoX": ("GPTNeoX", {}),
+    "Phi": ("Phi", {}),
+    "Olmo2": ("Olmo2", {}),
+    "GPT2": ("GPT2", {}),
+    "Bloom": ("Bloom", {}),
+    "Mamba": ("Mamba", {}),
+}
+UNCACHED = {"Bloom", "Mamba"} | ({"GPT2"} if OLD else set())
+
+
+def ids(groups):
+    return [[completion.input_ids for completion in group] for group in groups]
+
+
+def requests(prompts, samples=3):
+    return [Request(prompt, [sample_key(i, j) for j in range(samples)]) for i, prompt in enumerate(prompts)]
+
+
+def greedy_alone(model, prompt, new, stops=()):
+    """By transformers, with one prompt a batch."""
+    settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0,
+                                             eos_token_id=list(stops) or None)  # fmt: skip
+    row = torch.tensor([prompt])
+    return model.generate(row, attention_mask=torch.ones_like(row), generation_config=settings)[
+        0, len(prompt) :
+    ].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family, make_model, prompts, tiny_tokenizer, caplog):
+    name, changes = FAMILIES[family]
+    model = make_model(name, **changes)
+    want = [greedy_alone(model, prompt, 24) for prompt in prompts]
+    policy = Policy(model)
+    with caplog.at_level(logging.WARNING, module.__name__):
+        for engine in (CachedEngine(max_rows=3), CachedEngine(), GenerateEngine()):
+            got = engine.generate(policy, tiny_tokenizer, requests(prompts, 2), Sampling(24, temperature=0), [])
+            assert ids(got) == [[answer, answer] for answer in want]
+    warnings = [r.message for r in caplog.records if "can't use the rollout cache" in r.message]
+    assert len(warnings) == (family in UNCACHED)  # once, although asked twice
+    assert len(set(itertools.chain(*want))) > 2  # the answers say something
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral, window", "Gemma2", "Bloom"])
+def test_sampled_and_scored_as_a_padded_forward_pass_scores(family, make_model, prompts, tiny_tokenizer):
+    name, changes = FAMILIES[family]
+    model = make_model(name, **changes)
+    policy, temperature = Policy(model), 0.7
+    settings = Sampling(24, temperature=temperature, top_k=40, top_p=0.95, repetition_penalty=1.3)
+    stops = list(range(0, 60))
+    got = CachedEngine(max_rows=4).generate(policy, tiny_tokenizer, requests(prompts), settings, stops)
+    rows = [([*p, *c.input_ids], len(p), c) for p, group in zip(prompts, got, strict=True) for c in group]
+    longest = max(len(row) for row, _, _ in rows)
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row, _, _ in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _, _ in rows])
+    with torch.no_grad(), policy.native_attention() as model:
+        logprobs = (model(input_ids=padded, attention_mask=mask).logits.float() / temperature).log_softmax(-1)
+    for i, (row, start, completion) in enumerate(rows):
+        want = [logprobs[i, p - 1, row[p]].item() for p in range(start, len(row))]
+        assert completion.logprobs == pytest.approx(want, abs=1e-4)
+        assert (completion.input_ids[-1] in stops) == (completion.finish_reason == "stop")
+        assert not set(completion.input_ids[:-1]) & set(stops)
+    assert len({len(row) for row, _, _ in rows}) > 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(top_k=20, top_p=0.9, repetition_penalty=1.2, temperature=1.3),
+        dict(min_new_tokens=5),
+        dict(stop_strings=["e", "在"]),
+    ],
+    ids=str,
+)
+def test_a_sample_depends_on_its_key_alone(settings, policy, prompts, tiny_tokenizer):
+    sampling, stops, asked = Sampling(20, **settings), list(range(20)), requests(prompts)
+
+    def run(engine, asked=asked):
+        return engine.generate(policy, tiny_tokenizer, asked, sampling, stops)
+
+    want = run(CachedEngine())
+    for limits in [(None, 6), (None, 4), (None, 1), (2 * 34, None), (400, None), (150, 3)]:
+        assert ids(run(CachedEngine(*limits))) == ids(want), limits
+    assert ids(run(CachedEngine(prefill_tokens=1))) == ids(want)
+    assert [c.text for g in run(GenerateEngine(max_rows=2)) for c in g] == [c.text for g in want for c in g]
+    assert ids(run(CachedEngine(max_rows=5), asked[::-1]))[::-1] == ids(want)
+    for request, group in zip(asked, want, strict=True):
+        alone = [run(CachedEngine(), [Request(request.prompt, [key])])[0][0] for key in request.keys]
+        assert [c.input_ids for c in alone] == [c.input_ids for c in group]
+        for a, b in zip(alone, group, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+            assert (a.text, a.finish_reason) == (b.text, b.finish_reason)
+    samples = [tuple(c.input_ids) for group in want for c in group]
+    assert len(set(samples)) > len(samples) / 2
+    assert len({len(sample) for sample in samples}) > 3
+    if "min_new_tokens" in settings:
+        assert min(map(len, samples)) == 6
+
+
+def test_whole_completions_have_the_exact_distribution(make_model, tiny_tokenizer):
+    """Two tokens of a vocabulary of four, stop token included: all 13 outcomes."""
+    policy, prompt, n = Policy(make_model("Llama", vocab_size=4)), [1, 2], 4000
+    sampling, stop = Sampling(2, temperature=1.5), 3
+    (got,) = CachedEngine(max_rows=500).generate(policy, tiny_tokenizer, [Request(prompt, range(n))], sampling, [stop])
+    counts = Counter(tuple(c.input_ids) for c in got)
+
+    def next_token(ids):
+        with torch.no_grad(), policy.native_attention() as model:
+            return (model(input_ids=torch.tensor([ids])).logits[0, -1] / 1.5).softmax(-1).tolist()
+
+    want = {(stop,): (first := next_token(prompt))[stop]}
+    for a in range(3):
+        want |= {(a, b): first[a] * p for b, p in enumerate(next_token([*prompt, a]))}
+    assert sum(want.values()) == pytest.approx(1, abs=1e-5) and set(counts) <= set(want)
+    statistic = sum((counts[k] - n * p) ** 2 / (n * p) for k, p in want.items())
+    assert torch.special.gammaincc(torch.tensor(6.0), torch.tensor(statistic / 2)) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------- the work it does
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Prompts that were run, rows of each step, and the cache's sizes."""
+    seen = dict(prompts=[], batches=[], steps=[], sizes=[])
+    prefill, decode, arrange = Decoder.prefill, Decoder.decode, SlotCache.arrange
+
+    def note_prefill(self, prompts, rows):
+        seen["prompts"] += map(tuple, prompts)
+        seen["batches"].append(len(prompts) * max(map(len, prompts)))
+        return prefill(self, prompts, rows)
+
+    def note_decode(self, tokens, positions):
+        seen["steps"].append(len(tokens))
+        assert max(positions) < self.cache.columns
+        return decode(self, tokens, positions)
+
+    def note_arrange(self, sources, slots, columns, width):
+        arrange(self, sources, slots, columns, width)
+        held = max((keys.shape[0] * keys.shape[2] for keys in self._keys), default=0)
+        seen["sizes"].append(max(held, slots * columns))
+
+    monkeypatch.setattr(Decoder, "prefill", note_prefill)
+    monkeypatch.setattr(Decoder, "decode", note_decode)
+    monkeypatch.setattr(SlotCache, "arrange", note_arrange)
+    return seen
+
+
+@pytest.fixture
+def ready(policy):
+    """A policy that was tried already, so that its trial is not counted."""
+    assert module.reason_against(policy) is None
+    return policy
+
+
+@pytest.mark.parametrize("max_rows", [None, 5, 3, 1])
+def test_each_distinct_prompt_is_run_once(max_rows, ready, prompts, tiny_tokenizer, work):
+    """Equal prompts of different requests too, and where a prompt's samples don't fit the batch together."""
+    asked = [*requests(prompts, 4), Request(list(prompts[0]), [77]), Request(tuple(prompts[1]), [78, 79])]
+    CachedEngine(max_rows=max_rows).generate(ready, tiny_tokenizer, asked, Sampling(12), list(range(30)))
+    assert Counter(work["prompts"]) == Counter(map(tuple, prompts))
+
+
+def test_finished_rows_leave_and_waiting_ones_come(ready, prompts, tiny_tokenizer, work):
+    asked, stops = requests(prompts, 4), list(range(30))
+    got = CachedEngine(max_rows=6).generate(ready, tiny_tokenizer, asked, Sampling(16), stops)
+    lengths = [len(c.input_ids) for group in got for c in group]
+    # the first token of a row is the prompt's; but for rows that end with it, no step is wasted
+    assert sum(work["steps"]) <= sum(n - 1 for n in lengths) + lengths.count(1)
+    assert max(work["steps"]) == 6 and work["steps"][: len(work["steps"]) // 2].count(6) > 3
+
+
+@pytest.mark.parametrize("budget", [30, 64, 100, 200, 333])
+def test_the_budget_is_never_exceeded(budget, ready, prompts, tiny_tokenizer, work):
+    CachedEngine(max_live_tokens=budget).generate(ready, tiny_tokenizer, requests(prompts, 4), Sampling(16), [1, 2, 3])
+    assert 0 < max(work["sizes"]) <= budget
+    assert max(work["steps"]) >= budget // (14 + 16)
+
+
+def test_prompts_are_run_in_batches_of_bounded_size(ready, prompts, tiny_tokenizer, work):
+    CachedEngine(prefill_tokens=10).generate(ready, tiny_tokenizer, requests(prompts), Sampling(2), [])
+    assert max(work["batches"]) == 14 and sorted(work["batches"])[-2] <= 10  # a longer prompt goes alone
+    assert len(work["batches"]) == 4
+
+
+def test_memory_is_given_back(ready, prompts, tiny_tokenizer):
+    engine = CachedEngine()
+    with engine.session(ready, tiny_tokenizer) as session:
+        session.submit(Request(prompts[0], [1, 2]), Sampling(4), [])
+        session.step()
+        cache = session._decoder.cache
+        assert cache.slots * cache.columns > 0
+        while session.busy:
+            session.step()
+        assert cache.slots * cache.columns == 0 and not cache._keys  # although the session is still open
+
+
+# ------------------------------------------------------------------------------------------------- stops
+
+
+def test_stop_strings_cut_text_and_keep_tokens(policy, tiny_tokenizer):
+    prompt = tiny_tokenizer("Hello, how are you?").input_ids
+    (whole,), = CachedEngine().generate(policy, tiny_tokenizer, [Request(prompt, [0])], Sampling(40), [])  # fmt: skip
+    middle = next(
+        i for i in range(8, 30) if whole.text[i : i + 3].isascii() and len(whole.text[i : i + 3].strip()) == 3
+    )
+    stop = whole.text[middle : middle + 3]
+    sampling = Sampling(40, stop_strings=["never there", stop])
+    for engine in (CachedEngine(), GenerateEngine()):
+        ((cut,),) = engine.generate(policy, tiny_tokenizer, [Request(prompt, [0])], sampling, [])
+        assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+        assert cut.input_ids == whole.input_ids[: len(cut.input_ids)] and len(cut.logprobs) == len(cut.input_ids)
+        assert stop in tiny_tokenizer.decode(cut.input_ids)
+        assert stop not in tiny_tokenizer.decode(cut.input_ids[:-1])
+    late = Sampling(40, min_new_tokens=len(cut.input_ids) + 1, stop_strings=[stop])
+    ((later,),) = CachedEngine().generate(policy, tiny_tokenizer, [Request(prompt, [0])], late, [])
+    assert len(later.input_ids) > len(cut.input_ids)
+
+
+def test_the_stop_token_is_kept_and_scored_but_not_shown(policy, tiny_tokenizer, prompts):
+    plain = CachedEngine().generate(policy, tiny_tokenizer, [Request(prompts[0], [5])], Sampling(12), [])[0][0]
+    stop = next(t for t in plain.input_ids[3:] if t not in plain.input_ids[:3] and t > 4)
+    got = CachedEngine().generate(policy, tiny_tokenizer, [Request(prompts[0], [5])], Sampling(12), [stop])[0][0]
+    n = plain.input_ids.index(stop) + 1
+    assert got.input_ids == plain.input_ids[:n] and not got.truncated
+    assert got.logprobs == pytest.approx(plain.logprobs[:n], abs=1e-6)
+    assert got.text == tiny_tokenizer.decode(plain.input_ids[: n - 1], skip_special_tokens=True)
+    assert plain.truncated and len(plain.input_ids) == 12
+
+
+# ------------------------------------------------------------------------------------------------- policies
+
+
+def lora(model, seed=0):
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM")
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=2.0)
+    return model
+
+
+def test_adapters_apply_while_they_are_on(make_model, prompts, tiny_tokenizer):
+    want_off = [greedy_alone(make_model("Llama"), p, 12) for p in prompts]
+    want_on = [greedy_alone(lora(make_model("Llama")).merge_and_unload(), p, 12) for p in prompts]
+    assert want_on != want_off
+    policy = Policy(lora(make_model("Llama")))
+    for engine in (CachedEngine(), GenerateEngine()):
+        greedy = lambda engine=engine: engine.generate(
+            policy, tiny_tokenizer, requests(prompts, 1), Sampling(12, temperature=0), []
+        )  # noqa: E501, E731
+        assert [group[0] for group in ids(greedy())] == want_on
+        with policy.model.disable_adapter():
+            assert [group[0] for group in ids(greedy())] == want_off
+        assert [group[0] for group in ids(greedy())] == want_on
+
+
+def state_of(policy):
+    modules = {name: (m.training, getattr(getattr(m, "config", None), "_attn_implementation", None))
+               for name, m in policy.named_modules()}  # fmt: skip
+    tensors = {
+        n: (t.requires_grad, t.is_inference(), t.clone())
+        for n, t in [*policy.named_parameters(), *policy.named_buffers()]
+    }
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in policy.modules())
+    rng = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
+    checkpointing = [getattr(m, "gradient_checkpointing", None) for m in policy.modules()]
+    return modules, tensors, hooks, rng, checkpointing, policy.transformer.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("engine", [CachedEngine(max_rows=2), GenerateEngine()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Bloom"])
+def test_the_policy_stays_as_it_was(engine, fails, family, make_model, prompts, tiny_tokenizer, monkeypatch):
+    model = make_model(family)
+    if family == "Llama":
+        model = lora(model)
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model)
+    policy.train()
+    next(policy.transformer.base_model.children()).eval()  # parts may have a mode of their own
+    policy.transformer.generation_config.update(do_sample=True, top_k=3)
+    before = state_of(policy)
+    if fails:
+        calls = itertools.count()
+        forward = type(policy.transformer).forward
+
+        def broken(self, *args, **kwargs):
+            if next(calls) > 8:
+                raise OSError("the power is out")
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(policy.transformer), "forward", broken)
+        with pytest.raises(OSError, match="power"):
+            engine.generate(policy, tiny_tokenizer, requests(prompts), Sampling(30), [1])
+    else:
+        engine.generate(policy, tiny_tokenizer, requests(prompts), Sampling(8), [1])
+    monkeypatch.undo()
+    after = state_of(policy)
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    # and it can still learn
+    batch = torch.tensor([prompts[3]])
+    policy.transformer(input_ids=batch, labels=batch, use_cache=False).loss.backward() if family == "Bloom" else None
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_training_goes_on_after_rollouts_under_autocast(policy, prompts, tiny_tokenizer):
+    policy.train()
+    ids = torch.tensor([prompts[3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        CachedEngine().generate(policy, tiny_tokenizer, requests(prompts), Sampling(4), [])
+        with policy.native_attention() as model:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_half_precision_keeps_fp32_logprobs(make_model, prompts, tiny_tokenizer):
+    policy = Policy(make_model("Llama").bfloat16())
+    (group,) = CachedEngine().generate(policy, tiny_tokenizer, requests(prompts[:1]), Sampling(6), [])
+    assert module.reason_against(policy) is None
+    assert any(lp != torch.tensor(lp).bfloat16().item() for c in group for lp in c.logprobs)
+
+
+# ------------------------------------------------------------------------------------------------- which models
+
+
+def test_windows_that_the_trial_can_not_see_are_asked_for(make_model, monkeypatch):
+    assert module.reason_against(Policy(make_model("Mistral", sliding_window=100))) is None
+    attention = module.Decoder._run
+
+    def deaf(self, *args):
+        out = attention(self, *args)
+        self.cache.windows = {None}  # as if the layers did not hand their window on
+        return out
+
+    monkeypatch.setattr(module.Decoder, "_run", deaf)
+    assert "window of 100" in module.reason_against(Policy(make_model("Mistral", sliding_window=100)))
+
+
+def test_rope_that_depends_on_the_batch_goes_to_generate(make_model, prompts, tiny_tokenizer):
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = make_model("Llama", **({"rope_scaling": scaling} if OLD else {"rope_parameters": scaling}))
+    policy = Policy(model)
+    assert "dynamic" in module.reason_against(policy)
+    with pytest.raises(ValueError, match="LlamaForCausalLM can't run in a session"), \
+            CachedEngine().session(policy, tiny_tokenizer):  # fmt: skip
+        pass
+
+
+def test_a_model_that_goes_wrong_with_a_cache_is_found(make_model, prompts, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        SlotCache, "mask", lambda self, window, like: None if self._prefill else torch.zeros(1, 1, 1, 1)
+    )
+    policy = Policy(make_model("Llama"))
+    assert "logits differ" in module.reason_against(policy)
+
+
+# ------------------------------------------------------------------------------------------------- bad requests
+
+
+@pytest.mark.parametrize("engine", [CachedEngine(), GenerateEngine()], ids=lambda e: type(e).__name__)
+def test_bad_requests_are_named(engine, policy, tiny_tokenizer):
+    def run(prompt, new=8):
+        engine.generate(policy, tiny_tokenizer, [Request([1], [0]), Request(prompt, [0])], Sampling(new), [])
+
+    with pytest.raises(ValueError, match="request 1: the prompt has no tokens"):
+        run([])
+    with pytest.raises(ValueError, match="request 1: the prompt has token 300"):
+        run([5, 300])
+    with pytest.raises(ValueError, match=r"request 1: a prompt of 121 tokens and max_new_tokens 8.*context of 128"):
+        run([1] * 121)
+    run([1] * 120)
+
+
+def test_a_request_beyond_the_budget_is_named(policy, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"request 0: a prompt of 5 tokens.*max_live_tokens 12"):
+        CachedEngine(max_live_tokens=12).generate(policy, tiny_tokenizer, [Request([1] * 5, [0])], Sampling(8), [])
+
+
+@pytest.mark.parametrize("limits", [dict(max_rows=0), dict(max_live_tokens=0), dict(prefill_tokens=-1)], ids=str)
+def test_limits_are_checked(limits):
+    with pytest.raises(ValueError, match=next(iter(limits))):
+        CachedEngine(**limits)
+
+
+def test_nothing_asked_is_nothing_made(policy, tiny_tokenizer, prompts):
+    for engine in (CachedEngine(), GenerateEngine()):
+        assert engine.generate(policy, tiny_tokenizer, [], Sampling(4), []) == []
+        got = engine.generate(
+            policy, tiny_tokenizer, [Request(prompts[0], []), Request(prompts[0], [1])], Sampling(4), []
+        )
+        assert [len(group) for group in got] == [0, 1]
+
+
+def test_the_config_reads_the_engine():
+    import jsonargparse
+
+    from lightning_rlhf.rollout import RolloutEngine
+
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--engine", type=RolloutEngine)
+    config = {"class_path": "lightning_rlhf.rollout.CachedEngine", "init_args": {"max_rows": 3}}
+    engine = parser.instantiate_classes(parser.parse_object({"engine": config})).engine
+    assert isinstance(engine, CachedEngine) and engine.max_rows == 3
