@@ -6,11 +6,13 @@ Names load when they are used, so that ``import lightning_rlhf`` is quick.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlhf.callbacks import HFExport, SampleCompletions, SaveOnInterrupt, WritePredictions
+    from lightning_rlhf.callbacks import HFExport, Report, SampleCompletions, SaveOnInterrupt, WritePredictions
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
+    from lightning_rlhf.data.prompts import PromptDataModule
     from lightning_rlhf.models import LoRA, Policy, RewardModel
-    from lightning_rlhf.stages import RewardModule, SFTModule
+    from lightning_rlhf.rollout import Sampling
+    from lightning_rlhf.stages import PPOModule, RewardModule, SFTModule
 
 __version__ = "0.1.0"
 
@@ -20,23 +22,31 @@ _HOMES = {
     "SaveOnInterrupt": "callbacks",
     "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
+    "PPOModule": "stages",
     "PreferenceDataModule": "data.preference",
+    "PromptDataModule": "data.prompts",
     "LoRA": "models",
     "Policy": "models",
+    "Report": "callbacks",
     "RewardModel": "models",
     "RewardModule": "stages",
     "SFTModule": "stages",
+    "Sampling": "rollout",
 }
 __all__ = [
     "HFExport",
     "InstructionDataModule",
     "LoRA",
+    "PPOModule",
     "Policy",
     "PreferenceDataModule",
+    "PromptDataModule",
+    "Report",
     "RewardModel",
     "RewardModule",
     "SFTModule",
     "SampleCompletions",
+    "Sampling",
     "SaveOnInterrupt",
     "WritePredictions",
     "__version__",

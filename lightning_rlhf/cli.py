@@ -57,6 +57,7 @@ def cli(args: Sequence[str], run: bool = True) -> Any:
     import lightning_rlhf.callbacks
     import lightning_rlhf.data.instruction
     import lightning_rlhf.data.preference
+    import lightning_rlhf.data.prompts
     import lightning_rlhf.stages
 
     return LightningCLI(

@@ -1,9 +1,10 @@
-"""Callbacks: Hugging Face export, sample answers, interrupts that save, predictions."""
+"""Callbacks: Hugging Face export, sample answers, reports, interrupts that save, predictions."""
 
 from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
 from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.interrupt import SaveOnInterrupt
 from lightning_rlhf.callbacks.predictions import WritePredictions
+from lightning_rlhf.callbacks.report import Report
 from lightning_rlhf.callbacks.samples import SampleCompletions
 
-__all__ = ["AtomicCheckpointIO", "HFExport", "SampleCompletions", "SaveOnInterrupt", "WritePredictions"]
+__all__ = ["AtomicCheckpointIO", "HFExport", "Report", "SampleCompletions", "SaveOnInterrupt", "WritePredictions"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import sys
 import unicodedata
@@ -18,13 +17,12 @@ import torch
 from lightning.pytorch.loggers import CometLogger, MLFlowLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
+from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, RolloutEngine, Sampling, sample_key
 
 COLUMNS = ["prompt", "completion", "ended"]
 """Of the tables that loggers get."""
@@ -94,14 +92,20 @@ class SampleCompletions(L.Callback):
             raise ValueError("SampleCompletions: there are no prompts. Give prompts=[...] or a file of them.")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuses models that don't generate.
+        """Refuses models that don't generate, and prompts that leave no room for an answer.
 
         Raises:
-            ValueError: It is one.
+            ValueError: It is one, or there is one.
         """
         model = pl_module.exportable.transformer
         if not model.can_generate():
             raise ValueError(f"SampleCompletions: {type(model).__name__} can't generate. Leave the callback out.")
+        for prompt, ids in self._encoded:
+            if self._room(pl_module, ids) < 1:
+                raise ValueError(
+                    f"SampleCompletions: the prompt {prompt[:40]!r} has {len(ids)} tokens and fills the model's "
+                    "context. Give shorter prompts."
+                )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Answers before training."""
@@ -163,41 +167,25 @@ class SampleCompletions(L.Callback):
         """One prompt at a time: an answer must not depend on what it is shown beside."""
         tokenizer = module.tokenizer
         stops = tuple(getattr(module, "stop_token_ids", ())) or (tokenizer.eos_token_id,)
+        engine: RolloutEngine = GenerateEngine(synced_gpus=True) if together else CachedEngine()
         gathered: AbstractContextManager[None] = nullcontext()
         root = trainer.strategy.model
         if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
             gathered = FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False)
         rows = []
-        with (
-            torch.no_grad(),
-            gathered,
-            trainer.precision_plugin.forward_context(),
-            module.exportable.native_attention() as model,
-        ):
-            for i, (prompt, encoded) in enumerate(self._encoded):
-                ids = torch.tensor([encoded], device=module.device)
-                key = random.Random(f"{self.seed} {step} {i}").getrandbits(32)  # torch reads no more bits of a seed
-                noise = _Noise(self.temperature, key)
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    logits_processor=LogitsProcessorList([noise] if self.temperature > 0 else []),
-                    max_new_tokens=self.max_new_tokens,
-                    eos_token_id=list(stops),
-                    pad_token_id=tokenizer.pad_token_id,
-                    synced_gpus=together,
-                    num_beams=1,
-                    do_sample=False,
-                    # what the model's own config says of sampling, transformers would warn of
-                    temperature=1.0,
-                    top_p=1.0,
-                    top_k=50,
-                )
-                answer = out[0, ids.shape[1] :].tolist()
-                ended = bool(answer) and answer[-1] in stops
-                text = tokenizer.decode(answer, skip_special_tokens=True)
-                rows.append({"step": step, "prompt": prompt, "completion": text, "ended": ended})
+        with torch.no_grad(), gathered, trainer.precision_plugin.forward_context():
+            for i, (prompt, ids) in enumerate(self._encoded):
+                request = Request(ids, [sample_key(self.seed, step, i)])
+                sampling = Sampling(min(self.max_new_tokens, self._room(module, ids)), temperature=self.temperature)
+                ((answer,),) = engine.generate(module.exportable, tokenizer, [request], sampling, stops)
+                ended = not answer.truncated
+                rows.append({"step": step, "prompt": prompt, "completion": answer.text, "ended": ended})
         return rows
+
+    def _room(self, module: Any, ids: list[int]) -> int:
+        """Tokens that the model's context leaves for an answer."""
+        context = getattr(module.exportable.transformer.config.get_text_config(), "max_position_embeddings", None)
+        return self.max_new_tokens if context is None else context - len(ids)
 
     # ------------------------------------------------------------------------------------------------- output
 
@@ -230,18 +218,6 @@ class _Refuse(BadRows):
 
     def add(self, where: str, kind: str, reason: str) -> NoReturn:
         raise BadRowError(where, kind, f"{reason}.")
-
-
-class _Noise(LogitsProcessor):
-    """Makes the arg max a sample (the Gumbel-max trick), where ``generate`` would draw from the global generator."""
-
-    def __init__(self, temperature: float, seed: int) -> None:
-        self.temperature = temperature
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = torch.empty(scores.shape, dtype=torch.float32).exponential_(generator=self.generator).log()
-        return scores.float() / self.temperature - noise.to(scores.device)
 
 
 def _messages(prompt: Any, where: str) -> list[Message]:

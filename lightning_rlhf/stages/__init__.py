@@ -1,6 +1,7 @@
 """One LightningModule a stage."""
 
+from lightning_rlhf.stages.ppo import PPOModule
 from lightning_rlhf.stages.reward import RewardModule
 from lightning_rlhf.stages.sft import SFTModule
 
-__all__ = ["RewardModule", "SFTModule"]
+__all__ = ["PPOModule", "RewardModule", "SFTModule"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import random
@@ -55,6 +56,7 @@ class Stage(L.LightningModule):
         ValueError: A model object without its tokenizer.
     """
 
+    pretrained: str | os.PathLike[str] | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
 
@@ -80,7 +82,7 @@ class Stage(L.LightningModule):
             self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
         set_chat_template(self.tokenizer, chat_template)
         self.stop_token_ids = stop_token_ids(self.tokenizer)
-        self.pretrained = pretrained
+        object.__setattr__(self, "pretrained", pretrained)  # not a child: a model would be saved under two names
         self.lora = lora
         self.dtype_of_weights = dtype
         self.gradient_checkpointing = gradient_checkpointing
@@ -94,14 +96,16 @@ class Stage(L.LightningModule):
     def keep_hyperparameters(self) -> None:
         """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
 
-        Objects among them (a model, a tokenizer, callables) stay out.
+        Objects among them (a model, a tokenizer, functions) stay out: a checkpoint is loaded without trusting code.
         """
         frame = inspect.currentframe()
-        self.save_hyperparameters(
-            ignore=["pretrained", "tokenizer", "optimizer", "lr_scheduler"], frame=frame and frame.f_back
-        )
-        if isinstance(self.pretrained, (str, os.PathLike)):
-            self.save_hyperparameters({"pretrained": os.fspath(self.pretrained)})
+        constructor = None if frame is None else frame.f_back
+        if constructor is not None:
+            settings = {k: v for k, v in constructor.f_locals.items() if k not in ("self", "__class__")}
+            self.save_hyperparameters(ignore=[k for k, v in settings.items() if not _is_data(v)], frame=constructor)
+            paths = {k: os.fspath(v) for k, v in settings.items() if isinstance(v, os.PathLike)}
+            if paths:
+                self.save_hyperparameters(paths)
 
     @property
     def exportable(self) -> Backbone:
@@ -127,7 +131,7 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule by optimizer steps."""
-        optimizer = self.make_optimizer(parameter_groups(self.exportable))
+        optimizer = self.make_optimizer(parameter_groups(self.exportable.parameters()))
         scheduler = self.make_lr_scheduler(optimizer)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -198,6 +202,15 @@ class Stage(L.LightningModule):
     def _frozen(self) -> set[str]:
         """Names in the state dict that no optimizer changes; buffers are kept."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _is_data(value: object) -> bool:
+    """Whether a checkpoint may hold it: plain values, and the packages' own settings (``LoRA``) made of them."""
+    if dataclasses.is_dataclass(value):
+        return all(_is_data(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def rng_state() -> dict[str, Any]:

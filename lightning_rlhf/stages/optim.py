@@ -12,13 +12,13 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices decay, norms and biases (everything of one dimension) do not.
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, object]]:
+    """The trainable ones in two groups: matrices decay, norms and biases (everything of one dimension) do not.
 
     Raises:
         ValueError: Nothing is trainable.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise ValueError("No parameter is trainable: give lora, or a model that is not frozen.")
     decay = [p for p in trainable if p.dim() > 1]

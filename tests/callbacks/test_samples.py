@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lightning_rlhf import SFTModule
 from lightning_rlhf.callbacks import SampleCompletions
-from lightning_rlhf.callbacks.samples import _Noise, columns, markdown, table, wrap
+from lightning_rlhf.callbacks.samples import columns, markdown, table, wrap
 
 
 def rows(folder):
@@ -87,13 +87,15 @@ def test_sampling_is_keyed_by_seed_and_step_alone(short_fit, tiny_model_dir, tmp
     assert one != sample(2**40)
 
 
-def test_noise_samples_from_the_softmax_at_the_temperature():
-    scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
-    noise, n = _Noise(0.7, seed=0), 20_000
-    drawn = noise(None, scores.expand(n, -1)).argmax(-1)
-    want = (scores[0] / 0.7).softmax(-1)
-    got = torch.bincount(drawn, minlength=4) / n
-    assert ((got - want).abs() <= 4 * (want * (1 - want) / n).sqrt()).all()
+def test_a_prompt_that_fills_the_context_is_told_before_training(short_fit, tiny_model_dir):
+    with pytest.raises(ValueError, match=r"'one one .* fills the model's context"):
+        short_fit([SampleCompletions(["one " * 400], max_new_tokens=5)])
+
+
+def test_an_answer_ends_with_the_context(short_fit, tiny_tokenizer, tmp_path):
+    words = "one " * (next(n for n in range(200) if len(tiny_tokenizer("one " * n).input_ids) > 220) - 1)
+    short_fit([SampleCompletions([words], max_new_tokens=10_000)])
+    assert rows(tmp_path)[0]["completion"]
 
 
 @pytest.mark.parametrize(

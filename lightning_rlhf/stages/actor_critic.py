@@ -1,0 +1,111 @@
+"""Policy, reference and critic of an actor-critic stage: three models, or one backbone with adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.models import Policy, load_causal_lm
+from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
+from lightning_rlhf.models.value import ValueModel, load_value_model
+from lightning_rlhf.rewards import Reward, RewardModelReward
+from lightning_rlhf.stages.online import OnlineStage, disable_dropout
+from lightning_rlhf.stages.optim import parameter_groups
+
+
+class ActorCriticStage(OnlineStage):
+    """Base of online stages with a critic.
+
+    Attributes:
+        policy: The policy, from ``configure_model`` on; a ``RoleModel`` where there are adapters.
+        critic: The critic, where it is a model of its own.
+        reference: The frozen copy, where no adapter can be switched off.
+        reward: What scores.
+    """
+
+    policy: Policy
+    critic: ValueModel
+    reference: Policy
+    reward: Reward
+    critic_from: str | os.PathLike[str] | PreTrainedModel | None
+    critic_lr: float | None
+    shared: bool
+
+    def configure_model(self) -> None:
+        """Loads policy, reference, critic and reward model once."""
+        if hasattr(self, "policy"):
+            return
+        options: dict[str, Any] = dict(
+            dtype=self.dtype_of_weights,
+            vocab_size=len(self.tokenizer),
+            trust_remote_code=self.trust_remote_code,
+        )
+        trained: dict[str, Any] = dict(lora=self.lora, gradient_checkpointing=self.gradient_checkpointing, **options)
+        if not self.shared:  # before adapters are put into a model that was given
+            start = self._untouched() if self.critic_from is None else self.critic_from
+            self.critic = ValueModel(load_value_model(start, **trained), self.layout)
+        if self.lora is None:
+            frozen = load_causal_lm(self._untouched(), **options).requires_grad_(False)
+            self.reference = Policy(frozen, self.layout)
+        model = load_causal_lm(self.pretrained, **trained)
+        if self.lora is None:
+            self.policy = Policy(model, self.layout)
+        else:
+            same = next((r for r in self.reward.modules() if self._shares_backbone(r)), None) if self.shared else None
+            self.policy = RoleModel(
+                model,
+                self.layout,
+                critic=self.shared,
+                critic_from=self.critic_from,  # type: ignore[arg-type]
+                reward=None if same is None else same.pretrained,  # type: ignore[arg-type]
+            )
+            if same is not None:
+                same.share(self.policy)  # type: ignore[operator]
+        self.reward.load()
+        disable_dropout(self)
+
+    def _shares_backbone(self, reward: nn.Module) -> bool:
+        """Whether a reward is an adapter of the very weights that the policy starts from."""
+        if not isinstance(reward, RewardModelReward) or not is_adapter(reward.pretrained) or not reward.same_tokens:
+            return False
+        config = json.loads((Path(reward.pretrained) / "adapter_config.json").read_text(encoding="utf-8"))
+        base, start = config["base_model_name_or_path"], self.pretrained
+        name = str(start.name_or_path) if isinstance(start, PreTrainedModel) else os.fspath(start)
+        return bool(base) and (base == name or os.path.realpath(base) == os.path.realpath(name))
+
+    def _untouched(self) -> str | os.PathLike[str] | PreTrainedModel:
+        """The weights that the run starts from, apart from those that it trains."""
+        return copy.deepcopy(self.pretrained) if isinstance(self.pretrained, PreTrainedModel) else self.pretrained
+
+    @property
+    def exportable(self) -> Policy:
+        """The policy."""
+        return self.policy
+
+    def play(self, role: Role, batch: PackedBatch, **options: Any) -> Any:
+        """Runs a role, whichever model has it."""
+        if self.shared or (self.lora is not None and role != "critic"):
+            return self.policy(batch, role, **options)
+        return getattr(self, role)(batch, **options)
+
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters of policy and critic."""
+        if self.shared:
+            return self.policy.policy_parameters(), self.policy.critic_parameters()  # type: ignore[operator]
+        return tuple([p for p in m.parameters() if p.requires_grad] for m in (self.policy, self.critic))  # type: ignore[return-value]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer with groups for policy and critic on a shared backbone, else one for each."""
+        policy, critic = (parameter_groups(parameters) for parameters in self.trained())
+        if self.critic_lr is not None:
+            critic = [{**group, "lr": self.critic_lr} for group in critic]
+        optimizers = [self.make_optimizer(g) for g in ([policy + critic] if self.shared else [policy, critic])]
+        return optimizers, [self.make_lr_scheduler(optimizer) for optimizer in optimizers]

@@ -1,0 +1,372 @@
+"""PPO: raise the reward of sampled completions, and stay near the model that one started from."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.data.experience import Experience
+from lightning_rlhf.data.packed import PackedBatch, split
+from lightning_rlhf.data.prompts import PromptBatch
+from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, gae, token_rewards, whiten
+from lightning_rlhf.functional.kl import k1, k3, kl_loss
+from lightning_rlhf.functional.ppo import policy_loss, value_loss
+from lightning_rlhf.metrics import TokenMean
+from lightning_rlhf.models import LoRA
+from lightning_rlhf.models.backbone import LayoutChoice
+from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward
+from lightning_rlhf.rollout import CachedEngine, RolloutEngine, Sampling
+from lightning_rlhf.stages.actor_critic import ActorCriticStage
+from lightning_rlhf.stages.online import VALIDATION
+from lightning_rlhf.stages.optim import CosineWarmup
+
+SAMPLING = Sampling()
+# checkpoints name the settings; torch.load reads them without trusting arbitrary classes
+torch.serialization.add_safe_globals([Sampling, WeightedReward])
+#: Sums of an update, in the order that :meth:`PPOModule.gradients` makes them.
+PARTS = (
+    "loss",
+    "policy_loss",
+    "value_loss",
+    "approx_kl",
+    "clip_fraction",
+    "value_clip_fraction",
+    "ratio_mean",
+    "ptx_loss",
+)
+
+
+def ppo_optimizer(params: Iterable[Any]) -> Optimizer:
+    """AdamW, learning rate 1e-5, betas (0.9, 0.95), epsilon 1e-5, no decay (Ouyang et al. 2022, C.4)."""
+    return AdamW(params, lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+
+
+class PPOModule(ActorCriticStage):
+    """Proximal policy optimisation of a language model against a reward, with a KL penalty.
+
+    One ``training_step`` is one iteration: completions of a batch of prompts are sampled and scored; then ``epochs``
+    passes over them, each in ``minibatches`` updates. ``max_steps``, schedules and checkpoints count iterations.
+
+    Args:
+        pretrained: Where the policy starts, and what the reference is: usually what SFT exported.
+        reward: Directory or hub id of a reward model; a function ``f(prompts, completions, **columns) -> scores`` or
+            its import path; or a list of both with weights. Scores of a reward model are less its ``score_offset``.
+        critic: Where the critic starts: a reward model (its head is kept), or another model (values are 0 at first);
+            None takes ``pretrained``. With a shared backbone, the directory of a reward model's adapter, or None.
+        tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
+        chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
+        lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
+        shared_backbone: With adapters: one backbone for policy, reference and critic, and for the reward model where it
+            is an adapter of the same weights. False gives the critic a model of its own.
+        sampling: How completions are sampled.
+        samples_per_prompt: Completions of each prompt.
+        engine: What samples.
+        epochs: Passes over an iteration's completions.
+        minibatches: Updates of a pass.
+        micro_batch_tokens: Most tokens of a forward and backward pass; None: a whole minibatch.
+        kl_coef: Weight of the KL penalty, at first where it is adaptive.
+        kl_penalty: ``reward``: k1, in the tokens' rewards; ``k2``, ``k3``: in the loss.
+        kl_target: KL of a completion in nats that an adaptive coefficient holds; None keeps it fixed.
+        kl_horizon: Samples in which that coefficient follows.
+        clip_low: How far below 1 a ratio may fall.
+        clip_high: How far above 1 it may rise.
+        clip_value: How far a value may move in an iteration; None: freely.
+        gamma: Discount.
+        lam: Of the advantage estimate.
+        bootstrap: What comes after a completion that its length limit cut is worth what the critic says, not 0.
+        whiten_advantages: Bring them to mean 0 and variance 1 over the iteration.
+        whiten_rewards: Bring tokens' rewards to variance 1 over the iteration.
+        scale_scores: Divide scores by their standard deviation in the run so far.
+        clip_scores: Bound of a score; None for none.
+        missing_stop_penalty: Taken from the score of a completion that its length limit cut.
+        value_coef: Weight of the value loss, where critic and policy are clipped and stepped alike.
+        entropy_coef: Weight of the entropy bonus.
+        ptx_coef: Weight of the language-model loss (PPO-ptx); the data module must yield instruction data.
+        loss_mean: ``token``: over a minibatch's tokens; ``sequence``: over its completions' means.
+        target_kl: An iteration ends before an update whose approximate KL to the sampling policy is above it.
+        old_logprobs: ``recompute`` by the packed pass, so that ratios start at 1, or those of the ``rollout``.
+        max_norm: Gradient norm, of policy and of critic, beyond which they are clipped; None for no bound.
+        max_dropped: Updates in a row that may be dropped for values that are not finite before the run ends.
+        dtype: Of the weights; heads are fp32.
+        gradient_checkpointing: Trade a second forward pass for activation memory.
+        layout: ``auto``: every prompt once where the model can, padded elsewhere.
+        optimizer: Parameter groups to optimizer.
+        critic_lr: The critic's learning rate; None: the optimizer's.
+        lr_scheduler: Optimizer to scheduler, stepped once an iteration.
+        seed: Of samples and shuffles.
+        trust_remote_code: Run code that comes with the models.
+
+    Attributes:
+        policy: The policy, from ``configure_model`` on.
+        reward: What scores.
+        kl_coef: The coefficient now.
+
+    Logged: see ``docs/ppo.md``.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        reward: str | Callable[..., Any] | list[WeightedReward] | Reward,
+        critic: str | os.PathLike[str] | PreTrainedModel | None = None,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        lora: LoRA | None = None,
+        shared_backbone: bool = True,
+        sampling: Sampling = SAMPLING,
+        samples_per_prompt: int = 1,
+        engine: RolloutEngine | None = None,
+        epochs: int = 4,
+        minibatches: int = 1,
+        micro_batch_tokens: int | None = None,
+        kl_coef: float = 0.05,
+        kl_penalty: Literal["reward", "k2", "k3"] = "reward",
+        kl_target: float | None = None,
+        kl_horizon: float = 10_000,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        clip_value: float | None = 0.2,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        bootstrap: bool = False,
+        whiten_advantages: bool = True,
+        whiten_rewards: bool = False,
+        scale_scores: bool = False,
+        clip_scores: float | None = None,
+        missing_stop_penalty: float = 0.0,
+        value_coef: float = 0.1,
+        entropy_coef: float = 0.0,
+        ptx_coef: float = 0.0,
+        loss_mean: Literal["token", "sequence"] = "token",
+        target_kl: float | None = None,
+        old_logprobs: Literal["recompute", "rollout"] = "recompute",
+        max_norm: float | None = 1.0,
+        max_dropped: int = 5,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        layout: LayoutChoice = "auto",
+        optimizer: OptimizerCallable = ppo_optimizer,
+        critic_lr: float | None = None,
+        lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            tokenizer,
+            chat_template,
+            lora,
+            dtype,
+            gradient_checkpointing,
+            layout,
+            optimizer,
+            lr_scheduler,
+            trust_remote_code,
+        )
+        self.keep_hyperparameters()
+        if sampling.temperature <= 0:
+            raise ValueError("sampling.temperature must be above 0: greedy completions teach PPO nothing.")
+        if kl_penalty not in ("reward", "k2", "k3"):
+            kl_loss(torch.zeros(0), kl_penalty)  # type: ignore[arg-type]  # says why k1 is none
+        object.__setattr__(self, "critic_from", critic)  # not a child twice, where it is a model
+        self.shared = shared_backbone and lora is not None
+        self.sampling, self.samples_per_prompt, self.engine = sampling, samples_per_prompt, engine or CachedEngine()
+        self.epochs, self.parts, self.micro_batch_tokens = epochs, minibatches, micro_batch_tokens
+        self.kl_coef, self.kl_penalty, self.kl_target, self.kl_horizon = kl_coef, kl_penalty, kl_target, kl_horizon
+        self.clip_low, self.clip_high, self.clip_value = clip_low, clip_high, clip_value
+        self.gamma, self.lam, self.bootstrap = gamma, lam, bootstrap
+        self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
+        self.scale_scores, self.clip_scores, self.missing_stop_penalty = scale_scores, clip_scores, missing_stop_penalty
+        self.value_coef, self.entropy_coef, self.ptx_coef = value_coef, entropy_coef, ptx_coef
+        self.loss_mean, self.target_kl, self.old_logprobs = loss_mean, target_kl, old_logprobs
+        self.max_norm, self.max_dropped, self.critic_lr, self.seed = max_norm, max_dropped, critic_lr, seed
+        self.running_scores = RunningMoments()
+        self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)
+        self.val_score, self.val_length = TokenMean(), TokenMean()
+        self._norms: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------------- an iteration
+
+    def training_step(self, batch: PromptBatch | dict[str, Any], batch_idx: int) -> None:
+        """One iteration: sample, score, estimate advantages, learn."""
+        clock = [time.perf_counter()]
+        prompts, ptx = (batch["prompts"], batch["ptx"]) if isinstance(batch, dict) else (batch, None)
+        experience, samples = self.rollout(prompts, self.iteration)
+        clock.append(time.perf_counter())
+        found = self.judge(experience, samples)
+        clock.append(time.perf_counter())
+        found |= self.learn(experience, ptx)
+        clock.append(time.perf_counter())
+        found["kl_coef"] = self.kl_coef
+        if self.kl_target is not None:
+            completions = prompts.total * self.samples_per_prompt
+            self.kl_coef = adapt_kl_coef(self.kl_coef, found["kl"], self.kl_target, self.kl_horizon, completions)
+        self.iteration += 1
+        self.step_schedules()
+        for name, start, end in zip(("rollout", "scoring", "learning"), clock, clock[1:], strict=False):
+            found[f"{name}_seconds"] = end - start
+        found["tokens_per_second"] = found.pop("tokens") / (clock[-1] - clock[0])
+        for name, value in found.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("score", "kl", "length_mean"), batch_size=1)
+
+    @torch.no_grad()
+    def judge(self, experience: Experience, samples: Samples | None) -> dict[str, float]:
+        """Adds to an experience what the losses read: old log-probs, values, advantages, returns."""
+        raw, truncated = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+        if samples is not None:
+            raw, truncated = self.reward(samples).cpu(), torch.tensor(samples.truncated)
+        heat = self.sampling.temperature
+        now, entropies = self.measure(experience, lambda b: self.play("policy", b, temperature=heat, entropy=True)[:2])
+        (reference,) = self.measure(experience, lambda b: self.play("reference", b, temperature=heat)[:1])
+        values, last_values = self.measure(experience, lambda b: self.play("critic", b))
+        sampled, sequence = experience.tokens["rollout_logprobs"].to(now), experience.sequence
+        log_ratio = now - reference
+
+        scores = raw.to(now) - self.missing_stop_penalty * truncated
+        if self.scale_scores:
+            self.running_scores.update(self.moments(scores))
+            scores = scores / max(self.running_scores.std, 1e-8)
+        if self.clip_scores is not None:
+            scores = scores.clamp(-self.clip_scores, self.clip_scores)
+        penalty = k1(log_ratio) * (self.kl_coef if self.kl_penalty == "reward" else 0.0)
+        rewards = token_rewards(penalty, scores, sequence)
+        reward = torch.zeros_like(scores).index_add(0, sequence, rewards)
+        if self.whiten_rewards:
+            rewards = whiten(rewards, self.moments(rewards), shift_mean=False)
+        ends = torch.where(truncated, last_values, 0.0) if self.bootstrap else torch.zeros_like(last_values)
+        advantages, returns = gae(rewards, values, ends, sequence, self.gamma, self.lam)
+        spread = self.moments(advantages)
+        lengths = sequence.bincount(minlength=len(scores))
+        experience.tokens |= {
+            "old_logprobs": now if self.old_logprobs == "recompute" else sampled,
+            "reference_logprobs": reference,
+            "values": values,
+            "returns": returns,
+            "advantages": whiten(advantages, spread) if self.whiten_advantages else advantages,
+            "weight": torch.ones_like(now) if self.loss_mean == "token" else 1 / lengths.to(now)[sequence],
+        }
+        left, whole = self.moments(returns - values)[2], self.moments(returns)[2]
+        parts = {} if samples is None else self.reward.last
+        return {
+            **self.summary(raw, reward, truncated, sequence, log_ratio, entropies, now - sampled),
+            **{f"score/{name}": self.moments(parts.get(name, raw).cpu())[1].item() for name in self.reward.names},
+            "advantage_mean": spread[1].item(),
+            "advantage_std": (spread[2] / spread[0]).sqrt().item(),
+            "explained_variance": (1 - left / whole).item() if whole > 0 else math.nan,
+        }
+
+    def learn(self, experience: Experience, ptx: PackedBatch | None) -> dict[str, float]:
+        """All updates of an iteration; means over those that were taken."""
+        parameters = [p for role in self.trained() for p in role]
+        taken: list[dict[str, float]] = []
+        last: dict[str, float] = {}
+        deals = (self.minibatches(experience, self.parts, epoch) for epoch in range(self.epochs))
+        dropped = 0
+        for chosen in (chosen for deal in deals for chosen in deal):
+            last = self.gradients(experience, chosen, ptx)
+            if self.target_kl is not None and last["approx_kl"] > self.target_kl:
+                break
+            if self.update(parameters, last["loss"], first=not taken):
+                taken.append({**last, **self._norms})
+            else:
+                dropped += 1
+        if not taken:
+            self.count_iteration(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        means = {k: sum(t[k] for t in taken) / len(taken) for k in (taken[0] if taken else ())}
+        peak = {"ratio_max": max(t["ratio_max"] for t in taken)} if taken else {}
+        first = {"first_ratio_error": taken[0]["ratio_error"]} if taken else {}
+        means.pop("ratio_error", None)
+        return {**means, **peak, **first, "updates": float(len(taken)), "dropped_updates": float(dropped)}
+
+    def gradients(self, experience: Experience, chosen: list[int], ptx: PackedBatch | None) -> dict[str, float]:
+        """Forward and backward passes of one update: the gradients of a minibatch's mean loss over all ranks.
+
+        The loss is the policy's, plus ``value_coef`` times the critic's, less ``entropy_coef`` times the entropy, plus
+        ``ptx_coef`` times the language model's.
+        """
+        local = sum(float(t["weight"].sum()) for _, t in experience.micro_batches(chosen, None, torch.device("cpu")))
+        total = self.all_reduce(torch.tensor(float(local))).item()
+        sums, ratio_max, ratio_error = torch.zeros(len(PARTS)), torch.zeros(()), torch.zeros(())
+        with self.apart():
+            for batch, t in self.micro_batches(experience, chosen):
+                weight = t["weight"] / total
+                out = self.play("policy", batch, temperature=self.sampling.temperature, entropy=self.entropy_coef != 0)
+                policy = policy_loss(out.logprobs, t["old_logprobs"], t["advantages"], self.clip_low, self.clip_high)
+                loss = policy.loss
+                if self.kl_penalty != "reward":
+                    loss = loss + self.kl_coef * kl_loss(out.logprobs - t["reference_logprobs"], self.kl_penalty)
+                if self.entropy_coef:
+                    loss = loss - self.entropy_coef * out.entropies
+                self.manual_backward((weight * loss).sum())
+                value = value_loss(self.play("critic", batch).values, t["values"], t["returns"], self.clip_value)
+                self.manual_backward((weight * value.loss).sum() * self.value_coef)
+                moved = k3(t["old_logprobs"] - out.logprobs.detach())
+                columns = (loss, policy.loss, value.loss, moved, policy.clipped, value.clipped, policy.ratio)
+                sums[:-1] += torch.stack([(weight * c.detach()).sum() for c in columns]).cpu()
+                real = policy.ratio[t["weight"] > 0]
+                ratio_max = torch.cat([real.cpu(), ratio_max[None]]).max()
+                ratio_error = torch.cat([(real.cpu() - 1).abs(), ratio_error[None]]).max()
+            for batch in [] if ptx is None or not self.ptx_coef else split(ptx, self.micro_batch_tokens or 2**62):
+                out = self.play("policy", batch, weights=batch.weight / batch.totals.tokens)
+                self.manual_backward(self.ptx_coef * out.loss)
+                sums[-1] += out.loss.detach().cpu()
+        found = dict(zip(PARTS, self.all_reduce(sums).tolist(), strict=True))
+        peaks = self.all_reduce(torch.stack([ratio_max, ratio_error]), torch.distributed.ReduceOp.MAX)
+        found["ratio_max"], found["ratio_error"] = peaks.tolist()
+        found["loss"] += self.value_coef * found["value_loss"] + self.ptx_coef * found["ptx_loss"]
+        return found
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips the gradients of policy and critic, each by its own norm."""
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameters in zip(("policy", "value"), self.trained(), strict=True):
+            if any(id(p) in mine and p.grad is not None for p in parameters):
+                norm = nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
+                self._norms[f"{name}_grad_norm"] = norm.item()
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Samples completions of held-out prompts, by the same keys at each validation, and scores them."""
+        _, samples = self.rollout(prompts, VALIDATION)
+        if samples is None:
+            return
+        for name, values in {"score": self.reward(samples), "length": samples.batch.lengths.float()}.items():
+            metric: Any = self.get_submodule(f"val_{name}")
+            metric.update(values, torch.ones_like(values))
+            self.log(f"val/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A record a completion: ``row``, ``completion``, its ``score``, ``truncated``."""
+        _, samples = self.rollout(prompts, VALIDATION)
+        if samples is None:
+            return []
+        rows = [row for row in prompts.rows for _ in range(self.samples_per_prompt)]
+        columns = (rows, samples.completions, self.reward(samples).tolist(), samples.truncated)
+        names = ("row", "completion", "score", "truncated")
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the KL coefficient and the running scale of scores."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ppo"] = {"kl_coef": self.kl_coef, "running_scores": self.running_scores.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them back."""
+        super().on_load_checkpoint(checkpoint)
+        self.kl_coef = checkpoint["ppo"]["kl_coef"]
+        self.running_scores.load_state_dict(checkpoint["ppo"]["running_scores"])

@@ -1,0 +1,545 @@
+"""The PPO stage: against a plain padded reference, its invariances, exact resume, and what it refuses."""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Sampling
+from lightning_rlhf.data.packed import unpack
+from lightning_rlhf.models import load_reward_model
+from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.rewards import WeightedReward
+from lightning_rlhf.stages.online import disable_dropout
+
+HERE = Path(__file__).parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+reference, run_ppo = load("reference_ppo"), load("run_ppo")
+run, letters, trained = run_ppo.run, run_ppo.letters, run_ppo.trained
+
+
+def spawn(model_dir, out, **options):
+    """The same run in processes of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, str(HERE / "run_ppo.py"), str(model_dir), str(out), json.dumps(options)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / "weights.pt")
+
+
+def quiet(tmp_path, **options):
+    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    return L.Trainer(**{**settings, **options})
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    flat = [torch.cat([x[k].flatten().double() for k in b]) for x in (a, b)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert torch.equal(a[k], b[k]), k
+
+
+# ------------------------------------------------------------------------------------------------- the definition
+
+
+class Recorded(PPOModule):
+    """Keeps what happened, for the reference to do again."""
+
+    def judge(self, experience, samples):
+        found = super().judge(experience, samples)
+        with torch.no_grad():
+            scores = self.reward(samples).tolist()
+        self.iterations = [*getattr(self, "iterations", []), (experience, samples, scores, [], [])]
+        return found
+
+    def gradients(self, experience, chosen, ptx):
+        found = super().gradients(experience, chosen, ptx)
+        self.iterations[-1][3].append((chosen, found))
+        return found
+
+    def learn(self, experience, ptx):
+        found = super().learn(experience, ptx)
+        self.iterations[-1][4].append(trained(self))
+        return found
+
+
+def plain_roles(module, start):
+    """Policy, reference and critic as plain models, with the parameters of the two that are trained, by name."""
+    frozen = copy.deepcopy(start)
+    if not module.shared:
+        policy, value = copy.deepcopy(module.policy.model), copy.deepcopy(module.critic.model)
+        head, names = value.score, ("policy.model.", "critic.model.")
+    else:
+        policy, value = copy.deepcopy(module.policy.model), copy.deepcopy(module.policy.model)
+        value.set_adapter("critic")
+        head, names = copy.deepcopy(module.policy.value_head), ("policy.model.", "policy.model.")
+    for model in (policy, value, frozen):
+        for part in model.modules():
+            if hasattr(part, "config"):
+                part.config._attn_implementation = "eager"
+
+    def critic(ids, mask):
+        base = value.get_base_model() if module.shared else value
+        states = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return head(states.to(head.weight.dtype))[..., 0].double()
+
+    own = {names[0] + k: p for k, p in policy.named_parameters() if p.requires_grad}
+    others = {names[1] + k: p for k, p in value.named_parameters() if p.requires_grad}
+    if module.shared:
+        others |= {f"policy.value_head.{k}": p for k, p in head.named_parameters()}
+    return policy, frozen, critic, own, others
+
+
+VARIANTS = {
+    "defaults": (dict(), dict()),
+    "k2": (dict(kl_penalty="k2", kl_coef=0.3), dict(kl_penalty="k2", kl_coef=0.3)),
+    "all": (
+        dict(kl_penalty="k3", entropy_coef=0.05, bootstrap=True, clip_high=0.3, whiten_rewards=True, gamma=0.98,
+             clip_scores=1.5, missing_stop_penalty=0.5, loss_mean="sequence", lam=0.9, value_coef=0.7),
+        dict(kl_penalty="k3", entropy_coef=0.05, bootstrap=True, clip_high=0.3, whiten_rewards=True, gamma=0.98,
+             clip_scores=1.5, missing_stop_penalty=0.5, loss_mean="sequence", lam=0.9, value_coef=0.7),
+    ),
+    "no clip, no whitening": (
+        dict(clip_value=None, whiten_advantages=False, kl_coef=0.5, max_norm=0.1),
+        dict(clip_value=None, whiten_advantages=False, kl_coef=0.5, max_norm=0.1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate critic", "shared backbone"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tiny_tokenizer, tmp_path, variant, shared):
+    options, settings = VARIANTS[variant]
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir).double()
+    torch.manual_seed(0)
+    module = Recorded(
+        copy.deepcopy(start),
+        letters,
+        tokenizer=tiny_tokenizer,
+        lora=LoRA(r=4) if shared else None,
+        sampling=Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"]),
+        samples_per_prompt=2,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3, eps=1e-5, weight_decay=0.0),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0),
+        epochs=2,
+        minibatches=2,
+        micro_batch_tokens=110,
+        **options,
+    )
+    module.configure_model()
+    policy, frozen, critic, own, others = plain_roles(module, start)
+    trainer = quiet(tmp_path, max_steps=5)
+    trainer.fit(module, PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0))
+    settings = reference.Settings(temperature=0.7, **settings)
+    optimizers = [torch.optim.AdamW(p.values(), lr=3e-3, eps=1e-5, weight_decay=0.0) for p in (own, others)]
+    kinds = set()
+    for experience, samples, scores, updates, after in module.iterations:
+        places = [(tree, branch) for tree in experience.trees for branch in tree.branches]
+        rows = zip(places, scores, samples.truncated, strict=True)
+        plain = [reference.Sample(t.prompt, b.input_ids, score, cut) for (t, b), score, cut in rows]
+        kinds |= set(samples.truncated)
+        reference.judge(policy, frozen, critic, plain, settings)
+        for name, column in (("old", "old_logprobs"), ("ref", "reference_logprobs"), ("values", "values"),
+                             ("returns", "returns"), ("advantages", "advantages")):  # fmt: skip
+            want = torch.cat([s.numbers[name] for s in plain])
+            torch.testing.assert_close(experience.tokens[column].double(), want, rtol=1e-4, atol=1e-5)
+        assert len(updates) == 4
+        for chosen, found in updates:
+            mine = [s for i in chosen for s in plain[2 * i : 2 * i + 2]]
+            groups = [list(own.values()), list(others.values())]
+            policy_loss, value_loss, loss = reference.update(policy, critic, mine, settings, groups, optimizers)
+            assert found["policy_loss"] == pytest.approx(policy_loss, rel=1e-4, abs=1e-6)
+            assert found["value_loss"] == pytest.approx(value_loss, rel=1e-4)
+            assert found["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        assert difference(after[0], own | others) < 1e-4
+        for name, weight in (own | others).items():
+            torch.testing.assert_close(after[0][name], weight.detach(), rtol=1e-3, atol=1e-4)
+    assert kinds == {True, False}  # both ends were seen
+
+
+def first_update(module):
+    """What the first update saw."""
+    return module.iterations[0][3][0][1]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_ratios_start_at_one(tiny_model_dir, tmp_path, lora):
+    """With dropout in the config and in the adapters, at a temperature, packed in micro-batches."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attention_dropout=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    module = Recorded(
+        model,
+        letters,
+        tokenizer=tokenizer,
+        lora=LoRA(r=4, dropout=0.5) if lora else None,
+        sampling=Sampling(max_new_tokens=10, temperature=0.7),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-2),
+        epochs=2,
+        micro_batch_tokens=60,
+    )
+    quiet(tmp_path, max_steps=3).fit(module, PromptDataModule(run_ppo.prompts(), batch_size=6, val_fraction=0.0))
+    for *_, updates, _ in module.iterations:
+        first, second = (found for _, found in updates)
+        assert first["ratio_error"] < 1e-5
+        assert first["clip_fraction"] == 0
+        assert abs(first["approx_kl"]) < 1e-9
+        assert second["ratio_error"] > 1e-3  # by then the policy has moved
+
+
+def test_recomputed_log_probs_are_those_of_the_engine(tiny_model_dir, tmp_path):
+    _, module = run(tiny_model_dir, tmp_path, max_steps=2)
+    assert module.trainer.callback_metrics["train/rollout_error"] < 1e-4
+    _, module = run(tiny_model_dir, tmp_path / "rollout", max_steps=2, old_logprobs="rollout")
+    assert module.trainer.callback_metrics["train/first_ratio_error"] < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_micro_batches_and_layout_do_not_change_the_result(tiny_model_dir, tmp_path, lora):
+    options = dict(lora=lora, max_steps=2, samples_per_prompt=2)
+    _, whole = run(tiny_model_dir, tmp_path / "a", micro_batch_tokens=None, **options)
+    _, parts = run(tiny_model_dir, tmp_path / "b", micro_batch_tokens=60, **options)
+    _, padded = run(tiny_model_dir, tmp_path / "c", micro_batch_tokens=60, layout="padded", **options)
+    assert difference(trained(parts), trained(whole)) < 1e-5
+    assert difference(trained(padded), trained(whole)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lora=True, kl_target=0.01, kl_horizon=50, scale_scores=True, whiten_rewards=True),
+        dict(lora=True, shared=False, batch_size=5, loss_mean="sequence"),
+        dict(ptx=True, kl_penalty="k3", target_kl=1e-3),
+    ],
+    ids=["shared", "separate, odd batch", "full, ptx, early stop"],
+)
+def test_two_processes_equal_one(tiny_model_dir, tmp_path, options):
+    options = {"lr": 1e-3, "max_steps": 3, **options}
+    two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
+    one = spawn(tiny_model_dir, tmp_path / "one", **options)
+    assert difference(two, one) < 1e-5
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    for name in a.keys() - {"train/tokens_per_second", "train/first_ratio_error", "train/rollout_error"}:
+        if "seconds" not in name:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_rank_without_prompts_goes_along(tiny_model_dir, tmp_path):
+    two = spawn(tiny_model_dir, tmp_path / "two", devices=2, batch_size=1, lora=True, max_steps=2, minibatches=1)
+    one = spawn(tiny_model_dir, tmp_path / "one", batch_size=1, lora=True, max_steps=2, minibatches=1)
+    assert difference(two, one) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- resume
+
+RESUMED = {
+    "shared": dict(lora=True, dropout=0.2, kl_target=0.01, kl_horizon=50, scale_scores=True),
+    "separate": dict(lora=True, shared=False, ptx=True),
+    "full": dict(ptx=True, batch_size=6),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path, name):
+    """At every iteration, the middle and the end of epochs among them, and in a new process's state."""
+    options = RESUMED[name]
+    trainer, whole = run(tiny_model_dir, tmp_path / "whole", max_steps=8, save_every=1, **options)
+    for step in (1, 4, 5):
+        out = tmp_path / f"from{step}"
+        again, module = run(
+            tiny_model_dir, out, max_steps=8, ckpt=tmp_path / "whole" / f"step{step}.ckpt", seed=7, **options
+        )
+        assert again.global_step == 8 and module.iteration == 8
+        assert_equal(trained(module), trained(whole))
+        assert module.kl_coef == whole.kl_coef
+        assert module.running_scores.state_dict() == whole.running_scores.state_dict()
+        for key, value in trainer.callback_metrics.items():
+            if "second" not in key:
+                assert torch.equal(again.callback_metrics[key], value) or value.isnan(), key
+
+
+def test_a_resumed_policy_is_not_its_own_reference(tiny_model_dir, tmp_path):
+    run(tiny_model_dir, tmp_path, max_steps=2, save_every=2, lr=1e-2)
+    _, module = run(tiny_model_dir, tmp_path / "on", max_steps=2, ckpt=tmp_path / "step2.ckpt", lr=1e-2)
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert_equal(dict(module.reference.model.named_parameters()), dict(start.named_parameters()))
+    assert difference(dict(module.policy.model.named_parameters()), dict(start.named_parameters())) > 1e-3
+
+
+def test_checkpoints_hold_no_frozen_weights(tiny_model_dir, tmp_path):
+    _, module = run(tiny_model_dir, tmp_path, max_steps=1, save_every=1, lora=True)
+    saved = torch.load(tmp_path / "step1.ckpt", weights_only=True)["state_dict"]
+    assert {k for k in saved if "metric" not in k and not k.startswith("val_")} == set(trained(module))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
+    """kill -9, twenty times, resumed from the last checkpoint each time."""
+    import random
+    import time
+
+    options = dict(lora=True, max_steps=40, save_every=1, kl_target=0.01, kl_horizon=50)
+    whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
+    out = tmp_path / "killed"
+    out.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    draw, kills = random.Random(0), 0
+    while not (out / "weights.pt").exists():
+        done = sorted(out.glob("step*.ckpt"), key=lambda p: int(p.stem[4:]))
+        now = {**options, "ckpt": str(done[-1]) if done else None}
+        command = [sys.executable, str(HERE / "run_ppo.py"), str(tiny_model_dir), str(out), json.dumps(now)]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if kills < 20:
+            known, limit = len(done), time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < limit and len(list(out.glob("step*.ckpt"))) <= known:
+                time.sleep(0.01)  # at least one iteration on, so that twenty kills come to an end
+            time.sleep(draw.uniform(0, 0.3))
+            process.kill()
+            kills += 1
+        assert process.wait() in (0, -9), process.stderr.read().decode()[-2000:]
+        process.stderr.close()
+    assert kills == 20
+    assert_equal(torch.load(out / "weights.pt"), whole)
+
+
+# ------------------------------------------------------------------------------------------------- updates
+
+
+class Broken(PPOModule):
+    """Has losses that are not finite in chosen updates."""
+
+    broken = ()
+    count = 0
+
+    def gradients(self, experience, chosen, ptx):
+        found = super().gradients(experience, chosen, ptx)
+        if self.count in self.broken:
+            for parameters in self.trained():
+                for p in parameters:
+                    p.grad = None if p.grad is None else p.grad * math.nan
+            found["loss"] = math.nan
+        self.count += 1
+        return found
+
+
+def broken(model_dir, tmp_path, which, max_steps, **options):
+    module = Broken(model_dir, letters, lora=LoRA(r=4), sampling=Sampling(max_new_tokens=6), minibatches=2, epochs=1,
+                    **options)  # fmt: skip
+    module.broken = which
+    trainer = quiet(tmp_path, max_steps=max_steps)
+    data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0)
+    return trainer, module, data
+
+
+def test_an_update_that_is_not_finite_is_dropped_and_counted(tiny_model_dir, tmp_path):
+    trainer, module, data = broken(tiny_model_dir, tmp_path, (0, 2, 3), 3)
+    trainer.fit(module, data)
+    assert trainer.global_step == module.iteration == 3  # the second iteration took no update, and counts
+    assert all(p.isfinite().all() for p in trained(module).values())
+    assert module.dropped == 0
+
+
+def test_too_many_dropped_updates_end_the_run(tiny_model_dir, tmp_path):
+    trainer, module, data = broken(tiny_model_dir, tmp_path, range(100), 5, max_dropped=3)
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        trainer.fit(module, data)
+    start = Broken(tiny_model_dir, letters, lora=LoRA(r=4))
+    start.configure_model()
+    after = {k: v for k, v in trained(module).items() if "lora_B" in k}
+    assert after and not any(v.any() for v in after.values())  # as they began
+
+
+def test_an_iteration_stopped_early_counts_once(tiny_model_dir, tmp_path):
+    trainer, module = run(tiny_model_dir, tmp_path, max_steps=3, target_kl=1e-12, epochs=4, minibatches=1, lr=1e-2)
+    assert trainer.global_step == module.iteration == 3
+    assert trainer.callback_metrics["train/updates"] == 1
+
+
+def test_schedules_run_by_iterations(tiny_model_dir, tmp_path):
+    trainer, _module = run(tiny_model_dir, tmp_path, max_steps=4)
+    assert {c.scheduler.last_epoch for c in trainer.lr_scheduler_configs} == {4}
+    assert all(c.scheduler.total_steps == 4 for c in trainer.lr_scheduler_configs)
+
+
+def test_gradient_norms_are_bounded_for_policy_and_critic_apart(tiny_model_dir, tmp_path):
+    seen = []
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen.append(optimizer)
+
+    class Norms(PPOModule):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            for parameters in self.trained():
+                norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
+                assert norm <= 1e-3 * 1.001
+
+    module = Norms(tiny_model_dir, letters, lora=LoRA(r=4), sampling=Sampling(max_new_tokens=6), max_norm=1e-3)
+    trainer = quiet(tmp_path, max_steps=1, callbacks=[Watch()])
+    trainer.fit(module, PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0))
+    assert len(seen) == 4
+    assert trainer.callback_metrics["train/policy_grad_norm"] > 1e-3  # before it was clipped
+
+
+# ------------------------------------------------------------------------------------------------- what it learns
+
+
+def happy(prompts, completions):
+    return [c.count("e") / max(1, len(c)) for c in completions]
+
+
+LEARNS = dict(
+    max_steps=20, batch_size=10, samples_per_prompt=4, lr=1e-2, epochs=2, minibatches=1, micro_batch_tokens=None,
+    sampling={"max_new_tokens": 8}, kl_coef=0.0,
+)  # fmt: skip
+
+
+def scores(tmp_path):
+    import csv
+
+    with (tmp_path / "log" / "version_0" / "metrics.csv").open() as file:
+        return [float(row["train/score"]) for row in csv.DictReader(file)]
+
+
+def test_the_score_rises(tiny_model_dir, tmp_path):
+    run(tiny_model_dir, tmp_path, reward=happy, **LEARNS)
+    found = scores(tmp_path)
+    assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 0.15
+
+
+@pytest.mark.parametrize("control", ["large kl_coef", "constant reward"])
+def test_controls_stay_where_they_were(tiny_model_dir, tmp_path, control):
+    options = {**LEARNS, "kl_coef": 20.0 if control == "large kl_coef" else 0.05}
+    reward = happy if control == "large kl_coef" else (lambda prompts, completions: [1.0] * len(completions))
+    trainer, _ = run(tiny_model_dir, tmp_path, reward=reward, **options)
+    learnt, _ = run(tiny_model_dir, tmp_path / "learnt", reward=happy, **LEARNS)
+    assert trainer.callback_metrics["train/kl"] < 0.1 * learnt.callback_metrics["train/kl"]
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def test_ptx_adds_the_language_models_gradient(tiny_model_dir, tmp_path):
+    """The difference that ptx makes to a step of SGD is its own gradient, from plain transformers."""
+    found = {}
+    for name, coefficient in (("with", 0.5), ("without", 0.0)):
+        module = PPOModule(
+            tiny_model_dir,
+            letters,
+            sampling=Sampling(max_new_tokens=6),
+            optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0),
+            epochs=1,
+            max_norm=None,
+            ptx_coef=coefficient,
+            micro_batch_tokens=60,
+        )
+        data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, ptx=run_ppo.TEXTS, ptx_batch_size=3)
+        trainer = quiet(tmp_path, max_steps=1)
+        trainer.fit(module, data)
+        found[name] = {k: v.detach().clone() for k, v in module.policy.model.named_parameters()}
+    batch = next(iter(data.train_dataloader()))["ptx"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    total = 0
+    for tree in unpack(batch):
+        ids = torch.tensor([[*tree.prompt, *tree.branches[0].input_ids]])
+        scored = tree.branches[0].scored or [True] * len(tree.branches[0].input_ids)
+        logp = model(ids).logits[0, len(tree.prompt) - 1 : -1].log_softmax(-1)
+        picked = logp.gather(1, ids[0, len(tree.prompt) :, None])[:, 0]
+        total = total - picked[torch.tensor(scored)].sum()
+    (0.5 * total / batch.num_scored).backward()
+    moved = {k: found["without"][k] - found["with"][k] for k in found["with"]}
+    assert difference(moved, {k: p.grad for k, p in model.named_parameters()}) < 1e-3
+    assert trainer.callback_metrics["train/ptx_loss"] == 0  # of the last run, which had none
+
+
+def test_dropout_is_off_whatever_its_name():
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    for model in (
+        GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50)),
+        OPTForCausalLM(OPTConfig(num_hidden_layers=1, hidden_size=16, ffn_dim=16, num_attention_heads=2, vocab_size=50,
+                                 word_embed_proj_dim=16)),
+    ):  # fmt: skip
+        disable_dropout(model)
+        model.train()
+        ids = torch.arange(20)[None]
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_validation_repeats_its_samples(tiny_model_dir, tmp_path):
+    """By keys of their own: two validations of the same weights agree, and training's samples don't change."""
+    trainer, module = run(tiny_model_dir, tmp_path, max_steps=2, val_fraction=0.3)
+    data = trainer.datamodule
+    first, second = (quiet(tmp_path).validate(module, data, verbose=False)[0] for _ in range(2))
+    assert first == second and first["val/length"] > 0
+    records = [r for batch in quiet(tmp_path).predict(module, data) for r in batch]
+    assert {"row", "completion", "score", "truncated"} == set(records[0])
+    assert sum(r["score"] for r in records) / len(records) == pytest.approx(first["val/score"], abs=1e-5)
+
+
+def test_what_is_refused(tiny_model_dir):
+    with pytest.raises(ValueError, match="greedy completions teach PPO nothing"):
+        PPOModule(tiny_model_dir, letters, sampling=Sampling(temperature=0.0))
+    with pytest.raises(ValueError, match="k1 can't be a loss"):
+        PPOModule(tiny_model_dir, letters, kl_penalty="k1")
+
+
+def test_a_reward_adapter_of_the_same_weights_shares_the_backbone(tiny_model_dir, tiny_tokenizer, tmp_path):
+    """It gives what a reward model of its own gives, without the memory of one."""
+    torch.manual_seed(1)
+    model = load_reward_model(tiny_model_dir, lora=LoRA(r=4), pad_token_id=tiny_tokenizer.pad_token_id)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    for only in (True, False):
+        save_pretrained(model, tiny_tokenizer, tmp_path / f"adapter {only}", adapter_only=only)
+    found = {}
+    for only in (True, False):
+        reward = str(tmp_path / f"adapter {only}")
+        _, module = run(tiny_model_dir, tmp_path / f"run {only}", lora=True, max_steps=2, reward=reward)
+        assert (module.reward.shared is module.policy) == only
+        assert bool(list(module.reward.parameters())) != only
+        found[only] = trained(module)
+    assert difference(found[True], found[False]) < 1e-4
+
+
+def test_weighted_rewards_are_logged_apart(tiny_model_dir, tmp_path):
+    def ones(prompts, completions):
+        return [1.0] * len(completions)
+
+    reward = [WeightedReward(letters, 2.0), WeightedReward(ones, -1.0)]
+    trainer, _ = run(tiny_model_dir, tmp_path, lora=True, max_steps=1, reward=reward)
+    metrics = trainer.callback_metrics
+    assert metrics["train/score/ones"] == 1
+    assert metrics["train/score"] == pytest.approx(2 * metrics["train/score/letters"].item() - 1, abs=1e-5)
