@@ -25,11 +25,14 @@ IN_PYTHON = {
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"{model}"',
     '"my.jsonl"': '"{rows}"',
     '"my_pairs.jsonl"': '"{pairs}"',
+    '"my_prompts.jsonl"': '"{rows}"',
+    "max_steps=40": SHORT,
+    "batch_size=32": "batch_size=4",
     "max_epochs=2": SHORT,
     "max_epochs=1": SHORT,
 }
 #: Text of a command, and what takes its place.
-IN_COMMANDS = {"my.jsonl": "{rows}", "my_pairs.jsonl": "{pairs}", "configs/": "{root}/configs/"}
+IN_COMMANDS = {"my.jsonl": "{rows}", "my_prompts.jsonl": "{rows}", "my_pairs.jsonl": "{pairs}", "configs/": "{root}/configs/"}
 #: What makes a command small, behind its own arguments.
 ON_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"
 SMALL = {
@@ -40,7 +43,12 @@ SMALL = {
     "demo": "--model {model} --train {rows} --steps 1",
 }
 #: The small data of the configs in a folder.
-TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}"}
+TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
+#: What else makes them small: PPO's start from what the stages before left.
+ALSO = {
+    "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window --model.sampling.max_new_tokens 8 "
+    "--data.batch_size 4"
+}
 
 
 def blocks(path, language):
@@ -125,6 +133,7 @@ def test_command_runs(command, small, capsys):
     if "--config" in rest:  # whatever the command reads: Lightning prepares the training data for all of them
         [train] = [small(train) for folder, train in TRAIN.items() if folder in command]
         arguments += ["--data.train", train]
+        arguments += [arg for folder, args in ALSO.items() if folder in command for arg in shlex.split(args)]
     if "--ckpt_path" in rest:  # a run that this one goes on from
         i = arguments.index("--ckpt_path")
         main([*arguments[:i], *arguments[i + 2 :], "--trainer.max_steps", "1"])

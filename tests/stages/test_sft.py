@@ -165,7 +165,7 @@ def test_validation_metrics_equal_plain_transformers_for_any_batch_size(tiny_mod
 def test_weight_decay_spares_norms_and_biases(tiny_model_dir):
     module = SFTModule(tiny_model_dir)
     module.configure_model()
-    decay, rest = parameter_groups(module.policy)
+    decay, rest = parameter_groups(module.policy.parameters())
     assert "weight_decay" not in decay and rest["weight_decay"] == 0.0
     assert all(p.dim() > 1 for p in decay["params"]) and all(p.dim() == 1 for p in rest["params"])
     assert len(decay["params"]) + len(rest["params"]) == len(list(module.policy.parameters()))
