@@ -32,7 +32,12 @@ IN_PYTHON = {
     "max_epochs=1": SHORT,
 }
 #: Text of a command, and what takes its place.
-IN_COMMANDS = {"my.jsonl": "{rows}", "my_prompts.jsonl": "{rows}", "my_pairs.jsonl": "{pairs}", "configs/": "{root}/configs/"}
+IN_COMMANDS = {
+    "my.jsonl": "{rows}",
+    "my_prompts.jsonl": "{rows}",
+    "my_pairs.jsonl": "{pairs}",
+    "configs/": "{root}/configs/",
+}
 #: What makes a command small, behind its own arguments.
 ON_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"
 SMALL = {

@@ -103,17 +103,18 @@ class Backbone(nn.Module):
         """
         whole = self.transformer
         modes = [(module, module.training) for module in self.model.modules()]
-        checkpointing = is_checkpointing(whole)
+        # transformers' own switch would add a hook to a peft model each time
+        checkpointed: list[Any] = [m for m, _ in modes if getattr(m, "gradient_checkpointing", False) is True]
         forest, self._forest = self._forest, None
         self.model.eval()
         tree.set_attention(whole, attention or self._own_attention)
-        if checkpointing:
-            whole.gradient_checkpointing_disable()
+        for module in checkpointed:
+            module.gradient_checkpointing = False
         try:
             yield self.model
         finally:
-            if checkpointing:
-                enable_checkpointing(whole)
+            for module in checkpointed:
+                module.gradient_checkpointing = True
             tree.set_attention(whole, self._own_attention if self.layout == "padded" else tree.NAME)
             self._forest = forest
             for module, mode in modes:  # parts may differ, such as a dropout that was switched off

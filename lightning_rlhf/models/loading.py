@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file, has_file
 
 from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
@@ -104,11 +102,12 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
     Raises:
         OSError: Nothing is there, or adapters without the model that they change.
     """
-    folder = _adapter_folder(name_or_path)
-    if folder is None:
+    adapters = _adapters(name_or_path)
+    if adapters is None:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    config = load_config(_base_of(folder), trust_remote_code)
-    for name, value in _adapted(folder).items():
+    base, settings = adapters
+    config = load_config(base, trust_remote_code)
+    for name, value in settings.items():
         setattr(config.get_text_config() if name == "vocab_size" else config, name, value)
     return config
 
@@ -211,9 +210,9 @@ def load_reward_model(
 
 def _load(auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model in one piece, adapters merged, and the names of weights that were nowhere to be found."""
-    folder = _adapter_folder(pretrained)
-    if folder is not None:
-        base = _base_of(folder)
+    adapters = _adapters(pretrained)
+    if adapters is not None:
+        base, settings = adapters
         try:
             model, missing = _load(auto, base, arguments)
         except OSError as error:
@@ -221,7 +220,7 @@ def _load(auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, An
                 f"{pretrained} holds adapters of {base!r}, which can't be loaded: {error} Put it there, or correct "
                 "base_model_name_or_path in adapter_config.json."
             ) from error
-        return _adapt(model, folder, os.fspath(pretrained), missing)
+        return _adapt(model, os.fspath(pretrained), settings, missing)
     config = AutoConfig.from_pretrained(pretrained, trust_remote_code=arguments["trust_remote_code"])
     if auto is AutoModelForSequenceClassification:
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
@@ -231,46 +230,36 @@ def _load(auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, An
     return model, set(found["missing_keys"])
 
 
-def _adapter_folder(pretrained: str | os.PathLike[str]) -> Path | None:
-    """The directory, fetched where it is on the hub, if it holds adapters and no model."""
+def _adapters(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
+    """Of adapters, the model that they change and what our export wrote beside them; None of a whole model."""
     name = os.fspath(pretrained)
     try:
         found = find_adapter_config_file(name)
-    except HFValidationError:  # a path where nothing is; what loads it says so
-        found = None
-    if found is None:
+        if found is None or has_file(name, "config.json"):
+            return None
+    except ValueError:  # neither a directory nor a hub id: what loads it says so
         return None
-    folder = Path(name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.json", "adapter_model*"]))
-    return None if (folder / "config.json").exists() else folder
-
-
-def _base_of(folder: Path) -> str:
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise OSError(
-            f"{folder / 'adapter_config.json'} doesn't say which model the adapters change. Write its directory or hub "
-            "id as base_model_name_or_path."
+            f"The adapter_config.json of {name} doesn't say which model the adapters change. Write its directory or "
+            "hub id as base_model_name_or_path."
         )
-    return base
+    if not has_file(name, ADAPTED):  # adapters from elsewhere
+        return base, {}
+    return base, json.loads(Path(str(cached_file(name, ADAPTED))).read_text(encoding="utf-8"))
 
 
-def _adapted(folder: Path) -> dict[str, Any]:
-    """What our export wrote beside the adapters; adapters from elsewhere have none of it."""
-    file = folder / ADAPTED
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _adapt(model: Any, folder: Path, name: str, missing: set[str]) -> tuple[Any, set[str]]:
-    """Merges the adapters of a directory into their base."""
+def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -> tuple[Any, set[str]]:
+    """Merges adapters into their base."""
     from peft import PeftConfig, PeftModel
 
-    settings = _adapted(folder)
     with torch.random.fork_rng(devices=()):
         if settings.get("vocab_size", 0) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(settings["vocab_size"])
-        config = PeftConfig.from_pretrained(os.fspath(folder))
+        config = PeftConfig.from_pretrained(name)
         config.task_type = None  # the plain wrapper: a language model's adapters fit under a score head too
-        model = merge_adapters(PeftModel.from_pretrained(model, folder, config=config))
+        model = merge_adapters(PeftModel.from_pretrained(model, name, config=config))
     model.requires_grad_(True)
     model.name_or_path = name  # what further adapters are adapters of
     for key in settings.keys() - {"vocab_size"}:

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
+
+_R = TypeVar("_R", bound="Reward")
 
 
 @dataclass(eq=False)

@@ -20,13 +20,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import SaveOnInterrupt
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.models import LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
-from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.loading import Dtype, load_config
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 
 
@@ -118,7 +118,7 @@ class Stage(L.LightningModule):
         if isinstance(self.pretrained, PreTrainedModel):
             config = self.pretrained.config
         else:
-            config = AutoConfig.from_pretrained(self.pretrained, trust_remote_code=self.trust_remote_code)
+            config = load_config(self.pretrained, self.trust_remote_code)
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def configure_callbacks(self) -> list[L.Callback]:

@@ -13,7 +13,7 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_config_runs_a_step(path, tiny_model_dir, tmp_path):
     online = path.parent.name == "ppo"
-    few = "--model.sampling.max_new_tokens 8 --model.reward lightning_rlhf.rewards.functions.length_window".split()
+    few = ["--model.sampling.max_new_tokens", "8", "--model.reward", "lightning_rlhf.rewards.functions.length_window"]
     cli(
         [
             "fit", "--config", str(path), "--model.pretrained", str(tiny_model_dir), "--model.dtype", "float32",

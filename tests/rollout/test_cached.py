@@ -43,10 +43,15 @@ def requests(prompts, samples=3):
     return [Request(prompt, [sample_key(i, j) for j in range(samples)]) for i, prompt in enumerate(prompts)]
 
 
-def greedy_alone(model, prompt, new, stops=()):
+WRONG = {"Gemma2"} if OLD else set()
+"""Whose own cache goes wrong beyond the window: transformers 4.51's generate differs from itself without a cache."""
+
+
+def greedy_alone(model, prompt, new, use_cache=True):
     """By transformers, with one prompt a batch."""
-    settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0,
-                                             eos_token_id=list(stops) or None)  # fmt: skip
+    settings = transformers.GenerationConfig(
+        max_new_tokens=new, do_sample=False, use_cache=use_cache, pad_token_id=0, eos_token_id=None
+    )
     row = torch.tensor([prompt])
     return model.generate(row, attention_mask=torch.ones_like(row), generation_config=settings)[
         0, len(prompt) :
@@ -57,10 +62,10 @@ def greedy_alone(model, prompt, new, stops=()):
 def test_greedy_equals_generate(family, make_model, prompts, tiny_tokenizer, caplog):
     name, changes = FAMILIES[family]
     model = make_model(name, **changes)
-    want = [greedy_alone(model, prompt, 24) for prompt in prompts]
+    want = [greedy_alone(model, prompt, 24, use_cache=family not in WRONG) for prompt in prompts]
     policy = Policy(model)
     with caplog.at_level(logging.WARNING, module.__name__):
-        for engine in (CachedEngine(max_rows=3), CachedEngine(), GenerateEngine()):
+        for engine in (CachedEngine(max_rows=3), CachedEngine(), *[GenerateEngine()] * (family not in WRONG)):
             got = engine.generate(policy, tiny_tokenizer, requests(prompts, 2), Sampling(24, temperature=0), [])
             assert ids(got) == [[answer, answer] for answer in want]
     warnings = [r.message for r in caplog.records if "can't use the rollout cache" in r.message]
@@ -226,7 +231,8 @@ def test_memory_is_given_back(ready, prompts, tiny_tokenizer):
 # ------------------------------------------------------------------------------------------------- stops
 
 
-def test_stop_strings_cut_text_and_keep_tokens(policy, tiny_tokenizer):
+def test_stop_strings_cut_text_and_keep_tokens(make_model, tiny_tokenizer):
+    policy = Policy(make_model("Llama", vocab_size=len(tiny_tokenizer)))
     prompt = tiny_tokenizer("Hello, how are you?").input_ids
     (whole,), = CachedEngine().generate(policy, tiny_tokenizer, [Request(prompt, [0])], Sampling(40), [])  # fmt: skip
     middle = next(
@@ -276,26 +282,29 @@ def test_adapters_apply_while_they_are_on(make_model, prompts, tiny_tokenizer):
     assert want_on != want_off
     policy = Policy(lora(make_model("Llama")))
     for engine in (CachedEngine(), GenerateEngine()):
-        greedy = lambda engine=engine: engine.generate(
-            policy, tiny_tokenizer, requests(prompts, 1), Sampling(12, temperature=0), []
-        )  # noqa: E501, E731
-        assert [group[0] for group in ids(greedy())] == want_on
+
+        def greedy(engine=engine):
+            got = engine.generate(policy, tiny_tokenizer, requests(prompts, 1), Sampling(12, temperature=0), [])
+            return [group[0] for group in ids(got)]
+
+        assert greedy() == want_on
         with policy.model.disable_adapter():
-            assert [group[0] for group in ids(greedy())] == want_off
-        assert [group[0] for group in ids(greedy())] == want_on
+            assert greedy() == want_off
+        assert greedy() == want_on
 
 
 def state_of(policy):
-    modules = {name: (m.training, getattr(getattr(m, "config", None), "_attn_implementation", None))
-               for name, m in policy.named_modules()}  # fmt: skip
-    tensors = {
-        n: (t.requires_grad, t.is_inference(), t.clone())
-        for n, t in [*policy.named_parameters(), *policy.named_buffers()]
-    }
-    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in policy.modules())
-    rng = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
-    checkpointing = [getattr(m, "gradient_checkpointing", None) for m in policy.modules()]
-    return modules, tensors, hooks, rng, checkpointing, policy.transformer.generation_config.to_dict()
+    """All that a rollout might leave changed."""
+    tensors = [*policy.named_parameters(), *policy.named_buffers()]
+    return dict(
+        modes={name: m.training for name, m in policy.named_modules()},
+        attention=[getattr(m.config, "_attn_implementation", None) for m in policy.modules() if hasattr(m, "config")],
+        checkpointing=[getattr(m, "gradient_checkpointing", None) for m in policy.modules()],
+        hooks=[len(m._forward_pre_hooks) + len(m._forward_hooks) for m in policy.modules()],
+        tensors={name: (id(t), t.requires_grad, t.is_inference(), t.tolist()) for name, t in tensors},
+        generation=policy.transformer.generation_config.to_dict(),
+        rng=(torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+    )
 
 
 @pytest.mark.parametrize("engine", [CachedEngine(max_rows=2), GenerateEngine()], ids=lambda e: type(e).__name__)
@@ -327,11 +336,8 @@ def test_the_policy_stays_as_it_was(engine, fails, family, make_model, prompts, 
         engine.generate(policy, tiny_tokenizer, requests(prompts), Sampling(8), [1])
     monkeypatch.undo()
     after = state_of(policy)
-    torch.testing.assert_close(after, before, atol=0, rtol=0)
-    # and it can still learn
-    batch = torch.tensor([prompts[3]])
-    policy.transformer(input_ids=batch, labels=batch, use_cache=False).loss.backward() if family == "Bloom" else None
-    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
+    for part, was in before.items():
+        assert after[part] == was, part
 
 
 def test_training_goes_on_after_rollouts_under_autocast(policy, prompts, tiny_tokenizer):

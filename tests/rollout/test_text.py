@@ -3,8 +3,8 @@
 import random
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.rollout.text import TextStream, decode
 
 TEXT = "The quick 狐狸 jumps 🦊🦊 over. 你好，请问北京在哪里？ naïve e\u0301 <end>"
@@ -25,7 +25,7 @@ def stream(tokenizer, ids, stops=()):
 def tokenizer(request, tiny_tokenizer):
     if request.param == "bytes":
         return tiny_tokenizer
-    return load_tokenizer(request.getfixturevalue("assets") / "models" / "stories260K")
+    return PreTrainedTokenizerFast.from_pretrained(request.getfixturevalue("assets") / "models" / "stories260K")
 
 
 def test_pieces_add_up_without_half_characters(tokenizer):
