@@ -1,0 +1,46 @@
+"""A PPO run that is killed with SIGKILL at random moments, and resumed from its last checkpoint each time.
+
+    python run_killed.py MODEL_DIR OUT_DIR KILLS '{"lora": true, ...}'
+
+What takes long to import is imported once; each life of the run is a fork of this process. Prints how many were killed.
+"""
+
+import json
+import multiprocessing
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from run_ppo import run
+
+
+def last(out):
+    """The newest checkpoint."""
+    return max(out.glob("step*.ckpt"), key=lambda path: int(path.stem[4:]), default=None)
+
+
+def main(model_dir, out, kills, options):
+    draw, killed = random.Random(0), 0
+    while not (out / "weights.pt").exists():
+        begun = last(out)
+        life = multiprocessing.get_context("fork").Process(
+            target=run, args=(model_dir, out), kwargs={**options, "ckpt": begun}
+        )
+        life.start()
+        if killed < kills:
+            while life.is_alive() and last(out) == begun:
+                time.sleep(0.005)  # an iteration on at least, so that it comes to an end
+            time.sleep(draw.uniform(0, 0.3))
+            life.kill()
+            killed += 1
+        life.join()
+        if life.exitcode not in (0, -9):
+            sys.exit("the run failed by itself")
+    print(killed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
