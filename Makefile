@@ -54,7 +54,7 @@ lint: $(VENV)/.test-installed ## ruff and mypy
 .PHONY: test
 test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint ## all that CI runs
 	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/python -m pytest tests --durations=15
-	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/python -m pytest tests/models tests/functional tests/data -m 'not slow'
+	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/python -m pytest tests/models tests/functional tests/data tests/rollout tests/rewards -m 'not slow'
 
 .PHONY: clean
 clean: ## remove the environments, caches and build output

@@ -112,7 +112,9 @@ class Session:
         try:
             self._admit()
             if not all(row.done for row in self._rows):
-                logits = self._decoder.decode([row.ids[-1] for row in self._rows], [row.position for row in self._rows])
+                # one that was cancelled before its first token runs its prompt's last again: its keys stay as they are
+                last = [(row.ids or row.prompt)[-1] for row in self._rows]
+                logits = self._decoder.decode(last, [row.position for row in self._rows])
                 self._accept(self._rows, logits)
             if not self.busy:
                 self._decoder.cache.free()

@@ -142,6 +142,27 @@ def test_a_closed_session_leaves_nobody_waiting_and_takes_no_more(policy, tiny_t
         session.submit(Request(prompts[0], [1]), Sampling(9), [])
 
 
+def test_one_that_leaves_before_its_first_token_harms_nobody(policy, tiny_tokenizer, prompts, monkeypatch):
+    """Between its admission and its first token another thread cancels it; others of its prompt go on from its keys."""
+    want = [alone(policy, tiny_tokenizer, Request(prompts[0], [i]), Sampling(8))[0] for i in (1, 2)]
+    with CachedEngine(max_rows=2).session(policy, tiny_tokenizer) as session:
+        left, stays = session.submit(Request(prompts[0], [0, 1]), Sampling(8), [])
+        start = session._start
+
+        def start_late(new):
+            left.cancel()
+            start(new)
+
+        monkeypatch.setattr(session, "_start", start_late)
+        session.step()
+        monkeypatch.undo()
+        (later,) = session.submit(Request(prompts[0], [2]), Sampling(8), [])
+        while session.busy:
+            session.step()
+    assert left.cancelled()
+    assert [stays.result().input_ids, later.result().input_ids] == want
+
+
 def test_coroutines_are_served_by_a_stepping_thread(policy, tiny_tokenizer, prompts):
     """What a server does: futures cross threads, and a client that leaves takes its row along."""
     want = [alone(policy, tiny_tokenizer, Request(p, [i]), Sampling(12))[0] for i, p in enumerate(prompts)]
