@@ -4,7 +4,12 @@
     python benchmarks/learning.py sft_stories260k --seeds 0
 
 Settings and seeds stand in this file and were committed before the runs that the README reports. Every finished run
-adds a line to ``benchmarks/results/learning.jsonl``; none is left out.
+adds a line to ``benchmarks/results/learning.jsonl``; none is left out. What is no number but a list, such as a curve,
+goes to a file of its own beside it.
+
+Studies of PPO report the mean score of completions of the validation prompts before and after, drawn by the same keys;
+and of the training completions the first iteration, in which the policy is still where it starts, beside the mean of
+the last five.
 """
 
 from __future__ import annotations
@@ -13,19 +18,34 @@ import argparse
 import importlib.resources
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 
-from lightning_rlhf import InstructionDataModule, LoRA, PreferenceDataModule, RewardModule, SaveOnInterrupt, SFTModule
+from lightning_rlhf import (
+    InstructionDataModule,
+    LoRA,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    Sampling,
+    SaveOnInterrupt,
+    SFTModule,
+)
 from lightning_rlhf.models.pretrained import obtain
+from lightning_rlhf.models.saving import COMPLETE, save_pretrained
+from lightning_rlhf.rewards import WeightedReward
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning.jsonl"
+RUNS = ROOT / "runs" / "learning"
 ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
 STORIES = ASSETS / "models" / "stories260K"
 
@@ -63,17 +83,25 @@ def _sft_stories(seed: int, epochs: int, max_steps: int) -> dict[str, Any]:
 
 def reward_stories260k(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """stories260K in full on pairs of its own samples, of which VADER finds one happier; 4 epochs, a fifth held out."""
+    return _reward_stories(seed, max_steps)[1]
+
+
+def _reward_stories(seed: int, max_steps: int) -> tuple[RewardModule, dict[str, Any]]:
     module = RewardModule(
         STORIES,
         chat_template="plain",
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01),
     )
     data = PreferenceDataModule(_happier(seed, pairs=3000), batch_size=64, val_fraction=0.2, seed=seed)
-    return _held_out(module, data, epochs=4, max_steps=max_steps)
+    return module, _held_out(module, data, epochs=4, max_steps=max_steps)
 
 
 def reward_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """SmolLM2-135M-Instruct by LoRA on 40 x 8 real preferences up to 384 tokens; 15 % held out by first user turn."""
+    return _reward_smollm2(seed, max_steps)[1]
+
+
+def _reward_smollm2(seed: int, max_steps: int) -> tuple[RewardModule, dict[str, Any]]:
     module = RewardModule(
         obtain("smollm2-135m-instruct"),
         lora=LoRA(r=16, alpha=32),
@@ -81,7 +109,120 @@ def reward_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
     )
     real = str(ASSETS / "data" / "preference.jsonl")
     data = PreferenceDataModule(real, batch_size=16, max_length=384, on_bad_row="skip", val_fraction=0.15, seed=seed)
-    return _held_out(module, data, epochs=1, max_steps=40 if max_steps < 0 else max_steps)
+    return module, _held_out(module, data, epochs=1, max_steps=40 if max_steps < 0 else max_steps)
+
+
+def ppo_stories260k(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """stories260K in full, 48 new tokens to each of 60 openings, 4 times, made happier by VADER's score; 40 steps."""
+    return _ppo_stories(seed, happiness, max_steps)[0]
+
+
+def ppo_stories260k_large_kl(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """Control: the same with kl_coef 10 leaves the policy where it was."""
+    return _ppo_stories(seed, happiness, max_steps, kl_coef=10.0)[0]
+
+
+def ppo_stories260k_constant(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """Control: the same with a constant reward leaves the policy where it was."""
+    return _ppo_stories(seed, constant, max_steps)[0]
+
+
+def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """The same against the model of reward_stories260k, for long and on a loose rein; VADER's score is the gold one."""
+    module, learned = _reward_stories(seed, max_steps)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(module.exportable.model, module.tokenizer, Path(folder) / "proxy")
+        reward = [
+            WeightedReward(str(Path(folder) / "proxy"), 1.0, "proxy"),
+            WeightedReward(happiness, 0.0, "gold"),  # looked at, not learned from
+        ]
+        found, curve = _ppo_stories(seed, reward, max_steps, steps=150, kl_coef=0.01, scale_scores=True)
+    gold = smooth([point["gold"] for point in curve])
+    peak = max(range(len(gold)), key=gold.__getitem__)
+    return {
+        "reward model accuracy": learned["accuracy after"],
+        **found,
+        "gold first": curve[0]["gold"],
+        "gold peak": gold[peak],
+        "KL at gold peak": smooth([point["kl"] for point in curve])[peak],
+        "gold last": gold[-1],
+        "over_optimisation": curve,
+    }
+
+
+def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """SmolLM2-135M-Instruct, LoRA on one backbone, against reward_smollm2's model; 12 x 24 real prompts x 32 tokens."""
+    reward = RUNS / f"reward_smollm2_{seed}"
+    if not (reward / COMPLETE).is_file():  # trained once a seed
+        trained, _ = _reward_smollm2(seed, max_steps)
+        save_pretrained(trained.exportable.model, trained.tokenizer, reward, adapter_only=True)
+    module = PPOModule(
+        obtain("smollm2-135m-instruct"),
+        str(reward),
+        critic=reward,
+        lora=LoRA(r=16, alpha=32),
+        sampling=Sampling(max_new_tokens=32),
+        epochs=4,
+        micro_batch_tokens=1024,
+        kl_coef=0.05,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        seed=seed,
+    )
+    real = str(ASSETS / "data" / "prompts.jsonl")
+    data = PromptDataModule(
+        real, max_length=128, on_bad_row="skip", batch_size=24, val_fraction=0.1, eval_batch_size=24, seed=seed
+    )
+    found, curve = _ppo(module, data, 12 if max_steps < 0 else max_steps)
+    return {**found, "samples": curve}
+
+
+def _ppo_stories(
+    seed: int,
+    reward: Callable[..., Sequence[float]] | list[WeightedReward],
+    max_steps: int,
+    steps: int = 40,
+    kl_coef: float = 0.02,
+    scale_scores: bool = False,
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    module = PPOModule(
+        STORIES,
+        reward,
+        chat_template="plain",
+        sampling=Sampling(max_new_tokens=48),
+        samples_per_prompt=4,
+        epochs=4,
+        micro_batch_tokens=8192,
+        kl_coef=kl_coef,
+        scale_scores=scale_scores,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        seed=seed,
+    )
+    rows = [{"prompt": opening} for opening in OPENINGS]
+    data = PromptDataModule(rows, val=rows, as_text=True, batch_size=len(rows), eval_batch_size=len(rows), seed=seed)
+    return _ppo(module, data, steps if max_steps < 0 else max_steps)
+
+
+def happiness(prompts: list[str], completions: list[str]) -> list[float]:
+    """The sentiment of each completion by VADER, from -1 to 1."""
+    return [_judge().polarity_scores(text)["compound"] for text in completions]
+
+
+def constant(prompts: list[str], completions: list[str]) -> list[float]:
+    """The same score for all."""
+    return [1.0] * len(completions)
+
+
+@cache
+def _judge() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
+    """Means over each value and so many neighbours on both sides."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 OPENINGS = [
@@ -105,10 +246,8 @@ OPENINGS = [
 def _happier(seed: int, pairs: int) -> list[dict[str, str]]:
     """Pairs of samples of 48 tokens that open alike, whose sentiments differ by at least 0.2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
-    judge = SentimentIntensityAnalyzer()
     torch.manual_seed(seed)
     rows: list[dict[str, str]] = []
     while len(rows) < pairs:
@@ -119,9 +258,8 @@ def _happier(seed: int, pairs: int) -> list[dict[str, str]]:
             )
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for one, other in zip(texts[::2], texts[1::2], strict=True):
-                chosen, rejected = sorted((one, other), key=lambda t: -judge.polarity_scores(t)["compound"])
-                apart = judge.polarity_scores(chosen)["compound"] - judge.polarity_scores(rejected)["compound"]
-                if apart >= 0.2 and rejected.strip():
+                (low, rejected), (high, chosen) = sorted(zip(happiness([], [one, other]), (one, other), strict=True))
+                if high - low >= 0.2 and rejected.strip():
                     # numbered openings: the split goes by them, and pairs must not all fall on one side
                     rows.append({"prompt": f"{len(rows)}. {opening}", "chosen": chosen, "rejected": rejected})
     return rows[:pairs]
@@ -133,16 +271,49 @@ def _held_out(
     epochs: int,
     max_steps: int,
 ) -> dict[str, Any]:
-    """Trains between two measurements of what validation logs."""
+    """Trains by epochs."""
+    steps, before, after = _train(module, data, max_epochs=epochs, max_steps=max_steps, gradient_clip_val=1.0)
+    fixed = [name for name in before if name in ("length_accuracy", "matched_pairs")]
+    return {"steps": steps, **{n: after[n] for n in fixed}, **_beside(before, after, fixed)}
+
+
+def _ppo(module: PPOModule, data: PromptDataModule, steps: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Trains by iterations; what was found, and the curve."""
+    curve = Curve()
+    _, before, after = _train(module, data, max_steps=steps, callbacks=[curve])
+    ends = {name: [p[name] for p in curve.points[-5:]] for name in ("score", "kl", "length_mean")}
+    first = curve.points[0]
+    found: dict[str, Any] = {"steps": len(curve.points), **_beside(before, after)}
+    for name, last in ends.items():
+        found |= {f"train {name} first": first[name], f"train {name} last 5": sum(last) / len(last)}
+    return found, curve.points
+
+
+class Curve(L.Callback):
+    """Keeps what is logged of each iteration, and the mean scores of a reward's parts.
+
+    Attributes:
+        points: One an iteration.
+    """
+
+    names = ("score", "kl", "length_mean", "entropy", "approx_kl", "explained_variance")
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """An iteration is done."""
+        logged: Any = trainer.callback_metrics
+        names = {name: name for name in self.names} | {f"score/{name}": name for name in pl_module.reward.names}
+        self.points.append({short: logged[f"train/{name}"].item() for name, short in names.items()})
+
+
+def _train(
+    module: L.LightningModule, data: L.LightningDataModule, **settings: Any
+) -> tuple[int, dict[str, float], dict[str, float]]:
+    """Trains between two measurements of what validation logs; steps, before, after."""
     quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        max_steps=max_steps,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        default_root_dir=ROOT / "runs" / "learning",
-        **quiet,
-    )
+    trainer = L.Trainer(limit_val_batches=0, default_root_dir=RUNS, **settings, **quiet)
 
     def measure() -> dict[str, float]:
         # a Trainer of its own: the training one is told to validate nothing
@@ -153,16 +324,29 @@ def _held_out(
     trainer.fit(module, data)
     if any(isinstance(c, SaveOnInterrupt) and c.interrupted for c in trainer.callbacks):
         raise SystemExit("Interrupted: a run cut short is no result.")
-    after = measure()
-    fixed = [name for name in before if name in ("length_accuracy", "matched_pairs")]
-    shown = {
-        f"{n} {when}": v[n] for n in before if n not in fixed for when, v in (("before", before), ("after", after))
-    }
-    return {"steps": trainer.global_step, **{n: after[n] for n in fixed}, **shown}
+    return trainer.global_step, before, measure()
+
+
+def _beside(before: dict[str, float], after: dict[str, float], fixed: Sequence[str] = ()) -> dict[str, float]:
+    """Each measure before and after."""
+    names = [name for name in before if name not in fixed]
+    return {f"{name} {when}": v[name] for name in names for when, v in (("before", before), ("after", after))}
 
 
 STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (sft_smollm2, sft_stories260k, sft_stories260k_short, reward_stories260k, reward_smollm2)
+    f.__name__: f
+    for f in (
+        sft_smollm2,
+        sft_stories260k,
+        sft_stories260k_short,
+        reward_stories260k,
+        reward_smollm2,
+        ppo_stories260k,
+        ppo_stories260k_large_kl,
+        ppo_stories260k_constant,
+        ppo_stories260k_proxy,
+        ppo_smollm2,
+    )
 }
 
 
