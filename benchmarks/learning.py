@@ -46,6 +46,7 @@ from lightning_rlhf.rewards import WeightedReward
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning.jsonl"
 RUNS = ROOT / "runs" / "learning"
+QUIET: dict[str, Any] = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
 ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
 STORIES = ASSETS / "models" / "stories260K"
 
@@ -113,7 +114,7 @@ def _reward_smollm2(seed: int, max_steps: int) -> tuple[RewardModule, dict[str, 
 
 
 def ppo_stories260k(seed: int, max_steps: int = -1) -> dict[str, Any]:
-    """stories260K in full, 48 new tokens to each of 60 openings, 4 times, made happier by VADER's score; 40 steps."""
+    """stories260K in full, 2 completions of 48 tokens for each of 60 openings, scored by VADER; 30 iterations."""
     return _ppo_stories(seed, happiness, max_steps)[0]
 
 
@@ -123,65 +124,81 @@ def ppo_stories260k_large_kl(seed: int, max_steps: int = -1) -> dict[str, Any]:
 
 
 def ppo_stories260k_constant(seed: int, max_steps: int = -1) -> dict[str, Any]:
-    """Control: the same with a constant reward leaves the policy where it was."""
-    return _ppo_stories(seed, constant, max_steps)[0]
+    """Control: the same with a constant reward leaves the policy where it was; VADER's score is looked at alone."""
+    return _ppo_stories(seed, [WeightedReward(constant), WeightedReward(happiness, 0.0, "gold")], max_steps)[0]
 
 
 def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
-    """The same against the model of reward_stories260k, for long and on a loose rein; VADER's score is the gold one."""
+    """The same against reward_stories260k's model, 80 iterations on a loose rein; VADER's score is the gold one.
+
+    What neither of them sees is written down too: the share of a completion's words that are distinct.
+    """
     module, learned = _reward_stories(seed, max_steps)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(module.exportable.model, module.tokenizer, Path(folder) / "proxy")
         reward = [
             WeightedReward(str(Path(folder) / "proxy"), 1.0, "proxy"),
-            WeightedReward(happiness, 0.0, "gold"),  # looked at, not learned from
+            WeightedReward(happiness, 0.0, "gold"),  # this and the next are looked at, not learned from
+            WeightedReward(variety, 0.0, "variety"),
         ]
-        found, curve = _ppo_stories(seed, reward, max_steps, steps=150, kl_coef=0.01, scale_scores=True)
-    gold = smooth([point["gold"] for point in curve])
-    peak = max(range(len(gold)), key=gold.__getitem__)
+        found, curve = _ppo_stories(seed, reward, max_steps, steps=80, lr=3e-4, kl_coef=0.002, scale_scores=True)
+    kl, gold = turning_point(curve)
     return {
         "reward model accuracy": learned["accuracy after"],
         **found,
-        "gold first": curve[0]["gold"],
-        "gold peak": gold[peak],
-        "KL at gold peak": smooth([point["kl"] for point in curve])[peak],
-        "gold last": gold[-1],
+        "gold peak": gold,
+        "KL at gold peak": kl,
         "over_optimisation": curve,
     }
 
 
 def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """SmolLM2-135M-Instruct, LoRA on one backbone, against reward_smollm2's model; 12 x 24 real prompts x 32 tokens."""
-    reward = RUNS / f"reward_smollm2_{seed}"
-    if not (reward / COMPLETE).is_file():  # trained once a seed
-        trained, _ = _reward_smollm2(seed, max_steps)
-        save_pretrained(trained.exportable.model, trained.tokenizer, reward, adapter_only=True)
-    module = PPOModule(
-        obtain("smollm2-135m-instruct"),
-        str(reward),
-        critic=reward,
-        lora=LoRA(r=16, alpha=32),
-        sampling=Sampling(max_new_tokens=32),
-        epochs=4,
-        micro_batch_tokens=1024,
-        kl_coef=0.05,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
-        seed=seed,
-    )
-    real = str(ASSETS / "data" / "prompts.jsonl")
-    data = PromptDataModule(
-        real, max_length=128, on_bad_row="skip", batch_size=24, val_fraction=0.1, eval_batch_size=24, seed=seed
-    )
-    found, curve = _ppo(module, data, 12 if max_steps < 0 else max_steps)
-    return {**found, "samples": curve}
+    with tempfile.TemporaryDirectory() as scratch:  # what was cut short must not be taken for a trained one
+        reward = (RUNS if max_steps < 0 else Path(scratch)) / f"reward_smollm2_{seed}"
+        if not (reward / COMPLETE).is_file():  # trained once a seed
+            trained, _ = _reward_smollm2(seed, max_steps)
+            save_pretrained(trained.exportable.model, trained.tokenizer, reward, adapter_only=True)
+        L.seed_everything(seed, verbose=False)  # whether it was trained now or before
+        module = PPOModule(
+            obtain("smollm2-135m-instruct"),
+            str(reward),
+            critic=reward,
+            lora=LoRA(r=16, alpha=32),
+            sampling=Sampling(max_new_tokens=32),
+            epochs=4,
+            micro_batch_tokens=1024,
+            kl_coef=0.05,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+            seed=seed,
+        )
+        data = PromptDataModule(
+            str(ASSETS / "data" / "prompts.jsonl"),
+            predict=[{"prompt": question} for question in QUESTIONS],
+            max_length=128,
+            on_bad_row="skip",
+            batch_size=24,
+            val_fraction=0.1,
+            seed=seed,
+        )
+
+        def answers() -> list[str]:
+            batches: Any = L.Trainer(**QUIET).predict(module, data)
+            return [record["completion"] for batch in batches for record in batch]
+
+        before = answers()
+        found = _ppo(module, data, 12 if max_steps < 0 else max_steps)[0]
+        table = zip(QUESTIONS, before, answers(), strict=True)
+    return {**found, "samples": [{"prompt": q, "before": one, "after": other} for q, one, other in table]}
 
 
 def _ppo_stories(
     seed: int,
     reward: Callable[..., Sequence[float]] | list[WeightedReward],
     max_steps: int,
-    steps: int = 40,
-    kl_coef: float = 0.02,
+    steps: int = 30,
+    lr: float = 1.5e-4,
+    kl_coef: float = 0.03,
     scale_scores: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     module = PPOModule(
@@ -189,12 +206,15 @@ def _ppo_stories(
         reward,
         chat_template="plain",
         sampling=Sampling(max_new_tokens=48),
-        samples_per_prompt=4,
+        samples_per_prompt=2,
         epochs=4,
         micro_batch_tokens=8192,
         kl_coef=kl_coef,
+        clip_value=None,
+        lam=1.0,  # of a constant reward nothing is left, once its advantages are whitened
         scale_scores=scale_scores,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        critic_lr=1e-3,
         seed=seed,
     )
     rows = [{"prompt": opening} for opening in OPENINGS]
@@ -205,6 +225,12 @@ def _ppo_stories(
 def happiness(prompts: list[str], completions: list[str]) -> list[float]:
     """The sentiment of each completion by VADER, from -1 to 1."""
     return [_judge().polarity_scores(text)["compound"] for text in completions]
+
+
+def variety(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of each completion's words that are distinct: low where it says the same again and again."""
+    words = [text.lower().split() for text in completions]
+    return [len(set(each)) / max(1, len(each)) for each in words]
 
 
 def constant(prompts: list[str], completions: list[str]) -> list[float]:
@@ -225,6 +251,13 @@ def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def turning_point(curve: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """KL and gold score, both smoothed, where the gold score is highest."""
+    kl, gold = (smooth([point[name] for point in curve]) for name in ("kl", "gold"))
+    best = max(range(len(gold)), key=gold.__getitem__)
+    return kl[best], gold[best]
+
+
 OPENINGS = [
     f"{start} {who}"
     for start in ("Once upon a time,", "One day,", "Yesterday,", "In the morning,", "At night,", "After lunch,")
@@ -240,6 +273,14 @@ OPENINGS = [
         "the old man",
         "a bird",
     )
+]
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "How can I sleep better?",
+    "Explain in one sentence why the sky is blue.",
 ]
 
 
@@ -281,11 +322,10 @@ def _ppo(module: PPOModule, data: PromptDataModule, steps: int) -> tuple[dict[st
     """Trains by iterations; what was found, and the curve."""
     curve = Curve()
     _, before, after = _train(module, data, max_steps=steps, callbacks=[curve])
-    ends = {name: [p[name] for p in curve.points[-5:]] for name in ("score", "kl", "length_mean")}
-    first = curve.points[0]
+    first, last = curve.points[0], curve.points[-5:]
     found: dict[str, Any] = {"steps": len(curve.points), **_beside(before, after)}
-    for name, last in ends.items():
-        found |= {f"train {name} first": first[name], f"train {name} last 5": sum(last) / len(last)}
+    for name in ("score", "kl", "length_mean", *module.reward.names):
+        found |= {f"train {name} first": first[name], f"train {name} last 5": sum(p[name] for p in last) / len(last)}
     return found, curve.points
 
 
@@ -312,12 +352,11 @@ def _train(
     module: L.LightningModule, data: L.LightningDataModule, **settings: Any
 ) -> tuple[int, dict[str, float], dict[str, float]]:
     """Trains between two measurements of what validation logs; steps, before, after."""
-    quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-    trainer = L.Trainer(limit_val_batches=0, default_root_dir=RUNS, **settings, **quiet)
+    trainer = L.Trainer(limit_val_batches=0, default_root_dir=RUNS, **settings, **QUIET)
 
     def measure() -> dict[str, float]:
         # a Trainer of its own: the training one is told to validate nothing
-        found = L.Trainer(**quiet).validate(module, data, verbose=False)[0]
+        found = L.Trainer(**QUIET).validate(module, data, verbose=False)[0]
         return {name.removeprefix("val/"): value for name, value in found.items()}
 
     before = measure()
@@ -350,6 +389,17 @@ STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def record(study: str, row: dict[str, Any]) -> None:
+    """Adds a run's numbers to the results, and each list to the file of its name."""
+    parts = {RESULTS: {name: value for name, value in row.items() if not isinstance(value, list)}}
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    parts |= {RESULTS.with_name(f"{name}.jsonl"): {"seed": row["seed"], name: value} for name, value in lists.items()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    for path, part in parts.items():
+        with path.open("a") as file:
+            file.write(json.dumps({"study": study, **part}) + "\n")
+
+
 def main() -> None:
     """Runs a study for each seed, and prints every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,12 +414,11 @@ def main() -> None:
         L.seed_everything(seed, verbose=False)
         began = time.process_time()
         found = study(seed, options.max_steps)
-        rows.append({"seed": seed, **found, "CPU seconds": time.process_time() - began})
-        print(json.dumps(rows[-1]), flush=True)
+        row = {"seed": seed, **found, "CPU seconds": time.process_time() - began}
         if options.max_steps < 0:
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"study": options.study, **rows[-1]}) + "\n")
+            record(options.study, row)
+        rows.append({name: value for name, value in row.items() if not isinstance(value, list)})
+        print(json.dumps(rows[-1]), flush=True)
     print(f"\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in row.values())} |")

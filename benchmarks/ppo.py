@@ -89,11 +89,6 @@ class Task(NamedTuple):
         """Of the warm-up too."""
         return self.options.warmup + self.options.steps
 
-    @property
-    def tokens(self) -> int:
-        """Of a step, prompts counted."""
-        return int(self.options.completions * (self.options.length + self.options.new))
-
 
 def make_task(options: argparse.Namespace, folder: Path) -> Task:
     tokenizer = word_tokenizer(options.vocab_size)
@@ -117,15 +112,17 @@ def make_task(options: argparse.Namespace, folder: Path) -> Task:
 class Watch(common.Watch):
     """Reads a meter from inside our Trainer, an iteration a step."""
 
-    def __init__(self, meter: Meter, tokens: int) -> None:
-        super().__init__(meter)
-        self.tokens = tokens
+    def __init__(self, task: Task) -> None:
+        super().__init__(task.meter)
+        self.options = task.options
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """An iteration is done; its mean score stands for a loss."""
-        self.meter.step(self.tokens, trainer.callback_metrics["train/score"])
+        found = trainer.callback_metrics
+        tokens = self.options.completions * (self.options.length + found["train/length_mean"].item())
+        self.meter.step(round(tokens), found["train/score"])
 
 
 def run_ours(task: Task, lora: LoRA | None = None) -> None:
@@ -159,7 +156,7 @@ def run_ours(task: Task, lora: LoRA | None = None) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=task.steps,
-        callbacks=[Watch(task.meter, task.tokens)],
+        callbacks=[Watch(task)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -174,13 +171,14 @@ def run_trl(task: Task) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     options, meter = task.options, task.meter
+    tokens = options.completions * (options.length + options.new)
 
     class WatchTRL(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             meter.ready()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            meter.step(task.tokens, torch.tensor(trainer.score))
+            meter.step(tokens, torch.tensor(trainer.score))
 
     class Watched(PPOTrainer):
         score: float
@@ -293,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(options)
         return
-    if "trl" in options.contestants and importlib.util.find_spec("trl.experimental.ppo") is None:
+    places = ("trl", "trl.experimental.ppo")
+    if "trl" in options.contestants and not all(map(importlib.util.find_spec, places)):
         sys.exit("There is no TRL with PPO here: pip install 'trl==1.12.0', or choose --contestants ours ours-lora.")
     passed = ["steps", "warmup", "completions", "length", "new", "vocab_size", "width", "layers"]
     flags = [part for name in passed for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]

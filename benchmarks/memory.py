@@ -1,0 +1,267 @@
+"""Memory of PPO on a shared backbone, beside supervised fine-tuning of the same model with the same adapters.
+
+    pip install -e .
+    python benchmarks/memory.py                                  # a random Llama
+    python benchmarks/memory.py --model smollm2-135m-instruct    # SmolLM2, fetched once
+
+All have the same backbone in fp32 under LoRA of rank 16 on all linear layers, rows of the same length and micro-batches
+of the same size; an iteration of PPO holds more than one. Each is measured in a process of its own, on one thread:
+"extra MiB" is the most resident memory during the steps above that with models and optimizers made, "all MiB" the same
+above that of the process with its libraries loaded, models and optimizers counted. glibc is told to give large blocks
+back when they are freed, for all alike: left to itself it keeps holes between them, and what is resident after several
+passes is twice what is alive (set MALLOC_MMAP_THRESHOLD_ to see so).
+
+Contestants:
+    sft         a step of SFTModule
+    ppo         an iteration of PPOModule with the shared backbone: sampling, scoring by a function, updates
+    ppo-reward  the same with scores by a reward model that was trained as an adapter of the same backbone
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common
+import lightning.pytorch as L
+import torch
+from common import Meter
+from sft import word_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf import InstructionDataModule, LoRA, PPOModule, PromptDataModule, RewardModule, Sampling, SFTModule
+from lightning_rlhf.data.templates import set_chat_template
+from lightning_rlhf.models import load_tokenizer
+from lightning_rlhf.models.pretrained import obtain
+from lightning_rlhf.models.saving import save_pretrained
+
+SFT = "sft"
+GOAL = 1.4
+"""PPO should need at most so many times the extra memory of supervised fine-tuning."""
+COLUMNS = ("contestant", "extra MiB", "of SFT's", "all MiB", "of SFT's", "goal")
+
+# ---------------------------------------------------------------------------------------------- what they train on
+
+
+class Task(NamedTuple):
+    """The same for every contestant.
+
+    Attributes:
+        model: Directory of the backbone, with its tokenizer.
+        rows: Prompts and answers, as many as an iteration has.
+        settings: Of every module.
+    """
+
+    model: Path
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[dict[str, str]]
+    settings: dict[str, Any]
+    folder: Path
+    options: argparse.Namespace
+    meter: Meter
+
+    def texts(self) -> InstructionDataModule:
+        """The rows, a micro-batch a step."""
+        return InstructionDataModule(
+            self.rows,
+            batch_size=self.options.rows,
+            val_fraction=0.0,
+            cache_dir=self.folder / "cache",
+            tokenizer=self.tokenizer,
+        )
+
+    def micro_batch_tokens(self) -> int:
+        """Of the largest step of fine-tuning."""
+        data = self.texts()
+        data.setup("fit")
+        return max(batch.num_tokens for batch in data.train_dataloader())
+
+
+def make_task(options: argparse.Namespace, folder: Path, meter: Meter) -> Task:
+    if options.model is None:
+        model = folder / "model"
+        tokenizer: PreTrainedTokenizerBase = word_tokenizer(options.vocab_size)
+        set_chat_template(tokenizer, "plain")
+        config = common.llama_config(len(tokenizer), options.width, options.layers, heads=8)
+        common.random_llama(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        words = [f"w{i}" for i in range(2, options.vocab_size)]
+    else:
+        model = Path(obtain(options.model, report=lambda line: print(line, file=sys.stderr)))
+        tokenizer = load_tokenizer(model)
+        words = sorted(w[1:] for w in tokenizer.get_vocab() if w[0] == "Ġ" and w[1:].isascii() and w[1:].isalpha())
+    draw = random.Random(0)
+
+    def text(tokens: int) -> str:
+        return "".join(f" {word}" for word in draw.choices(words, k=tokens))
+
+    count = options.rows * options.micro_batches
+    rows = [{"prompt": text(options.length), "completion": text(options.new - 1)} for _ in range(count)]
+    settings = dict(lora=LoRA(r=16, alpha=32), optimizer=common.adamw, lr_scheduler=common.constant)
+    return Task(model, tokenizer, rows, settings, folder, options, meter)
+
+
+# ---------------------------------------------------------------------------------------------- contestants
+
+
+class Watch(common.Watch):
+    """Reads a meter from inside our Trainer; of an iteration the score stands for a loss."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """An iteration is done."""
+        self.meter.step(1, trainer.callback_metrics["train/score"])
+
+
+def run_sft(task: Task) -> None:
+    module = SFTModule(task.model, task.tokenizer, **task.settings)
+    common.fit_ours(module, task.texts(), task.options.steps, task.meter)
+
+
+def run_ppo(task: Task, reward: Any) -> None:
+    options = task.options
+    module = PPOModule(
+        task.model,
+        reward,
+        tokenizer=task.tokenizer,
+        sampling=Sampling(max_new_tokens=options.new, min_new_tokens=options.new),
+        epochs=1,
+        micro_batch_tokens=task.micro_batch_tokens(),
+        **task.settings,
+    )
+    data = PromptDataModule(
+        [{"prompt": row["prompt"]} for row in task.rows],
+        batch_size=len(task.rows),
+        val_fraction=0.0,
+        cache_dir=task.folder / "cache",
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=options.steps,
+        callbacks=[Watch(task.meter)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, data)
+
+
+def first_letters(prompts: list[Any], completions: list[str]) -> list[float]:
+    """Scores that take no memory."""
+    return [float(sum(map(ord, text[:2]))) for text in completions]
+
+
+def make_reward_adapter(task: Task) -> None:
+    """Leaves an untrained reward model's adapter."""
+    module = RewardModule(task.model, task.tokenizer, **task.settings)
+    module.configure_model()
+    save_pretrained(module.exportable.model, task.tokenizer, task.folder / "reward", adapter_only=True)
+
+
+CONTESTANTS: dict[str, Callable[[Task], None]] = {
+    SFT: run_sft,
+    "ppo": lambda task: run_ppo(task, first_letters),
+    "ppo-reward": lambda task: run_ppo(task, str(task.folder / "reward")),
+}
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+class FromStart(Meter):
+    """Counts models and optimizers too: its base is what the process holds when it is made."""
+
+    def __init__(self, warmup: int) -> None:
+        super().__init__(warmup)
+        super().ready()
+        self.start_mib = self.base_mib
+
+    def ready(self) -> None:
+        """Forgets the peak of loading."""
+        super().ready()
+        self.base_mib = self.start_mib
+
+
+def rows(extra: Mapping[str, list[Meter]], whole: Mapping[str, list[Meter]]) -> list[list[str]]:
+    """Rows of the table: medians, and where PPO needs too much."""
+
+    def medians(found: Mapping[str, list[Meter]]) -> dict[str, float]:
+        return {name: statistics.median(m.extra_mib for m in meters) for name, meters in found.items()}
+
+    steps, everything = medians(extra), medians(whole)
+    lines = []
+    for name in steps:
+        line = [name, f"{steps[name]:,.0f}", "", f"{everything[name]:,.0f}", "", ""]
+        if name != SFT:
+            ratio = steps[name] / steps[SFT]
+            line[2], line[4] = f"{ratio:.2f}x", f"{everything[name] / everything[SFT]:.2f}x"
+            line[5] = f"{GOAL}x " + ("met" if ratio <= GOAL else f"over by {ratio - GOAL:.2f}x")
+        lines.append(line)
+    return lines
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder, or smollm2-135m-instruct, fetched once; default a random Llama")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2, help="or iterations of a round, at least 2")
+    parser.add_argument("--rows", type=int, default=8, help="of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of an iteration")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--vocab-size", type=int, default=32_000, help="of the random Llama")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--from-start", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if SFT not in options.contestants:
+        parser.error(f"--contestants must have {SFT}, which the others are measured by.")
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first is the warm-up.")
+    return options
+
+
+def work(options: argparse.Namespace) -> None:
+    """One measurement, in this process."""
+    torch.set_num_threads(1)
+    meter = FromStart(1) if options.from_start else Meter(1)
+    with tempfile.TemporaryDirectory() as folder:
+        task = make_task(options, Path(folder), meter)
+        if options.worker == "ppo-reward":
+            make_reward_adapter(task)
+        CONTESTANTS[options.worker](task)
+    task.meter.finish()
+    common.report(task.meter)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, and prints the table."""
+    options = parse(arguments)
+    if options.worker:
+        work(options)
+        return
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**16))  # of the workers
+    passed = ["model", "steps", "rows", "micro_batches", "length", "new", "vocab_size", "width", "layers"]
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in passed}
+    flags = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    extra, whole = (
+        common.alternate(__file__, options.contestants, options.rounds, [*flags, *more], "memory")
+        for more in ([], ["--from-start"])
+    )
+    print(common.markdown(rows(extra, whole), COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

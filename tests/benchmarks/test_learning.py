@@ -1,0 +1,177 @@
+"""The PPO studies at smoke size: what they report, where it goes, and the picture. Nothing learned is asserted."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TALKS = [f"Tell me of fox {i}." for i in range(30)]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def learning(tmp_path, tiny_model_dir, monkeypatch):
+    """The studies with a tiny model for both real ones, and results in a folder of the test's."""
+    module = load("learning")
+    monkeypatch.setattr(module, "STORIES", tiny_model_dir)
+    monkeypatch.setattr(module, "obtain", lambda name: tiny_model_dir)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / "learning.jsonl")
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(module, "ASSETS", tmp_path)
+    monkeypatch.setattr(module, "OPENINGS", module.OPENINGS[:3])
+    monkeypatch.setattr(module, "happiness", lambda prompts, completions: [float(len(set(c))) for c in completions])
+    pairs = [
+        {"prompt": f"{i}. {module.OPENINGS[i % 3]}", "chosen": "Hello, how are you?", "rejected": "The fox jumps."}
+        for i in range(10)
+    ]
+    monkeypatch.setattr(module, "_happier", lambda seed, pairs_wanted=0, **_: pairs)
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": [{"role": "user", "content": t}], "chosen": "Paris.", "rejected": "The dog"} for t in TALKS]
+    (tmp_path / "data" / "preference.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "data" / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in TALKS))
+    return module
+
+
+@pytest.fixture
+def made(learning, monkeypatch):
+    """The PPO modules of a study."""
+    found = []
+
+    class Kept(learning.PPOModule):
+        def on_train_start(self):
+            super().on_train_start()
+            found.append(self)
+
+    monkeypatch.setattr(learning, "PPOModule", Kept)
+    return found
+
+
+def test_stories(learning, made):
+    found = learning.ppo_stories260k(0, max_steps=2)
+    assert found["steps"] == 2
+    assert found["train kl first"] == pytest.approx(0, abs=1e-4), "the first samples are not the starting policy's"
+    assert found["train kl last 5"] != 0
+    assert {"score before", "score after", "length before", "length after", "train length_mean last 5"} <= found.keys()
+    (module,) = made
+    assert (module.shared, module.kl_coef, module.samples_per_prompt) == (False, 0.03, 2)
+
+
+def test_validation_draws_by_the_same_keys(learning, monkeypatch):
+    """With a rate of zero nothing changes, so that neither does what validation measures."""
+    adamw = learning.torch.optim.AdamW
+
+    def still(params, lr, **settings):
+        return adamw([{**group, "lr": 0.0} for group in params], lr=0.0, **settings)
+
+    monkeypatch.setattr(learning.torch.optim, "AdamW", still)
+    found = learning.ppo_stories260k(0, max_steps=1)
+    assert found["score before"] == found["score after"]
+
+
+def test_controls(learning, made):
+    learning.ppo_stories260k_large_kl(0, max_steps=1)
+    found = learning.ppo_stories260k_constant(0, max_steps=1)
+    large, constant = made
+    assert large.kl_coef == 10
+    assert constant.kl_coef == 0.03
+    assert found["train score first"] == found["train score last 5"] == 1
+    assert found["train gold first"] > 1, "the gold score is looked at"
+
+
+def test_proxy_beside_gold(learning, made, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["learning.py", "ppo_stories260k_proxy", "--seeds", "3"])
+    cut = learning.ppo_stories260k_proxy
+    monkeypatch.setitem(learning.STUDIES, "ppo_stories260k_proxy", lambda seed, _: cut(seed, 2))
+    learning.main()
+    rows = [json.loads(line) for line in learning.RESULTS.read_text().splitlines()]
+    assert [(row["study"], row["seed"]) for row in rows] == [("ppo_stories260k_proxy", 3)]
+    assert "over_optimisation" not in rows[0]
+    assert {"train gold first", "train proxy last 5", "gold peak", "KL at gold peak"} <= rows[0].keys()
+    curves = learning.RESULTS.with_name("over_optimisation.jsonl")
+    (run,) = map(json.loads, curves.read_text().splitlines())
+    assert len(run["over_optimisation"]) == 2
+    for point in run["over_optimisation"]:
+        assert point["proxy"] == pytest.approx(point["score"], abs=1e-5), "the gold score was learned from"
+        assert point["gold"] > 1
+        assert 0 < point["variety"] <= 1
+    assert "over_optimisation" not in capsys.readouterr().out.splitlines()[1]
+
+
+def test_picture(monkeypatch, tmp_path, capsys):
+    curve = [{"kl": float(i), "gold": -abs(i - 20) / 20, "proxy": float(i), "variety": 1.0} for i in range(40)]
+    late = [{**point, "gold": point["kl"]} for point in curve]
+    runs = [(0, late), (1, curve), (0, curve)]  # the last of a seed counts
+    lines = [json.dumps({"study": "proxy", "seed": seed, "over_optimisation": c}) for seed, c in runs]
+    (tmp_path / "curves.jsonl").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plots = load("plots")
+    pictures = []
+    for name in ("one.svg", "two.svg"):
+        plots.main(["--curves", str(tmp_path / "curves.jsonl"), "--image", str(tmp_path / "images" / name)])
+        pictures.append((tmp_path / "images" / name).read_text())
+    assert pictures[0].startswith("<?xml")
+    assert pictures[0] == pictures[1], "a run changes the file"
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [f"seed {i}: gold -1.00, -0.11 at 20.0 nats, -0.85 at the end" for i in (0, 1)]
+
+
+def test_smollm2_on_one_backbone(learning, made, tmp_path):
+    found = learning.ppo_smollm2(0, max_steps=2)
+    (module,) = made
+    assert module.policy.adapters.keys() == {"policy", "critic", "reward"}
+    assert [row["prompt"] for row in found["samples"]] == learning.QUESTIONS
+    assert all(isinstance(row["before"], str) and isinstance(row["after"], str) for row in found["samples"])
+    assert not (tmp_path / "runs" / "reward_smollm2_0").exists(), "a reward model that was cut short is kept"
+
+
+def test_reward_model_is_trained_once_a_seed(learning, made, tmp_path, monkeypatch):
+    train, trained = learning._reward_smollm2, []
+
+    def short(seed, max_steps):
+        trained.append(seed)
+        return train(seed, 1)
+
+    monkeypatch.setattr(learning, "_reward_smollm2", short)
+    monkeypatch.setattr(learning, "_ppo", lambda module, data, steps: ({"steps": steps}, []))
+    first, again = learning.ppo_smollm2(0), learning.ppo_smollm2(0)
+    assert trained == [0]
+    assert (tmp_path / "runs" / "reward_smollm2_0" / "adapter_config.json").exists()
+    assert first["steps"] == 12
+    assert first["samples"] == again["samples"], "it matters whether the reward model was trained now"
+
+
+def test_turning_point(learning):
+    gold = [0.0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    curve = [{"kl": float(i), "gold": value} for i, value in enumerate(gold)]
+    kl, best = learning.turning_point(curve)
+    assert kl == 8
+    assert best == pytest.approx(sum(gold[4:13]) / 9)
+    assert learning.smooth([1.0, 2.0, 6.0], reach=1) == [1.5, 3.0, 4.0]
+
+
+def test_lists_go_to_files_of_their_names(learning):
+    learning.record("study", {"seed": 1, "score": 0.5, "samples": [{"a": 1}]})
+    learning.record("study", {"seed": 2, "score": 0.25})
+    numbers = [json.loads(line) for line in learning.RESULTS.read_text().splitlines()]
+    assert numbers == [{"study": "study", "seed": 1, "score": 0.5}, {"study": "study", "seed": 2, "score": 0.25}]
+    samples = learning.RESULTS.with_name("samples.jsonl").read_text()
+    assert json.loads(samples) == {"study": "study", "seed": 1, "samples": [{"a": 1}]}
+
+
+def test_variety_is_of_words(learning):
+    assert learning.variety([], ["the dog and the cat", "happy happy Happy happy", ""]) == [0.8, 0.25, 0.0]
+
+
+def test_vader_scores_sentiment():
+    learning = load("learning")
+    sad, happy = learning.happiness([], ["She was sad and cried.", "She was so happy, she loved it!"])
+    assert sad < 0 < happy
