@@ -20,12 +20,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, RolloutEngine, Sampling, sample_key
-
-COLUMNS = ["prompt", "completion", "ended"]
-"""Of the tables that loggers get."""
 
 
 class SampleCompletions(L.Callback):
@@ -35,13 +33,15 @@ class SampleCompletions(L.Callback):
     MLflow, Comet), and always to ``samples.jsonl`` under the Trainer's ``default_root_dir``. Training is not disturbed:
     sampling has a random generator of its own.
 
-    The module says what is shown: ``exportable``, which must be able to generate, and ``tokenizer``. Where the strategy
-    shards the model (FSDP) all ranks generate, elsewhere one.
+    The module says what is shown: ``exportable``, which must be able to generate, and ``tokenizer``; and where it has
+    ``appraise``, as PPO does, what stands beside the answers: score and KL. Where the strategy shards the model (FSDP)
+    all ranks generate, elsewhere one.
 
     Args:
         prompts: User turns or message lists; or a file: ``.txt`` with one prompt a line, or ``.jsonl`` and the other
             kinds that data modules read, with a column ``prompt`` (text or messages) or ``messages`` (whose last turn
-            is left out if it is an answer). None takes the data module's ``sample_prompts``.
+            is left out if it is an answer), and further ones for rewards that read them. None takes the data module's
+            ``sample_prompts``. With a data module's ``as_text`` they are texts that no chat template touches.
         num_prompts: How many of the data module's.
         max_new_tokens: Length limit of an answer.
         temperature: 0 is greedy; otherwise sampling is keyed by seed, step and prompt.
@@ -68,7 +68,7 @@ class SampleCompletions(L.Callback):
         self.prompts, self.num_prompts = prompts, num_prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.on_start, self.every_n_steps = on_start, every_n_steps
-        self._encoded: list[tuple[str, list[int]]] = []
+        self._prompts = PromptBatch([], [], (), {}, 0)
         self._last_step = -1
 
     # ------------------------------------------------------------------------------------------------- hooks
@@ -81,15 +81,20 @@ class SampleCompletions(L.Callback):
         """
         if stage != TrainerFn.FITTING:
             return
-        self._encoded, self._last_step = [], -1
-        for where, messages in self._find(trainer):
+        self._last_step = -1
+        encoded, messages, further = [], [], []
+        for where, prompt, columns in self._find(trainer):
             try:
-                ids = encode_prompt(pl_module.tokenizer, messages)
+                encoded.append(encode_prompt(pl_module.tokenizer, prompt))
             except TokenizeError as error:
                 raise BadRowError(where, error.kind, f"{error}.") from error
-            self._encoded.append((messages[-1]["content"], ids))
-        if not self._encoded:
+            messages.append(prompt)
+            further.append(columns)
+        if not encoded:
             raise ValueError("SampleCompletions: there are no prompts. Give prompts=[...] or a file of them.")
+        names = {name for columns in further for name in columns}
+        every = {name: [columns.get(name) for columns in further] for name in sorted(names)}
+        self._prompts = PromptBatch(encoded, messages, tuple(range(len(encoded))), every, len(encoded))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuses models that don't generate, and prompts that leave no room for an answer.
@@ -100,11 +105,11 @@ class SampleCompletions(L.Callback):
         model = pl_module.exportable.transformer
         if not model.can_generate():
             raise ValueError(f"SampleCompletions: {type(model).__name__} can't generate. Leave the callback out.")
-        for prompt, ids in self._encoded:
+        for prompt, ids in zip(self._prompts.messages, self._prompts.prompts, strict=True):
             if self._room(pl_module, ids) < 1:
                 raise ValueError(
-                    f"SampleCompletions: the prompt {prompt[:40]!r} has {len(ids)} tokens and fills the model's "
-                    "context. Give shorter prompts."
+                    f"SampleCompletions: the prompt {_shown(prompt)[:40]!r} has {len(ids)} tokens and fills the "
+                    "model's context. Give shorter prompts."
                 )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -131,20 +136,26 @@ class SampleCompletions(L.Callback):
 
     # ------------------------------------------------------------------------------------------------- prompts
 
-    def _find(self, trainer: Any) -> list[tuple[str, list[Message]]]:
-        """Each prompt with the place it comes from."""
+    def _find(self, trainer: Any) -> list[tuple[str, list[Message] | str, dict[str, Any]]]:
+        """Each prompt with the place it comes from, and its further columns."""
+        data = trainer.datamodule
+        found: list[tuple[str, Any, dict[str, Any]]]
         if isinstance(self.prompts, (str, os.PathLike)):
             keys = ["text"] if ".txt" in Path(self.prompts).suffixes else ["prompt", "messages"]
-            rows = read_rows(self.prompts, _Refuse())
-            found = [(row.where, next(filter(None, map(row.value.get, keys)), None)) for row in rows]
+            found = []
+            for row in read_rows(self.prompts, _Refuse()):
+                further = {name: value for name, value in row.value.items() if name not in keys}
+                found.append((row.where, next(filter(None, map(row.value.get, keys)), None), further))
         elif self.prompts is not None:
-            found = [(f"SampleCompletions: prompts[{i}]", prompt) for i, prompt in enumerate(self.prompts)]
-        elif hasattr(trainer.datamodule, "sample_prompts"):
-            prompts = trainer.datamodule.sample_prompts(self.num_prompts)
-            found = [(f"sample_prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+            found = [(f"SampleCompletions: prompts[{i}]", prompt, {}) for i, prompt in enumerate(self.prompts)]
+        elif hasattr(data, "sample_prompts"):
+            prompts = data.sample_prompts(self.num_prompts)
+            columns = data.sample_columns(self.num_prompts) if hasattr(data, "sample_columns") else [{}] * len(prompts)
+            found = [(f"sample_prompts[{i}]", *both) for i, both in enumerate(zip(prompts, columns, strict=True))]
         else:
             raise ValueError("SampleCompletions: give prompts, or use a data module that has sample_prompts(n).")
-        return [(where, _messages(prompt, where)) for where, prompt in found]
+        as_text = getattr(data, "as_text", False)
+        return [(where, _read(prompt, where, as_text), further) for where, prompt, further in found]
 
     # ------------------------------------------------------------------------------------------------- answers
 
@@ -172,15 +183,18 @@ class SampleCompletions(L.Callback):
         root = trainer.strategy.model
         if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
             gathered = FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False)
-        rows = []
+        found = []
         with torch.no_grad(), gathered, trainer.precision_plugin.forward_context():
-            for i, (prompt, ids) in enumerate(self._encoded):
+            for i, ids in enumerate(self._prompts.prompts):
                 request = Request(ids, [sample_key(self.seed, step, i)])
                 sampling = Sampling(min(self.max_new_tokens, self._room(module, ids)), temperature=self.temperature)
-                ((answer,),) = engine.generate(module.exportable, tokenizer, [request], sampling, stops)
-                ended = not answer.truncated
-                rows.append({"step": step, "prompt": prompt, "completion": answer.text, "ended": ended})
-        return rows
+                found += engine.generate(module.exportable, tokenizer, [request], sampling, stops)
+            appraised = module.appraise(self._prompts, found) if hasattr(module, "appraise") else {}
+        answers = zip(self._prompts.messages, found, strict=True)
+        rows = [
+            {"step": step, "prompt": _shown(p), "completion": c.text, "ended": not c.truncated} for p, (c,) in answers
+        ]
+        return [{**row, **{name: values[i] for name, values in appraised.items()}} for i, row in enumerate(rows)]
 
     def _room(self, module: Any, ids: list[int]) -> int:
         """Tokens that the model's context leaves for an answer."""
@@ -194,23 +208,29 @@ class SampleCompletions(L.Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        cells = [(row["prompt"], row["completion"].strip() + ("" if row["ended"] else " …")) for row in rows]
+        names = [name for name in rows[0] if name != "step"]
+        beside = [", ".join(f"{name} {row[name]:.3g}" for name in names[3:]) for row in rows]
+        ends = [
+            ("" if row["ended"] else " …") + (f"\n({text})" if text else "")
+            for row, text in zip(rows, beside, strict=True)
+        ]
+        cells = [(row["prompt"], row["completion"].strip() + end) for row, end in zip(rows, ends, strict=True)]
         title = f"Answers at step {step} (… = cut at {self.max_new_tokens} tokens; all in {file})"
         text = f"\n{title}\n{table(cells, shutil.get_terminal_size((100, 24)).columns)}"
         encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
-        data = [[str(row[column]) for column in COLUMNS] for row in rows]
+        data = [[str(row[name]) for name in names] for row in rows]
         for logger in trainer.loggers:
             log: Any = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)
             experiment: Any = getattr(logger, "experiment", None)
             if log is not None:
-                log(key="samples", columns=COLUMNS, data=data, step=step)
+                log(key="samples", columns=names, data=data, step=step)
             elif hasattr(experiment, "add_text"):  # TensorBoard
-                experiment.add_text("samples", markdown(COLUMNS, data), step)
+                experiment.add_text("samples", markdown(names, data), step)
             elif isinstance(logger, MLFlowLogger):
-                experiment.log_text(logger.run_id, markdown(COLUMNS, data), f"samples/step_{step}.md")
+                experiment.log_text(logger.run_id, markdown(names, data), f"samples/step_{step}.md")
             elif isinstance(logger, CometLogger):
-                experiment.log_text(markdown(COLUMNS, data), step=step)
+                experiment.log_text(markdown(names, data), step=step)
 
 
 class _Refuse(BadRows):
@@ -220,10 +240,10 @@ class _Refuse(BadRows):
         raise BadRowError(where, kind, f"{reason}.")
 
 
-def _messages(prompt: Any, where: str) -> list[Message]:
-    """A prompt's turns, without the answer where it brings one."""
+def _read(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
+    """A prompt's turns, without the answer where it brings one; or a plain text."""
     if isinstance(prompt, str) and prompt.strip():
-        return [Message(role="user", content=prompt)]
+        return prompt if as_text else [Message(role="user", content=prompt)]
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         texts = [m.get(key) if isinstance(m, Mapping) else None for m in prompt for key in ("role", "content")]
         turns = prompt[:-1] if prompt and texts[-2] == "assistant" else prompt
@@ -233,6 +253,11 @@ def _messages(prompt: Any, where: str) -> list[Message]:
         where, "no prompt", "not a prompt. Write a text, or a list of messages {role: ..., content: ...}; in a file, "
         "as the column 'prompt' or 'messages'."
     )  # fmt: skip
+
+
+def _shown(prompt: list[Message] | str) -> str:
+    """What is shown of a prompt."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 # ------------------------------------------------------------------------------------------------- text tables

@@ -196,8 +196,13 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def sample_prompts(self, n: int) -> list[list[dict[str, str]] | str]:
         """Prompts of the first ``n`` validation rows, for showing samples."""
-        prompts = (self.messages(item) for _, item in self._read("val") or self._read("train"))
-        return list(islice((prompt for prompt in prompts if prompt is not None), n))
+        return [prompt for prompt, _ in self._shown(n)]
+
+    def _shown(self, n: int) -> list[tuple[list[dict[str, str]] | str, Any]]:
+        """Those prompts, with what they were made of."""
+        items = (item for _, item in self._read("val") or self._read("train"))
+        found = ((prompt, item) for item in items if (prompt := self.messages(item)) is not None)
+        return list(islice(found, n))
 
     # ------------------------------------------------------------------------------------------------- loaders
 

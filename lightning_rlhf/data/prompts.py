@@ -425,6 +425,10 @@ class PromptDataModule(TreeDataModule[Prompt]):
             return item.prompt
         return [{"role": m["role"], "content": m["content"]} for m in item.prompt]
 
+    def sample_columns(self, n: int) -> list[dict[str, Any]]:
+        """The further columns of the prompts that ``sample_prompts`` gives."""
+        return [dict(item.columns) for _, item in self._shown(n)]
+
     def finish(self, table: Any, part: str) -> Any:
         """Notes the columns that any row has, so that all batches have the same."""
         self._names[part] = tuple(dict.fromkeys(name for text in table["further"] for name in json.loads(text)))

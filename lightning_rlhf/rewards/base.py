@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -51,10 +51,12 @@ class Reward(nn.Module, ABC):
 
     Attributes:
         names: Of the parts of a sum; none for others.
+        needs: Columns of the prompts' rows without which it can't score.
         last: (S,) scores of each part in the last call, for logging.
     """
 
     names: Sequence[str] = ()
+    needs: Set[str] = frozenset()
     last: Mapping[str, Tensor] = MappingProxyType({})
 
     def load(self) -> None:

@@ -48,6 +48,7 @@ class WeightedSum(Reward):
         super().__init__()
         self.parts, self.weights = nn.ModuleList(parts.values()), list(weights)
         self.names = list(parts)
+        self.needs = {name for part in parts.values() for name in part.needs}
         self.last: dict[str, Tensor] = {}
 
     def load(self) -> None:

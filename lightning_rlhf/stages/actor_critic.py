@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import Reward, RewardModelReward
+from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups
 
@@ -95,6 +99,25 @@ class ActorCriticStage(OnlineStage):
         if self.shared or (self.lora is not None and role != "critic"):
             return self.policy(batch, role, **options)
         return getattr(self, role)(batch, **options)
+
+    @torch.no_grad()
+    def appraise(self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]) -> dict[str, list[float]]:
+        """What :class:`~lightning_rlhf.callbacks.SampleCompletions` shows beside completions; no other rank takes part.
+
+        Args:
+            prompts: At least one.
+            completions: Of each prompt.
+
+        Returns:
+            By name, a value a completion: its ``score``, unless the reward needs a column that the prompts lack; and
+            ``kl``, the sum over its tokens of log-probs less the reference's, at the sampling temperature.
+        """
+        experience, samples = self.collect(prompts, completions)
+        heat = self.sampling.temperature
+        now, reference = (self.play(r, samples.batch, temperature=heat).logprobs for r in ("policy", "reference"))
+        kl = now.new_zeros(len(samples.completions)).index_add(0, experience.sequence.to(now.device), now - reference)
+        scores = {"score": self.reward(samples).tolist()} if self.reward.needs <= samples.columns.keys() else {}
+        return {**scores, "kl": kl.tolist()}
 
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters of policy and critic."""

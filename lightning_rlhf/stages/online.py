@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from lightning_rlhf.functional.advantages import merge_moments, moments
 from lightning_rlhf.functional.kl import k1, k3
 from lightning_rlhf.functional.precision import wide
 from lightning_rlhf.rewards import Samples
-from lightning_rlhf.rollout import Request, RolloutEngine, Sampling, sample_key
+from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, sample_key
 from lightning_rlhf.stages.base import Stage
 
 #: Keys of validation samples: they must not follow the iteration, so that validations can be compared.
@@ -90,18 +90,34 @@ class OnlineStage(Stage):
             for ids, row in zip(prompts.prompts, prompts.rows, strict=True)
         ]
         found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
+        return self.collect(prompts, found)
+
+    def collect(self, prompts: PromptBatch, found: Sequence[Sequence[Completion]]) -> tuple[Experience, Samples]:
+        """Prompts with their completions, as the losses and as rewards read them.
+
+        Args:
+            prompts: At least one.
+            found: Completions of each, at least one.
+
+        Returns:
+            The experience, without columns yet, and the samples.
+        """
         trees = [
             Tree(ids, [Branch(c.input_ids) for c in completions])
             for ids, completions in zip(prompts.prompts, found, strict=True)
         ]
         every = [completion for completions in found for completion in completions]
         logprobs = torch.tensor([logprob for completion in every for logprob in completion.logprobs])
+
+        def each(values: Iterable[Any]) -> list[Any]:
+            return [v for v, completions in zip(values, found, strict=True) for _ in completions]
+
         samples = Samples(
             batch=pack(trees, rows=prompts.rows).to(self.device),
-            prompts=[m for m in prompts.messages for _ in numbers],
+            prompts=each(prompts.messages),
             completions=[completion.text for completion in every],
             truncated=[completion.truncated for completion in every],
-            columns={k: [v for v in column for _ in numbers] for k, column in prompts.columns.items()},
+            columns={name: each(column) for name, column in prompts.columns.items()},
         )
         return Experience(trees, prompts.rows, {"rollout_logprobs": logprobs}), samples
 

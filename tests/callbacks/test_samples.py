@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel
 
-from lightning_rlhf import SFTModule
+from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Sampling, SFTModule
 from lightning_rlhf.callbacks import SampleCompletions
 from lightning_rlhf.callbacks.samples import columns, markdown, table, wrap
 
@@ -119,6 +119,81 @@ def test_an_interval_below_one_is_refused():
         SampleCompletions(every_n_steps=0)
 
 
+# ------------------------------------------------------------------------------------------------- beside answers
+
+
+def wanted_letters(prompts, completions, wanted):
+    return [completion.count(letter) + 0.5 for completion, letter in zip(completions, wanted, strict=True)]
+
+
+@pytest.fixture
+def ppo_fit(tiny_model_dir, tmp_path):
+    """Fits a small PPO module for two iterations."""
+
+    def fit(callback, reward, rows, **data):
+        module = PPOModule(
+            tiny_model_dir,
+            reward,
+            lora=LoRA(r=4),
+            sampling=Sampling(max_new_tokens=6, temperature=0.7),
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        )
+        folder = dict(default_root_dir=tmp_path, logger=CSVLogger(tmp_path))
+        quiet = dict(enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False)
+        trainer = L.Trainer(accelerator="cpu", max_steps=2, callbacks=[callback], **folder, **quiet)
+        trainer.fit(module, PromptDataModule(rows, batch_size=4, cache_dir=tmp_path / "cache", **data))
+        return module
+
+    return fit
+
+
+def test_ppo_shows_scores_and_kl(ppo_fit, tiny_model_dir, tmp_path, capsys):
+    prompts = [{"prompt": f"Say {i}", "wanted": "aeo"[i % 3]} for i in range(12)]
+    module = ppo_fit(SampleCompletions(num_prompts=2, max_new_tokens=5), wanted_letters, prompts, val=prompts)
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [0, 0, 2, 2]
+    for row, letter in zip(found, "aeae", strict=True):
+        assert row["score"] == row["completion"].count(letter) + 0.5
+    assert [row["kl"] for row in found[:2]] == [pytest.approx(0, abs=1e-5)] * 2
+    assert f"(score {found[-1]['score']:.3g}, kl {found[-1]['kl']:.3g})" in capsys.readouterr().out
+
+    # by plain transformers: the merged policy and the model that it started from
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    policy = module.exportable.model.merge_and_unload()
+    ids = module.tokenizer.apply_chat_template([{"role": "user", "content": "Say 0"}], add_generation_prompt=True)
+    ids = torch.tensor([ids if isinstance(ids, list) else ids["input_ids"]])
+    whole = policy.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
+    logprobs = []
+    for model in (policy, start):
+        with torch.no_grad():
+            logits = model(whole).logits[0, ids.shape[1] - 1 : -1] / 0.7
+        logprobs.append(logits.log_softmax(-1).gather(1, whole[0, ids.shape[1] :, None]).sum())
+    assert abs(found[2]["kl"]) > 1e-3
+    assert found[2]["kl"] == pytest.approx((logprobs[0] - logprobs[1]).item(), abs=1e-4)
+
+
+def test_prompts_without_the_columns_of_a_reward_show_no_score(ppo_fit, tmp_path):
+    prompts = [{"prompt": f"Say {i}", "wanted": "a"} for i in range(12)]
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Say 1", "wanted": "e"}\n')
+    ppo_fit(SampleCompletions(["Say 1"]), wanted_letters, prompts)
+    ppo_fit(SampleCompletions(str(tmp_path / "own.jsonl"), on_start=False), wanted_letters, prompts)
+    found = rows(tmp_path)
+    assert [sorted(row.keys() & {"score", "kl"}) for row in found] == [["kl"], ["kl"], ["kl", "score"]]
+    assert found[-1]["score"] == found[-1]["completion"].count("e") + 0.5
+
+
+def test_texts_are_shown_as_the_data_has_them(ppo_fit, tmp_path):
+    prompts = [{"prompt": f"Once upon {i}"} for i in range(12)]
+    callback = SampleCompletions(num_prompts=1)
+    module = ppo_fit(callback, lambda prompts, completions: [1.0] * len(completions), prompts, as_text=True)
+    (ids,) = callback._prompts.prompts
+    assert module.tokenizer.decode(ids) == rows(tmp_path)[0]["prompt"] == callback._prompts.messages[0]
+    tokenizer = SimpleNamespace(tokenizer=module.tokenizer)
+    own = SampleCompletions(["One day"])
+    own.setup(SimpleNamespace(datamodule=SimpleNamespace(as_text=True)), tokenizer, "fit")
+    assert module.tokenizer.decode(own._prompts.prompts[0]) == "One day"
+
+
 # ------------------------------------------------------------------------------------------------- prompts
 
 
@@ -126,7 +201,9 @@ def encoded(prompts, tiny_tokenizer, datamodule=None):
     callback = SampleCompletions(prompts)
     trainer = SimpleNamespace(datamodule=datamodule)
     callback.setup(trainer, SimpleNamespace(tokenizer=tiny_tokenizer), "fit")
-    return [(text, tiny_tokenizer.decode(ids)) for text, ids in callback._encoded]
+    found = callback._prompts
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in found.messages]
+    return [(text, tiny_tokenizer.decode(ids)) for text, ids in zip(texts, found.prompts, strict=True)]
 
 
 def test_prompts_come_from_files(tiny_tokenizer, tmp_path):
