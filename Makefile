@@ -43,7 +43,7 @@ $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt
 	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout hypothesis)
 
 .PHONY: demo
-demo: .venv ## fetch SmolLM2-135M-Instruct and fine-tune it on the bundled data
+demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bundled data
 	@$(VENV)/bin/lightning-rlhf demo
 
 .PHONY: lint

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
-TOOLS = {"demo": ("lightning_rlhf.demo:main", "fine-tune a small real model on bundled data, from end to end")}
+TOOLS = {"demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data")}
 
 USAGE = """\
 usage: lightning-rlhf COMMAND ...

@@ -1,13 +1,16 @@
-"""``lightning-rlhf demo``: a small real model, fine-tuned on the bundled data, from end to end."""
+"""``lightning-rlhf demo``: RLHF of a small real model on the bundled data, from end to end."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+STAGES = ("sft", "reward", "ppo")
 PROMPTS = [
     "Classify the sentiment as positive or negative: 'The battery died after two days.'",
     "Rewrite more politely: Send me the file now.",
@@ -16,69 +19,170 @@ PROMPTS = [
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Fetches SmolLM2-135M-Instruct, measures it, fine-tunes it by LoRA, measures it again and exports it.
+    """Fine-tunes SmolLM2-135M-Instruct, trains a reward model, and PPO against it; all in one HTML report.
+
+    Each stage begins with the Hugging Face directory that the one before left, so any of them can be run again alone.
 
     Args:
         args: Command line after ``demo``.
     """
     parser = argparse.ArgumentParser(prog="lightning-rlhf demo", description=main.__doc__)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="of sft, reward, ppo; default all, in this order")
     parser.add_argument(
         "--model", default="smollm2-135m-instruct", help="hub id or directory; the default needs no hub"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
     parser.add_argument("--train", default="bundled", help="instruction data: file, glob or hub id")
+    parser.add_argument("--pairs", default="bundled", help="preference data: file, glob or hub id")
+    parser.add_argument("--prompts", default="bundled", help="PPO's prompts: file, glob or hub id")
+    parser.add_argument("--steps", type=int, default=16, help="of fine-tuning: 8 conversations each")
+    parser.add_argument("--reward-steps", type=int, default=32, help="of the reward model: 8 pairs each")
+    parser.add_argument("--iterations", type=int, default=10, help="of PPO: 24 completions each")
+    parser.add_argument("--new-tokens", type=int, default=32, help="most tokens of PPO's completions")
     options = parser.parse_args(args)
+    if unknown := [stage for stage in options.stages if stage not in STAGES]:
+        parser.error(f"there is no stage {unknown[0]}: choose from {', '.join(STAGES)}.")
+    began = time.perf_counter()
+    print(f"Everything goes to {options.output}.")
+    stages = {"sft": fine_tune, "reward": train_reward_model, "ppo": reinforce}
+    for number, name in enumerate([stage for stage in STAGES if stage in (options.stages or STAGES)], 1):
+        print(f"\n{number}. ", end="", flush=True)
+        stages[name](options)
+    print(f"\nDone in {time.perf_counter() - began:.0f} s. Curves, answers and settings, in one page:")
+    print(f"   {options.output / 'report.html'}")
+    last = next(stage for stage in reversed(STAGES) if stage in (options.stages or STAGES))
+    kind = "AutoModelForSequenceClassification" if last == "reward" else "AutoModelForCausalLM"
+    print(f"The model is an ordinary Hugging Face directory:\n   {kind}.from_pretrained('{_left(options, last)}')")
 
+
+def fine_tune(options: argparse.Namespace) -> None:
+    """Supervised fine-tuning by LoRA."""
+    from lightning_rlhf import InstructionDataModule, SFTModule
+    from lightning_rlhf.models.pretrained import obtain
+
+    print(f"Supervised fine-tuning by LoRA: {options.steps} steps of 8 conversations", flush=True)
+    trainer, lora = _begin(options, "sft", options.steps, gradient_clip_val=1.0)
+    module = SFTModule(obtain(options.model), lora=lora, optimizer=_adamw(2e-4))
+    data = InstructionDataModule(options.train, batch_size=8)
+    before, _, after = _fit(trainer, module, data, options.train)
+    for when, found in (("before", before), ("after ", after)):
+        print(f"   {when}  {_line(found, 'loss', 'perplexity', 'token_accuracy')}")
+
+
+def train_reward_model(options: argparse.Namespace) -> None:
+    """A reward model by LoRA, kept as an adapter, so that PPO can share its backbone."""
+    from lightning_rlhf import PreferenceDataModule, RewardModule
+
+    print(f"A reward model of what that left: {options.reward_steps} steps of 8 pairs", flush=True)
+    trainer, lora = _begin(options, "reward", options.reward_steps, gradient_clip_val=1.0)
+    module = RewardModule(_left(options, "sft"), lora=lora, optimizer=_adamw(5e-4))
+    data = PreferenceDataModule(options.pairs, batch_size=8, val_fraction=0.2)
+    before, _, after = _fit(trainer, module, data, options.pairs)
+    for when, found in (("before", before), ("after ", after)):
+        print(f"   {when}  {_line(found, 'loss', 'accuracy')}")
+    print(f"   ('the longer answer wins' is right for {after['val/length_accuracy']:.3f} of these pairs)")
+
+
+def reinforce(options: argparse.Namespace) -> None:
+    """PPO: policy, reference, critic and reward model are adapters of one backbone."""
+    from lightning_rlhf import PPOModule, PromptDataModule, Sampling
+
+    print(f"PPO against that reward model: {options.iterations} iterations of 24 completions", flush=True)
+    trainer, lora = _begin(options, "ppo", options.iterations)
+    reward = _left(options, "reward")
+    module = PPOModule(
+        _left(options, "sft"),
+        str(reward),
+        critic=reward,
+        lora=lora,
+        sampling=Sampling(max_new_tokens=options.new_tokens),
+        epochs=3,
+        micro_batch_tokens=1024,
+        kl_coef=0.02,
+        optimizer=_adamw(3e-4),
+    )
+    data = PromptDataModule(
+        options.prompts, max_length=96, on_bad_row="skip", batch_size=24, val_fraction=0.2, eval_batch_size=32
+    )
+
+    def scores() -> list[float]:
+        """Of completions of the held-out prompts, always drawn by the same keys."""
+        batches: Any = trainer.predict(module, data)
+        return [record["score"] for batch in batches for record in batch]
+
+    first = scores()
+    _, trained, _ = _fit(trainer, module, data, options.prompts)
+    last = scores()
+    rises = [b - a for a, b in zip(first, last, strict=True)]
+    error = statistics.stdev(rises) / len(rises) ** 0.5
+    rise = statistics.fmean(rises)
+    print(f"   mean reward of {len(rises)} held-out prompts  {statistics.fmean(first):.3f} before, ", end="")
+    print(f"{statistics.fmean(last):.3f} after: {rise:+.3f}, {rise / error:.1f} standard errors")
+    print(f"   at a KL from where it started of {trained['train/kl']:.1f} nats a completion")
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any) -> tuple[Any, Any]:
+    """The Trainer of a stage, and its adapters."""
     import lightning.pytorch as L
-    import torch
     from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
-    from lightning_rlhf import HFExport, InstructionDataModule, LoRA, SampleCompletions, SFTModule
-    from lightning_rlhf.models.pretrained import obtain
+    from lightning_rlhf import HFExport, LoRA, SampleCompletions
+    from lightning_rlhf.callbacks import Report
 
-    began = time.perf_counter()
     L.seed_everything(0, verbose=False)
-    module = SFTModule(
-        obtain(options.model),
-        lora=LoRA(r=16, alpha=32),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0),
-    )
-    data = InstructionDataModule(options.train, batch_size=options.batch_size)
+    folder = options.output / stage
+    answers = SampleCompletions(PROMPTS, max_new_tokens=40, every_n_steps=max(1, steps))
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        max_steps=options.steps,
-        gradient_clip_val=1.0,
+        max_steps=steps,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
-        logger=CSVLogger(options.output, name="log"),
-        default_root_dir=options.output,
+        logger=CSVLogger(folder, name="log"),
+        default_root_dir=folder,
         callbacks=[
-            HFExport(str(options.output / "hf"), when="end"),
-            SampleCompletions(PROMPTS, max_new_tokens=40),
+            HFExport(str(folder / "hf"), when="end", adapter_only=stage == "reward"),
+            *([] if stage == "reward" else [answers]),  # which answers nothing
+            Report(options.output / "report.html", "RLHF of a small model", append=stage != "sft"),
             # Lightning's default bar shows nothing in a file or a pipe
             *([] if sys.stdout.isatty() else [TQDMProgressBar()]),
         ],
+        **settings,
     )
-    print(f"Everything goes to {options.output}.\n\n1. Held-out loss before training")
-    measured = trainer.validate(module, data, verbose=False)
-    if not measured:
-        sys.exit(f"{options.train} has too few rows: none was held out. Give at least 50.")
-    before = measured[0]
-    print(f"   {_line(before)}\n\n2. Fine-tuning by LoRA, {options.steps} steps of {options.batch_size} conversations")
+    return trainer, LoRA(r=16, alpha=32)
+
+
+def _fit(trainer: Any, module: Any, data: Any, source: str) -> tuple[Mapping[str, float], ...]:
+    """Trains between two measurements of the held-out rows; what was logged before, in training and after."""
+    before = trainer.validate(module, data, verbose=False)
+    if not before:
+        sys.exit(f"{source} has too few rows: none was held out. Give at least 50.")
     trainer.fit(module, data)
-    print("\n3. Held-out loss after training")
-    after = trainer.validate(module, data, verbose=False)[0]
-    print(f"   before  {_line(before)}\n   after   {_line(after)}")
-    print(f"\nDone in {time.perf_counter() - began:.0f} s. The model is an ordinary Hugging Face directory:")
-    print(f"   AutoModelForCausalLM.from_pretrained('{options.output / 'hf' / 'last'}')")
+    trained = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return before[0], trained, trainer.validate(module, data, verbose=False)[0]
 
 
-def _line(metrics: Mapping[str, float]) -> str:
-    names = ("loss", "perplexity", "token_accuracy")
-    return "  ".join(f"{n.replace('_', ' ')} {metrics[f'val/{n}']:.3f}" for n in names)
+def _left(options: argparse.Namespace, stage: str) -> Path:
+    """What a stage exported."""
+    from lightning_rlhf.models.saving import COMPLETE
+
+    folder: Path = options.output / stage / "hf" / "last"
+    if not (folder / COMPLETE).is_file():
+        sys.exit(f"There is no {folder}: run `lightning-rlhf demo {stage}` first, with the same --output.")
+    return folder
+
+
+def _adamw(lr: float) -> Any:
+    from torch.optim import AdamW
+
+    return lambda params: AdamW(params, lr=lr, weight_decay=0.0)
+
+
+def _line(metrics: Mapping[str, float], *names: str) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {metrics[f'val/{name}']:.3f}" for name in names)

@@ -1,8 +1,11 @@
 """The demo at smoke size: what it prints, what it leaves behind, and that its config file is the same run."""
 
+import contextlib
 import csv
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,35 +15,85 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import demo
+from lightning_rlhf.callbacks.report import read_report
 from lightning_rlhf.cli import main
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft" / "demo.yaml"
 MEASURED = r"loss (\d+\.\d{3})  perplexity \d+\.\d{3}  token accuracy \d\.\d{3}"
 
 
-@pytest.fixture
-def arguments(tiny_model_dir, tmp_path):
-    """What makes the demo small; ``out`` under tmp_path is where it writes."""
-    rows = tmp_path / "my.jsonl"
+@pytest.fixture(scope="module")
+def arguments(tiny_model_dir, tmp_path_factory):
+    """What makes the demo small."""
+    folder = tmp_path_factory.mktemp("rows")
     answers = ("fox", "dog", "the lazy dog")
-    lines = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(24)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return ["--model", str(tiny_model_dir), "--output", str(tmp_path / "out"), "--steps", "2", "--train", str(rows)]
+    rows = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(30)]
+    pairs = [{"prompt": f"question {i}", "chosen": answers[i % 3], "rejected": answers[i % 3 - 1]} for i in range(30)]
+    for name, lines in {"rows": rows, "pairs": pairs}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = ["--steps", "2", "--reward-steps", "2", "--iterations", "2", "--new-tokens", "8"]
+    data = ["--train", str(folder / "rows.jsonl"), "--pairs", str(folder / "pairs.jsonl")]
+    return ["--model", str(tiny_model_dir), *sizes, *data, "--prompts", str(folder / "rows.jsonl")]
 
 
-def test_demo_measures_trains_and_exports(arguments, tmp_path, capsys):
-    demo.main(arguments)
-    printed = capsys.readouterr().out
-    [before] = re.findall(rf"before  {MEASURED}", printed)
-    [after] = re.findall(rf"after   {MEASURED}", printed)
-    assert before != after
-    assert printed.index("loss before training") < printed.index(f"   loss {before}") < printed.index("Fine-tuning")
-    lines = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    asked = [(row["step"], row["prompt"]) for row in map(json.loads, lines)]
-    assert asked == [(step, prompt) for step in (0, 2) for prompt in demo.PROMPTS]
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """The whole demo, once: its folder, and what it printed."""
+    output, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["demo", *arguments, "--output", str(output)])
+    return output, printed.getvalue()
 
+
+def test_each_stage_measures_before_and_after(whole):
+    _, printed = whole
+    [loss_before] = re.findall(rf"before  {MEASURED}", printed)
+    [loss_after] = re.findall(rf"after   {MEASURED}", printed)
+    assert loss_before != loss_after
+    accuracies = re.findall(r"(?:before|after ) +loss \d\.\d{3}  accuracy (\d\.\d{3})$", printed, re.MULTILINE)
+    assert len(accuracies) == 2
+    rewards = r"mean reward of (\d+) held-out prompts  (\S+) before, (\S+) after: (\S+), (\S+) standard errors"
+    [(count, before, after, rise, errors)] = re.findall(rewards, printed)
+    assert int(count) > 1
+    assert float(after) - float(before) == pytest.approx(float(rise), abs=2e-3)
+    assert float(rise) != 0 and float(errors) * float(rise) >= 0
+    assert re.search(r"KL from where it started of -?\d+\.\d nats", printed)
+
+
+def test_rewards_are_compared_prompt_by_prompt(whole):
+    """What the validation of the reward's stage logs is the mean that is printed."""
+    output, printed = whole
+    _, stages = read_report(output / "report.html")
+    (before, *_, after) = [value for _, value in stages[-1].curves["val/score"].all()]
+    [(first, last)] = re.findall(r"prompts  (\S+) before, (\S+) after", printed)
+    assert (before, after) == (pytest.approx(float(first), abs=1e-3), pytest.approx(float(last), abs=1e-3))
+
+
+def test_same_prompts_are_answered_before_and_after(whole):
+    output, _ = whole
+    for stage in ("sft", "ppo"):
+        lines = (output / stage / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        asked = [(row["step"], row["prompt"]) for row in map(json.loads, lines)]
+        assert asked == [(step, prompt) for step in (0, 2) for prompt in demo.PROMPTS]
+
+
+def test_report_has_all_stages(whole):
+    output, printed = whole
+    assert str(output / "report.html") in printed
+    title, stages = read_report(output / "report.html")
+    assert title == "RLHF of a small model"
+    assert [stage.name for stage in stages] == ["SFT", "Reward", "PPO"]
+    assert {"train/score", "train/kl", "val/score"} <= stages[2].curves.keys()
+    assert len(stages[2].curves["train/kl"].all()) == 2
+    assert "val/accuracy" in stages[1].curves
+    assert [len(answers) for answers in stages[2].samples.values()] == [2] * len(demo.PROMPTS)
+    assert all({"score", "kl"} <= answers[1].keys() for answers in stages[2].samples.values())
+
+
+def test_stages_hand_over_directories(whole):
+    output, printed = whole
     [directory] = re.findall(r"AutoModelForCausalLM\.from_pretrained\('(.*)'\)", printed)
-    assert Path(directory) == tmp_path / "out" / "hf" / "last"
+    assert Path(directory) == output / "ppo" / "hf" / "last"
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ids = tokenizer.apply_chat_template(
@@ -49,13 +102,39 @@ def test_demo_measures_trains_and_exports(arguments, tmp_path, capsys):
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert answer.shape[1] > ids.shape[1] and tokenizer.decode(answer[0])
 
+    def head(stage):
+        return load_file(output / stage / "hf" / "last" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
 
-def test_its_config_file_is_the_same_run(arguments, tiny_model_dir, tmp_path):
-    main(["demo", *arguments])
-    first, again = tmp_path / "out", tmp_path / "again"
+    assert not torch.equal(head("sft"), head("ppo"))
+    adapter = json.loads((output / "reward" / "hf" / "last" / "adapter_config.json").read_text())
+    assert Path(adapter["base_model_name_or_path"]).resolve() == (output / "sft" / "hf" / "last").resolve()
+
+
+def test_a_stage_alone_goes_on_from_those_before(whole, arguments, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "out")
+    main(["demo", "ppo", *arguments, "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "1. PPO" in printed and "Reward" not in printed
+    _, stages = read_report(tmp_path / "out" / "report.html")
+    assert [stage.name for stage in stages] == ["SFT", "Reward", "PPO"]
+    rewards = r"held-out prompts  .*"
+    assert re.findall(rewards, printed) == re.findall(rewards, whole[1]), "it is not the run of before"
+
+
+def test_what_can_not_be_done_is_told(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="run `lightning-rlhf demo sft` first"):
+        main(["demo", "reward", *arguments, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main(["demo", "dpo"])
+    assert "there is no stage dpo" in capsys.readouterr().err
+
+
+def test_its_config_file_is_the_same_run(whole, arguments, tiny_model_dir, tmp_path):
+    first, again = whole[0] / "sft", tmp_path / "again"
+    rows = arguments[arguments.index("--train") + 1]
     main(
         [
-            "fit", "--config", str(CONFIG), "--model.pretrained", str(tiny_model_dir), "--data.train", arguments[-1],
+            "fit", "--config", str(CONFIG), "--model.pretrained", str(tiny_model_dir), "--data.train", rows,
             "--trainer.max_steps", "2", "--trainer.default_root_dir", str(again),
             "--trainer.logger.init_args.save_dir", str(again),
         ]
@@ -68,8 +147,10 @@ def test_its_config_file_is_the_same_run(arguments, tiny_model_dir, tmp_path):
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     # what was put in above, and the demo's own default of it
     assert config["data"]["init_args"]["train"] == "bundled"
-    assert config["trainer"]["max_steps"] == 30
-    assert config["trainer"]["default_root_dir"] == config["trainer"]["logger"]["init_args"]["save_dir"] == "runs/demo"
+    assert config["trainer"]["max_steps"] == 16
+    assert (
+        config["trainer"]["default_root_dir"] == config["trainer"]["logger"]["init_args"]["save_dir"] == "runs/demo/sft"
+    )
 
 
 def losses(folder):

@@ -45,7 +45,8 @@ SMALL = {
     "validate": f"--model.pretrained {{model}} {ON_CPU}",
     "test": f"--model.pretrained {{model}} {ON_CPU}",
     "predict": f"--model.pretrained {{model}} {ON_CPU}",
-    "demo": "--model {model} --train {rows} --steps 1",
+    "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
+    "--new-tokens 8",
 }
 #: The small data of the configs in a folder.
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
