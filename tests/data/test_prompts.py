@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as L
@@ -94,6 +96,12 @@ def test_every_format_gives_its_prompt(name):
         assert list(to_prompt({**row, "system": "own"}, system="s").prompt) == [system("own"), *want]
     format = next(name for name, entry in PROMPT_FORMATS.items() if entry.matches(row))
     assert to_prompt(row, format) == to_prompt(row)
+
+
+def test_docs_name_every_format():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = text[text.index("\n## Prompts\n") : text.index("\n## What makes a row bad\n")]
+    assert re.findall(r"\*\*`(\w+)`\*\*", section) == list(PROMPT_FORMATS)
 
 
 def test_what_the_prompt_is_not_made_of_rides_along():
