@@ -153,11 +153,15 @@ def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
 
 
 def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
-    """SmolLM2-135M-Instruct, LoRA on one backbone, against reward_smollm2's model; 12 x 24 real prompts x 32 tokens."""
+    """SmolLM2-135M-Instruct, LoRA on one backbone, against reward_smollm2's model; 12 x 16 real prompts x 32 tokens.
+
+    The reward model is that of seed 0 for all seeds, trained once.
+    """
     with tempfile.TemporaryDirectory() as scratch:  # what was cut short must not be taken for a trained one
-        reward = (RUNS if max_steps < 0 else Path(scratch)) / f"reward_smollm2_{seed}"
-        if not (reward / COMPLETE).is_file():  # trained once a seed
-            trained, _ = _reward_smollm2(seed, max_steps)
+        reward = (RUNS if max_steps < 0 else Path(scratch)) / "reward_smollm2_0"
+        if not (reward / COMPLETE).is_file():
+            L.seed_everything(0, verbose=False)
+            trained, _ = _reward_smollm2(0, max_steps)
             save_pretrained(trained.exportable.model, trained.tokenizer, reward, adapter_only=True)
         L.seed_everything(seed, verbose=False)  # whether it was trained now or before
         module = PPOModule(
@@ -166,18 +170,18 @@ def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
             critic=reward,
             lora=LoRA(r=16, alpha=32),
             sampling=Sampling(max_new_tokens=32),
-            epochs=4,
+            epochs=2,
             micro_batch_tokens=1024,
-            kl_coef=0.05,
-            optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+            kl_coef=0.02,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
             seed=seed,
         )
         data = PromptDataModule(
             str(ASSETS / "data" / "prompts.jsonl"),
             predict=[{"prompt": question} for question in QUESTIONS],
-            max_length=128,
+            max_length=96,
             on_bad_row="skip",
-            batch_size=24,
+            batch_size=16,
             val_fraction=0.1,
             seed=seed,
         )

@@ -116,11 +116,15 @@ def make_task(options: argparse.Namespace, folder: Path, meter: Meter) -> Task:
 class Watch(common.Watch):
     """Reads a meter from inside our Trainer; of an iteration the score stands for a loss."""
 
+    def __init__(self, task: Task) -> None:
+        super().__init__(task.meter)
+        self.tokens = len(task.rows) * (task.options.length + task.options.new)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """An iteration is done."""
-        self.meter.step(1, trainer.callback_metrics["train/score"])
+        self.meter.step(self.tokens, trainer.callback_metrics["train/score"])
 
 
 def run_sft(task: Task) -> None:
@@ -148,7 +152,7 @@ def run_ppo(task: Task, reward: Any) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=options.steps,
-        callbacks=[Watch(task.meter)],
+        callbacks=[Watch(task)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

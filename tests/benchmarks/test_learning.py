@@ -133,7 +133,7 @@ def test_smollm2_on_one_backbone(learning, made, tmp_path):
     assert not (tmp_path / "runs" / "reward_smollm2_0").exists(), "a reward model that was cut short is kept"
 
 
-def test_reward_model_is_trained_once_a_seed(learning, made, tmp_path, monkeypatch):
+def test_reward_model_is_trained_once(learning, made, tmp_path, monkeypatch):
     train, trained = learning._reward_smollm2, []
 
     def short(seed, max_steps):
@@ -142,10 +142,10 @@ def test_reward_model_is_trained_once_a_seed(learning, made, tmp_path, monkeypat
 
     monkeypatch.setattr(learning, "_reward_smollm2", short)
     monkeypatch.setattr(learning, "_ppo", lambda module, data, steps: ({"steps": steps}, []))
-    first, again = learning.ppo_smollm2(0), learning.ppo_smollm2(0)
+    first, again, other = (learning.ppo_smollm2(seed) for seed in (0, 0, 1))
     assert trained == [0]
     assert (tmp_path / "runs" / "reward_smollm2_0" / "adapter_config.json").exists()
-    assert first["steps"] == 12
+    assert first["steps"] == other["steps"] == 12
     assert first["samples"] == again["samples"], "it matters whether the reward model was trained now"
 
 

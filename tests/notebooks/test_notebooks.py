@@ -25,9 +25,10 @@ def settings(tiny_model_dir, tmp_path_factory):
             {"prompt": f"question {i}", "chosen": text[: 3 + i % 9], "rejected": text[: 4 + i % 7], "lang": "en"}
             for i in range(24)
         ],
+        "ppo": [{"prompt": f"question {i}"} for i in range(24)],
     }
     folder = tmp_path_factory.mktemp("data")
-    small = {}
+    small = {"drop_in": {"MODEL": str(tiny_model_dir), "STEPS": "2", "BATCH_SIZE": "3"}}
     for name, lines in rows.items():
         train = folder / f"{name}.jsonl"
         train.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -73,6 +74,11 @@ def printed(notebook):
 def displayed(notebook, kind):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return [o.data[kind] for o in outputs if o.output_type == "display_data" and kind in o.data]
+
+
+def cells_of(line):
+    """Of a row of a Markdown table."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def test_there_are_notebooks(settings):
@@ -125,7 +131,7 @@ def test_reward_notebook_shows_what_it_says(run):
     measured = [float(offset) for offset in re.findall(r"^score_offset .*?([-\d.]+)$", text, re.MULTILINE)]
     assert measured == [round(config["score_offset"], 3)] * 2 != [0.0, 0.0]
     found, calibration = (table.splitlines()[2:] for table in displayed(notebook, "text/markdown"))
-    cells = {name: values for name, *values in ([cell.strip() for cell in line.split("|")[1:-1]] for line in found)}
+    cells = {name: values for name, *values in map(cells_of, found)}
     assert cells["loss"][0] != cells["loss"][1]
     assert cells["accuracy"][1] == above and cells["length_accuracy"][0] == cells["length_accuracy"][1]
     assert cells["accuracy/en"] == cells["accuracy"]
@@ -137,3 +143,41 @@ def test_reward_notebook_shows_what_it_says(run):
     assert won / held_out == pytest.approx(float(above), abs=1e-3)
     [marked] = [shown for shown in displayed(notebook, "text/html") if "<mark>" in shown]
     assert marked.count("<mark>&lt;|im_end|&gt;</mark>") == 2, "each answer is scored at the token that ends it"
+
+
+def test_ppo_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "ppo.ipynb")
+    text = printed(notebook)
+    assert "8 completions of 4 prompts in one row of" in text
+    assert "\nlargest distance of a ratio from 1 before the first update: 0.0\n" in text
+    assert "\nlargest distance of a first ratio from 1 in 2 iterations: 0.0\n" in text
+    assert "stopped after 1 of 2 iterations and resumed: largest difference to the run above 0.0\n" in text
+    assert text.count("as in training: True") == 3
+    assert (folder / "runs" / "notebook" / "ppo" / "hf" / "last" / "config.json").is_file()
+    first, held_out, answers, estimates = (table.splitlines()[2:] for table in displayed(notebook, "text/markdown"))
+    for _, old, reference, value, _ in map(cells_of, first):
+        assert old == reference and float(value) == 0.0
+    scores = {name: values for name, *values in map(cells_of, held_out)}
+    assert scores["score"][0] != scores["score"][1]
+    assert len(answers) == 3 and any(before != after for _, before, after in map(cells_of, answers))
+    kl = {name: (float(before), float(after)) for name, before, after in map(cells_of, estimates)}
+    assert [before for before, _ in kl.values()] == [0.0] * 3
+    assert kl["k2"][1] > 0 and kl["k3"][1] > 0
+    [curves] = [shown for shown in displayed(notebook, "text/html") if "<svg" in shown]
+    assert curves.count("<polyline") == 4
+
+
+def test_drop_in_notebook_shows_what_it_says(run):
+    notebook, _ = run(ROOT / "notebooks" / "drop_in.ipynb")
+    text = printed(notebook)
+    assert "greedy answers equal those of model.generate: True\n" in text
+    assert float(re.search("largest difference of a log-prob: (.*)$", text, re.MULTILINE)[1]) < 1e-4
+    assert "key 3 alone gives the same completion: True\n" in text
+    own, reward = (
+        [[float(value) for value in cells_of(line)] for line in table.splitlines()[2:]]
+        for table in displayed(notebook, "text/markdown")
+    )
+    assert [line[0] for line in own] == [2, 4], "two updates an iteration"
+    assert own[0][2] == 0.0 != own[1][2], "the reference is where the policy starts"
+    assert [line[0] for line in reward] == [0, 1, 2]
+    assert len({loss for _, loss, *_ in reward}) == 3
