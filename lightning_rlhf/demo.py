@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", default="bundled", help="PPO's prompts: file, glob or hub id")
     parser.add_argument("--steps", type=int, default=16, help="of fine-tuning: 8 conversations each")
     parser.add_argument("--reward-steps", type=int, default=32, help="of the reward model: 8 pairs each")
-    parser.add_argument("--iterations", type=int, default=10, help="of PPO: 24 completions each")
+    parser.add_argument("--iterations", type=int, default=10, help="of PPO: 16 completions each")
     parser.add_argument("--new-tokens", type=int, default=32, help="most tokens of PPO's completions")
     options = parser.parse_args(args)
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
@@ -64,7 +64,7 @@ def fine_tune(options: argparse.Namespace) -> None:
     trainer, lora = _begin(options, "sft", options.steps, gradient_clip_val=1.0)
     module = SFTModule(obtain(options.model), lora=lora, optimizer=_adamw(2e-4))
     data = InstructionDataModule(options.train, batch_size=8)
-    before, _, after = _fit(trainer, module, data, options.train)
+    before, after = _fit(trainer, module, data, options.train)
     for when, found in (("before", before), ("after ", after)):
         print(f"   {when}  {_line(found, 'loss', 'perplexity', 'token_accuracy')}")
 
@@ -77,7 +77,7 @@ def train_reward_model(options: argparse.Namespace) -> None:
     trainer, lora = _begin(options, "reward", options.reward_steps, gradient_clip_val=1.0)
     module = RewardModule(_left(options, "sft"), lora=lora, optimizer=_adamw(5e-4))
     data = PreferenceDataModule(options.pairs, batch_size=8, val_fraction=0.2)
-    before, _, after = _fit(trainer, module, data, options.pairs)
+    before, after = _fit(trainer, module, data, options.pairs)
     for when, found in (("before", before), ("after ", after)):
         print(f"   {when}  {_line(found, 'loss', 'accuracy')}")
     print(f"   ('the longer answer wins' is right for {after['val/length_accuracy']:.3f} of these pairs)")
@@ -87,8 +87,8 @@ def reinforce(options: argparse.Namespace) -> None:
     """PPO: policy, reference, critic and reward model are adapters of one backbone."""
     from lightning_rlhf import PPOModule, PromptDataModule, Sampling
 
-    print(f"PPO against that reward model: {options.iterations} iterations of 24 completions", flush=True)
-    trainer, lora = _begin(options, "ppo", options.iterations)
+    print(f"PPO against that reward model: {options.iterations} iterations of 16 completions", flush=True)
+    trainer, lora = _begin(options, "ppo", options.iterations, limit_val_batches=0)
     reward = _left(options, "reward")
     module = PPOModule(
         _left(options, "sft"),
@@ -96,13 +96,13 @@ def reinforce(options: argparse.Namespace) -> None:
         critic=reward,
         lora=lora,
         sampling=Sampling(max_new_tokens=options.new_tokens),
-        epochs=3,
+        epochs=2,
         micro_batch_tokens=1024,
         kl_coef=0.02,
-        optimizer=_adamw(3e-4),
+        optimizer=_adamw(5e-4),
     )
     data = PromptDataModule(
-        options.prompts, max_length=96, on_bad_row="skip", batch_size=24, val_fraction=0.2, eval_batch_size=32
+        options.prompts, max_length=96, on_bad_row="skip", batch_size=16, val_fraction=0.2, eval_batch_size=64
     )
 
     def scores() -> list[float]:
@@ -111,14 +111,17 @@ def reinforce(options: argparse.Namespace) -> None:
         return [record["score"] for batch in batches for record in batch]
 
     first = scores()
-    _, trained, _ = _fit(trainer, module, data, options.prompts)
+    if len(first) < 2:
+        sys.exit(f"{options.prompts} has too few rows: {len(first)} held out. Give at least 50.")
+    trainer.fit(module, data)
+    kl = trainer.callback_metrics["train/kl"].item()
     last = scores()
     rises = [b - a for a, b in zip(first, last, strict=True)]
     error = statistics.stdev(rises) / len(rises) ** 0.5
     rise = statistics.fmean(rises)
     print(f"   mean reward of {len(rises)} held-out prompts  {statistics.fmean(first):.3f} before, ", end="")
-    print(f"{statistics.fmean(last):.3f} after: {rise:+.3f}, {rise / error:.1f} standard errors")
-    print(f"   at a KL from where it started of {trained['train/kl']:.1f} nats a completion")
+    print(f"{statistics.fmean(last):.3f} after: {rise:+.3f}, {rise / error if error else 0:.1f} standard errors")
+    print(f"   at a KL from where it started of {kl:.1f} nats a completion")
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -158,14 +161,13 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
     return trainer, LoRA(r=16, alpha=32)
 
 
-def _fit(trainer: Any, module: Any, data: Any, source: str) -> tuple[Mapping[str, float], ...]:
-    """Trains between two measurements of the held-out rows; what was logged before, in training and after."""
+def _fit(trainer: Any, module: Any, data: Any, source: str) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Trains between two measurements of the held-out rows."""
     before = trainer.validate(module, data, verbose=False)
     if not before:
         sys.exit(f"{source} has too few rows: none was held out. Give at least 50.")
     trainer.fit(module, data)
-    trained = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    return before[0], trained, trainer.validate(module, data, verbose=False)[0]
+    return before[0], trainer.validate(module, data, verbose=False)[0]
 
 
 def _left(options: argparse.Namespace, stage: str) -> Path:

@@ -27,8 +27,8 @@ def arguments(tiny_model_dir, tmp_path_factory):
     """What makes the demo small."""
     folder = tmp_path_factory.mktemp("rows")
     answers = ("fox", "dog", "the lazy dog")
-    rows = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(30)]
-    pairs = [{"prompt": f"question {i}", "chosen": answers[i % 3], "rejected": answers[i % 3 - 1]} for i in range(30)]
+    rows = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(48)]
+    pairs = [{"prompt": f"question {i}", "chosen": answers[i % 3], "rejected": answers[i % 3 - 1]} for i in range(48)]
     for name, lines in {"rows": rows, "pairs": pairs}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sizes = ["--steps", "2", "--reward-steps", "2", "--iterations", "2", "--new-tokens", "8"]
@@ -60,15 +60,6 @@ def test_each_stage_measures_before_and_after(whole):
     assert re.search(r"KL from where it started of -?\d+\.\d nats", printed)
 
 
-def test_rewards_are_compared_prompt_by_prompt(whole):
-    """What the validation of the reward's stage logs is the mean that is printed."""
-    output, printed = whole
-    _, stages = read_report(output / "report.html")
-    (before, *_, after) = [value for _, value in stages[-1].curves["val/score"].all()]
-    [(first, last)] = re.findall(r"prompts  (\S+) before, (\S+) after", printed)
-    assert (before, after) == (pytest.approx(float(first), abs=1e-3), pytest.approx(float(last), abs=1e-3))
-
-
 def test_same_prompts_are_answered_before_and_after(whole):
     output, _ = whole
     for stage in ("sft", "ppo"):
@@ -83,7 +74,7 @@ def test_report_has_all_stages(whole):
     title, stages = read_report(output / "report.html")
     assert title == "RLHF of a small model"
     assert [stage.name for stage in stages] == ["SFT", "Reward", "PPO"]
-    assert {"train/score", "train/kl", "val/score"} <= stages[2].curves.keys()
+    assert {"train/score", "train/kl"} <= stages[2].curves.keys()
     assert len(stages[2].curves["train/kl"].all()) == 2
     assert "val/accuracy" in stages[1].curves
     assert [len(answers) for answers in stages[2].samples.values()] == [2] * len(demo.PROMPTS)
