@@ -144,8 +144,9 @@ class OnlineStage(Stage):
         order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, epoch)).tolist()
         edges = [len(places) * part // parts for part in range(parts + 1)]
         mine = self.global_rank if self._ranks() > 1 else 0
-        dealt = [sorted(places[j] for j in order[a:b]) for a, b in pairwise(edges)]
-        return [[i for _, rank, i in part if rank == mine] for part in dealt if part]
+        dealt = [[places[j] for j in order[a:b]] for a, b in pairwise(edges)]
+        # in the order of the experience: then a single minibatch is cut as `measure` cuts, and rounds alike
+        return [sorted(i for _, rank, i in part if rank == mine) for part in dealt if part]
 
     def micro_batches(
         self, experience: Experience, chosen: Sequence[int] | None = None
