@@ -44,7 +44,7 @@ class SlotCache(Cache):
         self.windows: set[int | None] = set()
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._rows = self._from = self._positions = torch.empty(0, dtype=torch.long)
+        self._rows = self._from = self._positions = self._places = torch.empty(0, dtype=torch.long)
         self._width = 0  # columns that are read
         self._prefill = False
         self._masks: dict[int | None, Tensor | None] = {}
@@ -86,19 +86,25 @@ class SlotCache(Cache):
     @contextmanager
     def decoding(self, positions: Tensor, width: int) -> Iterator[None]:
         """The model runs on one token of each row from the first, at (R,) positions below ``width``."""
-        self._rows = torch.arange(len(positions), device=positions.device)
         self._positions, self._width, self._prefill = positions, width, False
         with self._active():
             yield
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        self._masks = {}
+        self._masks, self._places = {}, self._places[:0]
         token = _ACTIVE.set(self)
         try:
             yield
         finally:
             _ACTIVE.reset(token)
+
+    def _place(self, heads: int) -> Tensor:
+        """(R K) indices of the new keys among all (R K C): copying whole vectors is the fastest way to write."""
+        if len(self._places) != len(self._positions) * heads:
+            lines = torch.arange(len(self._positions) * heads, device=self._positions.device)
+            self._places = lines * self.columns + self._positions.repeat_interleave(heads)
+        return self._places
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
         """What is added to the logits: (R, 1, 1, C) in decoding, (L, L) in prefilling, None for plain causality.
@@ -135,10 +141,10 @@ class SlotCache(Cache):
             if self._prefill:
                 store[layer_idx][self._rows, :, : self._width] = new[self._from]
             else:
-                store[layer_idx][self._rows, :, self._positions] = new[:, :, 0]
+                store[layer_idx].flatten(0, 2).index_copy_(0, self._place(new.shape[1]), new.flatten(0, 2))
         if self._prefill:
             return key_states, value_states
-        rows = len(self._rows)
+        rows = len(key_states)
         return self._keys[layer_idx][:rows, :, : self._width], self._values[layer_idx][:rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:

@@ -29,6 +29,7 @@ class Row:
     Attributes:
         ids: Tokens so far.
         logprobs: Of those.
+        done: Finished, failed or cancelled.
         future: Gets the completion, or what went wrong; cancelling it ends the row.
     """
 
@@ -45,14 +46,11 @@ class Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.future: Future[Completion] = Future()
+        self.done = False  # asking the future takes its lock, and every row is asked several times a token
+        self.future.add_done_callback(self._end)
         self._tokenizer, self._on_token = tokenizer, on_token
         streams = on_token is not None or sampling.stop_strings
         self._stream = TextStream(tokenizer, sampling.stop_strings) if streams else None
-
-    @property
-    def done(self) -> bool:
-        """Finished, failed or cancelled."""
-        return self.future.done()
 
     @property
     def position(self) -> int:
@@ -92,6 +90,9 @@ class Row:
         """Ends the row with an error for whoever waits."""
         if not self.done and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
+
+    def _end(self, future: Future[Completion]) -> None:
+        self.done = True
 
     def _finished(self) -> Completion | None:
         """The completion, if the last token ends it."""

@@ -17,8 +17,8 @@ from lightning_rlhf.rollout.interface import Completion, Request, Sampling
 from lightning_rlhf.rollout.row import OnToken, Row, make_rows
 from lightning_rlhf.rollout.sampling import choose
 
-_GRAIN = 64
-"""Columns are made in multiples of this, where the budget allows."""
+_GRAIN = 128
+"""Columns are made in multiples of this, as rows get longer: attention is slower over keys that lie far apart."""
 
 
 class _Group:
@@ -150,6 +150,8 @@ class Session:
         kept = [i for i, row in enumerate(self._rows) if not row.done]
         new = self._take([self._rows[i] for i in kept])
         if len(kept) == len(self._rows) and not new:
+            if any(row.position >= self._decoder.cache.columns for row in self._rows):
+                self._make_room(range(len(self._rows)))
             return
         # rows stay where they are if they can; the holes are filled from the tail, then by new rows
         total = len(kept) + len(new)
@@ -187,18 +189,18 @@ class Session:
         return next((i for i, row in enumerate(self._rows) if row.prompt == prompt), None)
 
     def _make_room(self, sources: Sequence[int | None]) -> None:
-        """Makes the cache fit the rows: as it is if they fit, else anew, within the budget."""
+        """Makes the cache fit the rows and a next token of each: as it is if they fit, else anew, within the budget."""
         cache, rows = self._decoder.cache, self._rows
-        slots, columns = len(rows), max((row.columns for row in rows), default=0)
+        slots, columns = len(rows), max((row.position + 2 for row in rows), default=0)
         if slots > cache.slots or columns > cache.columns:
-            most = self._budget // slots
-            columns = max(columns, min(-(-columns // _GRAIN) * _GRAIN, most))
+            most = max(row.columns for row in rows)
+            columns = min(-(-columns // _GRAIN) * _GRAIN, most)
             if slots > cache.slots:  # a server's rows come one by one: grow in steps
-                slots = max(slots, min(2 * cache.slots, self._max_rows, self._budget // columns))
+                slots = max(slots, min(2 * cache.slots, self._max_rows, self._budget // most))
         else:
             slots, columns = cache.slots, cache.columns
         in_use = [row.position + 1 for row, source in zip(rows, sources, strict=True) if source is not None]
-        cache.arrange(sources, slots, columns, max(in_use, default=0))
+        cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
 
     def _start(self, new: Sequence[tuple[Row, _Group]]) -> None:
         """Runs the prompts that were not run yet, and makes the first token of each new row."""

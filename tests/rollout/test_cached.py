@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from lightning_rlhf.models import Policy
-from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, Sampling, sample_key
+from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, Sampling, sample_key, session
 from lightning_rlhf.rollout import cached as module
 from lightning_rlhf.rollout.cache import Decoder, SlotCache
 
@@ -208,6 +208,24 @@ def test_the_budget_is_never_exceeded(budget, ready, prompts, tiny_tokenizer, wo
     CachedEngine(max_live_tokens=budget).generate(ready, tiny_tokenizer, requests(prompts, 4), Sampling(16), [1, 2, 3])
     assert 0 < max(work["sizes"]) <= budget
     assert max(work["steps"]) >= budget // (14 + 16)
+
+
+@pytest.mark.parametrize("limits", [dict(), dict(max_rows=4), dict(max_live_tokens=150)], ids=str)
+def test_the_cache_grows_as_rows_get_longer(limits, ready, prompts, tiny_tokenizer, work, monkeypatch):
+    """A batch that ends early never takes the memory that its limits would let it take, and samples stay the same."""
+    asked, stops = requests(prompts), list(range(20))
+
+    def run(sampling, stops):
+        work["sizes"].clear()
+        return CachedEngine(**limits).generate(ready, tiny_tokenizer, asked, sampling, stops)
+
+    want = run(Sampling(40), stops)
+    whole = max(work["sizes"])
+    monkeypatch.setattr(session, "_GRAIN", 4)
+    assert ids(run(Sampling(40), stops)) == ids(want)
+    assert len(set(work["sizes"])) > 3 and max(work["sizes"]) <= limits.get("max_live_tokens", whole)
+    run(Sampling(40), range(300))  # every token ends a row
+    assert max(work["sizes"]) <= whole / 2
 
 
 def test_prompts_are_run_in_batches_of_bounded_size(ready, prompts, tiny_tokenizer, work):
