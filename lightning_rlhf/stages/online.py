@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -59,7 +60,7 @@ class OnlineStage(Stage):
         return None if self.context_length is None else self.context_length - self.sampling.max_new_tokens
 
     def on_fit_start(self) -> None:
-        """Refuses strategies that would not sum gradients as this stage does.
+        """Refuses strategies that would not sum gradients as this stage does; silences a warning that misleads.
 
         Raises:
             ValueError: It is one.
@@ -69,6 +70,8 @@ class OnlineStage(Stage):
                 f"{type(self).__name__} runs on one device and under DDP, not under "
                 f"{type(self.trainer.strategy).__name__}: set trainer.strategy to auto or ddp."
             )
+        # Its advice is for one optimizer step a batch; here a checkpoint after the iteration is what resumes exactly.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
 
     # ------------------------------------------------------------------------------------------------- rollout
 
