@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -160,13 +161,15 @@ def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
-def fit_ours(module: L.LightningModule, data: L.LightningDataModule, steps: int, meter: Meter) -> None:
-    """Trains a stage for so many steps under the meter."""
+def fit_ours(
+    module: L.LightningModule, data: L.LightningDataModule, steps: int, watch: Watch, clip: float | None = CLIP
+) -> None:
+    """Trains a stage for so many steps under a meter."""
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        gradient_clip_val=CLIP,
-        callbacks=[Watch(meter)],
+        gradient_clip_val=clip,
+        callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -185,6 +188,14 @@ def report(meter: Meter) -> None:
     """Hands a finished measurement from a worker process to :func:`measure`."""
     result = asdict(meter)
     print(_MARK + json.dumps({k: result[k] for k in ("warmup", "tokens", "seconds", "extra_mib", "losses")}))
+
+
+def flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the options that have a value, as a worker's command line."""
+    given = {name: getattr(options, name) for name in names}
+    return [
+        part for n, value in given.items() if value is not None for part in (f"--{n.replace('_', '-')}", str(value))
+    ]
 
 
 def measure(script: str | Path, arguments: Sequence[str]) -> Meter:

@@ -129,7 +129,7 @@ class Watch(common.Watch):
 
 def run_sft(task: Task) -> None:
     module = SFTModule(task.model, task.tokenizer, **task.settings)
-    common.fit_ours(module, task.texts(), task.options.steps, task.meter)
+    common.fit_ours(module, task.texts(), task.options.steps, common.Watch(task.meter))
 
 
 def run_ppo(task: Task, reward: Any) -> None:
@@ -149,16 +149,7 @@ def run_ppo(task: Task, reward: Any) -> None:
         val_fraction=0.0,
         cache_dir=task.folder / "cache",
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=options.steps,
-        callbacks=[Watch(task)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, data)
+    common.fit_ours(module, data, options.steps, Watch(task), clip=None)
 
 
 def first_letters(prompts: list[Any], completions: list[str]) -> list[float]:
@@ -258,8 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**16))  # of the workers
     passed = ["model", "steps", "rows", "micro_batches", "length", "new", "vocab_size", "width", "layers"]
-    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in passed}
-    flags = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    flags = common.flags(options, passed)
     extra, whole = (
         common.alternate(__file__, options.contestants, options.rounds, [*flags, *more], "memory")
         for more in ([], ["--from-start"])

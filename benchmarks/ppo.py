@@ -153,16 +153,7 @@ def run_ours(task: Task, lora: LoRA | None = None) -> None:
         val_fraction=0.0,
         cache_dir=task.policy.parent / "cache",
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=task.steps,
-        callbacks=[Watch(task)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, data)
+    common.fit_ours(module, data, task.steps, Watch(task), clip=None)
 
 
 def run_trl(task: Task) -> None:
@@ -295,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "trl" in options.contestants and not all(map(importlib.util.find_spec, places)):
         sys.exit("There is no TRL with PPO here: pip install 'trl==1.12.0', or choose --contestants ours ours-lora.")
     passed = ["steps", "warmup", "completions", "length", "new", "vocab_size", "width", "layers"]
-    flags = [part for name in passed for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    flags = common.flags(options, passed)
     lines = []
     for name in options.cases:
         case = CASES[name]

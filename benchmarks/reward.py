@@ -123,7 +123,7 @@ def batches(data: PreferenceDataModule, steps: int) -> Iterator[Step]:
 
 def run_ours(task: Task) -> None:
     module = RewardModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=common.constant)
-    common.fit_ours(module, task.data, task.steps, task.meter)
+    common.fit_ours(module, task.data, task.steps, common.Watch(task.meter))
 
 
 def run_bare(task: Task) -> None:
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         if full < options.warmup + options.steps:
             sys.exit(f"{options.data} fills {full} steps of {options.pairs} pairs; lower --steps.")
         measured = steps[options.warmup :]
-        flags = [part for name in passed for part in (f"--{name}", str(getattr(options, name)))]
+        flags = common.flags(options, passed)
         found = common.alternate(__file__, [OURS, *options.peers], options.rounds, flags, TITLE)
     print(common.markdown(rows(found, sum(len(step.chosen) for step in measured)), COLUMNS))
     print(f"\n{describe(measured)}")

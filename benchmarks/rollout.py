@@ -187,12 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         work(options)
         return
     passed = ["repeats", "warmup", "model", "new", "rows", "width", "layers"]
-    flags = [
-        part
-        for name in passed
-        if getattr(options, name) is not None
-        for part in (f"--{name}", str(getattr(options, name)))
-    ]
+    flags = common.flags(options, passed)
     lines = []
     for case in CASES if options.case == "all" else [options.case]:
         found = common.alternate(__file__, list(CONTESTANTS), options.rounds, ["--case", case, *flags], case)

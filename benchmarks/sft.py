@@ -148,7 +148,7 @@ def batches(task: Task) -> Iterator[list[tuple[list[int], list[int]]]]:
 
 def run_ours(task: Task) -> None:
     module = SFTModule(task.model, task.tokenizer, optimizer=common.adamw, lr_scheduler=common.constant)
-    common.fit_ours(module, task.data, task.steps, task.meter)
+    common.fit_ours(module, task.data, task.steps, common.Watch(task.meter))
 
 
 def run_bare(task: Task) -> None:
@@ -268,12 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(peer.startswith("trl") for peer in options.peers) and importlib.util.find_spec("trl") is None:
         sys.exit("TRL is not installed: pip install 'lightning_rlhf[bench]', or choose --peers bare.")
     passed = ["steps", "warmup", "tokenizer", "length", "vocab_size", "width", "layers"]
-    flags = [
-        part
-        for name in passed
-        if getattr(options, name) is not None
-        for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
-    ]
+    flags = common.flags(options, passed)
     lines = []
     for case in CASES if options.case == "all" else [options.case]:
         found = common.alternate(__file__, [OURS, *options.peers], options.rounds, ["--case", case, *flags], case)

@@ -45,14 +45,16 @@ def main(args: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     print(f"Everything goes to {options.output}.")
     stages = {"sft": fine_tune, "reward": train_reward_model, "ppo": reinforce}
-    for number, name in enumerate([stage for stage in STAGES if stage in (options.stages or STAGES)], 1):
+    chosen = [stage for stage in STAGES if stage in (options.stages or STAGES)]
+    for number, name in enumerate(chosen, 1):
         print(f"\n{number}. ", end="", flush=True)
         stages[name](options)
     print(f"\nDone in {time.perf_counter() - began:.0f} s. Curves, answers and settings, in one page:")
     print(f"   {options.output / 'report.html'}")
-    last = next(stage for stage in reversed(STAGES) if stage in (options.stages or STAGES))
-    kind = "AutoModelForSequenceClassification" if last == "reward" else "AutoModelForCausalLM"
-    print(f"The model is an ordinary Hugging Face directory:\n   {kind}.from_pretrained('{_left(options, last)}')")
+    kind = "AutoModelForSequenceClassification" if chosen[-1] == "reward" else "AutoModelForCausalLM"
+    print(
+        f"The model is an ordinary Hugging Face directory:\n   {kind}.from_pretrained('{_left(options, chosen[-1])}')"
+    )
 
 
 def fine_tune(options: argparse.Namespace) -> None:
