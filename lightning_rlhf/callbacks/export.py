@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.models.saving import check_replaceable, save_pretrained
+from lightning_rlhf.strategies import whole_state_dict
 
 
 class HFExport(L.Callback):
@@ -116,7 +117,7 @@ class HFExport(L.Callback):
         return Path(self.dirpath or Path(trainer.default_root_dir) / "hf") / name
 
     def _export(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
-        weights = trainer.strategy.lightning_module_state_dict()  # all ranks: it may gather shards
+        weights = whole_state_dict(trainer.strategy)
         if trainer.is_global_zero:
             model: nn.Module = pl_module.exportable.model
             names = {id(module): name for name, module in pl_module.named_modules()}

@@ -24,6 +24,7 @@ from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, RolloutEngine, Sampling, sample_key
+from lightning_rlhf.strategies import whole_weights
 
 
 class SampleCompletions(L.Callback):
@@ -165,6 +166,12 @@ class SampleCompletions(L.Callback):
             return
         self._last_step = step
         strategy = trainer.strategy
+        with whole_weights(strategy):
+            self._answer(trainer, pl_module, step)
+            strategy.barrier("SampleCompletions")
+
+    def _answer(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
+        strategy = trainer.strategy
         whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
             strategy, DeepSpeedStrategy
         )
@@ -172,7 +179,6 @@ class SampleCompletions(L.Callback):
             rows = self._generate(trainer, pl_module, step, together=not whole)
             if trainer.is_global_zero:
                 self._write(trainer, rows, step)
-        strategy.barrier("SampleCompletions")
 
     def _generate(self, trainer: L.Trainer, module: Any, step: int, together: bool) -> list[dict[str, Any]]:
         """One prompt at a time: an answer must not depend on what it is shown beside."""

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_rlhf.functional.precision import plain
+
 #: Elements of one block of logits: 16 MiB in fp32. Larger blocks cost memory and, on a CPU, leave the cache.
 CHUNK = 2**22
 
@@ -259,7 +261,7 @@ def _prepare(
     device = hidden.device.type
     # Cast here, where autograd casts the gradient back: inside a Function autocast is off.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return plain(hidden.to(dtype)), plain(weight.to(dtype)), None if bias is None else plain(bias.to(dtype))
 
 
 def linear_logprobs(

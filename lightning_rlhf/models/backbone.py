@@ -51,6 +51,9 @@ class Backbone(nn.Module):
         ValueError: ``layout="tree"`` and the model can't take it.
     """
 
+    #: ColossalAI's strategy casts what a child is called with; here token weights would lose digits.
+    cast_inputs = False
+
     def __init__(self, model: nn.Module, layout: LayoutChoice = "auto") -> None:
         super().__init__()
         self.model = model

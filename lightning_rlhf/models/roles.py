@@ -145,6 +145,10 @@ class RoleModel(Policy):
         """Switches the adapters; the backward pass of the role before must be over."""
         if role == self._role:
             return
+        with torch._C.DisableTorchFunctionSubclass():  # Gemini's parameters would take a switch for an operation
+            self._switch(role)
+
+    def _switch(self, role: Role) -> None:
         peft: Any = self.model
         if role == "reference":
             peft.base_model.disable_adapter_layers()

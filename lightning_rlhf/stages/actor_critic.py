@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_rlhf.data.packed import PackedBatch
@@ -19,10 +20,11 @@ from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
-from lightning_rlhf.rewards import Reward, RewardModelReward
+from lightning_rlhf.rewards import Reward, RewardModelReward, Samples
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups
+from lightning_rlhf.strategies import whole_weights
 
 
 class ActorCriticStage(OnlineStage):
@@ -42,6 +44,7 @@ class ActorCriticStage(OnlineStage):
     critic_from: str | os.PathLike[str] | PreTrainedModel | None
     critic_lr: float | None
     shared: bool
+    offload_frozen: bool
 
     def configure_model(self) -> None:
         """Loads policy, reference, critic and reward model once."""
@@ -94,6 +97,35 @@ class ActorCriticStage(OnlineStage):
         """The policy."""
         return self.policy
 
+    def on_fit_start(self) -> None:
+        """Has the reference round as the policy does, and takes what is frozen off the device."""
+        super().on_fit_start()
+        if hasattr(self, "reference"):
+            dtype = next(self.policy.parameters()).dtype  # a strategy may have cast it
+            for parameter in self.reference.parameters():
+                parameter.data = parameter.data.to(dtype)
+        with self.present():
+            pass
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Within it reference and reward are on the device; else on the CPU, where ``offload_frozen`` says so."""
+        frozen = [self.reward, *([self.reference] if hasattr(self, "reference") else [])]
+        if self.offload_frozen:
+            for module in frozen:
+                module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload_frozen:
+                for module in frozen:
+                    module.to("cpu")
+
+    def score(self, samples: Samples | None) -> Tensor:
+        """(S,) what the reward says of this rank's samples; all ranks must ask, also without any."""
+        with whole_weights(self.trainer.strategy), self.present():
+            return torch.zeros(0) if samples is None else self.reward(samples)
+
     def play(self, role: Role, batch: PackedBatch, **options: Any) -> Any:
         """Runs a role, whichever model has it."""
         if self.shared or (self.lora is not None and role != "critic"):
@@ -114,9 +146,10 @@ class ActorCriticStage(OnlineStage):
         """
         experience, samples = self.collect(prompts, completions)
         heat = self.sampling.temperature
-        now, reference = (self.play(r, samples.batch, temperature=heat).logprobs for r in ("policy", "reference"))
+        with self.present():
+            now, reference = (self.play(r, samples.batch, temperature=heat).logprobs for r in ("policy", "reference"))
+            scores = {"score": self.reward(samples).tolist()} if self.reward.needs <= samples.columns.keys() else {}
         kl = now.new_zeros(len(samples.completions)).index_add(0, experience.sequence.to(now.device), now - reference)
-        scores = {"score": self.reward(samples).tolist()} if self.reward.needs <= samples.columns.keys() else {}
         return {**scores, "kl": kl.tolist()}
 
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

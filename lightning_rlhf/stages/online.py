@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_rlhf.data.experience import Experience, cut
 from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack
@@ -24,6 +25,8 @@ from lightning_rlhf.functional.precision import wide
 from lightning_rlhf.rewards import Samples
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, sample_key
 from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
+from lightning_rlhf.strategies.sharded import ShardedOptimizer
 
 #: Keys of validation samples: they must not follow the iteration, so that validations can be compared.
 VALIDATION = -1
@@ -35,8 +38,8 @@ class OnlineStage(Stage):
     An iteration is a rollout and its updates. Exactly one of its optimizer steps goes through Lightning's counters, so
     that ``global_step``, ``max_steps``, schedules and checkpoints are in iterations.
 
-    Gradients are summed over ranks by one collective an update, and not in backward passes: how many of those a rank
-    makes is its own affair, and losses are divided by the whole minibatch's totals, so that the sum is exact.
+    Losses are divided by the whole minibatch's totals, so that the sum of all ranks' gradients is exact. One collective
+    an update makes it, not backward passes, except where the strategy shards gradients.
 
     Attributes:
         iteration: Iterations done.
@@ -65,10 +68,16 @@ class OnlineStage(Stage):
         Raises:
             ValueError: It is one.
         """
+        super().on_fit_start()
+        if isinstance(self.trainer.strategy, ColossalAIStrategy) and self.trainer.strategy.placement == "auto":
+            raise ValueError(
+                f"{type(self).__name__} samples before its first training step, which Gemini's placement='auto' can't "
+                "have: set the strategy's placement to static."
+            )
         if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
-                f"{type(self).__name__} runs on one device and under DDP, not under "
-                f"{type(self.trainer.strategy).__name__}: set trainer.strategy to auto or ddp."
+                f"{type(self).__name__} runs on one device, under DDP and under colossalai_..., not under "
+                f"{type(self.trainer.strategy).__name__}: set trainer.strategy to one of these."
             )
         # Its advice is for one optimizer step a batch; here a checkpoint after the iteration is what resumes exactly.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
@@ -86,13 +95,15 @@ class OnlineStage(Stage):
             The experience, without columns yet, and what rewards read; None where there is no prompt.
         """
         if not prompts.prompts:
-            return Experience([], (), {"rollout_logprobs": torch.zeros(0)}), None
+            with whole_weights(self.trainer.strategy):  # the other ranks enter it
+                return Experience([], (), {"rollout_logprobs": torch.zeros(0)}), None
         numbers = range(self.samples_per_prompt)
         requests = [
             Request(ids, [sample_key(self.seed, iteration, row, i) for i in numbers])
             for ids, row in zip(prompts.prompts, prompts.rows, strict=True)
         ]
-        found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
+        with whole_weights(self.trainer.strategy):
+            found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
         return self.collect(prompts, found)
 
     def collect(self, prompts: PromptBatch, found: Sequence[Sequence[Completion]]) -> tuple[Experience, Samples]:
@@ -252,10 +263,36 @@ class OnlineStage(Stage):
 
     # ------------------------------------------------------------------------------------------------- updates
 
-    def apart(self) -> AbstractContextManager[None]:
-        """Within it backward passes leave gradients to this rank."""
+    @property
+    def _sharded(self) -> ColossalAIStrategy | None:
+        """The strategy, where ranks hold parts of gradients."""
         strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
+        return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Within it backward passes leave gradients to this rank, unless the strategy shards them."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not self._sharded:
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def accumulate(self, loss: Tensor) -> None:
+        """A backward pass: adds a part of a minibatch's loss to its gradients."""
+        self.manual_backward(loss * self._ranks() if self._sharded else loss)  # those that shard them average
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_``, wherever the gradients are; None only measures."""
+        if self._sharded:
+            return self._sharded.clip_grad_norm(list(parameters), max_norm)
+        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+
+    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sets gradients to none."""
+        for p in parameters:
+            p.grad = None
+        if self._sharded:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     def update(self, parameters: Sequence[nn.Parameter], loss: float, first: bool) -> bool:
         """Sums gradients over ranks and steps all optimizers, or drops the update, on all ranks alike.
@@ -271,7 +308,7 @@ class OnlineStage(Stage):
         Raises:
             RuntimeError: ``max_dropped`` updates in a row were dropped.
         """
-        if self._ranks() > 1:
+        if self._ranks() > 1 and not self._sharded:
             for p in parameters:  # ranks whose part was empty
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             for dtype in {p.dtype for p in parameters}:
@@ -280,16 +317,16 @@ class OnlineStage(Stage):
                 dist.all_reduce(flat)
                 for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                     gradient.copy_(summed.view_as(gradient))
-        norm = gradient_norm(parameters)
+        norm = self.clip(parameters, None) if self._sharded else gradient_norm(parameters)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # it looks for overflow itself
+        scaled = scaled or (self._sharded is not None and self._sharded.scales_losses)
         finite = math.isfinite(loss) and (scaled or bool(norm.isfinite()))
         if finite:
             self._step(count=first)
             self.dropped = 0
         else:
             self.dropped += 1
-        for p in parameters:
-            p.grad = None
+        self.drop_gradients(parameters)
         if self.dropped >= self.max_dropped:
             raise RuntimeError(
                 f"{self.dropped} updates in a row had a loss or gradient that was not finite (iteration "
@@ -300,8 +337,7 @@ class OnlineStage(Stage):
 
     def count_iteration(self, parameters: Sequence[nn.Parameter]) -> None:
         """A step without gradients, which changes nothing, for an iteration that took no update."""
-        for p in parameters:
-            p.grad = None
+        self.drop_gradients(parameters)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # it asserts that there are gradients
             self._step(count=True)
 
@@ -331,6 +367,13 @@ class OnlineStage(Stage):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["online"]
         self.iteration, self.dropped = state["iteration"], state["dropped"]
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's own parameters that an optimizer trains, also where it steps shards of them."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer.parameters
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +26,7 @@ from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward
 from lightning_rlhf.rollout import CachedEngine, RolloutEngine, Sampling
 from lightning_rlhf.stages.actor_critic import ActorCriticStage
-from lightning_rlhf.stages.online import VALIDATION
+from lightning_rlhf.stages.online import VALIDATION, parameters_of
 from lightning_rlhf.stages.optim import CosineWarmup
 
 SAMPLING = Sampling()
@@ -103,6 +102,8 @@ class PPOModule(ActorCriticStage):
         optimizer: Parameter groups to optimizer.
         critic_lr: The critic's learning rate; None: the optimizer's.
         lr_scheduler: Optimizer to scheduler, stepped once an iteration.
+        offload_frozen: Keep reference and reward model in the CPU's memory while neither is asked: frees theirs on the
+            device, costs two copies an iteration.
         seed: Of samples and shuffles.
         trust_remote_code: Run code that comes with the models.
 
@@ -158,6 +159,7 @@ class PPOModule(ActorCriticStage):
         optimizer: OptimizerCallable = ppo_optimizer,
         critic_lr: float | None = None,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        offload_frozen: bool = False,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -190,6 +192,7 @@ class PPOModule(ActorCriticStage):
         self.value_coef, self.entropy_coef, self.ptx_coef = value_coef, entropy_coef, ptx_coef
         self.loss_mean, self.target_kl, self.old_logprobs = loss_mean, target_kl, old_logprobs
         self.max_norm, self.max_dropped, self.critic_lr, self.seed = max_norm, max_dropped, critic_lr, seed
+        self.offload_frozen = offload_frozen
         self.running_scores = RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)
         self.val_score, self.val_length = TokenMean(), TokenMean()
@@ -222,12 +225,12 @@ class PPOModule(ActorCriticStage):
     @torch.no_grad()
     def judge(self, experience: Experience, samples: Samples | None) -> dict[str, float]:
         """Adds to an experience what the losses read: old log-probs, values, advantages, returns."""
-        raw, truncated = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
-        if samples is not None:
-            raw, truncated = self.reward(samples).cpu(), torch.tensor(samples.truncated)
+        raw = self.score(samples).cpu()
+        truncated = torch.tensor([] if samples is None else samples.truncated, dtype=torch.bool)
         heat = self.sampling.temperature
         now, entropies = self.measure(experience, lambda b: self.play("policy", b, temperature=heat, entropy=True)[:2])
-        (reference,) = self.measure(experience, lambda b: self.play("reference", b, temperature=heat)[:1])
+        with self.present():
+            (reference,) = self.measure(experience, lambda b: self.play("reference", b, temperature=heat)[:1])
         values, last_values = self.measure(experience, lambda b: self.play("critic", b))
         sampled, sequence = experience.tokens["rollout_logprobs"].to(now), experience.sequence
         log_ratio = now - reference
@@ -282,8 +285,7 @@ class PPOModule(ActorCriticStage):
                 dropped += 1
         if not taken:
             self.count_iteration(parameters)
-        for parameter in parameters:
-            parameter.grad = None
+        self.drop_gradients(parameters)
         means = {k: sum(t[k] for t in taken) / len(taken) for k in (taken[0] if taken else ())}
         peak = {"ratio_max": max(t["ratio_max"] for t in taken)} if taken else {}
         first = {"first_ratio_error": taken[0]["ratio_error"]} if taken else {}
@@ -309,18 +311,20 @@ class PPOModule(ActorCriticStage):
                     loss = loss + self.kl_coef * kl_loss(out.logprobs - t["reference_logprobs"], self.kl_penalty)
                 if self.entropy_coef:
                     loss = loss - self.entropy_coef * out.entropies
-                self.manual_backward((weight * loss).sum())
+                self.accumulate((weight * loss).sum())
                 value = value_loss(self.play("critic", batch).values, t["values"], t["returns"], self.clip_value)
-                self.manual_backward((weight * value.loss).sum() * self.value_coef)
+                self.accumulate((weight * value.loss).sum() * self.value_coef)
                 moved = k3(t["old_logprobs"] - out.logprobs.detach())
                 columns = (loss, policy.loss, value.loss, moved, policy.clipped, value.clipped, policy.ratio)
                 sums[:-1] += torch.stack([(weight * c.detach()).sum() for c in columns]).cpu()
                 real = policy.ratio[t["weight"] > 0]
                 ratio_max = torch.cat([real.cpu(), ratio_max[None]]).max()
                 ratio_error = torch.cat([(real.cpu() - 1).abs(), ratio_error[None]]).max()
-            for batch in [] if ptx is None or not self.ptx_coef else split(ptx, self.micro_batch_tokens or 2**62):
-                out = self.play("policy", batch, weights=batch.weight / batch.totals.tokens)
-                self.manual_backward(self.ptx_coef * out.loss)
+            parts = [] if ptx is None or not self.ptx_coef else split(ptx, self.micro_batch_tokens or 2**62)
+            for i in range(int(self.all_reduce(torch.tensor(float(len(parts))), torch.distributed.ReduceOp.MAX))):
+                batch = parts[min(i, len(parts) - 1)]  # ranks with fewer parts run the last again, for nothing
+                out = self.play("policy", batch, weights=batch.weight / batch.totals.tokens * (i < len(parts)))
+                self.accumulate(self.ptx_coef * out.loss)
                 sums[-1] += out.loss.detach().cpu()
         found = dict(zip(PARTS, self.all_reduce(sums).tolist(), strict=True))
         peaks = self.all_reduce(torch.stack([ratio_max, ratio_error]), torch.distributed.ReduceOp.MAX)
@@ -330,20 +334,20 @@ class PPOModule(ActorCriticStage):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clips the gradients of policy and critic, each by its own norm."""
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = set(map(id, parameters_of(optimizer)))
         for name, parameters in zip(("policy", "value"), self.trained(), strict=True):
-            if any(id(p) in mine and p.grad is not None for p in parameters):
-                norm = nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
-                self._norms[f"{name}_grad_norm"] = norm.item()
+            if id(parameters[0]) in mine:
+                self._norms[f"{name}_grad_norm"] = self.clip(parameters, self.max_norm).item()
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Samples completions of held-out prompts, by the same keys at each validation, and scores them."""
         _, samples = self.rollout(prompts, VALIDATION)
+        scores = self.score(samples)
         if samples is None:
             return
-        for name, values in {"score": self.reward(samples), "length": samples.batch.lengths.float()}.items():
+        for name, values in {"score": scores, "length": samples.batch.lengths.float()}.items():
             metric: Any = self.get_submodule(f"val_{name}")
             metric.update(values, torch.ones_like(values))
             self.log(f"val/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
@@ -351,10 +355,11 @@ class PPOModule(ActorCriticStage):
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record a completion: ``row``, ``completion``, its ``score``, ``truncated``."""
         _, samples = self.rollout(prompts, VALIDATION)
+        scores = self.score(samples)
         if samples is None:
             return []
         rows = [row for row in prompts.rows for _ in range(self.samples_per_prompt)]
-        columns = (rows, samples.completions, self.reward(samples).tolist(), samples.truncated)
+        columns = (rows, samples.completions, scores.tolist(), samples.truncated)
         names = ("row", "completion", "score", "truncated")
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 

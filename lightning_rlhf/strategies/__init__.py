@@ -1,0 +1,37 @@
+"""ColossalAI's data parallelism for the ordinary Trainer: DDP, ZeRO and Gemini by one flag.
+
+Importing this room registers the names of :data:`~lightning_rlhf.strategies.colossalai.NAMES` with Lightning; it
+imports no ColossalAI.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from lightning_rlhf.strategies.colossalai import ColossalAIStrategy
+from lightning_rlhf.strategies.precision import ColossalAIPrecision
+
+__all__ = ["ColossalAIPrecision", "ColossalAIStrategy", "whole_state_dict", "whole_weights"]
+
+ColossalAIStrategy.register_strategies(StrategyRegistry)
+
+
+def whole_weights(strategy: Strategy) -> AbstractContextManager[None]:
+    """Within it each rank can run the models alone, for instance to generate; all ranks must enter and leave.
+
+    Args:
+        strategy: Any; only under one that shards weights is there something to do.
+    """
+    return strategy.whole_weights() if isinstance(strategy, ColossalAIStrategy) else nullcontext()
+
+
+def whole_state_dict(strategy: Strategy) -> dict[str, Any]:
+    """The module's state dict on rank 0, whatever checkpoints hold; all ranks must call: it may gather shards.
+
+    Args:
+        strategy: Any.
+    """
+    if isinstance(strategy, ColossalAIStrategy):
+        return strategy.whole_state_dict()
+    return strategy.lightning_module_state_dict()

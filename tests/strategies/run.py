@@ -1,0 +1,175 @@
+"""A small run of any stage, or of a foreign module, under any strategy, as a process of its own.
+
+    python run.py MODEL_DIR OUT_DIR '{"stage": "sft", "strategy": "colossalai_zero2", "devices": 2, ...}'
+
+Writes to OUT_DIR, from rank 0, curve.json (what was logged at each step) and weights.pt (the module afterwards).
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_rlhf import (
+    InstructionDataModule,
+    LoRA,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    Sampling,
+    SFTModule,
+)
+from lightning_rlhf.strategies import ColossalAIStrategy
+
+torch.set_num_threads(1)
+STAGES = Path(__file__).resolve().parents[1] / "stages"
+LOGGED = {
+    "sft": ["train/loss"],
+    "reward": ["train/loss", "train/chosen_score"],
+    "ppo": ["train/score", "train/kl", "train/loss", "train/value_loss", "train/policy_grad_norm"],
+    "gan": ["loss_a", "loss_b"],
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, STAGES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TwoOptimizers(L.LightningModule):
+    """GAN-like: two networks, two optimizers, the first one's loss goes through the second."""
+
+    def __init__(self, lr=1e-2):
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(1)
+        sizes = [(8, 16), (16, 9)]
+        self.maker = torch.nn.Sequential(torch.nn.Linear(*sizes[0]), torch.nn.Tanh(), torch.nn.Linear(*sizes[1]))
+        self.critics = torch.nn.ModuleDict(
+            {"one": torch.nn.Sequential(torch.nn.Linear(9, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))}
+        )
+        self.lr = lr
+
+    def training_step(self, batch, batch_idx):
+        (noise, real) = batch
+        critic = self.critics["one"]
+        first, second = self.optimizers()
+        made = self.maker(noise)
+        loss_a = torch.nn.functional.softplus(-critic(made)).mean()
+        first.zero_grad()
+        self.manual_backward(loss_a)
+        self.clip_gradients(first, 0.05, "norm")
+        first.step()
+        loss_b = torch.nn.functional.softplus(-critic(real)).mean()
+        loss_b = loss_b + torch.nn.functional.softplus(critic(made.detach())).mean()
+        second.zero_grad()
+        self.manual_backward(loss_b)
+        second.step()
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+        self.log_dict({"loss_a": loss_a.float(), "loss_b": loss_b.float()}, sync_dist=True)
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=self.lr) for m in (self.maker, self.critics["one"])]
+        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in optimizers]
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(2)
+        data = torch.utils.data.TensorDataset(
+            torch.randn(64, 8, generator=generator), torch.randn(64, 9, generator=generator) + 1
+        )
+        ranks = self.trainer.strategy.distributed_sampler_kwargs if self.trainer.world_size > 1 else None
+        ranks = ranks or {"num_replicas": 1, "rank": 0}
+        sampler = torch.utils.data.DistributedSampler(data, shuffle=False, **ranks)
+        return torch.utils.data.DataLoader(data, batch_size=8 // ranks["num_replicas"], sampler=sampler)
+
+
+class Curve(L.Callback):
+    """What is logged at each optimizer step."""
+
+    def __init__(self, names, kill=None):
+        self.names, self.points, self.kill, self.last = names, [], kill, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.last:
+            return
+        self.last = trainer.global_step
+        logged = trainer.callback_metrics
+        self.points.append([logged[name].item() if name in logged else None for name in self.names])
+        if self.kill and self.kill == [trainer.global_rank, trainer.global_step]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="float32", **options):
+    run = load({"gan": "run_sft", "ppo": "run_ppo"}.get(stage, f"run_{stage}"))
+    common = dict(lora=LoRA(r=4) if lora else None, gradient_checkpointing=checkpointing, dtype=dtype)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    common["optimizer"] = lambda params: kinds[optimizer](params, lr=lr)
+    files = dict(cache_dir=Path(out_dir) / "cache")
+    if stage == "sft":
+        data = InstructionDataModule(run.rows(), val_fraction=0.2, batch_size=6, **files)
+        return SFTModule(model_dir, **common, **options), data
+    if stage == "reward":
+        data = PreferenceDataModule(run.rows(), val_fraction=0.3, batch_size=12, **files)
+        return RewardModule(model_dir, **common, **options), data
+    if stage == "ppo":
+        sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
+        options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}
+        ptx = run.TEXTS if options.get("ptx_coef") else None
+        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, ptx=ptx, ptx_batch_size=3, **files)
+        return PPOModule(model_dir, options.pop("reward", run.letters), sampling=sampling, **common, **options), data
+    return TwoOptimizers(lr=lr), None
+
+
+def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="32-true", max_steps=20, accumulate=1,
+        clip=None, clip_by="norm", lora=False, checkpointing=False, lr=1e-2, optimizer="adamw", ckpt=None, save_every=0,
+        validate=False, kill=None, callbacks=(), sanity=0, **options):  # fmt: skip
+    """One run; returns the trainer and the module."""
+    L.seed_everything(0, verbose=False)
+    module, data = make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, **options)
+    if isinstance(strategy, dict):
+        settings = {**strategy, "timeout": timedelta(seconds=strategy.get("timeout", 120))}
+        strategy = ColossalAIStrategy(**settings)
+    curve = Curve(LOGGED[stage], kill)
+    callbacks = [*callbacks, curve]
+    if save_every:
+        callbacks.append(ModelCheckpoint(out_dir, filename="{step}", every_n_train_steps=save_every, save_top_k=-1))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        precision=precision,
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        gradient_clip_algorithm=clip_by if clip else None,
+        callbacks=callbacks,
+        enable_checkpointing=bool(save_every),
+        limit_val_batches=2 if validate else 0,
+        num_sanity_val_steps=sanity,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out_dir,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt)
+    if trainer.is_global_zero:
+        (Path(out_dir) / "curve.json").write_text(json.dumps(curve.points))
+        torch.save({k: v.detach().clone() for k, v in module.named_parameters()}, Path(out_dir) / "weights.pt")
+    return trainer, module
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
