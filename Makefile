@@ -14,6 +14,10 @@ TEST_EXTRAS := demo,test
 # One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
+# ColossalAI without its own pins of torch and transformers, and the few packages that it really needs: docs/strategies.md.
+COLOSSALAI := colossalai==0.5.0
+COLOSSALAI_NEEDS := einops galore_torch psutil click rich contexttimer pydantic ninja
+
 # $(call timed,NAME,COMMAND): says what starts and how long it took; fails where it fails, so join commands by &&.
 timed = @echo "== $(1)"; SECONDS=0; $(2) && echo "== $(1): $$SECONDS s"
 
@@ -36,11 +40,13 @@ $(VENV)/.demo-installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(CONSTRAINTS),-e '.[demo]')
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
-	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(TEST_EXTRAS)]')
+	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(TEST_EXTRAS)]' $(COLOSSALAI_NEEDS))
+	$(call timed,$(VENV): ColossalAI,$(VENV)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI))
 	@touch $@
 
 $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt
-	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout hypothesis)
+	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout hypothesis $(COLOSSALAI_NEEDS))
+	$(call timed,$(BRIDGE): ColossalAI,$(BRIDGE)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI))
 
 .PHONY: demo
 demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bundled data
@@ -54,7 +60,7 @@ lint: $(VENV)/.test-installed ## ruff and mypy
 .PHONY: test
 test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint ## all that CI runs
 	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/python -m pytest tests --durations=15
-	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/python -m pytest tests/models tests/functional tests/data tests/rollout tests/rewards -m 'not slow'
+	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/python -m pytest tests/models tests/functional tests/data tests/rollout tests/rewards tests/strategies -m 'not slow'
 
 .PHONY: clean
 clean: ## remove the environments, caches and build output

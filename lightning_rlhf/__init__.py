@@ -3,6 +3,7 @@
 Names load when they are used, so that ``import lightning_rlhf`` is quick.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     from lightning_rlhf.models import LoRA, Policy, RewardModel
     from lightning_rlhf.rollout import Sampling
     from lightning_rlhf.stages import PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.strategies import ColossalAIStrategy
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ColossalAIStrategy": "strategies",
     "HFExport": "callbacks",
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
@@ -34,6 +37,7 @@ _HOMES = {
     "Sampling": "rollout",
 }
 __all__ = [
+    "ColossalAIStrategy",
     "HFExport",
     "InstructionDataModule",
     "LoRA",
@@ -59,3 +63,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "lightning.pytorch" in sys.modules:  # Trainer(strategy="colossalai_zero2") then needs nothing else of this package
+    import lightning_rlhf.strategies  # noqa: F401

@@ -166,7 +166,7 @@ class SampleCompletions(L.Callback):
             return
         self._last_step = step
         strategy = trainer.strategy
-        with whole_weights(strategy):
+        with whole_weights(strategy, pl_module.exportable):
             self._answer(trainer, pl_module, step)
             strategy.barrier("SampleCompletions")
 

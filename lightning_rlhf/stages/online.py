@@ -95,14 +95,14 @@ class OnlineStage(Stage):
             The experience, without columns yet, and what rewards read; None where there is no prompt.
         """
         if not prompts.prompts:
-            with whole_weights(self.trainer.strategy):  # the other ranks enter it
+            with whole_weights(self.trainer.strategy, self.exportable):  # the other ranks enter it
                 return Experience([], (), {"rollout_logprobs": torch.zeros(0)}), None
         numbers = range(self.samples_per_prompt)
         requests = [
             Request(ids, [sample_key(self.seed, iteration, row, i) for i in numbers])
             for ids, row in zip(prompts.prompts, prompts.rows, strict=True)
         ]
-        with whole_weights(self.trainer.strategy):
+        with whole_weights(self.trainer.strategy, self.exportable):
             found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
         return self.collect(prompts, found)
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from torch import nn
 
 from lightning_rlhf.strategies.colossalai import ColossalAIStrategy
 from lightning_rlhf.strategies.precision import ColossalAIPrecision
@@ -17,13 +18,14 @@ __all__ = ["ColossalAIPrecision", "ColossalAIStrategy", "whole_state_dict", "who
 ColossalAIStrategy.register_strategies(StrategyRegistry)
 
 
-def whole_weights(strategy: Strategy) -> AbstractContextManager[None]:
-    """Within it each rank can run the models alone, for instance to generate; all ranks must enter and leave.
+def whole_weights(strategy: Strategy, child: nn.Module) -> AbstractContextManager[None]:
+    """Within it each rank can run a model alone, for instance to generate; all ranks must enter and leave.
 
     Args:
         strategy: Any; only under one that shards weights is there something to do.
+        child: Of the LightningModule; others stay as they are.
     """
-    return strategy.whole_weights() if isinstance(strategy, ColossalAIStrategy) else nullcontext()
+    return strategy.whole_weights(child) if isinstance(strategy, ColossalAIStrategy) else nullcontext()
 
 
 def whole_state_dict(strategy: Strategy) -> dict[str, Any]:

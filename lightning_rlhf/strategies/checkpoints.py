@@ -317,12 +317,19 @@ def aliases(boosted: Boosted) -> dict[str, list[str]]:
     return {slot.name: by_id[id(slot.parameter)] for slot in boosted.slots}
 
 
-def whole_weights(boosted: Boosted) -> dict[str, Tensor]:
-    """All trained weights of a child by all their names, on rank 0; elsewhere none. All ranks must call."""
+def whole_weights(boosted: Boosted, exact: bool) -> dict[str, Tensor]:
+    """All trained weights of a child by all their names, on rank 0; elsewhere none. All ranks must call.
+
+    Args:
+        boosted: The child.
+        exact: As the optimizer steps them, to resume from; else in the number type that they came in.
+    """
     found: dict[str, Tensor] = {}
     names = aliases(boosted)
     for slot in boosted.slots:
         value = boosted.collect(slot, lambda piece: piece.weight)
         if value is not None:
-            found |= dict.fromkeys(names[slot.name], value.to(slot.dtype))
+            found |= dict.fromkeys(
+                names[slot.name], value if exact and boosted.master_weights else value.to(slot.dtype)
+            )
     return found

@@ -32,6 +32,7 @@ from lightning_rlhf.strategies.sharded import Boosted, GeminiBoosted, ShardedOpt
 NAMES: dict[str, dict[str, Any]] = {
     "colossalai": {"plugin": "zero2"},
     "colossalai_ddp": {"plugin": "ddp"},
+    "colossalai_ddp_find_unused_parameters_true": {"plugin": "ddp", "find_unused_parameters": True},
     "colossalai_zero1": {"plugin": "zero1"},
     "colossalai_zero2": {"plugin": "zero2"},
     "colossalai_zero2_offload": {"plugin": "zero2", "cpu_offload": True},
@@ -53,14 +54,10 @@ class ColossalAIStrategy(DDPStrategy):
     its class, its names and its place, and its forward passes run through the plugin. After ``fit`` all is an ordinary
     module again, whole on every rank.
 
-    ====== =========================== ==================== ==============================================
-    plugin split over ranks            precision            gradients are exchanged
-    ====== =========================== ==================== ==============================================
-    ddp    nothing                     all of Lightning's   once a step
-    zero1  optimizer states            32, bf16, 16-mixed   once a step
-    zero2  and gradients               32, bf16, 16-mixed   after each backward pass
-    gemini and weights, by chunks      bf16, 16-mixed       after each backward pass; weights in each pass
-    ====== =========================== ==================== ==============================================
+    * ``ddp`` splits nothing, and takes all of Lightning's precisions; gradients are exchanged once a step.
+    * ``zero1`` splits optimizer states; 32-true, bf16, 16-mixed; once a step.
+    * ``zero2`` splits gradients too; they are exchanged after each backward pass.
+    * ``gemini`` splits weights too, by chunks that each pass gathers; bf16 and 16-mixed.
 
     Args:
         plugin: What is split. See ``docs/strategies.md`` for how to choose.
@@ -218,7 +215,7 @@ class ColossalAIStrategy(DDPStrategy):
         """
         if importlib.util.find_spec("colossalai") is None:
             raise ModuleNotFoundError(
-                f"strategy='colossalai_...' needs ColossalAI: {INSTALL} (docs/strategies.md says for which environments)",
+                f"strategy='colossalai_...' needs ColossalAI: {INSTALL} (docs/strategies.md has other environments)",
                 name="colossalai",
             )
         super().setup_environment()
@@ -277,9 +274,10 @@ class ColossalAIStrategy(DDPStrategy):
             cpu.enable()
         plugin = self._make_plugin()
         kind = {"ddp": Boosted, "gemini": GeminiBoosted}.get(self.plugin_name, ZeroBoosted)
-        dtype = getattr(self.precision_plugin, "dtype", None)
+        precision: Any = self.precision_plugin if self.sharded else ColossalAIPrecision()
         for (place, child), optimizer in zip(pairs, self.optimizers, strict=True):
-            self.boosted.append(kind(place, child, optimizer, plugin, dtype))
+            boosted = kind(place, child, optimizer, plugin, precision.dtype, precision.master_weights)
+            self.boosted.append(boosted)
         if isinstance(self.precision_plugin, ColossalAIPrecision):
             self.precision_plugin.boosted = True
 
@@ -349,13 +347,15 @@ class ColossalAIStrategy(DDPStrategy):
         if len(used) > 1 and (self.plugin_name == "gemini" or used[0].scale != 1):
             raise RuntimeError(
                 f"One backward pass reached {', '.join(b.place for b in used)}: Gemini and 16-mixed take one child "
-                "at a time. Make the loss hang on one of them (detach the others' outputs, or run them under no_grad), or "
-                "use zero2 with another precision."
+                "at a time. Make the loss hang on one of them (detach the others' outputs, or run them under no_grad), "
+                "or use zero2 with another precision."
             )
         for b in used:
             b.used = False
         self._last = used
         if isinstance(used[0], GeminiBoosted):
+            if args or any(kwargs.values()):
+                raise RuntimeError(f"Gemini's backward pass takes the loss alone, not {args or kwargs}.")
             used[0].backward(loss)
         else:
             if (mixin := getattr(used[0].wrapped, "mixed_precision_mixin", None)) is not None:
@@ -387,31 +387,36 @@ class ColossalAIStrategy(DDPStrategy):
             yield
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Within it each rank runs the children alone, on whole weights, without gradients; all enter and leave."""
+    def whole_weights(self, child: nn.Module) -> Iterator[None]:
+        """Within it each rank runs a child alone, on whole weights, without gradients; all enter and leave."""
         with ExitStack() as stack:
             for boosted in self.boosted:
-                stack.enter_context(boosted.whole())
+                if boosted.child is child:
+                    stack.enter_context(boosted.whole())
             yield
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def whole_state_dict(self) -> dict[str, Any]:
-        """The module's state dict, collected on rank 0; elsewhere empty. All ranks must call."""
+    def whole_state_dict(self, exact: bool = False) -> dict[str, Any]:
+        """The module's state dict, collected on rank 0; elsewhere empty. All ranks must call.
+
+        Args:
+            exact: Keep fp32 weights that the optimizer steps; else weights are of the number type that they came in.
+        """
         module = self.lightning_module
         assert module is not None
         if not self.boosted or not self.sharded:
             return module.state_dict()
         trained: dict[str, Tensor] = {}
         for boosted in self.boosted:
-            found = checkpoints.whole_weights(boosted)
+            found = checkpoints.whole_weights(boosted, exact)
             trained |= {f"{boosted.place}.{name}": value for name, value in found.items()}
         return {**module.state_dict(), **trained} if self.is_global_zero else {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it: without what each rank writes itself."""
         if self.checkpoint == "full" or not self.boosted:
-            return self.whole_state_dict()
+            return self.whole_state_dict(exact=True)
         assert self.lightning_module is not None
         theirs = self._trained_names()
         return {k: v for k, v in self.lightning_module.state_dict().items() if k not in theirs}

@@ -99,14 +99,21 @@ class Boosted:
         optimizer: Over parameters of the child alone.
         plugin: A ColossalAI plugin.
         dtype: That forward passes compute in, where the plugin casts weights; None: as they are.
+        master_weights: Whether the optimizer steps fp32 weights beside those.
     """
 
     def __init__(
-        self, place: str, child: nn.Module, optimizer: Optimizer, plugin: Any, dtype: torch.dtype | None
+        self,
+        place: str,
+        child: nn.Module,
+        optimizer: Optimizer,
+        plugin: Any,
+        dtype: torch.dtype | None = None,
+        master_weights: bool = False,
     ) -> None:
         from colossalai.booster import Booster
 
-        self.place, self.child = place, child
+        self.place, self.child, self.master_weights = place, child, master_weights
         self.original = optimizer
         self.used = False  # whether a graph hangs on a forward pass
         self.alone = False  # whether calls pass the wrapper by
@@ -393,9 +400,10 @@ class GeminiBoosted(Boosted):
         info = chunk.tensors_info[slot.parameter]
         if chunk.keep_gathered:
             return chunk, info.offset, info.end, 0
-        begin = max(0, info.offset - chunk.shard_begin)
-        end = min(chunk.shard_size, info.end - chunk.shard_begin)
-        return (chunk, begin, end, begin + chunk.shard_begin - info.offset) if begin < end else None
+        # int: sizes of chunks are numpy's, which a checkpoint does not load back
+        begin = int(max(0, info.offset - chunk.shard_begin))
+        end = int(min(chunk.shard_size, info.end - chunk.shard_begin))
+        return (chunk, begin, end, int(begin + chunk.shard_begin - info.offset)) if begin < end else None
 
     def piece(self, slot: Slot) -> Piece | None:
         """What of the parameter lies in this rank's part of its chunk."""

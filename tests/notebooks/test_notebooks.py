@@ -33,6 +33,7 @@ def settings(tiny_model_dir, tmp_path_factory):
         train = folder / f"{name}.jsonl"
         train.write_text("".join(json.dumps(line) + "\n" for line in lines))
         small[name] = {"MODEL": str(tiny_model_dir), "TRAIN": str(train), "STEPS": "2", "BATCH_SIZE": "4"}
+    small["colossalai"] = {**small["sft"], "STEPS": "3"}
     return small
 
 
@@ -182,3 +183,28 @@ def test_drop_in_notebook_shows_what_it_says(run):
     assert own[0][2] == 0.0 != own[1][2], "the reference is where the policy starts"
     assert [line[0] for line in reward] == [0, 1, 2]
     assert len({loss for _, loss, *_ in reward}) == 3
+
+
+def test_colossalai_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "colossalai.ipynb")
+    text = printed(notebook)
+    curves, compared, own = (table.splitlines()[2:] for table in displayed(notebook, "text/markdown"))
+    assert [cells_of(line)[0] for line in curves] == ["1", "2", "3"]
+    assert len({cells_of(line)[1] for line in curves}) == 3, "it learns"
+    differences, shares = {}, {}
+    for name, difference, _, _, share in map(cells_of, compared):
+        differences[name], shares[name] = float(difference), [float(part) for part in share.split(",")]
+    assert differences["ddp"] < 1e-5 and differences["zero2"] < 1e-5 and differences["gemini"] < 2e-2
+    assert shares["ddp"] == [1.0, 1.0] and shares["zero2"] == [0.5, 0.5]
+    assert sum(shares["gemini"]) == pytest.approx(1, abs=0.02) and max(shares["gemini"]) < 0.9
+    before, after = re.findall(r"^held-out loss of \w+: ([\d.]+)$", text, re.MULTILINE)
+    assert float(before) == pytest.approx(float(after), abs=2e-4)
+    assert "step=1.ckpt: " in text
+    assert float(re.search("^steps 2 to 3 in plain Lightning: .* (.*)$", text, re.MULTILINE)[1]) < 1e-5
+    runs = re.findall(r"^(\w+): (\d+) steps, largest difference to the plain run (.*)$", text, re.MULTILINE)
+    assert [(name, int(steps)) for name, steps, _ in runs] == [("zero2", 24), ("resumed", 12), ("moved", 12)]
+    assert max(float(difference) for *_, difference in runs) < 1e-5
+    whole, first, second = map(int, re.search(r"plain \[(\d+)\] B, zero2 \[(\d+), (\d+)\] B", text).groups())
+    assert first == second and whole / 2 <= first < 0.6 * whole
+    assert len(own) == 12
+    assert (folder / "runs" / "notebook" / "colossalai" / "gan" / "epoch=2.ckpt").is_file()

@@ -1,15 +1,18 @@
-"""A small run of any stage, or of a foreign module, under any strategy, as a process of its own.
+"""Small runs of any stage, or of a foreign module, under any strategy, one after the other, as processes of their own.
 
-    python run.py MODEL_DIR OUT_DIR '{"stage": "sft", "strategy": "colossalai_zero2", "devices": 2, ...}'
+    python run.py MODEL_DIR OUT_DIR '{"NAME": {"stage": "sft", "strategy": "colossalai_zero2", "devices": 2}, ...}'
 
-Writes to OUT_DIR, from rank 0, curve.json (what was logged at each step) and weights.pt (the module afterwards).
+Writes to OUT_DIR/NAME, from rank 0, curve.json (what was logged at each step), weights.pt (the module afterwards) and
+scores.json (what validate said before and after, where it was asked); from each rank error-RANK.txt where it failed.
 """
 
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf import (
+    HFExport,
     InstructionDataModule,
     LoRA,
     PPOModule,
@@ -27,7 +31,7 @@ from lightning_rlhf import (
     Sampling,
     SFTModule,
 )
-from lightning_rlhf.strategies import ColossalAIStrategy
+from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
 torch.set_num_threads(1)
 STAGES = Path(__file__).resolve().parents[1] / "stages"
@@ -61,7 +65,10 @@ class TwoOptimizers(L.LightningModule):
         self.lr = lr
 
     def training_step(self, batch, batch_idx):
-        (noise, real) = batch
+        # by the step, so that a resumed run sees what it would have seen
+        generator = torch.Generator().manual_seed(self.trainer.global_step)
+        both = torch.randn(8, 8, generator=generator), torch.randn(8, 9, generator=generator) + 1
+        noise, real = (t[self.global_rank :: self.trainer.world_size] for t in both)
         critic = self.critics["one"]
         first, second = self.optimizers()
         made = self.maker(noise)
@@ -84,21 +91,18 @@ class TwoOptimizers(L.LightningModule):
         return optimizers, [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in optimizers]
 
     def train_dataloader(self):
-        generator = torch.Generator().manual_seed(2)
-        data = torch.utils.data.TensorDataset(
-            torch.randn(64, 8, generator=generator), torch.randn(64, 9, generator=generator) + 1
-        )
-        ranks = self.trainer.strategy.distributed_sampler_kwargs if self.trainer.world_size > 1 else None
-        ranks = ranks or {"num_replicas": 1, "rank": 0}
-        sampler = torch.utils.data.DistributedSampler(data, shuffle=False, **ranks)
-        return torch.utils.data.DataLoader(data, batch_size=8 // ranks["num_replicas"], sampler=sampler)
+        return torch.utils.data.DataLoader(range(100))
 
 
 class Curve(L.Callback):
     """What is logged at each optimizer step."""
 
-    def __init__(self, names, kill=None):
-        self.names, self.points, self.kill, self.last = names, [], kill, 0
+    def __init__(self, names, kill, full):
+        self.names, self.points, self.kill, self.full, self.last = names, [], kill, full, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.full and self.full == [trainer.global_rank, trainer.global_step]:  # as a full disk does
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.last:
@@ -133,15 +137,19 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
 
 def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="32-true", max_steps=20, accumulate=1,
         clip=None, clip_by="norm", lora=False, checkpointing=False, lr=1e-2, optimizer="adamw", ckpt=None, save_every=0,
-        validate=False, kill=None, callbacks=(), sanity=0, **options):  # fmt: skip
+        validate=False, kill=None, full=None, callbacks=(), sanity=0, export=False, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(0, verbose=False)
     module, data = make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, **options)
     if isinstance(strategy, dict):
         settings = {**strategy, "timeout": timedelta(seconds=strategy.get("timeout", 120))}
+        if precision == "colossalai 16-mixed":  # the Trainer makes bf16-mixed of 16-mixed on a CPU
+            precision, settings["precision_plugin"] = None, ColossalAIPrecision("16-mixed", strategy["plugin"])
         strategy = ColossalAIStrategy(**settings)
-    curve = Curve(LOGGED[stage], kill)
+    curve = Curve(LOGGED[stage], kill, full)
     callbacks = [*callbacks, curve]
+    if export:
+        callbacks.append(HFExport())
     if save_every:
         callbacks.append(ModelCheckpoint(out_dir, filename="{step}", every_n_train_steps=save_every, save_top_k=-1))
     trainer = L.Trainer(
@@ -164,12 +172,28 @@ def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="
         use_distributed_sampler=False,
         default_root_dir=out_dir,
     )
+    scores = [trainer.validate(module, data, verbose=False)] if validate else []
     trainer.fit(module, data, ckpt_path=ckpt)
+    scores += [trainer.validate(module, data, verbose=False)] if validate else []
     if trainer.is_global_zero:
+        (Path(out_dir) / "scores.json").write_text(json.dumps(scores))
         (Path(out_dir) / "curve.json").write_text(json.dumps(curve.points))
         torch.save({k: v.detach().clone() for k, v in module.named_parameters()}, Path(out_dir) / "weights.pt")
     return trainer, module
 
 
+def main(model_dir, out_dir, cases):
+    for name, options in cases.items():
+        place = Path(out_dir) / name
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            run(model_dir, str(place), **options)
+        except Exception:
+            rank = os.environ.get("LOCAL_RANK", "0")
+            (place / f"error-{rank}.txt").write_text(traceback.format_exc())
+            if len(cases) == 1:
+                raise
+
+
 if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

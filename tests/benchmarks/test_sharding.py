@@ -1,0 +1,160 @@
+"""The sharding benchmark at smoke size: real storages, each once, and an honest table. No time is asserted."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = ["--width", "64", "--layers", "1", "--vocab-size", "64", "--length", "8"]
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("benchmarks_sharding", BENCHMARKS / "sharding.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+def table(lines):
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "---" not in line]
+
+
+def case(sharding, strategy, precision="32-true"):
+    return next(c for c in sharding.CASES if (c.strategy, c.precision) == (strategy, precision))
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+def test_storages_count_once_and_whole(sharding):
+    weight = torch.zeros(10)
+    bucket = torch.zeros(100, dtype=torch.bfloat16)
+    released = torch.zeros(7)
+    released.untyped_storage().resize_(0)
+    found = sharding.count({"weights": [weight, weight.view(2, 5), released], "gradients": [bucket[:3], weight[:2]]})
+    assert found == {"weights": (40, 10), "gradients": (200, 100)}, "a view keeps all of its storage alive"
+
+
+def test_every_living_tensor_is_found(sharding):
+    forgotten = torch.zeros(123_457)
+    assert any(t is forgotten for t in sharding.living_tensors())
+
+
+def test_plain_training_holds_what_it_must(sharding):
+    """One process without a strategy: 4 bytes of weight, 4 of gradient and 8 of states a parameter."""
+    options = sharding.parse([*SMALL, "--ranks", "1"])
+    module, counted = sharding.Causal(options), sharding.Count(options.steps)
+    sharding.make_trainer(options.steps, counted, accelerator="cpu", devices=1).fit(module)
+    parameters = sharding.num_parameters(sharding.model_config(options))
+    assert parameters == sum(p.numel() for p in module.parameters())
+    held = counted.held
+    assert held["weights"] == held["gradients"] == (4 * parameters, parameters)
+    steps = len(list(module.parameters()))
+    assert held["optimizer states"] == (8 * parameters + 4 * steps, 2 * parameters + steps)
+    assert held["fp32 weights"] == (0, 0)
+
+
+def test_ranks_have_batches_of_their_own(sharding):
+    options = sharding.parse(SMALL)
+    first, second = (sharding.batches(options, rank) for rank in (0, 1))
+    assert [tuple(b.shape) for b in first] == [(1, 8)] * 4
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], first[1])
+    assert torch.equal(first[0], sharding.batches(options, 0)[0])
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def test_shares_are_held_against_the_ideal(sharding):
+    ddp = {k: sharding.Held(n * 4, n) for k, n in zip(sharding.KINDS, (100, 0, 100, 200), strict=True)}
+    half = {k: sharding.Held(n * 4, n) for k, n in zip(sharding.KINDS, (100, 0, 54, 100), strict=True)}
+    zero2 = case(sharding, "colossalai_zero2")
+    assert sharding.share_rows(zero2, 2, half, ddp)[3:] == ["1.000, 1", "none", "0.540, 0.5", "0.500, 0.5", "yes"]
+    zero1 = case(sharding, "colossalai_zero1")
+    assert sharding.share_rows(zero1, 2, half, ddp)[-1] == "no: gradients 0.54 times the ideal"
+    assert sharding.share_rows(zero2, 4, half, ddp)[-1] == (
+        "no: gradients 2.16 times the ideal, optimizer states 2.00 times the ideal"
+    )
+    masters = half | {"fp32 weights": sharding.Held(200, 50)}
+    gemini = case(sharding, "colossalai_gemini", "bf16-mixed")
+    assert sharding.share_rows(gemini, 2, masters, ddp)[3:] == [
+        "1.000, 0.5",
+        "0.500, 0.5",
+        "0.540, 0.5",
+        "0.500, 0.5",
+        "no: weights 2.00 times the ideal",
+    ]
+
+
+def test_bytes_are_a_parameter(sharding):
+    held = {k: sharding.Held(n, 0) for k, n in zip(sharding.KINDS, (200, 200, 100, 400), strict=True)}
+    line = sharding.byte_rows(
+        case(sharding, "colossalai_zero2"), 2, held | {"others": sharding.Held(1234, 1)}, 100, 18.0
+    )
+    assert line == ["colossalai_zero2", "32-true", "2", "2.00", "2.00", "1.00", "4.00", "9.00", "0.500", "1,234"]
+
+
+def test_overhead_is_the_median_of_paired_rounds(sharding):
+    def rounds(*pairs, difference=0.0):
+        return [sharding.Round(a, b, difference) for a, b in pairs]
+
+    # together 11/10, 12/10, 30/10
+    ranks = [rounds((5, 4), (6, 4), (20, 5)), rounds((6, 6), (6, 6), (10, 5), difference=1e-6)]
+    line = sharding.overhead_row(2, 10, ranks)
+    assert line[:5] == ["2", "3", "1.2000 s", "1.0000 s", "1.200x"]
+    assert line[5:] == ["1.100 to 3.000", "1.100 to 3.000", "1.0e-06"]
+    low, high = sharding.bootstrap([1.0] * 20 + [1.1] * 20)
+    assert low == 1.0 and high == 1.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--steps", "1"], "at least 2"), (["--overhead", "--warmup", "0"], "at least 1")]
+)
+def test_what_can_not_be_measured_is_refused(sharding, capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        sharding.parse(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_failed_ranks_say_why(sharding, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    with pytest.raises(RuntimeError, match="no_such_strategy"):
+        sharding.launch(sharding.parse(SMALL), 1, ["--worker", "no_such_strategy", "--precision", "32-true"])
+
+
+# ---------------------------------------------------------------------------------------------- real ranks
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["colossalai_zero1", "colossalai_gemini"])
+def test_two_ranks_share_what_they_should(sharding, capsys, monkeypatch, strategy):
+    pytest.importorskip("colossalai")
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    sharding.main([*SMALL, "--strategies", strategy, "--ranks", "2", "--min-chunk-elements", "8192"])
+    header, ddp, own, header_of_shares, shares = table(capsys.readouterr().out.splitlines())
+    assert (header, header_of_shares) == (list(sharding.BYTE_COLUMNS), list(sharding.SHARE_COLUMNS))
+    assert ddp[:8] == ["ddp", "32-true", "2", "4.00", "0.00", "4.00", "8.00", "16.00"]
+    assert own[0] == shares[0] == strategy
+    assert shares[-1] == "yes"
+    expected = {"colossalai_zero1": 12, "colossalai_gemini": 8}[strategy]
+    assert float(own[7]) == pytest.approx(expected, rel=0.1)
+    assert int(own[-1].replace(",", "")) < 10_000, "tensors that nobody counts"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_overhead_is_of_the_same_work(sharding, capsys, monkeypatch):
+    pytest.importorskip("colossalai")
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    sharding.main([*SMALL, "--overhead", "--ranks", "2", "--rounds", "2", "--steps", "2", "--rows", "2"])
+    header, line = table(capsys.readouterr().out.splitlines())
+    assert header == list(sharding.OVERHEAD_COLUMNS)
+    assert line[:2] == ["2", "2"] and line[4].endswith("x")
+    assert float(line[-1]) < 1e-6
