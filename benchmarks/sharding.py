@@ -15,8 +15,10 @@ Strategies hold different number types: DDP and ZeRO run in fp32; Gemini has 16 
 in bytes, and the second, which is compared with DDP and with the ideal, in elements.
 
 --overhead trains the same model on the same batches from the same start, by the Trainer under colossalai_zero2 and by
-Booster with LowLevelZeroPlugin, in blocks that take turns within the same processes, the first of each thrown away.
-A round's ratio is of two neighbouring blocks; the interval is a bootstrap's of their median.
+Booster with LowLevelZeroPlugin. They take turns step by step, within the same processes, so that both meet the same
+state of the machine: what the Trainer does from the end of a bare step to the end of its own is its share. Memory that
+is freed stays with the process, for both alike: asking the system for it anew costs more than the Trainer does. A ratio
+is of two neighbouring steps; the interval is a bootstrap's of their median.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import lightning.pytorch as L
 import torch
-from common import OURS, Meter
+from common import OURS
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -55,9 +58,11 @@ TOLERANCE = 0.1
 """How far a share may be from the ideal."""
 BYTE_COLUMNS = ("strategy", "precision", "ranks", *KINDS, "sum", "of DDP's", OTHERS)
 SHARE_COLUMNS = ("strategy", "precision", "ranks", *(f"{kind}: of DDP's, ideal" for kind in KINDS), "within 10 %")
-OVERHEAD_COLUMNS = ("ranks", "rounds", OURS, "bare", "ours is", "95 %", "range", "loss differs by")
+OVERHEAD_COLUMNS = ("ranks", "steps", OURS, "bare", "ours takes", "ours is", "95 %", "range", "loss differs by")
 SIZE = {"width": 512, "layers": 8, "rows": 1, "length": 16, "steps": 2, "ranks": [1, 2, 4]}
-OVERHEAD_SIZE = {"width": 256, "layers": 4, "rows": 8, "length": 64, "steps": 10, "ranks": [1, 2]}
+OVERHEAD_SIZE = {"width": 256, "layers": 4, "rows": 8, "length": 64, "steps": 100, "ranks": [1, 2]}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Has glibc keep what is freed."""
 
 
 class Case(NamedTuple):
@@ -229,79 +234,76 @@ def hold(options: argparse.Namespace) -> tuple[int, dict[str, Held]]:
 # ---------------------------------------------------------------------------------------------- overhead
 
 
-class Watch(common.Watch):
-    """Reads a meter from inside the Trainer."""
+class BareLoop:
+    """ColossalAI alone, with the settings that the strategy gives it on a CPU."""
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.meter.step(batch.numel(), outputs["loss"])
+    def __init__(self, options: argparse.Namespace) -> None:
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import LowLevelZeroPlugin
 
+        plugin = LowLevelZeroPlugin(
+            stage=2,
+            precision="fp32",
+            master_weights=False,
+            max_norm=0.0,
+            overlap_communication=False,
+            reduce_bucket_size_in_m=12,
+            cast_inputs=False,
+        )
+        whole = common.random_llama(model_config(options))
+        self.booster = Booster(plugin=plugin)
+        self.model, self.optimizer, *_ = self.booster.boost(whole, adamw(whole.parameters()))
 
-def run_ours(options: argparse.Namespace) -> Meter:
-    meter = Meter(options.warmup)
-    trainer = make_trainer(
-        options.warmup + options.steps,
-        Watch(meter),
-        accelerator="cpu",
-        devices=options.ranks[0],
-        strategy="colossalai_zero2",
-    )
-    trainer.fit(Causal(options))
-    return meter
-
-
-def run_bare(options: argparse.Namespace) -> Meter:
-    """In processes that a Trainer has started, whose group it takes over."""
-    from colossalai.booster import Booster
-    from colossalai.booster.plugin import LowLevelZeroPlugin
-
-    meter = Meter(options.warmup)
-    plugin = LowLevelZeroPlugin(
-        stage=2,
-        precision="fp32",
-        master_weights=False,
-        max_norm=0.0,
-        overlap_communication=False,
-        reduce_bucket_size_in_m=12,
-        cast_inputs=False,
-    )
-    whole = common.random_llama(model_config(options))
-    booster = Booster(plugin=plugin)
-    model, optimizer, *_ = booster.boost(whole, adamw(whole.parameters()))
-    steps = batches(options, torch.distributed.get_rank())
-    meter.ready()
-    for ids in steps:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        booster.backward(loss, optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.step(ids.numel(), loss)
-    return meter
+    def step(self, ids: Tensor) -> Tensor:
+        """Trains on a batch; the loss."""
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        self.booster.backward(loss, self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
 
-class Round(NamedTuple):
-    """CPU seconds of two neighbouring blocks, and how far their losses are apart at most."""
+class Pair(NamedTuple):
+    """CPU seconds of two neighbouring steps, and how far their losses are apart."""
 
     ours: float
     bare: float
     difference: float
 
 
-def take_turns(options: argparse.Namespace) -> tuple[int, list[Round]]:
-    """All rounds in this process, which is one of the ranks; its number, and what it measured."""
-    contestants: dict[str, Callable[[argparse.Namespace], Meter]] = {OURS: run_ours, "bare": run_bare}
-    rounds = []
-    for number in range(-1, options.rounds):
-        # ours first in the round that does not count, since its Trainer starts the other ranks; then in turns
-        names = [OURS, "bare"] if number % 2 else ["bare", OURS]
-        meters = {name: contestants[name](options) for name in names}
-        for meter in meters.values():
-            meter.finish()
-        seconds = [meters[name].seconds for name in contestants]
-        if number >= 0:
-            rounds.append(Round(*seconds, common.loss_difference(*meters.values())))
-    return torch.distributed.get_rank(), rounds
+class TakeTurns(L.Callback):
+    """Makes a bare step after each of the Trainer's, on the same batch."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.pairs: list[Pair] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.loop = BareLoop(self.options)
+        self.since = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        ours = time.process_time()
+        loss = self.loop.step(batch)
+        bare = time.process_time()
+        self.pairs.append(Pair(ours - self.since, bare - ours, abs((outputs["loss"] - loss).item())))
+        self.since = time.process_time()
+
+
+def take_turns(options: argparse.Namespace) -> tuple[int, list[Pair]]:
+    """All steps in this process, which is one of the ranks; its number, and what it measured after the warm-up."""
+    turns = TakeTurns(options)
+    trainer = make_trainer(
+        options.warmup + options.steps,
+        turns,
+        accelerator="cpu",
+        devices=options.ranks[0],
+        strategy="colossalai_zero2",
+    )
+    trainer.fit(Causal(options))
+    return trainer.global_rank, turns.pairs[options.warmup :]
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -337,20 +339,20 @@ def bootstrap(ratios: list[float], draws: int = 10_000) -> tuple[float, float]:
     return medians[round(0.025 * (draws - 1))], medians[round(0.975 * (draws - 1))]
 
 
-def overhead_row(ranks: int, steps: int, found: list[list[Round]]) -> list[str]:
+def overhead_row(ranks: int, found: list[list[Pair]]) -> list[str]:
     """CPU seconds a step of all ranks together, and ours over the bare loop's."""
-    together = [(sum(r.ours for r in each), sum(r.bare for r in each)) for each in zip(*found, strict=True)]
-    ours, bare = ([pair[i] / steps for pair in together] for i in (0, 1))
-    ratios = [a / b for a, b in together]
+    together = [(sum(pair.ours for pair in step), sum(pair.bare for pair in step)) for step in zip(*found, strict=True)]
+    ratios = [ours / bare for ours, bare in together]
     low, high = bootstrap(ratios)
     return [
         str(ranks),
         str(len(ratios)),
-        *(f"{statistics.median(seconds):.4f} s" for seconds in (ours, bare)),
+        *(f"{statistics.median(seconds):.4f} s" for seconds in zip(*together, strict=True)),
+        f"{1000 * statistics.median(ours - bare for ours, bare in together):+.1f} ms",
         f"{statistics.median(ratios):.3f}x",
         f"{low:.3f} to {high:.3f}",
         f"{min(ratios):.3f} to {max(ratios):.3f}",
-        f"{max(r.difference for rank in found for r in rank):.1e}",
+        f"{max(pair.difference for rank in found for pair in rank):.1e}",
     ]
 
 
@@ -363,9 +365,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strategies", nargs="+", choices=names, default=names, help="beside ddp")
     parser.add_argument("--ranks", nargs="+", type=int, help="processes; default 1 2 4, with --overhead 1 2")
     parser.add_argument("--overhead", action="store_true", help="of the Trainer over a bare loop, instead of bytes")
-    parser.add_argument("--rounds", type=int, default=8, help="of --overhead")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of a block of --overhead that don't count")
-    parser.add_argument("--steps", type=int, help="of a run, at least 2; or measured ones of a block")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of --overhead that don't count")
+    parser.add_argument("--steps", type=int, help="of a run, at least 2; or measured ones of --overhead")
     parser.add_argument("--rows", type=int, help="of a rank's batch")
     parser.add_argument("--length", type=int, help="tokens of a row")
     parser.add_argument("--vocab-size", type=int, default=1024)
@@ -380,7 +381,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clock starts at the end of a step.")
+        parser.error("--warmup must be at least 1: the first step makes the optimizer states.")
     if options.steps < 2 and not options.overhead:
         parser.error("--steps must be at least 2: the first makes the optimizer states.")
     return options
@@ -388,11 +389,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def launch(options: argparse.Namespace, ranks: int, arguments: list[str]) -> list[Any]:
     """Runs this script on so many ranks; what each of them returned."""
-    passed = ["rounds", "warmup", "steps", "rows", "length", "vocab_size", "width", "layers", "min_chunk_elements"]
+    passed = ["warmup", "steps", "rows", "length", "vocab_size", "width", "layers", "min_chunk_elements"]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--ranks", str(ranks), "--out", folder, *arguments]
         command += common.flags(options, passed) + ["--overhead"] * options.overhead
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **common.ONE_THREAD})
+        settings = {**common.ONE_THREAD, **(KEEP_MEMORY if options.overhead else {})}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
         files = sorted(Path(folder).iterdir(), key=lambda file: int(file.stem))
         if done.returncode or len(files) != ranks:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -425,8 +427,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("CPU seconds a step, of all ranks together:\n")
         lines = []
         for ranks in options.ranks:
-            found = [[Round(*r) for r in rank] for rank in launch(options, ranks, ["--worker", OURS])]
-            lines.append(overhead_row(ranks, options.steps, found))
+            found = [[Pair(*pair) for pair in rank] for rank in launch(options, ranks, ["--worker", OURS])]
+            lines.append(overhead_row(ranks, found))
         print(common.markdown(lines, OVERHEAD_COLUMNS))
         return
     cases = [case for case in CASES if case.strategy in (DDP, *options.strategies)]

@@ -137,7 +137,8 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
 
 def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="32-true", max_steps=20, accumulate=1,
         clip=None, clip_by="norm", lora=False, checkpointing=False, lr=1e-2, optimizer="adamw", ckpt=None, save_every=0,
-        validate=False, kill=None, full=None, callbacks=(), sanity=0, export=False, **options):  # fmt: skip
+        validate=False, kill=None, full=None, callbacks=(), sanity=0, export=False, top_k=-1,
+        save_last=None, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(0, verbose=False)
     module, data = make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, **options)
@@ -151,7 +152,16 @@ def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="
     if export:
         callbacks.append(HFExport())
     if save_every:
-        callbacks.append(ModelCheckpoint(out_dir, filename="{step}", every_n_train_steps=save_every, save_top_k=-1))
+        callbacks.append(
+            ModelCheckpoint(
+                out_dir,
+                filename="{step}",
+                every_n_train_steps=save_every,
+                save_top_k=top_k,
+                monitor="train/loss" if top_k > 0 else None,
+                save_last=save_last,
+            )
+        )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,

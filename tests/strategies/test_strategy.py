@@ -142,6 +142,19 @@ def test_resume_goes_on_with_the_same_curve(saved, name):
 
 
 @pytest.mark.parametrize("mode", ["full", "sharded"])
+def test_model_checkpoint_keeps_the_best_and_the_last(tiny_model_dir, tmp_path, mode):
+    run = dict(stage="sft", max_steps=6, devices=2, strategy={**ZERO2, "checkpoint": mode})
+    start(tiny_model_dir, tmp_path, {"a": dict(run, save_every=2, top_k=2, save_last=True)})
+    place = tmp_path / "a"
+    points = curve(place)
+    kept = sorted(p.name for p in place.glob("*.ckpt"))
+    assert kept == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"], (kept, points)  # the loss falls
+    assert all(p.is_dir() == (mode == "sharded") for p in place.glob("*.ckpt"))
+    start(tiny_model_dir, tmp_path, {"b": dict(run, max_steps=8, ckpt=str(place / "last.ckpt"))})
+    assert len(curve(tmp_path / "b")) == 2
+
+
+@pytest.mark.parametrize("mode", ["full", "sharded"])
 def test_resume_on_another_number_of_ranks(saved, tiny_model_dir, tmp_path, mode):
     # steps of two optimizers are counted one by one
     checkpoint = str(saved / f"gan {mode}" / "step=6.ckpt")
