@@ -75,12 +75,13 @@ def largest_difference(a, b):
 @pytest.fixture(scope="module")
 def runs(tiny_model_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("curves")
-    half = dict(precision="bf16-mixed")
-    plain = RUNS | {f"{name}, bf16": dict(RUNS[name], **half) for name in IN_BF16}
-    start(tiny_model_dir, out, plain)
+    half = {name: dict(RUNS[name], precision="bf16-mixed") for name in IN_BF16}
+    for name, run in half.items():
+        run["lr"] = 3e-3 if name.startswith("ppo") else 1e-3  # large steps make rounding grow
+    start(tiny_model_dir, out, RUNS | {f"{name}, bf16": run for name, run in half.items()})
     two = dict(devices=2)
     cases = {f"{name} {s}": dict(run, strategy=FP32[s], **two) for name, run in RUNS.items() for s in FP32}
-    cases |= {f"{n}, bf16 {s}": dict(RUNS[n], strategy=BF16[s], **two, **half) for n in IN_BF16 for s in BF16}
+    cases |= {f"{name}, bf16 {s}": dict(run, strategy=BF16[s], **two) for name, run in half.items() for s in BF16}
     start(tiny_model_dir, out, cases)
     return out
 
@@ -95,14 +96,14 @@ def test_curve_equals_one_plain_process(runs, name, strategy):
 @pytest.mark.parametrize("name", IN_BF16)
 def test_curve_in_bf16_equals_one_plain_process_in_bf16(runs, name, strategy):
     a, b = curve(runs / f"{name}, bf16 {strategy}"), curve(runs / f"{name}, bf16")
-    if name.startswith("ppo"):  # score, KL, loss, value loss, norm: the losses, before samples part
-        a, b = a[:2, 2:4], b[:2, 2:4]
+    # of PPO the losses (not score, KL and norm), before samples part; of others the loss
+    a, b = (c[:2, 2:4] if name.startswith("ppo") else c[:, :1] for c in (a, b))
     assert largest_difference(a, b) < 2e-2
 
 
 def test_clipping_bites(runs):
     for name in ("sft, accumulation and clipping", "value clipping"):
-        assert largest_difference(curve(runs / name)[:4], curve(runs / "sft")[:4]) > 1e-2
+        assert largest_difference(curve(runs / name)[:4], curve(runs / "sft")[:4]) > 1e-4  # 10 times the bound above
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
