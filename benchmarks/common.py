@@ -161,21 +161,25 @@ def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
-def fit_ours(
-    module: L.LightningModule, data: L.LightningDataModule, steps: int, watch: Watch, clip: float | None = CLIP
-) -> None:
-    """Trains a stage for so many steps under a meter."""
-    trainer = L.Trainer(
-        accelerator="cpu",
+def make_trainer(steps: int, callback: L.Callback, **settings: Any) -> L.Trainer:
+    """One that does nothing but train."""
+    return L.Trainer(
         max_steps=steps,
-        gradient_clip_val=clip,
-        callbacks=[watch],
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
+        use_distributed_sampler=False,
+        **settings,
     )
-    trainer.fit(module, data)
+
+
+def fit_ours(
+    module: L.LightningModule, data: L.LightningDataModule, steps: int, watch: Watch, clip: float | None = CLIP
+) -> None:
+    """Trains a stage for so many steps under a meter."""
+    make_trainer(steps, watch, accelerator="cpu", gradient_clip_val=clip).fit(module, data)
 
 
 # ---------------------------------------------------------------------------------------------- taking turns

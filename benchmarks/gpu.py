@@ -44,7 +44,7 @@ import torch
 from common import Meter
 from memory import first_letters
 from sft import word_tokenizer
-from sharding import make_trainer, num_parameters
+from sharding import num_parameters
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -227,7 +227,7 @@ def work(options: argparse.Namespace) -> None:
     rows = make_rows(recipe, options.vocab_size, steps)
     make = {"sft": make_sft, "ppo": make_ppo}[recipe.stage]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
+        trainer = common.make_trainer(
             steps,
             Watch(meter, recipe.rows * (recipe.length + recipe.new)),
             accelerator="cpu" if options.cpu_smoke else "gpu",

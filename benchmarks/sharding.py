@@ -132,20 +132,6 @@ class Causal(L.LightningModule):
         return DataLoader(batches(self.options, self.global_rank), batch_size=None)
 
 
-def make_trainer(steps: int, callback: L.Callback, **settings: Any) -> L.Trainer:
-    """One that does nothing but train."""
-    return L.Trainer(
-        max_steps=steps,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        **settings,
-    )
-
-
 # ---------------------------------------------------------------------------------------------- what a rank holds
 
 
@@ -219,7 +205,7 @@ def hold(options: argparse.Namespace) -> tuple[int, dict[str, Held]]:
     if options.min_chunk_elements and options.worker != DDP:
         strategy = ColossalAIStrategy(**NAMES[options.worker], min_chunk_elements=options.min_chunk_elements)
     counted = Count(options.steps)
-    trainer = make_trainer(
+    trainer = common.make_trainer(
         options.steps,
         counted,
         accelerator="cpu",
@@ -295,7 +281,7 @@ class TakeTurns(L.Callback):
 def take_turns(options: argparse.Namespace) -> tuple[int, list[Pair]]:
     """All steps in this process, which is one of the ranks; its number, and what it measured after the warm-up."""
     turns = TakeTurns(options)
-    trainer = make_trainer(
+    trainer = common.make_trainer(
         options.warmup + options.steps,
         turns,
         accelerator="cpu",

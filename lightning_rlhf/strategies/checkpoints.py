@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_rlhf.models.saving import COMPLETE, check_replaceable, sync
-from lightning_rlhf.strategies.sharded import Boosted
+from lightning_rlhf.models.saving import COMPLETE, atomic_directory, sync
+from lightning_rlhf.strategies.sharded import Boosted, Piece, Slot
 
 #: The Lightning checkpoint in a sharded directory, without what the ranks' files hold.
 META = "meta.ckpt"
@@ -24,14 +24,11 @@ def _is_sharded(name: str, value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and name != "step" and value.numel() == size
 
 
-def _group_settings(boosted: Boosted) -> list[dict[str, Any]]:
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in boosted.groups]
-    return [{**g, "params": indices} for g, indices in zip(groups, boosted.indices, strict=True)]
-
-
 def settings(boosted: Boosted) -> dict[str, Any]:
     """An optimizer's state without its tensors: the settings of its groups."""
-    return {"state": {}, "param_groups": _group_settings(boosted)}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in boosted.groups]
+    numbered = [{**g, "params": indices} for g, indices in zip(groups, boosted.indices, strict=True)]
+    return {"state": {}, "param_groups": numbered}
 
 
 def optimizer_state(boosted: Boosted) -> dict[str, Any]:
@@ -67,18 +64,44 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
                 entry[name] = boosted.collect(slot, part) if sharded else torch.tensor(value, dtype=torch.float32)
         if entry:
             whole[slot.number] = entry
-    return {"state": whole if dist.get_rank() == 0 else {}, "param_groups": _group_settings(boosted)}
+    return {**settings(boosted), "state": whole if dist.get_rank() == 0 else {}}
 
 
-def _set_settings(boosted: Boosted, saved: Sequence[dict[str, Any]]) -> None:
+def _fill_states(
+    boosted: Boosted, saved: Sequence[dict[str, Any]], read: Callable[[Slot, Piece], dict[str, Any]]
+) -> None:
+    """Sets an optimizer's groups and states.
+
+    Args:
+        boosted: Whose.
+        saved: Settings of its groups.
+        read: The states of a piece by name, (size,) where they are as large as it; empty where there are none.
+
+    Raises:
+        ValueError: They are another optimizer's.
+    """
     sizes = [len(group["params"]) for group in saved]
     if sizes != [len(indices) for indices in boosted.indices]:
         raise ValueError(
             f"The checkpoint's optimizer of {boosted.place!r} has parameter groups of {sizes} parameters, this one of "
             f"{[len(indices) for indices in boosted.indices]}: it was made by another model or optimizer."
         )
-    for group, settings in zip(boosted.groups, saved, strict=True):
-        group.update({name: value for name, value in settings.items() if name != "params"})
+    for group, former in zip(boosted.groups, saved, strict=True):
+        group.update({name: value for name, value in former.items() if name != "params"})
+    boosted.wrapped.optim.state.clear()
+    for slot in boosted.slots:
+        piece = boosted.piece(slot)
+        state = {} if piece is None else read(slot, piece)
+        if piece is None or not state:
+            continue
+        own = {}
+        for name, value in state.items():
+            if _is_sharded(name, value, piece.size):
+                own[name] = torch.zeros_like(piece.weight)
+                own[name][: piece.size] = value
+            else:
+                own[name] = _scalar(boosted, value)
+        boosted.wrapped.optim.state[piece.key] = own
 
 
 def _scalar(boosted: Boosted, value: Any) -> Any:
@@ -94,20 +117,16 @@ def load_optimizer_state(boosted: Boosted, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: It is another optimizer's.
     """
-    _set_settings(boosted, saved["param_groups"])
-    boosted.wrapped.optim.state.clear()
-    for slot in boosted.slots:
-        piece, state = boosted.piece(slot), saved["state"].get(slot.number)
-        if piece is None or state is None:
-            continue
-        own = {}
-        for name, value in state.items():
-            if _is_sharded(name, value, slot.shape.numel()):
-                own[name] = torch.zeros_like(piece.weight)
-                own[name][: piece.size] = value.reshape(-1)[piece.start : piece.start + piece.size]
-            else:
-                own[name] = _scalar(boosted, value)
-        boosted.wrapped.optim.state[piece.key] = own
+
+    def read(slot: Slot, piece: Piece) -> dict[str, Any]:
+        return {
+            name: value.reshape(-1)[piece.start : piece.start + piece.size]
+            if _is_sharded(name, value, slot.shape.numel())
+            else value
+            for name, value in saved["state"].get(slot.number, {}).items()
+        }
+
+    _fill_states(boosted, saved["param_groups"], read)
 
 
 # ------------------------------------------------------------------------------------------------- directories
@@ -125,43 +144,27 @@ def save_sharded(boosted: Sequence[Boosted], checkpoint: dict[str, Any], directo
         write_meta: Writes the checkpoint to a path.
 
     Raises:
-        OSError: A rank could not write; the same on all ranks.
-        FileExistsError: The name belongs to something else.
+        OSError: A rank could not write, or the name belongs to something else; the same on all ranks.
     """
-    target = Path(directory)
-    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     first = dist.get_rank() == 0
     error: Exception | None = None
-    if first:
+    with ExitStack() as stack:
+        folder: list[Any] = [None]
         try:
-            check_replaceable(target)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            if first:
+                folder = [stack.enter_context(atomic_directory(directory))]
         except OSError as problem:
             error = problem
-    _agree(error, target)
-    try:
-        torch.save([_pieces(b) for b in boosted], file := partial / _name(dist.get_rank(), dist.get_world_size()))
-        sync(file)
-        if first:
-            write_meta(checkpoint, partial / META)
-            (partial / COMPLETE).touch()
-            sync(partial)
-    except (OSError, RuntimeError) as problem:  # torch's writer raises the latter where a disk is full
-        error = problem
-    try:
-        _agree(error, target)
-    except OSError:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if first:
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _agree(error, directory)
+        dist.broadcast_object_list(folder, 0)
+        try:
+            torch.save([_pieces(b) for b in boosted], file := folder[0] / _name(dist.get_rank(), dist.get_world_size()))
+            sync(file)
+            if first:
+                write_meta(checkpoint, folder[0] / META)
+        except (OSError, RuntimeError) as problem:  # torch's writer raises the latter where a disk is full
+            error = problem
+        _agree(error, directory)
     dist.barrier()
 
 
@@ -169,7 +172,7 @@ def _name(rank: int, ranks: int) -> str:
     return f"rank-{rank:05d}-of-{ranks:05d}.pt"
 
 
-def _agree(error: Exception | None, target: Path) -> None:
+def _agree(error: Exception | None, target: str) -> None:
     """Raises on all ranks where one met an error, so that none waits for it."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, None if error is None else f"{type(error).__name__}: {error}")
@@ -264,20 +267,14 @@ class Shards:
 
     def load_optimizer(self, number: int, boosted: Boosted, settings: Sequence[dict[str, Any]]) -> None:
         """Fills a child's optimizer states."""
-        _set_settings(boosted, settings)
-        boosted.wrapped.optim.state.clear()
-        for slot in boosted.slots:
-            piece, states = boosted.piece(slot), self.states(number, slot.name)
-            if piece is None or not states:
-                continue
-            own = {}
-            for name, value in states.items():
-                if value is None:
-                    own[name] = torch.zeros_like(piece.weight)
-                    own[name][: piece.size] = self.read(number, slot.name, piece.start, piece.size, name)
-                else:
-                    own[name] = _scalar(boosted, value)
-            boosted.wrapped.optim.state[piece.key] = own
+
+        def read(slot: Slot, piece: Piece) -> dict[str, Any]:
+            return {
+                name: self.read(number, slot.name, piece.start, piece.size, name) if value is None else value
+                for name, value in self.states(number, slot.name).items()
+            }
+
+        _fill_states(boosted, settings, read)
 
 
 def consolidate(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:

@@ -376,7 +376,7 @@ class ColossalAIStrategy(DDPStrategy):
         Returns:
             Scalar norm.
         """
-        return clip_grad_norm([ShardedOptimizer(b) for b in self.boosted], parameters, max_norm)
+        return clip_grad_norm(self.boosted, parameters, max_norm)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -431,12 +431,10 @@ class ColossalAIStrategy(DDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole on rank 0; of a sharded checkpoint only the settings of groups."""
-        state: dict[str, Any]
         if self.checkpoint == "sharded" and self.boosted:
-            state = checkpoints.settings(getattr(optimizer, "boosted"))  # noqa: B009
-        else:
-            state = super().optimizer_state(optimizer)
-        return state
+            assert isinstance(optimizer, ShardedOptimizer)
+            return checkpoints.settings(optimizer.boosted)
+        return super().optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a file by rank 0, or a directory by all.

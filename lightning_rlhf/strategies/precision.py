@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rlhf.strategies.sharded import ShardedOptimizer
+from lightning_rlhf.strategies.sharded import Boosted, ShardedOptimizer
 
 Plugin = Literal["ddp", "zero1", "zero2", "gemini"]
 
@@ -110,27 +110,27 @@ class ColossalAIPrecision(Precision):
             for _, gradient in whole.boosted.gradients():
                 gradient.clamp_(-bound, bound)
         else:
-            clip_grad_norm([whole], None, clip_val)
+            clip_grad_norm([whole.boosted], None, clip_val)
 
 
 def clip_grad_norm(
-    optimizers: list[ShardedOptimizer], parameters: list[torch.nn.Parameter] | None, max_norm: float | None
+    children: list[Boosted], parameters: list[torch.nn.Parameter] | None, max_norm: float | None
 ) -> Tensor:
     """As ``torch.nn.utils.clip_grad_norm_``, of gradients that lie in pieces on all ranks; all must call.
 
     Args:
-        optimizers: Where the gradients are.
-        parameters: The children's own, of which to take the norm together; None: all of the optimizers'.
+        children: Where the gradients are.
+        parameters: The children's own, of which to take the norm together; None: all that are trained.
         max_norm: Beyond which gradients are shrunk; None: never. Nor are they where the norm is not finite.
 
     Returns:
         Scalar norm, the same on all ranks.
     """
-    norm = torch.stack([o.boosted.squares(parameters) for o in optimizers]).sum().sqrt().float()
+    norm = torch.stack([child.squares(parameters) for child in children]).sum().sqrt().float()
     if max_norm is not None and norm.isfinite():
         shrink = min(1.0, max_norm / (norm.item() + 1e-6))
         if shrink < 1:
-            for optimizer in optimizers:
-                for _, gradient in optimizer.boosted.gradients(parameters):
+            for child in children:
+                for _, gradient in child.gradients(parameters):
                     gradient.mul_(shrink)
     return norm

@@ -34,7 +34,7 @@ class Slot(NamedTuple):
         group: Its parameter group.
         parameter: The child's own, which forward passes read.
         shape: As a whole.
-        dtype: As it came, and as checkpoints keep it.
+        dtype: As it came, and as exports keep it.
     """
 
     name: str
@@ -204,10 +204,9 @@ class Boosted:
 
     def squares(self, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """(1,) sum of the gradients' squares over all ranks, in fp64."""
-        total = torch.zeros(2, dtype=torch.float64)
-        for piece, gradient in self.gradients(parameters):
-            total[int(piece.replicated)] += gradient.float().norm().double().cpu() ** 2
-        total = total.to(self.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for piece, gradient in self.gradients(parameters):  # added up on the device: it is waited for once
+            total[int(piece.replicated)] += gradient.float().norm().double().to(self.device) ** 2
         dist.all_reduce(total[:1])
         return (total[:1] + total[1:]).cpu() / self.scale**2
 

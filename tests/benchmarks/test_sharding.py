@@ -50,7 +50,7 @@ def test_plain_training_holds_what_it_must(sharding):
     """One process without a strategy: 4 bytes of weight, 4 of gradient and 8 of states a parameter."""
     options = sharding.parse([*SMALL, "--ranks", "1"])
     module, counted = sharding.Causal(options), sharding.Count(options.steps)
-    sharding.make_trainer(options.steps, counted, accelerator="cpu", devices=1).fit(module)
+    sharding.common.make_trainer(options.steps, counted, accelerator="cpu", devices=1).fit(module)
     parameters = sharding.num_parameters(sharding.model_config(options))
     assert parameters == sum(p.numel() for p in module.parameters())
     held = counted.held
