@@ -123,7 +123,7 @@ class ActorCriticStage(OnlineStage):
 
     def score(self, samples: Samples | None) -> Tensor:
         """(S,) what the reward says of this rank's samples; all ranks must ask, also without any."""
-        with whole_weights(self.trainer.strategy, self.policy), self.present():
+        with whole_weights(self.strategy, self.policy), self.present():
             return torch.zeros(0) if samples is None else self.reward(samples)
 
     def play(self, role: Role, batch: PackedBatch, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -95,14 +95,14 @@ class OnlineStage(Stage):
             The experience, without columns yet, and what rewards read; None where there is no prompt.
         """
         if not prompts.prompts:
-            with whole_weights(self.trainer.strategy, self.exportable):  # the other ranks enter it
+            with whole_weights(self.strategy, self.exportable):  # the other ranks enter it
                 return Experience([], (), {"rollout_logprobs": torch.zeros(0)}), None
         numbers = range(self.samples_per_prompt)
         requests = [
             Request(ids, [sample_key(self.seed, iteration, row, i) for i in numbers])
             for ids, row in zip(prompts.prompts, prompts.rows, strict=True)
         ]
-        with whole_weights(self.trainer.strategy, self.exportable):
+        with whole_weights(self.strategy, self.exportable):
             found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
         return self.collect(prompts, found)
 
@@ -264,14 +264,22 @@ class OnlineStage(Stage):
     # ------------------------------------------------------------------------------------------------- updates
 
     @property
+    def strategy(self) -> Strategy | None:
+        """The Trainer's; None without a Trainer, where rollouts and scores serve a project's own loop."""
+        try:
+            return self.trainer.strategy
+        except RuntimeError:  # the one public way to ask
+            return None
+
+    @property
     def _sharded(self) -> ColossalAIStrategy | None:
         """The strategy, where ranks hold parts of gradients."""
-        strategy = self.trainer.strategy
+        strategy = self.strategy
         return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
 
     def apart(self) -> AbstractContextManager[None]:
         """Within it backward passes leave gradients to this rank, unless the strategy shards them."""
-        strategy = self.trainer.strategy
+        strategy = self.strategy
         if isinstance(strategy, DDPStrategy) and not self._sharded:
             return strategy.block_backward_sync()
         return nullcontext()

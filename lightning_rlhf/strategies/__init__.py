@@ -18,11 +18,11 @@ __all__ = ["ColossalAIPrecision", "ColossalAIStrategy", "whole_state_dict", "who
 ColossalAIStrategy.register_strategies(StrategyRegistry)
 
 
-def whole_weights(strategy: Strategy, child: nn.Module) -> AbstractContextManager[None]:
+def whole_weights(strategy: Strategy | None, child: nn.Module) -> AbstractContextManager[None]:
     """Within it each rank can run a model alone, for instance to generate; all ranks must enter and leave.
 
     Args:
-        strategy: Any; only under one that shards weights is there something to do.
+        strategy: Any, or None where no Trainer is; only under one that shards weights is there something to do.
         child: Of the LightningModule; others stay as they are.
     """
     return strategy.whole_weights(child) if isinstance(strategy, ColossalAIStrategy) else nullcontext()
