@@ -2,15 +2,20 @@
 #   PYTHON       the interpreter they are made with, 3.10 or later
 #   TORCH        what to install as torch, for instance "torch==2.13.0 --index-url URL" for another build of it
 #   CONSTRAINTS  the pinned versions of .venv
+#   JOBS         test files that run side by side
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "constraints-4.51.txt")')
+
+JOBS ?= 2
 
 SHELL := /bin/bash
 
 VENV := .venv
 BRIDGE := .venv-4.51
 TEST_EXTRAS := demo,test
+# Files stay whole: what a file's tests share is made once.
+PYTEST := python -m pytest -n $(JOBS) --dist loadfile
 # One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
@@ -45,7 +50,7 @@ $(VENV)/.test-installed: $(VENV)/.demo-installed
 	@touch $@
 
 $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt
-	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout hypothesis $(COLOSSALAI_NEEDS))
+	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout pytest-xdist hypothesis $(COLOSSALAI_NEEDS))
 	$(call timed,$(BRIDGE): ColossalAI,$(BRIDGE)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI))
 
 .PHONY: demo
@@ -59,8 +64,8 @@ lint: $(VENV)/.test-installed ## ruff and mypy
 
 .PHONY: test
 test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint ## all that CI runs
-	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/python -m pytest tests --durations=15
-	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/python -m pytest tests/models tests/functional tests/data tests/rollout tests/rewards tests/strategies -m 'not slow'
+	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/$(PYTEST) tests --durations=25
+	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/$(PYTEST) tests/models tests/functional tests/data tests/rollout tests/rewards tests/strategies -m 'not slow'
 
 .PHONY: clean
 clean: ## remove the environments, caches and build output

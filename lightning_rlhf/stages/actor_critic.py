@@ -22,7 +22,7 @@ from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import Reward, RewardModelReward, Samples
 from lightning_rlhf.rollout import Completion
-from lightning_rlhf.stages.online import OnlineStage, disable_dropout
+from lightning_rlhf.stages.online import VALIDATION, OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups
 from lightning_rlhf.strategies import whole_weights
 
@@ -165,3 +165,27 @@ class ActorCriticStage(OnlineStage):
             critic = [{**group, "lr": self.critic_lr} for group in critic]
         optimizers = [self.make_optimizer(g) for g in ([policy + critic] if self.shared else [policy, critic])]
         return optimizers, [self.make_lr_scheduler(optimizer) for optimizer in optimizers]
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Samples completions of held-out prompts, by the same keys at each validation, and scores them."""
+        _, samples = self.rollout(prompts, VALIDATION)
+        scores = self.score(samples)
+        if samples is None:
+            return
+        for name, values in {"score": scores, "length": samples.batch.lengths.float()}.items():
+            metric: Any = self.get_submodule(f"val_{name}")
+            metric.update(values, torch.ones_like(values))
+            self.log(f"val/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A record a completion: ``row``, ``completion``, its ``score``, ``truncated``."""
+        _, samples = self.rollout(prompts, VALIDATION)
+        scores = self.score(samples)
+        if samples is None:
+            return []
+        rows = [row for row in prompts.rows for _ in range(self.samples_per_prompt)]
+        columns = (rows, samples.completions, scores.tolist(), samples.truncated)
+        names = ("row", "completion", "score", "truncated")
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -32,6 +32,11 @@ def default_optimizer(params: Iterable[Any]) -> Optimizer:
     return AdamW(params, lr=2e-5, weight_decay=0.01)
 
 
+def ppo_optimizer(params: Iterable[Any]) -> Optimizer:
+    """AdamW, learning rate 1e-5, betas (0.9, 0.95), epsilon 1e-5, no decay (Ouyang et al. 2022, C.4)."""
+    return AdamW(params, lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+
+
 class CosineWarmup(LambdaLR):
     """Linear warm-up, then a cosine down to a share of the rate, counted in optimizer steps.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data.experience import Experience
@@ -26,8 +26,8 @@ from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward
 from lightning_rlhf.rollout import CachedEngine, RolloutEngine, Sampling
 from lightning_rlhf.stages.actor_critic import ActorCriticStage
-from lightning_rlhf.stages.online import VALIDATION, parameters_of
-from lightning_rlhf.stages.optim import CosineWarmup
+from lightning_rlhf.stages.optim import CosineWarmup, ppo_optimizer
+from lightning_rlhf.stages.updates import parameters_of
 
 SAMPLING = Sampling()
 # checkpoints name the settings; torch.load reads them without trusting arbitrary classes
@@ -43,11 +43,6 @@ PARTS = (
     "ratio_mean",
     "ptx_loss",
 )
-
-
-def ppo_optimizer(params: Iterable[Any]) -> Optimizer:
-    """AdamW, learning rate 1e-5, betas (0.9, 0.95), epsilon 1e-5, no decay (Ouyang et al. 2022, C.4)."""
-    return AdamW(params, lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
 
 class PPOModule(ActorCriticStage):
@@ -338,30 +333,6 @@ class PPOModule(ActorCriticStage):
         for name, parameters in zip(("policy", "value"), self.trained(), strict=True):
             if id(parameters[0]) in mine:
                 self._norms[f"{name}_grad_norm"] = self.clip(parameters, self.max_norm).item()
-
-    # ------------------------------------------------------------------------------------------------- evaluation
-
-    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Samples completions of held-out prompts, by the same keys at each validation, and scores them."""
-        _, samples = self.rollout(prompts, VALIDATION)
-        scores = self.score(samples)
-        if samples is None:
-            return
-        for name, values in {"score": scores, "length": samples.batch.lengths.float()}.items():
-            metric: Any = self.get_submodule(f"val_{name}")
-            metric.update(values, torch.ones_like(values))
-            self.log(f"val/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
-
-    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A record a completion: ``row``, ``completion``, its ``score``, ``truncated``."""
-        _, samples = self.rollout(prompts, VALIDATION)
-        scores = self.score(samples)
-        if samples is None:
-            return []
-        rows = [row for row in prompts.rows for _ in range(self.samples_per_prompt)]
-        columns = (rows, samples.completions, scores.tolist(), samples.truncated)
-        names = ("row", "completion", "score", "truncated")
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 

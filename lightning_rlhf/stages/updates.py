@@ -1,0 +1,210 @@
+"""Optimizer steps that all ranks take, or drop, together, for the stages that step by hand."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_rlhf.functional.advantages import merge_moments, moments
+from lightning_rlhf.functional.precision import wide
+from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.strategies import ColossalAIStrategy
+from lightning_rlhf.strategies.sharded import ShardedOptimizer
+
+
+class ManualStage(Stage):
+    """Base of the stages with several updates an iteration, one iteration a ``training_step``.
+
+    Exactly one optimizer step of an iteration goes through Lightning's counters, so that ``global_step``,
+    ``max_steps``, schedules and checkpoints are in iterations.
+
+    Losses are divided by the whole minibatch's totals, so that the sum of all ranks' gradients is exact. One collective
+    an update makes it, not backward passes, except where the strategy shards gradients.
+
+    Attributes:
+        iteration: Iterations done.
+        dropped: Updates in a row that were dropped because something in them was not finite.
+    """
+
+    max_dropped: int
+    automatic_optimization: ClassVar[bool] = False
+    iteration: int = 0
+    dropped: int = 0
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """The Trainer's; None without a Trainer, where rollouts and scores serve a project's own loop."""
+        try:
+            return self.trainer.strategy
+        except RuntimeError:  # the one public way to ask
+            return None
+
+    def on_fit_start(self) -> None:
+        """Refuses strategies that would not sum gradients as this stage does; silences a warning that misleads.
+
+        Raises:
+            ValueError: It is one.
+        """
+        super().on_fit_start()
+        if not isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"{type(self).__name__} runs on one device, under DDP and under colossalai_..., not under "
+                f"{type(self.strategy).__name__}: set trainer.strategy to one of these."
+            )
+        # Its advice is for one optimizer step a batch; here a checkpoint after the iteration is what resumes exactly.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+
+    # ------------------------------------------------------------------------------------------------- ranks
+
+    def _ranks(self) -> int:
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    def all_reduce(self, values: Tensor, operation: Any = None) -> Tensor:
+        """The sum over ranks (or what else ``operation`` is) of a small tensor."""
+        if self._ranks() == 1:
+            return values
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values, operation or dist.ReduceOp.SUM)
+        return values.cpu()
+
+    def all_gather_rows(self, values: Tensor) -> Tensor:
+        """(R, ...) a small tensor of each rank."""
+        if self._ranks() == 1:
+            return values[None]
+        values = values.to(self.device)
+        found = [torch.empty_like(values) for _ in range(self._ranks())]
+        dist.all_gather(found, values)
+        return torch.stack(found).cpu()
+
+    def moments(self, values: Tensor) -> Tensor:
+        """(3,) moments of values over all ranks; see :func:`~lightning_rlhf.functional.advantages.moments`."""
+        return merge_moments(self.all_gather_rows(moments(values)))
+
+    # ------------------------------------------------------------------------------------------------- updates
+
+    @property
+    def _sharded(self) -> ColossalAIStrategy | None:
+        """The strategy, where ranks hold parts of gradients."""
+        strategy = self.strategy
+        return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Within it backward passes leave gradients to this rank, unless the strategy shards them."""
+        strategy = self.strategy
+        if isinstance(strategy, DDPStrategy) and not self._sharded:
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def accumulate(self, loss: Tensor) -> None:
+        """A backward pass: adds a part of a minibatch's loss to its gradients."""
+        self.manual_backward(loss * self._ranks() if self._sharded else loss)  # those that shard them average
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_``, wherever the gradients are; None only measures."""
+        if self._sharded:
+            return self._sharded.clip_grad_norm(list(parameters), max_norm)
+        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+
+    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sets gradients to none."""
+        for p in parameters:
+            p.grad = None
+        if self._sharded:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+
+    def update(self, parameters: Sequence[nn.Parameter], loss: float, first: bool) -> bool:
+        """Sums gradients over ranks and steps all optimizers, or drops the update, on all ranks alike.
+
+        Args:
+            parameters: What the optimizers train.
+            loss: The whole loss, the same on all ranks.
+            first: Whether no update of this iteration was taken yet; the first is the one that Lightning counts.
+
+        Returns:
+            Whether it was taken.
+
+        Raises:
+            RuntimeError: ``max_dropped`` updates in a row were dropped.
+        """
+        if self._ranks() > 1 and not self._sharded:
+            for p in parameters:  # ranks whose part was empty
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for dtype in {p.dtype for p in parameters}:
+                gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
+                flat = torch.cat([g.flatten() for g in gradients])
+                dist.all_reduce(flat)
+                for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                    gradient.copy_(summed.view_as(gradient))
+        norm = self.clip(parameters, None) if self._sharded else gradient_norm(parameters)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # it looks for overflow itself
+        scaled = scaled or (self._sharded is not None and self._sharded.scales_losses)
+        finite = math.isfinite(loss) and (scaled or bool(norm.isfinite()))
+        if finite:
+            self._step(count=first)
+            self.dropped = 0
+        else:
+            self.dropped += 1
+        self.drop_gradients(parameters)
+        if self.dropped >= self.max_dropped:
+            raise RuntimeError(
+                f"{self.dropped} updates in a row had a loss or gradient that was not finite (iteration "
+                f"{self.iteration}), and were dropped. Lower the learning rate, look at the rewards, or resume from "
+                "the last checkpoint with another seed."
+            )
+        return finite
+
+    def count_iteration(self, parameters: Sequence[nn.Parameter]) -> None:
+        """A step without gradients, which changes nothing, for an iteration that took no update."""
+        self.drop_gradients(parameters)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # it asserts that there are gradients
+            self._step(count=True)
+
+    def _step(self, count: bool) -> None:
+        found: Any = self.optimizers()
+        for i, optimizer in enumerate(found if isinstance(found, list) else [found]):
+            if count and i == 0:
+                optimizer.step()
+            else:
+                self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
+
+    def step_schedules(self) -> None:
+        """One step of each schedule, once an iteration."""
+        found: Any = self.lr_schedulers()
+        for scheduler in found if isinstance(found, list) else [found] if found is not None else []:
+            scheduler.step()
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the iteration and what it counts."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["online"] = {"iteration": self.iteration, "dropped": self.dropped}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them back."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["online"]
+        self.iteration, self.dropped = state["iteration"], state["dropped"]
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's own parameters that an optimizer trains, also where it steps shards of them."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer.parameters
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """2-norm of all gradients, in fp32 at least."""
+    norms = [wide(p.grad).norm() for p in parameters if p.grad is not None]
+    return torch.stack([norm.float() for norm in norms]).norm() if norms else torch.zeros(())
