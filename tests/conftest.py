@@ -34,6 +34,14 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def ports():
+    """No run inherits the port that an earlier one chose: by then another process may hold it."""
+    yield
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def assets():
     """The folder with small real models and data."""
