@@ -27,7 +27,7 @@ def load(name):
     return module
 
 
-run_sft, run_ppo = load("run_sft"), load("run_ppo")
+run_sft, run_reward, run_ppo = load("run_sft"), load("run_reward"), load("run_ppo")
 
 
 def trained(module):
@@ -60,6 +60,7 @@ class ByHand(L.Callback):
 RUNS = {
     "sft": (run_sft.run, dict()),
     "sft, accumulated": (run_sft.run, dict(accumulate=2, lora=True)),
+    "reward": (run_reward.run, dict(lora=True)),
     "ppo, shared": (run_ppo.run, dict(lora=True)),
     "ppo, separate": (run_ppo.run, dict()),
 }
@@ -77,7 +78,8 @@ def test_average_is_the_recursion_over_counted_steps(name, tiny_model_dir, tmp_p
         assert (average[k] - want).norm() <= 1e-7 * want.norm(), k
         assert not torch.equal(average[k], trained(module)[k])
     if "lora" in options:
-        assert all("lora_" in k or "value_head" in k for k in average), "frozen weights are not copied"
+        heads = ("score.", "value_head")
+        assert all("lora_" in k or any(head in k for head in heads) for k in average), "frozen weights are not copied"
 
 
 def test_half_precision_weights_are_averaged_in_fp32(short_fit, tiny_model_dir):
@@ -180,6 +182,19 @@ def test_ppo_samples_from_the_trained_weights_and_validates_the_average(tiny_mod
         want = quiet.validate(other, trainer.datamodule, verbose=False)[0]
     found = trainer.validate(other, trainer.datamodule, verbose=False)[0]
     assert found == want != quiet.validate(other, trainer.datamodule, verbose=False)[0]
+
+
+@pytest.mark.parametrize("every", [1, 3], ids=["validated", "measured at the end"])
+def test_a_reward_models_offset_is_that_of_the_average(every, tiny_model_dir, tmp_path):
+    options = dict(check_val_every_n_epoch=every, callbacks=[EMA(0.8)])
+    trainer, module = run_reward.run(tiny_model_dir, tmp_path, **options)
+    offset = module.reward_model.score_offset
+    quiet = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with averaged_weights(trainer):
+        found = quiet.validate(module, trainer.datamodule, verbose=False)[0]
+    assert offset == pytest.approx(found["val/chosen_score"], abs=1e-5)
+    found = quiet.validate(module, trainer.datamodule, verbose=False)[0]
+    assert offset != pytest.approx(found["val/chosen_score"], abs=1e-3)
 
 
 @pytest.mark.slow

@@ -90,6 +90,8 @@ def test_frozen_models_are_away_but_while_they_are_asked(lora, rewards, tiny_mod
         if offload:
             for name in names:
                 assert moves.calls[name] == {(name, "device")}
+            # twice an iteration, and at each of the validations, to the device and back; away at first
+            assert moves.moved % len(names) == 0 and moves.moved >= len(names) * (1 + 4 * 3)
             for phase in ("start", "rollout", "learning", "end"):
                 assert moves.calls[phase] == {(name, "cpu") for name in names}, phase
         else:
