@@ -258,7 +258,10 @@ def test_neftune_noise_is_uniform_and_as_large_as_each_tokens_sequence_says(layo
 
 
 def test_neftune_of_a_plain_row_is_that_of_transformers():
-    from transformers.integrations import neftune_post_forward_hook
+    if FIVE:
+        from transformers.integrations import neftune_post_forward_hook
+    else:
+        from transformers.trainer_utils import neftune_post_forward_hook
 
     packed = pack([Tree(list(range(3, 10)), [Branch(list(range(10, 30)))])])
     policy = Policy(build())
