@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlhf.callbacks import HFExport, Report, SampleCompletions, SaveOnInterrupt, WritePredictions
+    from lightning_rlhf.callbacks import EMA, HFExport, Report, SampleCompletions, SaveOnInterrupt, WritePredictions
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ColossalAIStrategy": "strategies",
+    "EMA": "callbacks",
     "HFExport": "callbacks",
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
@@ -37,6 +38,7 @@ _HOMES = {
     "Sampling": "rollout",
 }
 __all__ = [
+    "EMA",
     "ColossalAIStrategy",
     "HFExport",
     "InstructionDataModule",

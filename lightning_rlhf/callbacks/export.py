@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.models.saving import check_replaceable, save_pretrained
 from lightning_rlhf.strategies import whole_state_dict
 
@@ -22,7 +23,8 @@ from lightning_rlhf.strategies import whole_state_dict
 class HFExport(L.Callback):
     """Writes directories that ``from_pretrained`` loads: ``best`` whenever a metric improves, ``last`` at the end.
 
-    The module says what is exported: ``exportable.model`` and ``tokenizer``. Sharded weights (FSDP) are gathered by
+    The module says what is exported: ``exportable.model`` and ``tokenizer``; beside an
+    :class:`~lightning_rlhf.callbacks.EMA` its averaged weights. Sharded weights (FSDP) are gathered by
     all ranks and written by one.
 
     Args:
@@ -117,7 +119,11 @@ class HFExport(L.Callback):
         return Path(self.dirpath or Path(trainer.default_root_dir) / "hf") / name
 
     def _export(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
-        weights = whole_state_dict(trainer.strategy)
+        with averaged_weights(trainer):
+            self._write(trainer, pl_module, name, whole_state_dict(trainer.strategy))
+        trainer.strategy.barrier("HFExport")
+
+    def _write(self, trainer: L.Trainer, pl_module: Any, name: str, weights: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             model: nn.Module = pl_module.exportable.model
             names = {id(module): name for name, module in pl_module.named_modules()}
@@ -131,7 +137,6 @@ class HFExport(L.Callback):
                 adapter_only=self.adapter_only,
                 max_shard_size=self.max_shard_size,
             )
-        trainer.strategy.barrier("HFExport")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

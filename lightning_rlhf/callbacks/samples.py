@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
@@ -35,7 +36,8 @@ class SampleCompletions(L.Callback):
     sampling has a random generator of its own.
 
     The module says what is shown: ``exportable``, which must be able to generate, and ``tokenizer``; and where it has
-    ``appraise``, as PPO does, what stands beside the answers: score and KL. Where the strategy shards the model (FSDP)
+    ``appraise``, as PPO does, what stands beside the answers: score and KL. Beside an
+    :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Where the strategy shards the model (FSDP)
     all ranks generate, elsewhere one.
 
     Args:
@@ -166,7 +168,7 @@ class SampleCompletions(L.Callback):
             return
         self._last_step = step
         strategy = trainer.strategy
-        with whole_weights(strategy, pl_module.exportable):
+        with averaged_weights(trainer), whole_weights(strategy, pl_module.exportable):
             self._answer(trainer, pl_module, step)
             strategy.barrier("SampleCompletions")
 

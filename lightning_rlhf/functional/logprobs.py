@@ -32,13 +32,15 @@ class ScoredTokens(NamedTuple):
         logprobs: (N,) log-softmax of the logits at the token, in fp32 (float64 for float64 input).
         entropies: (N,) entropy of the distribution the token was drawn from, in nats, or None.
         correct: (N,) bool, whether the token is the most probable one. Carries no gradient.
-        loss: Scalar weighted sum of ``-logprobs`` where weights were given, else None.
+        loss: Scalar weighted sum of ``-logprobs`` where weights were given, else None; with it the z-loss.
+        z_loss: (N,) each token's z-loss, where one was asked for, else None. Carries no gradient.
     """
 
     logprobs: Tensor
     entropies: Tensor | None
     correct: Tensor
     loss: Tensor | None = None
+    z_loss: Tensor | None = None
 
 
 class _Head(NamedTuple):
@@ -73,6 +75,7 @@ class _Block(NamedTuple):
 
     rows: slice
     log_p: Tensor  # (n, V)
+    log_z: Tensor | None  # (n,) log of the softmax's denominator, where a z-loss is wanted
     slope: Tensor | float  # of the logits by the head's product, where gradients are wanted
 
 
@@ -83,6 +86,7 @@ def _blocks(
     chunk: int,
     out: ScoredTokens | None,
     gradient: bool,
+    log_z: bool = False,
 ) -> Iterator[_Block]:
     """Makes the logits block by block, fills ``out`` and hands each block's log-probabilities on."""
     rows = max(1, chunk // head.weight.shape[0])
@@ -94,12 +98,13 @@ def _blocks(
         if out is not None:
             out.correct[s] = logits.gather(-1, target[s, None])[:, 0] >= top
         log_p = logits.sub_(top[:, None])
-        log_p.sub_(log_p.exp().sum(-1, keepdim=True).log_())
+        total = log_p.exp().sum(-1, keepdim=True).log_()
+        log_p.sub_(total)
         if out is not None:
             out.logprobs[s] = log_p.gather(-1, target[s, None])[:, 0]
             if out.entropies is not None:
                 out.entropies[s] = -(log_p.exp() * log_p).sum(-1)
-        yield _Block(s, log_p, slope)
+        yield _Block(s, log_p, top + total[:, 0] if log_z else None, slope)
 
 
 def _empty(hidden: Tensor, entropy: bool) -> ScoredTokens:
@@ -110,12 +115,12 @@ def _empty(hidden: Tensor, entropy: bool) -> ScoredTokens:
     )
 
 
-def _product_gradient(block: _Block, d_log_p: Tensor, target: Tensor) -> Tensor:
-    """(n, V) gradient at the head's product from ``d_log_p`` (n,), the gradient at each target's log-prob.
+def _product_gradient(block: _Block, d_log_p: Tensor, target: Tensor, d_log_z: Tensor | None = None) -> Tensor:
+    """(n, V) gradient at the head's product from (n,) gradients at each target's log-prob and at log Z.
 
-    d log p[t] / d logits = onehot(t) - p. Writes over ``block.log_p``.
+    d log p[t] / d logits = onehot(t) - p, and d log Z / d logits = p. Writes over ``block.log_p``.
     """
-    gradient = block.log_p.exp_().mul_(-d_log_p[:, None])
+    gradient = block.log_p.exp_().mul_((-d_log_p if d_log_z is None else d_log_z - d_log_p)[:, None])
     gradient.scatter_add_(-1, target[:, None], d_log_p[:, None])
     return gradient.mul_(block.slope)
 
@@ -214,7 +219,7 @@ def _entropy_gradient(block: _Block, entropies: Tensor) -> Tensor:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """Weighted sum of ``-log p``; its gradients are made in the forward pass, while the logits are there."""
+    """Weighted sum of ``-log p`` and z-loss; its gradients are made in the forward pass, while the logits are there."""
 
     @staticmethod
     def forward(
@@ -225,19 +230,26 @@ class _LinearNLL(torch.autograd.Function):
         target: Tensor,
         weights: Tensor,
         options: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        scale, softcap, temperature, entropy, chunk, grad = options
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        scale, softcap, temperature, entropy, chunk, grad, z_loss = options
         head = _Head(weight, bias, scale, softcap, temperature)
         out = _empty(hidden, entropy)
         wanted = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and ctx.needs_input_grad[2])
         sums = _Sums(hidden, head, wanted)
-        for block in _blocks(hidden, target, head, chunk, out, gradient=any(wanted)):
+        penalty = torch.empty_like(out.logprobs) if z_loss else None
+        for block in _blocks(hidden, target, head, chunk, out, gradient=any(wanted), log_z=penalty is not None):
+            s, d_log_z = block.rows, None
+            if penalty is not None and block.log_z is not None:
+                penalty[s] = z_loss * block.log_z.square()
+                d_log_z = 2 * z_loss * weights[s] * block.log_z
             if any(wanted):
-                s = block.rows
-                sums.add(s, _product_gradient(block, -weights[s], target[s]))
+                sums.add(s, _product_gradient(block, -weights[s], target[s], d_log_z))
         ctx.gradients = sums.cast()
-        ctx.mark_non_differentiable(*(t for t in out if t is not None))
-        return -(weights * out.logprobs).sum(), out.logprobs, out.entropies, out.correct
+        loss = -(weights * out.logprobs).sum()
+        if penalty is not None:
+            loss = loss + (weights * penalty).sum()
+        ctx.mark_non_differentiable(*(t for t in (*out, penalty) if t is not None))
+        return loss, out.logprobs, out.entropies, out.correct, penalty
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -321,10 +333,13 @@ def linear_nll(
     softcap: float | None = None,
     entropy: bool = False,
     chunk: int = CHUNK,
+    z_loss: float = 0.0,
 ) -> ScoredTokens:
     """Weighted negative log-likelihood ``-sum(weights * logprobs)`` as ``loss``, its gradient made in one pass.
 
-    The other fields carry no gradient; arguments as :func:`linear_logprobs`. Differentiable once.
+    With ``z_loss`` c, ``c * sum(weights * log(Z)^2)`` is added to it, Z being the softmax's denominator (Chowdhery et
+    al. 2022, PaLM, section 5). The other fields carry no gradient; arguments as :func:`linear_logprobs`. Differentiable
+    once.
 
     Args:
         hidden: (N, D).
@@ -337,15 +352,18 @@ def linear_nll(
         softcap: Bound of soft-capped logits.
         entropy: Also return entropies.
         chunk: Elements of logits alive at once.
+        z_loss: Weight of the z-loss; 0 for none.
 
     Returns:
-        Scored tokens with ``loss`` set.
+        Scored tokens with ``loss`` set, and ``z_loss`` where it is not 0.
 
     Raises:
-        ValueError: Shapes that do not fit, or a temperature that is not positive.
+        ValueError: Shapes that do not fit, a temperature that is not positive, or a negative ``z_loss``.
     """
+    if z_loss < 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}.")
     hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
     weights = weights.detach().to(torch.promote_types(hidden.dtype, torch.float32))
-    options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled())
-    loss, logprobs, entropies, correct = _LinearNLL.apply(hidden, weight, bias, target, weights, options)
-    return ScoredTokens(logprobs, entropies, correct, loss)
+    options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled(), z_loss)
+    loss, logprobs, entropies, correct, penalty = _LinearNLL.apply(hidden, weight, bias, target, weights, options)
+    return ScoredTokens(logprobs, entropies, correct, loss, penalty)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,14 +24,17 @@ class Policy(Backbone):
         model: A ``transformers`` causal LM, or a peft model around one.
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
         chunk: Elements of logits alive at once in the scored head.
+        z_loss: Weight of the z-loss in ``loss``; see :func:`~lightning_rlhf.functional.logprobs.linear_nll`.
 
     Raises:
         ValueError: ``layout="tree"`` and the model can't take it.
     """
 
-    def __init__(self, model: nn.Module, layout: LayoutChoice = "auto", chunk: int = CHUNK) -> None:
+    def __init__(
+        self, model: nn.Module, layout: LayoutChoice = "auto", chunk: int = CHUNK, z_loss: float = 0.0
+    ) -> None:
         super().__init__(model, layout)
-        self.chunk = chunk
+        self.chunk, self.z_loss = chunk, z_loss
 
     def forward(
         self,
@@ -48,7 +54,7 @@ class Policy(Backbone):
                 pass, and the other fields carry none.
 
         Returns:
-            (N,) log-probs, entropies or None, whether each token is the arg max, and the loss or None.
+            (N,) log-probs, entropies or None, whether each token is the arg max; the loss and the z-loss, or None.
         """
         states, predictor, _ = self.hidden(batch)
         hidden = states[predictor]
@@ -56,7 +62,46 @@ class Policy(Backbone):
         head = dict(bias=bias, temperature=temperature, entropy=entropy, chunk=self.chunk, **head_arguments(self.model))
         if weights is None:
             return linear_logprobs(hidden, weight, batch.target, **head)
-        return linear_nll(hidden, weight, batch.target, weights, **head)
+        return linear_nll(hidden, weight, batch.target, weights, z_loss=self.z_loss, **head)
+
+    @contextmanager
+    def noisy_embeddings(self, batch: PackedBatch, alpha: float | None) -> Iterator[None]:
+        """NEFTune (Jain et al. 2023): within it the input embeddings carry uniform noise, from the global generator.
+
+        A token's noise lies within ``alpha / sqrt(L * D)``, L being the tokens of its sequence (prompt and completion,
+        no padding). A prompt that several completions share stands once in the tree layout, and takes the harmonic mean
+        of their L: the noise's variance is then the mean of what its padded copies have.
+
+        Args:
+            batch: What is run.
+            alpha: None for no noise.
+        """
+        if alpha is None:
+            yield
+            return
+        lengths: list[float] = []
+        repeats: list[int] = []
+        for prompt, branches in batch.forest.trees:
+            each = [prompt.length + branch.length for branch in branches]
+            if self.layout != "padded":
+                lengths.append(len(each) / sum(1 / length for length in each))
+                repeats += [prompt.length, *(branch.length for branch in branches)]
+            lengths += each
+        bound = alpha * torch.tensor(lengths).rsqrt()
+        if self.layout != "padded":
+            bound = bound.repeat_interleave(torch.tensor(repeats))
+        bound = bound.view((-1, 1, 1) if self.layout == "padded" else (1, -1, 1))  # by row, or by token
+
+        def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # no empty_like: of a tensor subclass (Gemini), in-place functions do nothing
+            noise = torch.empty(output.shape, dtype=output.dtype, device=output.device).uniform_(-1, 1)
+            return output + noise.mul_(bound.to(output.device) / output.shape[-1] ** 0.5)
+
+        hook = self.transformer.get_input_embeddings().register_forward_hook(add_noise)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def head_weight(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

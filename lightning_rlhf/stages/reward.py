@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.callbacks import averaged_weights
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
@@ -186,7 +187,8 @@ class RewardModule(Stage):
         if not batches:
             return
         self.eval()
-        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+        # of the weights that are exported
+        with averaged_weights(self.trainer), torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             for batch in islice(loader, batches):
                 batch = batch.to(self.device)
                 chosen = self.reward_model(batch)[batch.pairs.better]

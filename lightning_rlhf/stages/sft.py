@@ -34,6 +34,8 @@ class SFTModule(Stage):
         dtype: Of the weights.
         gradient_checkpointing: Trade a second forward pass for activation memory.
         layout: ``auto``: every prompt once where the model can, padded elsewhere.
+        neftune_alpha: Noise on embeddings while training (NEFTune; 5 is usual); None for none.
+        z_loss: Weight of the z-loss, which keeps the softmax's denominator near 1 (PaLM: 1e-4); 0 for none.
         optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
         lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
         trust_remote_code: Run code that comes with the model.
@@ -43,7 +45,11 @@ class SFTModule(Stage):
         stop_token_ids: Tokens that end an answer.
 
     Logged: ``train/`` and ``val/`` (``test/``) ``loss``, ``perplexity``, ``token_accuracy``;
-    ``train/tokens_per_second`` (real tokens of this rank) and ``train/scored_share``.
+    ``train/tokens_per_second`` (real tokens of this rank) and ``train/scored_share``; with ``z_loss``,
+    ``train/z_loss``: what it adds to the minimised loss. ``train/loss`` is without it, and under NEFTune's noise.
+
+    Raises:
+        ValueError: A negative ``neftune_alpha`` or ``z_loss``.
     """
 
     policy: Policy
@@ -57,6 +63,8 @@ class SFTModule(Stage):
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         layout: LayoutChoice = "auto",
+        neftune_alpha: float | None = None,
+        z_loss: float = 0.0,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
         trust_remote_code: bool = False,
@@ -74,10 +82,14 @@ class SFTModule(Stage):
             trust_remote_code,
         )
         self.keep_hyperparameters()
+        if z_loss < 0 or (neftune_alpha is not None and neftune_alpha < 0):
+            raise ValueError(f"Neither may be negative: z_loss={z_loss}, neftune_alpha={neftune_alpha}.")
+        self.neftune_alpha, self.z_loss = neftune_alpha, z_loss
         for stage in ("train", "val", "test"):
             self.add_module(f"{stage}_loss", TokenMean())
             self.add_module(f"{stage}_perplexity", Perplexity())
             self.add_module(f"{stage}_token_accuracy", TokenMean())
+        self.train_z_loss = TokenMean()
         self._since = time.perf_counter()
         self._tokens = self._scored = 0
 
@@ -93,7 +105,7 @@ class SFTModule(Stage):
             vocab_size=len(self.tokenizer),
             trust_remote_code=self.trust_remote_code,
         )
-        self.policy = Policy(model, self.layout)
+        self.policy = Policy(model, self.layout, z_loss=self.z_loss)
 
     @property
     def exportable(self) -> Policy:
@@ -103,8 +115,11 @@ class SFTModule(Stage):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Any:
         """Loss whose sum over micro-batches and mean over ranks is the step's mean over scored tokens."""
         weights = batch.weight * (batch.totals.bins / batch.totals.tokens)
-        out = self.policy(batch, weights=weights)
+        with self.policy.noisy_embeddings(batch, self.neftune_alpha):
+            out = self.policy(batch, weights=weights)
         self._update("train", batch, out)
+        if out.z_loss is not None:
+            self.train_z_loss.update(out.z_loss, batch.weight)
         self._tokens += batch.num_tokens
         self._scored += batch.num_scored
         return out.loss
@@ -113,7 +128,7 @@ class SFTModule(Stage):
         """Logs once an optimizer step, over its micro-batches and all ranks."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        for name in ("loss", "perplexity", "token_accuracy"):
+        for name in ("loss", "perplexity", "token_accuracy", *(["z_loss"] if self.z_loss else [])):
             metric = self.get_submodule(f"train_{name}")
             self.log(f"train/{name}", metric.compute(), prog_bar=name == "loss", batch_size=1)  # type: ignore[operator]
             metric.reset()  # type: ignore[operator]

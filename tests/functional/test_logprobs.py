@@ -59,6 +59,7 @@ def test_weighted_loss_equals_plain_computation(options, frozen):
     leaves = [t for t in (hidden, weight, b) if t.requires_grad]
     weights = torch.linspace(0, 2, len(target))
     out = linear_nll(hidden, weight, target, weights, b, chunk=100, entropy=True, **options)
+    assert out.z_loss is None
     want, entropy, correct = plain(hidden, weight, target, b, **options)
     torch.testing.assert_close(out.loss, -(weights * want).sum(), atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(out.logprobs, want.detach(), atol=1e-5, rtol=0)
@@ -80,6 +81,63 @@ def test_gradcheck_in_float64(softcap, frozen):
         return out.logprobs, out.entropies
 
     assert torch.autograd.gradcheck(call, (hidden, weight, b))
+
+
+def log_z(hidden, weight, bias, temperature=1.0, scale=1.0, softcap=None):
+    """(N,) log of the softmax's denominator, by (N, V) logits."""
+    logits = (hidden @ weight.T + (0 if bias is None else bias)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).logsumexp(-1)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_z_loss_equals_plain_computation(options, frozen, bias):
+    hidden, weight, target, b = inputs(frozen=frozen, bias=bias)
+    leaves = [t for t in (hidden, weight, b) if t is not None and t.requires_grad]
+    weights = torch.linspace(0, 2, len(target))
+    out = linear_nll(hidden, weight, target, weights, b, chunk=100, z_loss=0.1, **options)
+    z = 0.1 * log_z(hidden, weight, b, **options) ** 2
+    want = -(weights * plain(hidden, weight, target, b, **options)[0]).sum() + (weights * z).sum()
+    torch.testing.assert_close(out.loss, want, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(out.z_loss, z.detach(), atol=1e-5, rtol=1e-6)
+    assert not out.z_loss.requires_grad
+    got, ref = (torch.autograd.grad(loss * 0.3, leaves) for loss in (out.loss, want))
+    for g, r in zip(got, ref, strict=True):
+        torch.testing.assert_close(g, r, atol=1e-5, rtol=1e-5)
+
+
+class Again(torch.autograd.Function):
+    """A weighted loss made anew for every backward pass: ``gradcheck`` asks for several."""
+
+    @staticmethod
+    def forward(ctx, loss, *leaves):
+        ctx.loss = loss
+        ctx.save_for_backward(*leaves)
+        return loss(*leaves).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            loss = ctx.loss(*leaves)
+        found = iter(torch.autograd.grad(loss, [t for t in leaves if t.requires_grad], grad))
+        return None, *(next(found) if t.requires_grad else None for t in leaves)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_gradcheck_of_the_weighted_loss_in_float64(softcap, frozen, z_loss):
+    hidden, weight, target, b = inputs(torch.float64, n=5, d=3, v=7, frozen=frozen)
+    weights = torch.linspace(0, 2, 5, dtype=torch.float64)
+
+    def loss(hidden, weight, b):
+        return linear_nll(hidden, weight, target, weights, b, softcap=softcap, chunk=14, z_loss=z_loss).loss
+
+    assert torch.autograd.gradcheck(lambda *leaves: Again.apply(loss, *leaves), (hidden, weight, b))
 
 
 def test_only_logprobs_or_only_entropies_may_be_used():
@@ -139,6 +197,7 @@ def test_memory_is_bounded_by_the_chunk():
     for function in (
         lambda: linear_logprobs(hidden, weight, target, b, entropy=True, chunk=chunk).logprobs.sum(),
         lambda: linear_nll(hidden, weight, target, torch.ones(512), b, chunk=chunk).loss,
+        lambda: linear_nll(hidden, weight, target, torch.ones(512), b, chunk=chunk, z_loss=1e-4).loss,
     ):
         with Largest() as largest:
             function().backward()
@@ -159,3 +218,5 @@ def test_shape_and_temperature_errors():
         linear_logprobs(hidden, weight, target[1:])
     with pytest.raises(ValueError, match="temperature"):
         linear_logprobs(hidden, weight, target, temperature=0)
+    with pytest.raises(ValueError, match="z_loss must not be negative"):
+        linear_nll(hidden, weight, target, torch.ones(len(target)), z_loss=-1e-4)

@@ -215,3 +215,113 @@ def test_float16_on_a_cpu_is_refused(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="float16"):
             load_causal_lm(tmp_path, dtype="float16")
+
+
+def embedded(policy, packed, alpha, draws=1):
+    """What the decoder is given with noise, less what it is given without: (draws, *, D)."""
+    seen = []
+    embeddings = policy.transformer.get_input_embeddings()
+
+    def run(alpha):
+        with policy.noisy_embeddings(packed, alpha):
+            hook = embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
+            policy(packed)
+            hook.remove()
+
+    with torch.no_grad():
+        for a in (None, *[alpha] * draws):
+            run(a)
+    return torch.stack(seen[1:]) - seen[0]
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_neftune_noise_is_uniform_and_as_large_as_each_tokens_sequence_says(layout):
+    policy, packed = Policy(build(), layout), batch()
+    noise = embedded(policy, packed, 3.0, draws=40)
+    if layout == "tree":
+        squares = []  # alpha^2 / (L D) of each token; a shared prompt takes the mean over its sequences
+        for prompt, branches in packed.forest.trees:
+            each = [9 / (48 * (prompt.length + b.length)) for b in branches]
+            squares += [sum(each) / len(each)] * prompt.length
+            squares += [square for square, b in zip(each, branches, strict=True) for _ in range(b.length)]
+        bound = torch.tensor(squares).sqrt()[None, None, :, None]
+    else:
+        lengths = [p.length + b.length for p, branches in packed.forest.trees for b in branches]
+        bound = 3.0 / (48 * torch.tensor(lengths)).sqrt()[None, :, None, None]
+    part = noise / bound  # uniform in (-1, 1)
+    assert part.abs().max() < 1 + 1e-4
+    tokens = part.flatten(1, 2)  # (draws, tokens, D): 1920 numbers a token
+    assert (tokens.mean((0, 2)).abs() < 0.08).all()
+    torch.testing.assert_close(tokens.square().mean((0, 2)), torch.full((tokens.shape[1],), 1 / 3), atol=0.05, rtol=0)
+    draws = tokens.flatten(1)
+    assert (torch.corrcoef(draws) - torch.eye(40)).abs().max() < 0.1, "one draw is like another"
+
+
+def test_neftune_of_a_plain_row_is_that_of_transformers():
+    if FIVE:
+        from transformers.integrations import neftune_post_forward_hook
+    else:
+        from transformers.trainer_utils import neftune_post_forward_hook
+
+    packed = pack([Tree(list(range(3, 10)), [Branch(list(range(10, 30)))])])
+    policy = Policy(build())
+    assert policy.layout == "tree"
+    torch.manual_seed(3)
+    own = embedded(policy, packed, 5.0)[0]
+    embeddings = policy.transformer.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    clean = torch.nn.functional.embedding(packed.input_ids[None], embeddings.weight)
+    torch.manual_seed(3)
+    theirs = neftune_post_forward_hook(embeddings, None, clean) - clean
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(own, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "lora", [dict(targets=["q_proj", "embed_tokens"]), dict(modules_to_save=["embed_tokens"])], ids=str
+)
+def test_neftune_under_adapters_of_the_embeddings_and_with_checkpointing(lora):
+    """The layers that run again in the backward pass see the same noise; afterwards there is none."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        policy, packed = (
+            Policy(load_causal_lm(build(), lora=LoRA(r=4, **lora), gradient_checkpointing=checkpointed)),
+            batch(),
+        )
+        clean = policy(packed).logprobs
+        torch.manual_seed(2)
+        with policy.noisy_embeddings(packed, 5.0):
+            out = policy(packed, weights=packed.weight)
+        out.loss.backward()
+        assert (out.logprobs - clean).abs().max() > 1e-3
+        torch.testing.assert_close(policy(packed).logprobs, clean, atol=0, rtol=0)
+        found.append([out.loss.detach(), *(p.grad for p in policy.parameters() if p.grad is not None)])
+    assert len(found[0]) > 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+@pytest.mark.parametrize("lora", [None, LoRA(r=4, targets=["q_proj", "lm_head"])], ids=["full", "lora"])
+def test_z_loss_equals_that_of_all_logits(family, lora):
+    """With a capped and a scaled head, and with adapters on it."""
+    torch.manual_seed(1)
+    model = load_causal_lm(build(family), lora=lora)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3)
+    policy, packed = Policy(model, z_loss=0.1), batch()
+    plain, p = copy.deepcopy(model), pad(packed)
+    policy(packed, weights=packed.weight).loss.backward()
+    for module in plain.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    logits = plain(input_ids=p.input_ids, attention_mask=p.attention_mask).logits[p.row, p.column]
+    nll = -logits.log_softmax(-1).gather(-1, packed.target[:, None])[:, 0]
+    (packed.weight * (nll + 0.1 * logits.logsumexp(-1) ** 2)).sum().backward()
+    want = {k: v.grad for k, v in plain.named_parameters() if v.grad is not None}
+    got = {k: v.grad for k, v in model.named_parameters() if v.grad is not None}
+    assert got.keys() == want.keys() and (lora is None or any("lm_head" in k for k in got))
+    for k in got:
+        assert (got[k] - want[k]).norm() / want[k].norm() < 1e-4, k

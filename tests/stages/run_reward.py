@@ -51,7 +51,7 @@ class FirstGradients(L.Callback):
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=12, seed=0, dropout=0.0, order=0, lr=1e-2, val_fraction=0.3,
         center=0.0, pair_weight="pair", use_margin=False, val_check_interval=1.0, check_val_every_n_epoch=1,
-        limit_val_batches=1.0):  # fmt: skip
+        limit_val_batches=1.0, callbacks=()):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = RewardModule(
@@ -72,7 +72,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         cache_dir=Path(out_dir) / "cache",
     )
     first = FirstGradients()
-    callbacks = [first]
+    callbacks = [*callbacks, first]
     if save_every:
         checkpoint = ModelCheckpoint(
             out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1

@@ -2,7 +2,8 @@
 
     python run_sft.py MODEL_DIR OUT_DIR '{"devices": 2, "accumulate": 1, ...}'
 
-Writes to OUT_DIR gradients.pt (the first step's, as the optimizer got them), weights.pt (trained) and metrics.json.
+Writes to OUT_DIR gradients.pt (the first step's, as the optimizer got them), weights.pt (trained), metrics.json
+and, with ema, average.pt.
 """
 
 import json
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
+from lightning_rlhf.callbacks import EMA
 
 torch.set_num_threads(1)
 
@@ -43,7 +45,7 @@ class FirstGradients(L.Callback):
 
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=0, lr=1e-2, val_fraction=0.2,
-        callbacks=()):  # fmt: skip
+        callbacks=(), ema=None, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = SFTModule(
@@ -51,6 +53,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         lora=LoRA(r=4, dropout=dropout) if lora else None,
         layout=layout,
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        **options,
     )
     data = InstructionDataModule(
         rows(order=order),
@@ -61,6 +64,8 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
     )
     first = FirstGradients()
     callbacks = [*callbacks, first]
+    if ema is not None:
+        callbacks.append(EMA(ema))
     if save_every:
         checkpoint = ModelCheckpoint(
             out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1
@@ -85,6 +90,8 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
     if trainer.is_global_zero:
         weights = {k: v.detach().clone() for k, v in module.policy.named_parameters()}
         torch.save(weights, Path(out_dir) / "weights.pt")
+        if ema is not None:
+            torch.save(callbacks[-1 - bool(save_every)].state_dict()["average"], Path(out_dir) / "average.pt")
         if hasattr(first, "gradients"):
             torch.save(first.gradients, Path(out_dir) / "gradients.pt")
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}

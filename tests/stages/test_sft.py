@@ -101,7 +101,16 @@ def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(workers=2), dict(accumulate=2), dict(lora=True, dropout=0.2)], ids=str
+    "options",
+    [
+        dict(),
+        dict(workers=2),
+        dict(accumulate=2),
+        dict(lora=True, dropout=0.2),
+        dict(neftune_alpha=5.0, z_loss=1e-3),
+        dict(lora=True, dropout=0.2, neftune_alpha=5.0, layout="padded", accumulate=2),
+    ],
+    ids=str,
 )
 def test_resume_mid_epoch_equals_uninterrupted_bit_for_bit(options, tiny_model_dir, tmp_path):
     options = {"save_every": 1, "max_epochs": 3, **options}
@@ -231,3 +240,41 @@ def test_one_trainer_validates_then_fits_then_validates(tiny_model_dir, tmp_path
     trainer.fit(module, data)
     after = trainer.validate(module, data, verbose=False)[0]["val/loss"]
     assert after < before
+
+
+def test_neftune_is_in_training_alone(tiny_model_dir, tmp_path):
+    """A rate of 0 leaves the weights: the training loss is another, validation and predictions are the same."""
+    found = {}
+    for alpha in (None, 0.0, 20.0):
+        trainer, module = run(tiny_model_dir, tmp_path / str(alpha), lr=0.0, max_epochs=1, neftune_alpha=alpha)
+        losses = [trainer.callback_metrics[f"{stage}/loss"].item() for stage in ("train", "val")]
+        found[alpha] = (*losses, [r for batch in trainer.predict(module, trainer.datamodule) for r in batch])
+    assert found[0.0] == found[None]
+    assert found[20.0][1:] == found[None][1:]
+    assert abs(found[20.0][0] - found[None][0]) > 1e-3
+
+
+def test_z_loss_pulls_the_denominator_to_one_and_is_logged(tiny_model_dir, tmp_path):
+    """Logged is c log(Z)^2, beside a loss without it."""
+    trainer, module = run(tiny_model_dir, tmp_path / "a", lr=0.0, max_steps=1, val_fraction=0.0, batch_size=24,
+                          accumulate=3, z_loss=0.1)  # fmt: skip
+    data = trainer.datamodule
+    squares, nll = [], []
+    for batch in data.train_dataloader():
+        p = pad(batch)
+        with torch.no_grad(), module.policy.native_attention() as lm:
+            logits = lm(input_ids=p.input_ids, attention_mask=p.attention_mask).logits[p.row, p.column]
+        squares.append(0.1 * logits.logsumexp(-1) ** 2)
+        nll.append(-logits.log_softmax(-1).gather(-1, batch.target[:, None])[:, 0])
+    metrics = trainer.callback_metrics
+    assert metrics["train/z_loss"] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-5)
+    assert metrics["train/loss"] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+    few, many = (run(tiny_model_dir, tmp_path / str(c), max_epochs=4, z_loss=c)[0] for c in (1e-6, 1.0))
+    assert many.callback_metrics["train/z_loss"] < 0.8 * few.callback_metrics["train/z_loss"] / 1e-6
+    assert "train/z_loss" not in run(tiny_model_dir, tmp_path / "none", max_steps=1)[0].callback_metrics
+
+
+@pytest.mark.parametrize("setting", ["neftune_alpha", "z_loss"])
+def test_negative_regularisers_are_refused(setting, tiny_model_dir):
+    with pytest.raises(ValueError, match=f"{setting}=-1"):
+        SFTModule(tiny_model_dir, **{setting: -1.0})
