@@ -162,5 +162,5 @@ th, td { text-align: left; padding: .1rem .75rem .1rem 0; vertical-align: top; f
 @media (hover: none) { .tokens span:hover::after { content: attr(title); position: fixed; left: .5rem; right: .5rem;
   bottom: .5rem; padding: .5rem .75rem; border-radius: .5rem; background: var(--ink); color: var(--back);
   font: .85rem/1.4 system-ui, sans-serif } }
-@media (max-width: 40rem) { body { padding: .75rem } }
+@media (max-width: 40rem) { body { padding: .75rem } h1 { font-size: 1.2rem } }
 """

@@ -88,35 +88,36 @@ def _lines(shown: Sequence[Piece], rail: str, width: int, colour: bool) -> Itera
     for number, piece in enumerate(shown):
         glyphs = list(visible(piece.text)) or [("∅", 1)]  # a token without text is one all the same
         whole = sum(columns for _, columns in glyphs)
+        run = ""  # of this piece, in the line
         for i, (glyph, columns) in enumerate(glyphs):
             needed = whole if i == 0 and whole <= room else columns  # tokens are not broken where they fit on a line
             if used and used + needed > room:
+                text, run = text + _paint(run, piece, number, colour), ""
                 yield from flush()
             if position is None and i == 0:
                 position = piece.position
-            text += _paint(glyph, piece, number) if colour else glyph
+            run += glyph
+            first, rest = ("^", "~") if piece.scored else (".", " ")
             if not colour:
-                start = "^" if piece.scored else "."
-                marks += (start if i == 0 else "~" if piece.scored else " ") + ("~" if piece.scored else " ") * (
-                    columns - 1
-                )
+                marks += (rest if i else first) + rest * (columns - 1)
             used += columns
             if glyph == "⏎" and "\n" in piece.text:
+                text, run = text + _paint(run, piece, number, colour), ""
                 yield from flush()
+        text += _paint(run, piece, number, colour)
     if used:
         yield from flush()
 
 
-def _paint(text: str, piece: Piece, number: int) -> str:
+def _paint(text: str, piece: Piece, number: int, colour: bool = True) -> str:
     """In the colour of a piece; neighbours differ, so that borders show."""
-    odd = number % 2
     if piece.scored:
-        code = "30;46" if odd else "30;42"
+        code = "30;46" if number % 2 else "30;42"
     elif piece.special:
         code = "35"
     else:
-        code = "2" if odd else ""
-    return f"\x1b[{code}m{text}\x1b[0m" if code else text
+        code = "2" if number % 2 else ""
+    return f"\x1b[{code}m{text}\x1b[0m" if colour and code and text else text
 
 
 def _bold(text: str, colour: bool) -> str:

@@ -74,7 +74,7 @@ def test_colours_mark_the_same_and_add_no_text():
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     golden = [line for line in GOLDEN.splitlines() if not re.search(r"│ +│|^ +│", line) or "⏎" in line]
     assert plain.splitlines()[3:] == golden[3:]
-    assert "\x1b[30;42mY\x1b[0m" in text and "\x1b[35m<\x1b[0m" in text
+    assert "\x1b[30;42mYes\x1b[0m\x1b[30;46m 😀\x1b[0m" in text and "\x1b[35m<s>\x1b[0m" in text
     assert "\x1b[0mm" not in plain and "\\x1b" in plain, "what a row holds can't colour the terminal"
 
 
