@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
-TOOLS = {"demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data")}
+TOOLS = {
+    "inspect": ("lightning_rlhf.inspection.command:main", "rows as the model will see them, with the options of fit"),
+    "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
+}
 
 USAGE = """\
 usage: lightning-rlhf COMMAND ...
@@ -48,8 +51,14 @@ def main(args: Sequence[str] | None = None) -> None:
     cli(arguments)
 
 
-def cli(args: Sequence[str], run: bool = True) -> Any:
-    """The LightningCLI of all stages; ``run=False`` builds and returns it without running a subcommand."""
+def cli(args: Sequence[str], run: bool = True, kind: Any = None) -> Any:
+    """The LightningCLI of all stages; ``run=False`` builds and returns it without running a subcommand.
+
+    Args:
+        args: Command line, without the program's name.
+        run: Whether it begins with a subcommand, which is run.
+        kind: A subclass of LightningCLI to make instead.
+    """
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
@@ -60,7 +69,7 @@ def cli(args: Sequence[str], run: bool = True) -> Any:
     import lightning_rlhf.data.prompts
     import lightning_rlhf.stages
 
-    return LightningCLI(
+    return (kind or LightningCLI)(
         LightningModule,
         LightningDataModule,
         trainer_defaults={"callbacks": [lightning_rlhf.callbacks.WritePredictions()]},

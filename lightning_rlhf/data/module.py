@@ -48,6 +48,11 @@ class TokenRows:
         """The row's tree."""
         return self.tree(self.dataset[index])
 
+    def sizes_of(self, index: int) -> Size:
+        """What the planner needs of a row."""
+        row = self.dataset[index]
+        return Size(*(row[name] for name in SIZE_COLUMNS))
+
     def sizes(self) -> list[Size]:
         """What the planner needs."""
         columns = self.dataset.with_format(None)
@@ -81,6 +86,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         num_workers: Processes that pack batches.
         cache_dir: Where tokenised rows are kept.
         tokenizer: Default: the module's.
+
+    Attributes:
+        bad_rows: By part, the rows that reading and tokenising it left out.
     """
 
     #: Files of the package that ``bundled`` stands for.
@@ -121,6 +129,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self.num_proc, self.num_workers = num_proc, num_workers
         default = os.environ.get("LIGHTNING_RLHF_CACHE", Path.home() / ".cache" / "lightning_rlhf")
         self.cache_dir = Path(cache_dir or default) / "tokens"
+        self.bad_rows: dict[str, list[BadRows]] = {}
         self._tokenizer = tokenizer
         self._items: dict[str, list[tuple[str, Item]]] = {}
         self._rows: dict[str, TokenRows] = {}
@@ -162,6 +171,13 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def where(self, part: str, row: int) -> str:
         """File and line of a row by its number in the part's batches (``PackedBatch.rows``)."""
         return str(self._rows[part].dataset[row]["where"])
+
+    def languages(self, part: str) -> dict[str, str]:
+        """The languages of rows by their places, where a column ``lang`` or ``language`` says; reads the source."""
+        sources = (self.sources[name] for name in dict.fromkeys((part, "val", "train")))
+        rows = self._open(next(source for source in sources if source is not None), BadRows("skip"))
+        named = ((row.where, row.value.get("lang") or row.value.get("language")) for row in rows)
+        return {where: language for where, language in named if isinstance(language, str)}
 
     # ------------------------------------------------------------------------------------------------- Lightning
 
@@ -253,8 +269,10 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             except FormatError as error:
                 bad.add(row.where, error.kind, str(error))
         bad.report(len(rows) + bad.total, part)
+        self.bad_rows.setdefault(part, []).append(bad)
         if not rows:
-            raise ValueError(f"No usable row in the {part} data ({_name(source)}); {bad.total} were skipped.")
+            why = f": {bad.reasons}" if bad.total else "."
+            raise ValueError(f"No usable row in the {part} data ({_name(source)}); {bad.total} were skipped{why}")
         return rows
 
     def _open(self, source: Source, bad: BadRows) -> Iterable[Row]:
@@ -342,13 +360,14 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             else:
                 good.append(i)
         bad.report(len(table), part)
+        self.bad_rows.setdefault(part, []).append(bad)
         cut = sum(table["cut"])
         if cut:
             rank_zero_warn(
                 f"{part}: {cut} of {len(table)} rows were cut at max_length; the loss never reads their stop token."
             )
         if not good:
-            raise ValueError(f"No usable row in the {part} data: all {len(table)} were skipped.")
+            raise ValueError(f"No usable row in the {part} data: all {len(table)} were skipped: {bad.reasons}")
         return table if len(good) == len(table) else table.select(good)
 
     def _key(self, records: list[dict[str, str]], arguments: dict[str, Any]) -> str:

@@ -78,6 +78,7 @@ class BadRows:
 
     Attributes:
         counts: Number of rows left out, by kind of fault.
+        first: The first of each kind.
     """
 
     def __init__(self, policy: Literal["raise", "skip"] = "raise") -> None:
@@ -85,12 +86,17 @@ class BadRows:
             raise ValueError(f"The policy for bad rows is {policy!r}. Choose 'raise' or 'skip'.")
         self.policy = policy
         self.counts: Counter[str] = Counter()
-        self._first: dict[str, BadRowError] = {}
+        self.first: dict[str, BadRowError] = {}
 
     @property
     def total(self) -> int:
         """Number of rows left out."""
         return self.counts.total()
+
+    @property
+    def reasons(self) -> str:
+        """Why rows were left out, how often, and the first of each."""
+        return ", ".join(f"{n} x {kind} (first: {self.first[kind]})" for kind, n in self.counts.most_common())
 
     def add(self, where: str, kind: str, reason: str) -> None:
         """Take note of a bad row.
@@ -107,7 +113,7 @@ class BadRows:
             advice = "Mend the row, or choose the policy 'skip' to leave such rows out and have them counted."
             raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
         self.counts[kind] += 1
-        self._first.setdefault(kind, BadRowError(where, kind, reason))
+        self.first.setdefault(kind, BadRowError(where, kind, reason))
 
     def report(self, total_rows: int, name: str) -> None:
         """Warn, in one message, of all rows left out. Without any, do nothing.
@@ -117,9 +123,8 @@ class BadRows:
             name: What was read.
         """
         if self.counts:
-            kinds = ", ".join(f"{n} x {kind} (first: {self._first[kind]})" for kind, n in self.counts.most_common())
             verb = "was" if self.total == 1 else "were"
-            rank_zero_warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {kinds}")
+            rank_zero_warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {self.reasons}")
 
 
 def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Row]:

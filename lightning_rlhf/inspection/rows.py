@@ -1,0 +1,268 @@
+"""What a stage's batches hold, taken out of the batches themselves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import lightning.pytorch as L
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.data.module import TokenRows, TreeDataModule
+from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data.planner import Bin, PlannedLoader, StepTotals
+from lightning_rlhf.data.prompts import PromptBatch, PromptsWithPtx
+from lightning_rlhf.inspection.pieces import Piece, pieces, special_ids
+from lightning_rlhf.inspection.statistics import Statistics, measure
+from lightning_rlhf.stages import RewardModule
+
+Split = Literal["train", "val", "test", "predict"]
+#: The Trainer's method that reads a split.
+STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
+
+
+@dataclass
+class Answer:
+    """A branch of a tree.
+
+    Attributes:
+        name: What it is: ``chosen``, ``rejected``, ``answer 2``.
+        pieces: Its tokens.
+        notes: What else is known of it.
+    """
+
+    name: str
+    pieces: list[Piece]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RowView:
+    """A row as its batch holds it.
+
+    Attributes:
+        number: In the split, as in ``PackedBatch.rows`` and the records of ``predict``.
+        where: File and line, or what else names its place.
+        notes: What is known of it as a whole.
+        prompt: Tokens that stand once.
+        answers: What continues them; none of a prompt to be answered.
+        starts: What is said where generation starts; empty where it does not.
+        columns: Further columns, for reward functions.
+    """
+
+    number: int
+    where: str
+    notes: list[str]
+    prompt: list[Piece]
+    answers: list[Answer]
+    starts: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Section:
+    """Rows of one kind: a stage's own, or the texts beside PPO's prompts.
+
+    Attributes:
+        name: Heading.
+        rows: Those that are shown.
+        statistics: Of all.
+    """
+
+    name: str
+    rows: list[RowView]
+    statistics: Statistics
+
+
+@dataclass
+class Inspection:
+    """What there is to see.
+
+    Attributes:
+        title: The stage, its data and split.
+        legend: What is marked; empty where nothing is.
+        sections: One, or two where PPO has ``ptx``.
+    """
+
+    title: str
+    legend: str
+    sections: list[Section]
+
+
+def inspect_data(
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    split: Split = "train",
+    rows: int = 5,
+    row: int | str | None = None,
+    seed: int | None = None,
+    micro_batches: int = 1,
+    ranks: int = 1,
+) -> Inspection:
+    """Looks at the rows that a stage will get; no model is loaded.
+
+    Args:
+        module: The stage.
+        data: Its data module.
+        split: ``train``, ``val``, ``test`` or ``predict``.
+        rows: How many are shown.
+        row: The one to show instead: its number, or its place such as ``my.jsonl:17``.
+        seed: Show rows drawn by it; None shows the first.
+        micro_batches: ``trainer.accumulate_grad_batches``, which the plan depends on.
+        ranks: Data-parallel size, likewise.
+
+    Returns:
+        The rows, and figures over all of the split.
+
+    Raises:
+        ValueError: A data module that is none of this package's, no such row, or a split without rows.
+        BadRowError: A row that can't be used, where ``on_bad_row`` is ``raise``.
+    """
+    if not isinstance(data, TreeDataModule):
+        raise ValueError(
+            f"inspect knows the data modules of lightning_rlhf, and {type(data).__name__} is none of them."
+        )
+    with _attached(module, data, split, micro_batches, ranks):
+        data.setup(STAGES[split])
+        loader = getattr(data, f"{split}_dataloader")()
+        if isinstance(loader, list):
+            raise ValueError(f"There are no {split} rows: nothing was given or held out. See val_fraction.")
+        parts: list[tuple[str, TreeDataModule[Any], PlannedLoader]] = [("", data, loader)]
+        if isinstance(loader, PromptsWithPtx):
+            assert data.ptx is not None  # type: ignore[attr-defined]
+            parts = [("prompts", data, loader.prompts), ("ptx", data.ptx, loader.ptx)]  # type: ignore[attr-defined]
+        sections = []
+        for name, part, planned in parts:
+            languages = part.languages(split)
+            chosen = _chosen(planned.rows, rows, row, seed)  # type: ignore[arg-type]
+            views = [_view(module, part.tokenizer, planned, i, languages) for i in chosen]
+            sections.append(Section(name, views, measure(module, part, planned, split, languages)))
+    kind = type(module).__name__.removesuffix("Module") or type(module).__name__
+    reads = "an answer is scored here" if _scores_answers(module) else "read by the loss"
+    if all(not row.answers for section in sections for row in section.rows):
+        reads = ""
+    return Inspection(f"{kind}: {type(data).__name__}, {split}", reads, sections)
+
+
+@contextmanager
+def _attached(
+    module: L.LightningModule, data: TreeDataModule[Any], split: Split, micro_batches: int, ranks: int
+) -> Iterator[None]:
+    """Gives the data module what it asks of a Trainer, for a while."""
+    before, own = data.trainer, vars(data).get("ptx")
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=module,
+        accumulate_grad_batches=micro_batches,
+        distributed_sampler_kwargs={"num_replicas": ranks, "rank": 0},
+        state=SimpleNamespace(fn=STAGES[split]),
+    )
+    try:
+        yield
+    finally:
+        data.trainer = before
+        if own is not None:
+            own.trainer = before
+
+
+def _scores_answers(module: L.LightningModule) -> bool:
+    """Whether the loss reads a score at each answer's last token, and no token by itself."""
+    return isinstance(module, RewardModule)
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def _view(
+    module: L.LightningModule,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: PlannedLoader,
+    number: int,
+    languages: Mapping[str, str],
+) -> RowView:
+    """The row as a batch of its own."""
+    rows: TokenRows = loader.rows  # type: ignore[assignment]
+    size = rows.sizes_of(number)
+    totals = StepTotals(size.scored, size.sequences, 1, size.pairs)
+    batch = loader.collate([rows(number)], Bin((number,), totals))
+    view = (_prompt if isinstance(batch, PromptBatch) else _tree)(module, tokenizer, batch)
+    record = rows.dataset[number]
+    view.number, view.where = number, record["where"]
+    if language := languages.get(view.where):
+        view.notes.append(language)
+    if record["cut"]:
+        view.notes.append("cut at max_length: the loss never reads its stop token")
+    return view
+
+
+def _chosen(rows: TokenRows, count: int, row: int | str | None, seed: int | None) -> Sequence[int]:
+    if row is None:
+        count = min(count, len(rows))
+        return range(count) if seed is None else sorted(random.Random(seed).sample(range(len(rows)), count))
+    if isinstance(row, int) or row.isdigit():
+        if not 0 <= int(row) < len(rows):
+            raise ValueError(f"There is no row {row}: the split has {len(rows)}, numbered from 0.")
+        return [int(row)]
+    places = list(rows.dataset["where"])
+    found = [i for i, where in enumerate(places) if where == row or where.endswith(f"/{row}")]
+    if not found:
+        raise ValueError(
+            f"No row of this split comes from {row!r}: it may be in another, or left out. Places look like "
+            f"{places[0]!r}."
+        )
+    return found
+
+
+def scored_tokens(batch: PackedBatch) -> list[int]:
+    """(N,) index into T of each scored token: behind the one that predicts it, or first in its branch."""
+    starts = [branch.start for _, branches in batch.forest.trees for branch in branches]
+    return [
+        predictor + 1 if predictor >= starts[sequence] else starts[sequence]
+        for predictor, sequence in zip(batch.predictor.tolist(), batch.sequence.tolist(), strict=True)
+    ]
+
+
+def _tree(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: PackedBatch) -> RowView:
+    """A batch of one tree."""
+    specials = special_ids(tokenizer)
+    read = set(batch.last.tolist() if _scores_answers(module) else scored_tokens(batch))
+    marks = [i in read for i in range(batch.num_tokens)]
+    ids = batch.input_ids.tolist()
+    [(prompt, branches)] = batch.forest.trees
+    shown = list(pieces(tokenizer, ids[: prompt.length], marks[: prompt.length], specials))
+    answers = []
+    for branch in branches:
+        own = slice(branch.start, branch.start + branch.length)
+        answers.append(Answer("", list(pieces(tokenizer, ids[own], marks[own], specials, shown))))
+    _name(answers, batch)
+    return RowView(0, "", [f"{len(ids)} tokens", f"{len(read)} read by the loss"], shown, answers)
+
+
+def _name(answers: list[Answer], batch: PackedBatch) -> None:
+    """Says which answers are better than which."""
+    pairs = list(zip(*(column.tolist() for column in batch.pairs[:4]), strict=True))
+    names = [f"answer {i}" if len(answers) > 1 else "answer" for i in range(len(answers))]
+    if len(answers) == 2 and len(pairs) == 1:
+        names[pairs[0][0]], names[pairs[0][1]] = "chosen", "rejected"
+    for answer, name in zip(answers, names, strict=True):
+        answer.name = name
+    for better, worse, margin, weight in pairs:
+        by = f" by a margin of {margin:g}" if margin else ""
+        weighs = f", weight {weight:.3g}" if weight != 1 else ""
+        answers[better].notes.append(f"better than {names[worse]}{by}{weighs}")
+
+
+def _prompt(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> RowView:
+    """A batch of one prompt."""
+    [ids] = batch.prompts
+    shown = list(pieces(tokenizer, ids, [False] * len(ids), special_ids(tokenizer)))
+    most = getattr(getattr(module, "sampling", None), "max_new_tokens", None)
+    count = getattr(module, "samples_per_prompt", 1)
+    starts = "generation starts here"
+    if most is not None:
+        starts += f": {'a completion' if count == 1 else f'{count} completions'} of at most {most} tokens"
+    columns = {name: value for name, (value,) in batch.columns.items()}
+    return RowView(0, "", [f"{len(ids)} tokens"], shown, [], starts, columns)

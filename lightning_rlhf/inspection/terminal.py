@@ -1,0 +1,143 @@
+"""An inspection as text: for a terminal with colours, and with marker lines for everything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning_rlhf.inspection.pieces import Piece, visible
+from lightning_rlhf.inspection.rows import Inspection, RowView
+from lightning_rlhf.inspection.statistics import Bar, Statistics
+
+_BAR = 30
+_LONGEST = 200
+"""Characters of a column's value that are shown."""
+
+
+def as_text(found: Inspection, width: int = 100, colour: bool = False) -> str:
+    """The inspection as text.
+
+    Args:
+        found: What there is to see.
+        width: Columns of the terminal.
+        colour: Mark tokens by colour; else by a line beneath them: ``^~~`` a token that the loss reads, ``.`` the start
+            of another.
+
+    Returns:
+        Lines.
+    """
+    lines = [_bold(found.title, colour), ""]
+    legend = ["⏎ ⇥ line break, tab"]
+    if colour:
+        legend.append(f"{_paint('<special>', Piece('', (), 0, False, True), 0)} special")
+    else:
+        legend.append(". start of a token")
+    if found.legend:
+        shown = "".join(_paint(text, Piece("", (), 0, True, False), i) for i, text in enumerate(("to", "ken")))
+        legend.append(f"{shown if colour else '^~~'} {found.legend}")
+    lines += ["   ".join(legend), ""]
+    for section in found.sections:
+        if section.name:
+            lines += [_bold(f"== {section.name} ==", colour), ""]
+        for row in section.rows:
+            lines += [*_row(row, width, colour), ""]
+        lines += [*_statistics(section.statistics, colour), ""]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(row: RowView, width: int, colour: bool) -> Iterator[str]:
+    yield _bold(f"row {row.number} · {row.where}", colour) + "".join(f" · {note}" for note in row.notes)
+    yield f"prompt · {_tokens(row.prompt)}"
+    yield from _lines(row.prompt, "│ " if row.answers or row.starts else "  ", width, colour)
+    if row.starts:
+        yield f"└─▶ {row.starts}"
+    for answer in row.answers:
+        last = answer is row.answers[-1]
+        notes = "".join(f" · {note}" for note in answer.notes)
+        yield f"{'└' if last else '├'}─ {answer.name} · {_tokens(answer.pieces)}{notes}"
+        yield from _lines(answer.pieces, "  " if last else "│ ", width, colour)
+    for name, value in row.columns.items():
+        yield f"column {name}: {shorten(value)}"
+
+
+def shorten(value: Any) -> str:
+    """A column's value as JSON, its beginning where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    text = "".join(character for character, _ in visible(text))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
+
+
+def _tokens(shown: Sequence[Piece]) -> str:
+    count = sum(len(piece.ids) for piece in shown)
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
+def _lines(shown: Sequence[Piece], rail: str, width: int, colour: bool) -> Iterator[str]:
+    """Pieces in lines, each with the position of its first token; without colours, with a line of marks beneath."""
+    room = max(20, width - len(rail) - 8)
+    text, marks, used, position = "", "", 0, None
+
+    def flush() -> Iterator[str]:
+        nonlocal text, marks, used, position
+        yield f"{rail}{'' if position is None else position:>5} │{text}"
+        if marks.strip():
+            yield f"{rail}      │{marks}"
+        text, marks, used, position = "", "", 0, None
+
+    for number, piece in enumerate(shown):
+        glyphs = list(visible(piece.text)) or [("∅", 1)]  # a token without text is one all the same
+        whole = sum(columns for _, columns in glyphs)
+        run = ""  # of this piece, in the line
+        for i, (glyph, columns) in enumerate(glyphs):
+            needed = whole if i == 0 and whole <= room else columns  # tokens are not broken where they fit on a line
+            if used and used + needed > room:
+                text, run = text + _paint(run, piece, number, colour), ""
+                yield from flush()
+            if position is None and i == 0:
+                position = piece.position
+            run += glyph
+            first, rest = ("^", "~") if piece.scored else (".", " ")
+            if not colour:
+                marks += (rest if i else first) + rest * (columns - 1)
+            used += columns
+            if glyph == "⏎" and "\n" in piece.text:
+                text, run = text + _paint(run, piece, number, colour), ""
+                yield from flush()
+        text += _paint(run, piece, number, colour)
+    if used:
+        yield from flush()
+
+
+def _paint(text: str, piece: Piece, number: int, colour: bool = True) -> str:
+    """In the colour of a piece; neighbours differ, so that borders show."""
+    if piece.scored:
+        code = "30;46" if number % 2 else "30;42"
+    elif piece.special:
+        code = "35"
+    else:
+        code = "2" if number % 2 else ""
+    return f"\x1b[{code}m{text}\x1b[0m" if colour and code and text else text
+
+
+def _bold(text: str, colour: bool) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if colour else text
+
+
+def _statistics(found: Statistics, colour: bool) -> Iterator[str]:
+    wide = max(len(name) for name, _ in found.facts)
+    for problem in found.problems:
+        yield f"\x1b[31m! {problem}\x1b[0m" if colour else f"! {problem}"
+    for name, text in found.facts:
+        yield f"{name:<{wide}}  {text}"
+    yield ""
+    yield from _histogram(found.histogram)
+
+
+def _histogram(bars: Sequence[Bar]) -> Iterator[str]:
+    most = max(bar.sequences for bar in bars)
+    names = [f"{bar.low:,} to {bar.high:,}" if bar.low != bar.high else f"{bar.low:,}" for bar in bars]
+    wide = max(map(len, names))
+    for name, bar in zip(names, bars, strict=True):
+        length = max(1, round(_BAR * bar.sequences / most)) if bar.sequences else 0
+        yield f"{name:>{wide}}  {'█' * length:<{_BAR}} {bar.sequences:,}"
