@@ -48,14 +48,14 @@ def main(args: Sequence[str] | None = None) -> None:
         module, function = TOOLS[arguments[0]][0].split(":")
         getattr(importlib.import_module(module), function)(arguments[1:])
         return
-    cli(arguments)
+    cli(args)
 
 
-def cli(args: Sequence[str], run: bool = True, kind: Any = None) -> Any:
+def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
     """The LightningCLI of all stages; ``run=False`` builds and returns it without running a subcommand.
 
     Args:
-        args: Command line, without the program's name.
+        args: Command line, without the program's name; None: the program's own.
         run: Whether it begins with a subcommand, which is run.
         kind: A subclass of LightningCLI to make instead.
     """
@@ -78,7 +78,7 @@ def cli(args: Sequence[str], run: bool = True, kind: Any = None) -> Any:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        args=list(args),
+        args=None if args is None else list(args),
         run=run,
         parser_kwargs={"prog": "lightning-rlhf"}
         if not run
