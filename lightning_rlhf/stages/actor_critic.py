@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -104,26 +104,24 @@ class ActorCriticStage(OnlineStage):
             dtype = next(self.policy.parameters()).dtype  # a strategy may have cast it
             for parameter in self.reference.parameters():
                 parameter.data = parameter.data.to(dtype)
-        with self.present():
+        with self.present("reward", "reference"):
             pass
 
     @contextmanager
-    def present(self) -> Iterator[None]:
-        """Within it reference and reward are on the device; else on the CPU, where ``offload_frozen`` says so."""
-        frozen = [self.reward, *([self.reference] if hasattr(self, "reference") else [])]
-        if self.offload_frozen:
-            for module in frozen:
-                module.to(self.device)
+    def present(self, *names: Literal["reward", "reference"]) -> Iterator[None]:
+        """Within it these are on the device; else on the CPU, where ``offload_frozen`` says so."""
+        frozen = [getattr(self, name) for name in names if self.offload_frozen and hasattr(self, name)]
+        for module in frozen:
+            module.to(self.device)
         try:
             yield
         finally:
-            if self.offload_frozen:
-                for module in frozen:
-                    module.to("cpu")
+            for module in frozen:
+                module.to("cpu")
 
     def score(self, samples: Samples | None) -> Tensor:
         """(S,) what the reward says of this rank's samples; all ranks must ask, also without any."""
-        with whole_weights(self.strategy, self.policy), self.present():
+        with whole_weights(self.strategy, self.policy), self.present("reward"):
             return torch.zeros(0) if samples is None else self.reward(samples)
 
     def play(self, role: Role, batch: PackedBatch, **options: Any) -> Any:
@@ -146,7 +144,7 @@ class ActorCriticStage(OnlineStage):
         """
         experience, samples = self.collect(prompts, completions)
         heat = self.sampling.temperature
-        with self.present():
+        with self.present("reward", "reference"):
             now, reference = (self.play(r, samples.batch, temperature=heat).logprobs for r in ("policy", "reference"))
             scores = {"score": self.reward(samples).tolist()} if self.reward.needs <= samples.columns.keys() else {}
         kl = now.new_zeros(len(samples.completions)).index_add(0, experience.sequence.to(now.device), now - reference)

@@ -98,7 +98,7 @@ class PPOModule(ActorCriticStage):
         critic_lr: The critic's learning rate; None: the optimizer's.
         lr_scheduler: Optimizer to scheduler, stepped once an iteration.
         offload_frozen: Keep reference and reward model in the CPU's memory while neither is asked: frees theirs on the
-            device, costs two copies an iteration.
+            device, costs a copy to it and back an iteration.
         seed: Of samples and shuffles.
         trust_remote_code: Run code that comes with the models.
 
@@ -224,7 +224,7 @@ class PPOModule(ActorCriticStage):
         truncated = torch.tensor([] if samples is None else samples.truncated, dtype=torch.bool)
         heat = self.sampling.temperature
         now, entropies = self.measure(experience, lambda b: self.play("policy", b, temperature=heat, entropy=True)[:2])
-        with self.present():
+        with self.present("reference"):
             (reference,) = self.measure(experience, lambda b: self.play("reference", b, temperature=heat)[:1])
         values, last_values = self.measure(experience, lambda b: self.play("critic", b))
         sampled, sequence = experience.tokens["rollout_logprobs"].to(now), experience.sequence
