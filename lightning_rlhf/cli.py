@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
-TOOLS = {"demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data")}
+TOOLS = {
+    "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
+    "win-rate": ("lightning_rlhf.evaluation.command:main", "how often one model's answers are preferred to another's"),
+}
 
 USAGE = """\
 usage: lightning-rlhf COMMAND ...

@@ -1,4 +1,4 @@
-"""Callbacks: Hugging Face export, sample answers, reports, interrupts that save, predictions."""
+"""Callbacks: Hugging Face export, sample answers, win rates, reports, interrupts that save, predictions."""
 
 from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
 from lightning_rlhf.callbacks.export import HFExport
@@ -6,5 +6,14 @@ from lightning_rlhf.callbacks.interrupt import SaveOnInterrupt
 from lightning_rlhf.callbacks.predictions import WritePredictions
 from lightning_rlhf.callbacks.report import Report
 from lightning_rlhf.callbacks.samples import SampleCompletions
+from lightning_rlhf.callbacks.win_rate import WinRate
 
-__all__ = ["AtomicCheckpointIO", "HFExport", "Report", "SampleCompletions", "SaveOnInterrupt", "WritePredictions"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "HFExport",
+    "Report",
+    "SampleCompletions",
+    "SaveOnInterrupt",
+    "WinRate",
+    "WritePredictions",
+]

@@ -2,14 +2,18 @@
 
 from lightning_rlhf.metrics.preference import PreferenceAccuracy, calibration, calibration_error, share_won
 from lightning_rlhf.metrics.tokens import Perplexity, TokenMean, perplexity, token_mean
+from lightning_rlhf.metrics.win_rate import WinRate, WinRates, win_rate
 
 __all__ = [
     "Perplexity",
     "PreferenceAccuracy",
     "TokenMean",
+    "WinRate",
+    "WinRates",
     "calibration",
     "calibration_error",
     "perplexity",
     "share_won",
     "token_mean",
+    "win_rate",
 ]
