@@ -118,14 +118,17 @@ def generate_answers(
         OSError: Nothing is there.
         ValueError: A prompt that can't be encoded, or that fills the model's context; the message says which.
     """
-    if tokenizer is None:
-        tokenizer = load_tokenizer(pretrained, trust_remote_code)
-        if chat_template is not None or not all(isinstance(prompt, str) for prompt in prompts.values()):
-            try:
-                set_chat_template(tokenizer, chat_template)
-            except ValueError as error:
-                raise ValueError(f"{pretrained}: {error}") from error
-    model = load_causal_lm(pretrained, dtype=dtype, vocab_size=len(tokenizer), trust_remote_code=trust_remote_code)
+    try:
+        if tokenizer is None:
+            tokenizer = load_tokenizer(pretrained, trust_remote_code)
+            needed = chat_template is not None or not all(isinstance(prompt, str) for prompt in prompts.values())
+            if needed and set_chat_template(tokenizer, chat_template):
+                raise ValueError(f"the model does not know the tokens of chat_template={chat_template!r}.")
+        model = load_causal_lm(pretrained, dtype=dtype, vocab_size=len(tokenizer), trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise OSError(f"{pretrained} can't be loaded as a model: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{pretrained}: {error}") from error
     policy = Policy(model.requires_grad_(False).to(device), layout="padded")
     encoded = {}
     for i, prompt in prompts.items():
@@ -139,12 +142,12 @@ def generate_answers(
             )
     stops, engine = stop_token_ids(tokenizer), CachedEngine()
     numbers = list(encoded)
-    with torch.no_grad():
-        for start in range(0, len(numbers), batch_size):
-            part = numbers[start : start + batch_size]
-            keys = [sample_key(seed, i) for i in part]
+    for start in range(0, len(numbers), batch_size):
+        part = numbers[start : start + batch_size]
+        keys = [sample_key(seed, i) for i in part]
+        with torch.no_grad():  # not around what is yielded to
             found = complete(engine, policy, tokenizer, [encoded[i] for i in part], keys, sampling, stops)
-            yield from ((i, Answer(c.text, c.truncated)) for i, c in zip(part, found, strict=True))
+        yield from ((i, Answer(c.text, c.truncated)) for i, c in zip(part, found, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- files

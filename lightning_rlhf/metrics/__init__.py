@@ -1,8 +1,8 @@
 """Metrics, each exact over ranks and micro-batches, with a functional twin."""
 
+from lightning_rlhf.metrics.comparison import WinRate, WinRates, win_rate
 from lightning_rlhf.metrics.preference import PreferenceAccuracy, calibration, calibration_error, share_won
 from lightning_rlhf.metrics.tokens import Perplexity, TokenMean, perplexity, token_mean
-from lightning_rlhf.metrics.win_rate import WinRate, WinRates, win_rate
 
 __all__ = [
     "Perplexity",
