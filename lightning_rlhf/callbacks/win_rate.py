@@ -63,6 +63,8 @@ class WinRate(PromptCallback):
         temperature: 0 is greedy; otherwise sampling is keyed by seed and prompt, alike for both models.
         seed: Of the sampling.
         every_n_steps: Compare after so many optimizer steps; None: in each validation.
+        name: Of one of several in a run: then it logs ``val/NAME/win_rate`` and so on, and writes
+            ``win_rate_NAME.jsonl``.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
@@ -80,9 +82,10 @@ class WinRate(PromptCallback):
         temperature: float = 0.0,
         seed: int = 0,
         every_n_steps: int | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(prompts, num_prompts, max_new_tokens, temperature, seed, every_n_steps)
-        self.judge, self.against = judge, os.fspath(against)
+        self.judge, self.against, self.name = judge, os.fspath(against), name
         self._judge: Judge | None = None
         self._saved: dict[str, Any] = {}
         self._baseline: list[Answer] = []
@@ -93,20 +96,20 @@ class WinRate(PromptCallback):
 
     @property
     def state_key(self) -> str:
-        """Of several in one run."""
-        judge = (
-            self.judge if isinstance(self.judge, str) else getattr(self.judge, "__name__", type(self.judge).__name__)
-        )
-        return self._generate_state_key(against=self.against, judge=judge, every_n_steps=self.every_n_steps)
+        """By its name."""
+        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """The baseline's answers, so that a resumed run compares with the same ones, and without that model."""
         answers = [[answer.text, answer.truncated] for answer in self._baseline]
-        return {"answers": answers, "prompts": json.dumps(self._prompts.messages)} if answers else {}
+        return {"answers": answers, "of": self._asked()} if answers else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them back; they hold for the prompts that they were made for."""
+        """Takes them back; they hold for the baseline and the prompts that they were made for."""
         self._saved = state_dict
+
+    def _asked(self) -> str:
+        return json.dumps([self.against, self._prompts.messages])
 
     # ------------------------------------------------------------------------------------------------- hooks
 
@@ -120,7 +123,7 @@ class WinRate(PromptCallback):
         super().setup(trainer, pl_module, stage)
         if stage not in self.stages:
             return
-        self._baseline, self._judged_before = [], False
+        self._baseline, self._saved, self._judged_before = [], {}, False
         dtype: Any = getattr(pl_module, "dtype_of_weights", "float32")
         self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, trainer.strategy.root_device)
         needs = self._judge.reward.needs if isinstance(self._judge, RewardJudge) else frozenset()
@@ -171,7 +174,7 @@ class WinRate(PromptCallback):
     def _prepare(self, trainer: L.Trainer, module: Any) -> None:
         """The baseline's answers: from the checkpoint, the model as it stands, a file, or another model."""
         prompts = self._prompts.messages
-        if self._saved.get("prompts") == json.dumps(prompts):
+        if self._saved.get("of") == self._asked():
             self._baseline = [Answer(*answer) for answer in self._saved["answers"]]
             return
         source, tokenizer = self.against, None
@@ -246,12 +249,12 @@ class WinRate(PromptCallback):
             self._write(trainer, judged)
         found = rates(judged)
         share = float(found.ties) / max(1, len(judged) - int(found.no_verdict)) if judged else float("nan")
-        ends = {"val/win_rate_low": float(found.low), "val/win_rate_high": float(found.high)}
-        return {"val/win_rate": float(found.win_rate), **ends, "val/ties": share}
+        values = {"win_rate": found.win_rate, "win_rate_low": found.low, "win_rate_high": found.high, "ties": share}
+        return {f"val/{f'{self.name}/' if self.name else ''}{key}": float(value) for key, value in values.items()}
 
     def _file(self, trainer: L.Trainer) -> Path:
-        name = "win_rate.jsonl" if trainer.state.fn == TrainerFn.FITTING else "win_rate_validate.jsonl"
-        return Path(trainer.default_root_dir) / name
+        parts = ["win_rate", self.name, None if trainer.state.fn == TrainerFn.FITTING else "validate"]
+        return Path(trainer.default_root_dir) / f"{'_'.join(filter(None, parts))}.jsonl"
 
     def _write(self, trainer: L.Trainer, judged: Sequence[JudgedPair]) -> None:
         if not trainer.is_global_zero:
@@ -269,7 +272,7 @@ class WinRate(PromptCallback):
         found = rates(judged)
         missing = f", {found.no_verdict:.0f} without a verdict" if found.no_verdict else ""
         rank_zero_info(
-            f"Win rate at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} to "
+            f"Win rate{f' {self.name}' if self.name else ''} at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} to "
             f"{found.high:.3f}), {found.wins:.0f} won, {found.ties:.0f} tied, {found.losses:.0f} lost{missing}; all in "
             f"{file}"
         )

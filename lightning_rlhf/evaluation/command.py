@@ -68,6 +68,8 @@ def _run(options: argparse.Namespace) -> None:
 
     if any(Path(name).resolve() == options.out.resolve() for name in (options.a, options.b)):
         raise ValueError(f"--out {options.out} would overwrite the answers there. Name another file.")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1; got {options.limit}.")
     device, dtype = _hardware(options)
     judge = _judge(options, dtype)
     prompts, columns = _prompts(options)

@@ -34,7 +34,7 @@ def run(model_dir, out, strategy="ddp", devices=2):
         strategy=chosen if devices > 1 else "auto",
         callbacks=[
             WinRate(letters, prompts=[f"Say {i}" for i in range(5)], max_new_tokens=6, temperature=0.7),
-            WinRate(letters, model_dir, prompts=["Say 1"], max_new_tokens=4, every_n_steps=100),
+            WinRate(letters, model_dir, prompts=["Say 1"], max_new_tokens=4, name="other"),
         ],
     )  # fmt: skip
     module = SFTModule(model_dir, lora=LoRA(r=4), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))

@@ -113,7 +113,7 @@ def test_training_is_not_disturbed(fit, tiny_model_dir, tmp_path):
     _, plain = fit(tmp_path / "a", **options)
     wins = [
         WinRate(letters, prompts=PROMPTS, temperature=1.0, max_new_tokens=5),
-        WinRate(letters, str(tiny_model_dir), prompts=PROMPTS, max_new_tokens=5, every_n_steps=3),
+        WinRate(letters, str(tiny_model_dir), prompts=PROMPTS, max_new_tokens=5, every_n_steps=3, name="other"),
     ]
     _, module = fit(tmp_path / "b", wins, **options)
     for (n, a), (_, b) in zip(plain.policy.named_parameters(), module.policy.named_parameters(), strict=True):
@@ -138,6 +138,19 @@ def test_the_best_can_be_exported_by_it(sft, tmp_path):
     halves = [sum({"a": 1, "tie": 0.5, "b": 0}[row["outcome"]] for row in part) for part in (found[:3], found[3:])]
     best = max((0, 1), key=lambda i: halves[i])
     assert [row["a"] for row in found[3 * best : 3 * best + 3]] == answers(tmp_path / "hf" / "best")
+
+
+def test_several_have_names(sft, tmp_path):
+    longer = dict(prompts=PROMPTS, max_new_tokens=6, name="length")
+    callbacks = [WinRate(letters, prompts=PROMPTS, max_new_tokens=4), WinRate(lambda prompts, completions: [
+        len(c) for c in completions], **longer)]  # fmt: skip
+    trainer, _ = sft(callbacks, max_epochs=1)
+    names = {f"val/{prefix}{n}" for prefix in ("", "length/")
+             for n in ("win_rate", "win_rate_low", "win_rate_high", "ties")}  # fmt: skip
+    assert names <= trainer.callback_metrics.keys()
+    assert steps(tmp_path) == steps(tmp_path, "win_rate_length.jsonl") == [2] * 3
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        sft([WinRate(letters), WinRate(letters)])
 
 
 # ------------------------------------------------------------------------------------------------- resume
@@ -302,7 +315,7 @@ trainer:
         class_path: lightning_rlhf.evaluation.ChatJudge
         init_args: {{base_url: "http://127.0.0.1:8000/v1", model: qwen, api_key_env: null}}
   - class_path: WinRate
-    init_args: {{judge: lightning_rlhf.rewards.functions.length_window, every_n_steps: 5}}
+    init_args: {{judge: lightning_rlhf.rewards.functions.length_window, every_n_steps: 5, name: length}}
 """
     )
     one, two = (c for c in cli(["--config", str(config)], run=False).trainer.callbacks if isinstance(c, WinRate))
@@ -314,15 +327,23 @@ trainer:
 # ------------------------------------------------------------------------------------------------- ranks
 
 
+@pytest.fixture(scope="module")
+def one_process(start, tiny_model_dir, tmp_path_factory):
+    """What one process writes."""
+    folder = tmp_path_factory.mktemp("one")
+    start(HERE / "run_win_rate.py", tiny_model_dir, folder, {"devices": 1})
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_find_what_one_finds(strategy, start, tiny_model_dir, tmp_path):
-    start(HERE / "run_win_rate.py", tiny_model_dir, tmp_path / "two", {"strategy": strategy})
-    start(HERE / "run_win_rate.py", tiny_model_dir, tmp_path / "one", {"devices": 1})
-    one = json.loads((tmp_path / "one" / "rank0.json").read_text())
+def test_two_processes_find_what_one_finds(strategy, one_process, start, tiny_model_dir, tmp_path):
+    start(HERE / "run_win_rate.py", tiny_model_dir, tmp_path, {"strategy": strategy})
+    one = json.loads((one_process / "rank0.json").read_text())
     for rank in range(2):
-        values, baseline = json.loads((tmp_path / "two" / f"rank{rank}.json").read_text())
+        values, baseline = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert values == pytest.approx(one[0]) and baseline == one[1]
-    assert len(rows(tmp_path / "one")) == 10
-    assert rows(tmp_path / "two") == rows(tmp_path / "one")
+    assert len(one[0]) == 6 and len(rows(one_process)) == 10
+    for name in ("win_rate.jsonl", "win_rate_other.jsonl"):
+        assert rows(tmp_path, name) == rows(one_process, name)

@@ -107,6 +107,18 @@ def test_a_model_against_itself_is_even(folder, tiny_model_dir, reward_dir, caps
     assert all(row["a"] == row["b"] for row in rows()) and len({row["a"] for row in rows()}) > 1
 
 
+def test_prompts_as_texts_and_with_a_system_prompt(folder, tiny_model_dir):
+    options = ["--prompts", "prompts.jsonl", "--limit", 2, "--max-new-tokens", 2, "--judge"]
+    options.append("lightning_rlhf.rewards.functions.length_window")
+    run(tiny_model_dir, "long.jsonl", "--as-text", *options)
+    assert [(row["prompt"], row["b"]) for row in rows()] == [("Say 0", "e"), ("Say 1", "ea")]
+    run(tiny_model_dir, "long.jsonl", "--system", "Be brief.", *options)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say 1"}]
+    assert (rows()[1]["prompt"], rows()[1]["b"]) == (chat, "ea")
+    run(tiny_model_dir, "win_rate.a.jsonl", "--system", "Be brief.", "--out", "again.jsonl", *options)
+    assert [row["a"] for row in rows("again.jsonl")] == [row["b"] for row in rows("again.jsonl")]
+
+
 def test_verdicts_that_can_not_be_read_are_counted_and_shown(folder, capsys):
     with fake_judge.FakeJudge(lambda prompt, a, b: "Hm." if "7" in prompt else "Verdict: tie") as judge:
         run("long.jsonl", "short.jsonl", "--judge", judge.url, "--judge-model", "fake")
@@ -136,6 +148,7 @@ def test_a_judge_that_breaks_off_leaves_what_was_judged(folder):
         (("long.jsonl", "short.jsonl", "--judge", "nothing"), "is no directory here"),
         (("long.jsonl", "short.jsonl", "--judge", "{length}", "--out", "short.jsonl"), "would overwrite"),
         (("long.jsonl", "prompts.jsonl", "--judge", "{length}"), r"prompts\.jsonl:1: the row has no answer"),
+        (("long.jsonl", "short.jsonl", "--judge", "{length}", "--limit", "0"), "--limit must be at least 1"),
         (("long.jsonl", "nowhere", "--judge", "{length}"), "nowhere"),
     ],
     ids=str,
