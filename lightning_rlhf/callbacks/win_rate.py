@@ -248,9 +248,14 @@ class WinRate(PromptCallback):
             self._judged_before = True
             self._write(trainer, judged)
         found = rates(judged)
-        share = float(found.ties) / max(1, len(judged) - int(found.no_verdict)) if judged else float("nan")
-        values = {"win_rate": found.win_rate, "win_rate_low": found.low, "win_rate_high": found.high, "ties": share}
-        return {f"val/{f'{self.name}/' if self.name else ''}{key}": float(value) for key, value in values.items()}
+        values = {
+            "win_rate": float(found.win_rate),
+            "win_rate_low": float(found.low),
+            "win_rate_high": float(found.high),
+            "ties": float(found.ties / (found.wins + found.ties + found.losses)),  # NaN without any
+        }
+        prefix = f"val/{self.name}/" if self.name else "val/"
+        return {prefix + key: value for key, value in values.items()}
 
     def _file(self, trainer: L.Trainer) -> Path:
         parts = ["win_rate", self.name, None if trainer.state.fn == TrainerFn.FITTING else "validate"]
@@ -272,9 +277,9 @@ class WinRate(PromptCallback):
         found = rates(judged)
         missing = f", {found.no_verdict:.0f} without a verdict" if found.no_verdict else ""
         rank_zero_info(
-            f"Win rate{f' {self.name}' if self.name else ''} at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} to "
-            f"{found.high:.3f}), {found.wins:.0f} won, {found.ties:.0f} tied, {found.losses:.0f} lost{missing}; all in "
-            f"{file}"
+            f"{self.name or 'Win rate'} at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} "
+            f"to {found.high:.3f}), {found.wins:.0f} won, {found.ties:.0f} tied, {found.losses:.0f} lost{missing}; all "
+            f"in {file}"
         )
 
     @staticmethod
