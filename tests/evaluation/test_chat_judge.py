@@ -123,11 +123,11 @@ def test_trouble_that_passes_is_waited_for(trouble):
 def test_a_server_that_says_nothing_is_asked_again():
     def fail(n):
         if n == 0:
-            time.sleep(0.6)
+            time.sleep(1.5)
 
     with FakeJudge(longer, fail) as judge:
-        judged = ask(judge, concurrency=1, timeout=0.2)
-        assert rates(judged).win_rate == 1 and len(judge.requests) == 3
+        judged = ask(judge, concurrency=1, timeout=0.75)
+        assert rates(judged).win_rate == 1 and len(judge.requests) >= 3
 
 
 def test_waits_double_and_a_server_may_ask_for_one(monkeypatch):
