@@ -7,7 +7,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_rlhf.callbacks import EMA, HFExport, Report, SampleCompletions, SaveOnInterrupt, WritePredictions
+    from lightning_rlhf.callbacks import (
+        EMA,
+        HFExport,
+        Report,
+        SampleCompletions,
+        SaveOnInterrupt,
+        WinRate,
+        WritePredictions,
+    )
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule
@@ -24,6 +32,7 @@ _HOMES = {
     "HFExport": "callbacks",
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
+    "WinRate": "callbacks",
     "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
     "PPOModule": "stages",
@@ -54,6 +63,7 @@ __all__ = [
     "SampleCompletions",
     "Sampling",
     "SaveOnInterrupt",
+    "WinRate",
     "WritePredictions",
     "__version__",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 TOOLS = {
     "inspect": ("lightning_rlhf.inspection.command:main", "rows as the model will see them, with the options of fit"),
     "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
+    "win-rate": ("lightning_rlhf.evaluation.command:main", "how often one model's answers are preferred to another's"),
 }
 
 USAGE = """\

@@ -37,6 +37,8 @@ IN_COMMANDS = {
     "my_prompts.jsonl": "{rows}",
     "my_pairs.jsonl": "{pairs}",
     "configs/": "{root}/configs/",
+    "runs/ppo_smollm2/hf/last": "{model}",
+    "runs/sft_smollm2/hf/best": "{model}",
 }
 #: What makes a command small, behind its own arguments.
 ON_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"
@@ -48,6 +50,7 @@ SMALL = {
     "inspect": "--model.pretrained {model}",
     "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
     "--new-tokens 8",
+    "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
 }
 #: The small data of the configs in a folder.
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}

@@ -1,4 +1,4 @@
-"""Callbacks: Hugging Face export, averaged weights, sample answers, reports, interrupts that save, predictions."""
+"""Callbacks: Hugging Face export, averaged weights, sample answers, win rates, reports, interrupts, predictions."""
 
 from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
 from lightning_rlhf.callbacks.ema import EMA, averaged_weights
@@ -7,6 +7,7 @@ from lightning_rlhf.callbacks.interrupt import SaveOnInterrupt
 from lightning_rlhf.callbacks.predictions import WritePredictions
 from lightning_rlhf.callbacks.report import Report
 from lightning_rlhf.callbacks.samples import SampleCompletions
+from lightning_rlhf.callbacks.win_rate import WinRate
 
 __all__ = [
     "EMA",
@@ -15,6 +16,7 @@ __all__ = [
     "Report",
     "SampleCompletions",
     "SaveOnInterrupt",
+    "WinRate",
     "WritePredictions",
     "averaged_weights",
 ]

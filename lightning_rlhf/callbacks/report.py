@@ -31,6 +31,7 @@ MAX_POINTS = 300
 FIRST = ("score", "reward_mean", "reward", "kl", "accuracy", "loss", "perplexity", "token_accuracy", "margin")
 #: Figures at the head of a stage, those of them that it logged.
 HEADLINES = (
+    "val/win_rate",
     "val/score",
     "train/score",
     "train/kl",

@@ -7,10 +7,10 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -22,13 +22,137 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.prompts import PromptBatch
-from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
+from lightning_rlhf.data.sources import BadRowError, read_rows
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
-from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, RolloutEngine, Sampling, sample_key
+from lightning_rlhf.evaluation.answers import Refuse, complete, room, shown
+from lightning_rlhf.rollout import CachedEngine, Completion, GenerateEngine, RolloutEngine, Sampling, sample_key
 from lightning_rlhf.strategies import whole_weights
 
 
-class SampleCompletions(L.Callback):
+class PromptCallback(L.Callback):
+    """Base of the callbacks that have the model answer fixed prompts. Its random generator is its own.
+
+    Args:
+        prompts: User turns or message lists, a file of them, or None for the data module's ``sample_prompts``.
+        num_prompts: How many of the data module's.
+        max_new_tokens: Length limit of an answer.
+        temperature: 0 is greedy.
+        seed: Of the sampling.
+        every_n_steps: Optimizer steps between answers; None: after each validation.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1.
+    """
+
+    #: What of the Trainer it takes part in.
+    stages: ClassVar[tuple[TrainerFn, ...]] = (TrainerFn.FITTING,)
+
+    def __init__(
+        self,
+        prompts: Sequence[str | list[dict[str, str]]] | str | os.PathLike[str] | None,
+        num_prompts: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        every_n_steps: int | None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, or null for each validation; got {every_n_steps}.")
+        self.prompts, self.num_prompts = prompts, num_prompts
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.every_n_steps = every_n_steps
+        self._prompts = PromptBatch([], [], (), {}, 0)
+        self._last_step = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Reads and tokenises the prompts, so that a bad one shows before compute is spent.
+
+        Raises:
+            ValueError: There are no prompts, or one of them is bad; the message says which.
+        """
+        if stage not in self.stages:
+            return
+        self._last_step = -1
+        encoded, messages, further = [], [], []
+        for where, prompt, columns in self._find(trainer):
+            try:
+                encoded.append(encode_prompt(pl_module.tokenizer, prompt))
+            except TokenizeError as error:
+                raise BadRowError(where, error.kind, f"{error}.") from error
+            messages.append(prompt)
+            further.append(columns)
+        if not encoded:
+            raise ValueError(f"{type(self).__name__}: there are no prompts. Give prompts=[...] or a file of them.")
+        names = {name for columns in further for name in columns}
+        every = {name: [columns.get(name) for columns in further] for name in sorted(names)}
+        self._prompts = PromptBatch(encoded, messages, tuple(range(len(encoded))), every, len(encoded))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuses models that don't generate, and prompts that leave no room for an answer.
+
+        Raises:
+            ValueError: It is one, or there is one.
+        """
+        name = type(self).__name__
+        model = pl_module.exportable.transformer
+        if not model.can_generate():
+            raise ValueError(f"{name}: {type(model).__name__} can't generate. Leave the callback out.")
+        for prompt, ids in zip(self._prompts.messages, self._prompts.prompts, strict=True):
+            if room(pl_module.exportable, ids, 1) < 1:
+                raise ValueError(
+                    f"{name}: the prompt {shown(prompt)[:40]!r} has {len(ids)} tokens and fills the "
+                    "model's context. Give shorter prompts."
+                )
+
+    def _find(self, trainer: Any) -> list[tuple[str, list[Message] | str, dict[str, Any]]]:
+        """Each prompt with the place it comes from, and its further columns."""
+        data = trainer.datamodule
+        found: list[tuple[str, Any, dict[str, Any]]]
+        if isinstance(self.prompts, (str, os.PathLike)):
+            keys = ["text"] if ".txt" in Path(self.prompts).suffixes else ["prompt", "messages"]
+            found = []
+            for row in read_rows(self.prompts, Refuse()):
+                further = {name: value for name, value in row.value.items() if name not in keys}
+                found.append((row.where, next(filter(None, map(row.value.get, keys)), None), further))
+        elif self.prompts is not None:
+            found = [(f"{type(self).__name__}: prompts[{i}]", prompt, {}) for i, prompt in enumerate(self.prompts)]
+        elif hasattr(data, "sample_prompts"):
+            prompts = data.sample_prompts(self.num_prompts)
+            columns = data.sample_columns(self.num_prompts) if hasattr(data, "sample_columns") else [{}] * len(prompts)
+            found = [(f"sample_prompts[{i}]", *both) for i, both in enumerate(zip(prompts, columns, strict=True))]
+        else:
+            raise ValueError(f"{type(self).__name__}: give prompts, or use a data module that has sample_prompts(n).")
+        as_text = getattr(data, "as_text", False)
+        return [(where, _read(prompt, where, as_text), further) for where, prompt, further in found]
+
+    def _together(self, trainer: L.Trainer) -> bool:
+        """Whether all ranks must run the model for one of them to answer, since each holds a part of it."""
+        strategy = trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        return not whole or isinstance(strategy, DeepSpeedStrategy)
+
+    def _complete(
+        self, trainer: L.Trainer, module: Any, batches: Iterable[Sequence[int]], *key: int
+    ) -> list[Completion]:
+        """Completes prompts, given by their numbers; those of a batch are in the making at a time."""
+        tokenizer = module.tokenizer
+        stops = tuple(getattr(module, "stop_token_ids", ())) or (tokenizer.eos_token_id,)
+        engine: RolloutEngine = GenerateEngine(synced_gpus=True) if self._together(trainer) else CachedEngine()
+        sampling = Sampling(self.max_new_tokens, temperature=self.temperature)
+        gathered: AbstractContextManager[None] = nullcontext()
+        root = trainer.strategy.model
+        if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
+            gathered = FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False)
+        found = []
+        with torch.no_grad(), gathered, trainer.precision_plugin.forward_context():
+            for batch in batches:
+                ids = [self._prompts.prompts[i] for i in batch]
+                keys = [sample_key(self.seed, *key, i) for i in batch]
+                found += complete(engine, module.exportable, tokenizer, ids, keys, sampling, stops)
+        return found
+
+
+class SampleCompletions(PromptCallback):
     """Shows answers to fixed prompts before training, after each validation or every few steps, and at the end.
 
     They go to the terminal, to loggers that take text (W&B and others with ``log_table`` or ``log_text``, TensorBoard,
@@ -66,54 +190,10 @@ class SampleCompletions(L.Callback):
         on_start: bool = True,
         every_n_steps: int | None = None,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, or null for each validation; got {every_n_steps}.")
-        self.prompts, self.num_prompts = prompts, num_prompts
-        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        self.on_start, self.every_n_steps = on_start, every_n_steps
-        self._prompts = PromptBatch([], [], (), {}, 0)
-        self._last_step = -1
+        super().__init__(prompts, num_prompts, max_new_tokens, temperature, seed, every_n_steps)
+        self.on_start = on_start
 
     # ------------------------------------------------------------------------------------------------- hooks
-
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Reads and tokenises the prompts, so that a bad one shows before compute is spent.
-
-        Raises:
-            ValueError: There are no prompts, or one of them is bad; the message says which.
-        """
-        if stage != TrainerFn.FITTING:
-            return
-        self._last_step = -1
-        encoded, messages, further = [], [], []
-        for where, prompt, columns in self._find(trainer):
-            try:
-                encoded.append(encode_prompt(pl_module.tokenizer, prompt))
-            except TokenizeError as error:
-                raise BadRowError(where, error.kind, f"{error}.") from error
-            messages.append(prompt)
-            further.append(columns)
-        if not encoded:
-            raise ValueError("SampleCompletions: there are no prompts. Give prompts=[...] or a file of them.")
-        names = {name for columns in further for name in columns}
-        every = {name: [columns.get(name) for columns in further] for name in sorted(names)}
-        self._prompts = PromptBatch(encoded, messages, tuple(range(len(encoded))), every, len(encoded))
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuses models that don't generate, and prompts that leave no room for an answer.
-
-        Raises:
-            ValueError: It is one, or there is one.
-        """
-        model = pl_module.exportable.transformer
-        if not model.can_generate():
-            raise ValueError(f"SampleCompletions: {type(model).__name__} can't generate. Leave the callback out.")
-        for prompt, ids in zip(self._prompts.messages, self._prompts.prompts, strict=True):
-            if self._room(pl_module, ids) < 1:
-                raise ValueError(
-                    f"SampleCompletions: the prompt {_shown(prompt)[:40]!r} has {len(ids)} tokens and fills the "
-                    "model's context. Give shorter prompts."
-                )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Answers before training."""
@@ -137,29 +217,6 @@ class SampleCompletions(L.Callback):
         """Answers at the end, unless they were just shown."""
         self._show(trainer, pl_module)
 
-    # ------------------------------------------------------------------------------------------------- prompts
-
-    def _find(self, trainer: Any) -> list[tuple[str, list[Message] | str, dict[str, Any]]]:
-        """Each prompt with the place it comes from, and its further columns."""
-        data = trainer.datamodule
-        found: list[tuple[str, Any, dict[str, Any]]]
-        if isinstance(self.prompts, (str, os.PathLike)):
-            keys = ["text"] if ".txt" in Path(self.prompts).suffixes else ["prompt", "messages"]
-            found = []
-            for row in read_rows(self.prompts, _Refuse()):
-                further = {name: value for name, value in row.value.items() if name not in keys}
-                found.append((row.where, next(filter(None, map(row.value.get, keys)), None), further))
-        elif self.prompts is not None:
-            found = [(f"SampleCompletions: prompts[{i}]", prompt, {}) for i, prompt in enumerate(self.prompts)]
-        elif hasattr(data, "sample_prompts"):
-            prompts = data.sample_prompts(self.num_prompts)
-            columns = data.sample_columns(self.num_prompts) if hasattr(data, "sample_columns") else [{}] * len(prompts)
-            found = [(f"sample_prompts[{i}]", *both) for i, both in enumerate(zip(prompts, columns, strict=True))]
-        else:
-            raise ValueError("SampleCompletions: give prompts, or use a data module that has sample_prompts(n).")
-        as_text = getattr(data, "as_text", False)
-        return [(where, _read(prompt, where, as_text), further) for where, prompt, further in found]
-
     # ------------------------------------------------------------------------------------------------- answers
 
     def _show(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -169,45 +226,22 @@ class SampleCompletions(L.Callback):
         self._last_step = step
         strategy = trainer.strategy
         with averaged_weights(trainer), whole_weights(strategy, pl_module.exportable):
-            self._answer(trainer, pl_module, step)
+            if trainer.is_global_zero or self._together(trainer):
+                rows = self._generate(trainer, pl_module, step)
+                if trainer.is_global_zero:
+                    self._write(trainer, rows, step)
             strategy.barrier("SampleCompletions")
 
-    def _answer(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
-        strategy = trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
-            strategy, DeepSpeedStrategy
-        )
-        if trainer.is_global_zero or not whole:
-            rows = self._generate(trainer, pl_module, step, together=not whole)
-            if trainer.is_global_zero:
-                self._write(trainer, rows, step)
-
-    def _generate(self, trainer: L.Trainer, module: Any, step: int, together: bool) -> list[dict[str, Any]]:
+    def _generate(self, trainer: L.Trainer, module: Any, step: int) -> list[dict[str, Any]]:
         """One prompt at a time: an answer must not depend on what it is shown beside."""
-        tokenizer = module.tokenizer
-        stops = tuple(getattr(module, "stop_token_ids", ())) or (tokenizer.eos_token_id,)
-        engine: RolloutEngine = GenerateEngine(synced_gpus=True) if together else CachedEngine()
-        gathered: AbstractContextManager[None] = nullcontext()
-        root = trainer.strategy.model
-        if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
-            gathered = FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False)
-        found = []
-        with torch.no_grad(), gathered, trainer.precision_plugin.forward_context():
-            for i, ids in enumerate(self._prompts.prompts):
-                request = Request(ids, [sample_key(self.seed, step, i)])
-                sampling = Sampling(min(self.max_new_tokens, self._room(module, ids)), temperature=self.temperature)
-                found += engine.generate(module.exportable, tokenizer, [request], sampling, stops)
-            appraised = module.appraise(self._prompts, found) if hasattr(module, "appraise") else {}
+        found = self._complete(trainer, module, [[i] for i in range(len(self._prompts.prompts))], step)
+        appraised = {}
+        if hasattr(module, "appraise"):
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                appraised = module.appraise(self._prompts, [[completion] for completion in found])
         answers = zip(self._prompts.messages, found, strict=True)
-        rows = [
-            {"step": step, "prompt": _shown(p), "completion": c.text, "ended": not c.truncated} for p, (c,) in answers
-        ]
+        rows = [{"step": step, "prompt": shown(p), "completion": c.text, "ended": not c.truncated} for p, c in answers]
         return [{**row, **{name: values[i] for name, values in appraised.items()}} for i, row in enumerate(rows)]
-
-    def _room(self, module: Any, ids: list[int]) -> int:
-        """Tokens that the model's context leaves for an answer."""
-        context = getattr(module.exportable.transformer.config.get_text_config(), "max_position_embeddings", None)
-        return self.max_new_tokens if context is None else context - len(ids)
 
     # ------------------------------------------------------------------------------------------------- output
 
@@ -241,13 +275,6 @@ class SampleCompletions(L.Callback):
                 experiment.log_text(markdown(names, data), step=step)
 
 
-class _Refuse(BadRows):
-    """No row of a file of prompts is skipped."""
-
-    def add(self, where: str, kind: str, reason: str) -> NoReturn:
-        raise BadRowError(where, kind, f"{reason}.")
-
-
 def _read(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
     """A prompt's turns, without the answer where it brings one; or a plain text."""
     if isinstance(prompt, str) and prompt.strip():
@@ -261,11 +288,6 @@ def _read(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
         where, "no prompt", "not a prompt. Write a text, or a list of messages {role: ..., content: ...}; in a file, "
         "as the column 'prompt' or 'messages'."
     )  # fmt: skip
-
-
-def _shown(prompt: list[Message] | str) -> str:
-    """What is shown of a prompt."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 # ------------------------------------------------------------------------------------------------- text tables

@@ -1,5 +1,6 @@
 """Metrics, each exact over ranks and micro-batches, with a functional twin."""
 
+from lightning_rlhf.metrics.comparison import WinRate, WinRates, win_rate
 from lightning_rlhf.metrics.preference import PreferenceAccuracy, calibration, calibration_error, share_won
 from lightning_rlhf.metrics.tokens import Perplexity, TokenMean, perplexity, token_mean
 
@@ -7,9 +8,12 @@ __all__ = [
     "Perplexity",
     "PreferenceAccuracy",
     "TokenMean",
+    "WinRate",
+    "WinRates",
     "calibration",
     "calibration_error",
     "perplexity",
     "share_won",
     "token_mean",
+    "win_rate",
 ]

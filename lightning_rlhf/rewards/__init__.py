@@ -2,8 +2,8 @@
 
 from lightning_rlhf.rewards.base import Reward, Samples
 from lightning_rlhf.rewards.function import FunctionReward
-from lightning_rlhf.rewards.model import RewardModelReward
-from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward
+from lightning_rlhf.rewards.model import RewardModelReward, render
+from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward, names_model
 
 __all__ = [
     "FunctionReward",
@@ -13,4 +13,6 @@ __all__ = [
     "WeightedReward",
     "WeightedSum",
     "make_reward",
+    "names_model",
+    "render",
 ]

@@ -123,34 +123,62 @@ class RewardModelReward(Reward):
         return torch.cat(scores)
 
     def _rendered(self, samples: Samples) -> list[Tree]:
-        """The conversations in this model's tokens; completions of one prompt share it."""
-        trees: list[Tree] = []
-        for i, sample in enumerate(zip(samples.prompts, samples.completions, samples.truncated, strict=True)):
-            try:
-                prompt, completion = self._encoded(*sample)
-            except TokenizeError as error:
-                raise ValueError(f"The reward model {self.pretrained} can't read completion {i}: {error}.") from error
-            if trees and trees[-1].prompt == prompt and sample[0] == samples.prompts[i - 1]:
-                trees[-1] = trees[-1]._replace(branches=[*trees[-1].branches, Branch(completion)])
-            else:
-                trees.append(Tree(prompt, [Branch(completion)]))
-        return trees
+        try:
+            return render(self.tokenizer, samples.prompts, samples.completions, samples.truncated)
+        except TokenizeError as error:
+            raise ValueError(f"The reward model {self.pretrained} can't read {error}.") from error
 
-    def _encoded(self, prompt: list[Message] | str, completion: str, truncated: bool) -> tuple[list[int], list[int]]:
-        """Tokens of the prompt, and of the completion up to its stop token."""
-        if isinstance(prompt, str):
-            ids = encode(self.tokenizer, Conversation(text=prompt + completion)).input_ids
-            start, end = len(encode_prompt(self.tokenizer, prompt)), len(ids)
-            if ids[:start] != encode_prompt(self.tokenizer, prompt):
-                start = 1  # a token reaches over the border: nothing to share
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message] | str],
+    completions: Sequence[str],
+    truncated: Sequence[bool],
+) -> list[Tree]:
+    """Conversations in a tokenizer's tokens: the stop token ends a completion, unless it was cut.
+
+    Args:
+        tokenizer: With its chat template.
+        prompts: (S,) messages or plain texts.
+        completions: (S,) texts.
+        truncated: (S,) whether the length limit ended them.
+
+    Returns:
+        Trees with S branches in the same order; completions of one prompt that follow each other share it.
+
+    Raises:
+        TokenizeError: The chat template refuses a conversation.
+    """
+    trees: list[Tree] = []
+    for i, sample in enumerate(zip(prompts, completions, truncated, strict=True)):
+        try:
+            prompt, completion = _encoded(tokenizer, *sample)
+        except TokenizeError as error:
+            raise TokenizeError(error.kind, f"completion {i}: {error}") from error
+        if trees and trees[-1].prompt == prompt and sample[0] == prompts[i - 1]:
+            trees[-1] = trees[-1]._replace(branches=[*trees[-1].branches, Branch(completion)])
         else:
-            answer: Message = {"role": "assistant", "content": completion}
-            tokens = encode(self.tokenizer, Conversation((*prompt, answer)), "last")
-            ids, start = tokens.input_ids, tokens.scored.index(True)
-            end = len(ids) - tokens.scored[::-1].index(True)
-        end -= truncated  # the stop token, which the template writes behind any answer
-        start = min(start, end - 1)
-        return ids[:start], ids[start:end]
+            trees.append(Tree(prompt, [Branch(completion)]))
+    return trees
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message] | str, completion: str, truncated: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt, and of the completion up to its stop token."""
+    if isinstance(prompt, str):
+        ids = encode(tokenizer, Conversation(text=prompt + completion)).input_ids
+        start, end = len(encode_prompt(tokenizer, prompt)), len(ids)
+        if ids[:start] != encode_prompt(tokenizer, prompt):
+            start = 1  # a token reaches over the border: nothing to share
+    else:
+        answer: Message = {"role": "assistant", "content": completion}
+        tokens = encode(tokenizer, Conversation((*prompt, answer)), "last")
+        ids, start = tokens.input_ids, tokens.scored.index(True)
+        end = len(ids) - tokens.scored[::-1].index(True)
+    end -= truncated  # the stop token, which the template writes behind any answer
+    start = min(start, end - 1)
+    return ids[:start], ids[start:end]
 
 
 def within_budget(trees: Sequence[Tree], max_tokens: int) -> list[list[Tree]]:

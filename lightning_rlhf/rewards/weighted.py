@@ -93,7 +93,7 @@ def make_reward(
         return spec
     if isinstance(spec, (str, os.PathLike)):
         name = os.fspath(spec)
-        if os.path.isdir(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        if names_model(name):
             return RewardModelReward(name, tokenizer, dtype, trust_remote_code=trust_remote_code)
         if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*[.:]\w+", name):
             return FunctionReward(import_function(name))
@@ -112,6 +112,11 @@ def make_reward(
             raise ValueError("reward: the list is empty. Give at least one {source: ..., weight: ...}.")
         return WeightedSum(parts, [part.weight for part in spec])
     return FunctionReward(spec)
+
+
+def names_model(name: str) -> bool:
+    """Whether a text is a directory that is there, or looks like a hub id (``org/name``)."""
+    return os.path.isdir(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def _short(source: str | Callable[..., Any]) -> str:

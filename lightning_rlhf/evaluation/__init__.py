@@ -1,0 +1,25 @@
+"""Evaluation by win rate: answers of two models, and judges that prefer one of them."""
+
+from lightning_rlhf.evaluation.answers import complete, generate_answers, names_file, read_answers
+from lightning_rlhf.evaluation.chat_judge import ChatJudge
+from lightning_rlhf.evaluation.judges import Answer, Judge, JudgeError, Question, RewardJudge, Verdict, make_judge
+from lightning_rlhf.evaluation.pairs import JudgedPair, Pair, judge_pairs, rates
+
+__all__ = [
+    "Answer",
+    "ChatJudge",
+    "Judge",
+    "JudgeError",
+    "JudgedPair",
+    "Pair",
+    "Question",
+    "RewardJudge",
+    "Verdict",
+    "complete",
+    "generate_answers",
+    "judge_pairs",
+    "make_judge",
+    "names_file",
+    "rates",
+    "read_answers",
+]

@@ -1,0 +1,245 @@
+"""``lightning-rlhf win-rate A B``: which of two models answers better."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rlhf.data.formats import Message
+    from lightning_rlhf.evaluation import Answer, Judge, JudgedPair
+
+#: Pairs of one call of the judge; after each, their verdicts are written.
+_PAIRS = 32
+_BAR = 60
+_ABOUT = """\
+Has two models answer the same prompts, and a judge compare their answers, each pair in both orders. A and B are
+directories or hub ids of models, or files of answers (docs/evaluation.md says of what kind). The judge is a reward
+model, a Python function as PPO takes, or a model behind an OpenAI-compatible endpoint."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """See ``--help``.
+
+    Args:
+        args: Command line after ``win-rate``.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-rlhf win-rate", description=_ABOUT)
+    parser.add_argument("a", metavar="A", help="a model's directory or hub id, or a file of answers")
+    parser.add_argument("b", metavar="B", help="the other")
+    parser.add_argument(
+        "--judge", required=True, help="a reward model's directory or hub id, module.function, or http://host:port/v1"
+    )
+    parser.add_argument("--prompts", help="file, glob, hub id or bundled; default the prompts in the file A, or B")
+    parser.add_argument("--limit", type=int, help="use the first so many prompts")
+    parser.add_argument("--system", help="system prompt of prompts that have none")
+    parser.add_argument("--as-text", action="store_true", help="prompts are plain texts that no chat template touches")
+    parser.add_argument("--out", type=Path, default=Path("win_rate.jsonl"), help="where every judged pair goes")
+    models = parser.add_argument_group("models")
+    models.add_argument("--max-new-tokens", type=int, default=256, help="length limit of an answer")
+    models.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
+    models.add_argument("--seed", type=int, default=0, help="of the sampling, alike for both models")
+    models.add_argument("--chat-template", help="preset or Jinja file, in the place of the models' own")
+    models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on a GPU")
+    models.add_argument("--batch-size", type=int, default=32, help="answers in the making at a time")
+    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
+    judges = parser.add_argument_group("a judge behind an endpoint")
+    judges.add_argument("--judge-model", default="", help="its name there")
+    judges.add_argument("--judge-key-env", metavar="NAME", help="environment variable that holds the API key")
+    judges.add_argument("--judge-template", metavar="FILE", help="what it is asked, in the place of our prompt")
+    judges.add_argument("--judge-concurrency", type=int, default=8, help="requests at a time")
+    judges.add_argument("--judge-timeout", type=float, default=60.0, help="seconds of silence; then it is asked again")
+    options = parser.parse_args(args)
+    from lightning_rlhf.evaluation import JudgeError
+
+    try:
+        _run(options)
+    except (JudgeError, OSError, ImportError, TypeError, ValueError) as error:
+        sys.exit(f"lightning-rlhf win-rate: {error}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from lightning_rlhf.evaluation import Pair, RewardJudge, judge_pairs
+
+    if any(Path(name).resolve() == options.out.resolve() for name in (options.a, options.b)):
+        raise ValueError(f"--out {options.out} would overwrite the answers there. Name another file.")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1; got {options.limit}.")
+    device, dtype = _hardware(options)
+    judge = _judge(options, dtype)
+    prompts, columns = _prompts(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    a, b = (_answers(options, side, prompts, columns, device, dtype) for side in ("a", "b"))
+    pairs = [Pair(*pair) for pair in zip(prompts, a, b, columns, strict=True)]
+    if isinstance(judge, RewardJudge):
+        judge.reward.to(device)  # the models have gone from there
+    judged: list[JudgedPair] = []
+    progress = _Progress("judging", len(pairs))
+    with options.out.open("w", encoding="utf-8") as out:
+        for start in range(0, len(pairs), _PAIRS):
+            found = judge_pairs(judge, pairs[start : start + _PAIRS])
+            judged += found
+            out.writelines(json.dumps(pair.record(), ensure_ascii=False) + "\n" for pair in found)
+            out.flush()
+            progress(len(judged))
+    text = summary(judged, options.a, options.b, options.judge)
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
+    print(f"{text}\nEvery pair, with its verdicts: {options.out}".encode(encoding, "replace").decode(encoding))
+    if all(pair.outcome is None for pair in judged):
+        raise ValueError("no pair has a verdict in both orders.")
+
+
+def summary(judged: Sequence[JudgedPair], a: str, b: str, judge: str) -> str:
+    """What came of it, for a terminal.
+
+    Args:
+        judged: The pairs.
+        a: What A is.
+        b: What B is.
+        judge: What judged.
+
+    Returns:
+        The lines.
+    """
+    from lightning_rlhf.evaluation import rates
+
+    found = rates(judged)
+    counts = [int(found.wins), int(found.ties), int(found.losses)]
+    total = max(1, sum(counts))
+    ends = [round(_BAR * sum(counts[:i]) / total) for i in range(4)]
+    bar = "".join(mark * (end - start) for mark, start, end in zip("A.B", ends, ends[1:], strict=False))
+    lengths = [statistics.fmean(len(getattr(j.pair, side).text) for j in judged) for side in ("a", "b")]
+    longer = [
+        (len(j.pair.a.text) > len(j.pair.b.text)) == (j.outcome == "a")
+        for j in judged
+        if j.outcome in ("a", "b") and len(j.pair.a.text) != len(j.pair.b.text)
+    ]
+    lines = [
+        "",
+        f"  A      {a}",
+        f"  B      {b}",
+        f"  judge  {judge}, each pair in both orders",
+        "",
+        f"            {'A wins':>8s} {'ties':>8s} {'B wins':>8s} {'pairs':>8s}",
+        f"            {counts[0]:8d} {counts[1]:8d} {counts[2]:8d} {sum(counts):8d}",
+        f"            {counts[0] / total:8.1%} {counts[1] / total:8.1%} {counts[2] / total:8.1%}",
+        f"            |{bar}|",
+        "",
+        f"  win rate of A       {found.win_rate:.1%}, 95 % interval {found.low:.1%} to {found.high:.1%}",
+        f"  first place taken   {found.first_place:.1%} of verdicts (50 %: the judge looks at no place)",
+        f"  orders agree        {found.agreement:.1%} of pairs (the others are ties)",
+        f"  mean length         A {lengths[0]:.0f}, B {lengths[1]:.0f} characters"
+        + (f"; the longer answer won {sum(longer)} of {len(longer)}" if longer else ""),
+    ]
+    if found.no_verdict:
+        reasons = [v.reason for j in judged for v in (j.a_first, j.b_first) if v.winner is None]
+        first = " ".join(reasons[0].split())[:200]
+        lines.append(f"  without a verdict   {found.no_verdict:.0f} pairs, which count for neither. First: {first}")
+    return "\n".join([*lines, ""])
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _hardware(options: argparse.Namespace) -> tuple[str, Any]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, options.dtype or ("bfloat16" if device == "cuda" else "float32")
+
+
+def _judge(options: argparse.Namespace, dtype: Any) -> Judge:
+    from lightning_rlhf.evaluation import ChatJudge, make_judge
+
+    if options.judge.startswith(("http://", "https://")):
+        return ChatJudge(
+            options.judge,
+            options.judge_model,
+            options.judge_template,
+            options.judge_key_env,
+            concurrency=options.judge_concurrency,
+            timeout=options.judge_timeout,
+        )
+    return make_judge(options.judge, dtype=dtype, trust_remote_code=options.trust_remote_code)
+
+
+def _prompts(options: argparse.Namespace) -> tuple[list[list[Message] | str], list[dict[str, Any]]]:
+    """Prompts, and their rows' further columns."""
+    from lightning_rlhf.data.prompts import PromptDataModule
+    from lightning_rlhf.evaluation import names_file
+    from lightning_rlhf.evaluation.answers import COLUMNS
+
+    source = options.prompts or next(filter(names_file, (options.a, options.b)), None)
+    if source is None:
+        raise ValueError("give --prompts: both A and B are models.")
+    data = PromptDataModule(source, val=source, system=options.system, as_text=options.as_text)
+    try:
+        found = list(zip(data.sample_prompts(sys.maxsize), data.sample_columns(sys.maxsize), strict=True))
+    except ValueError as error:
+        hint = "" if options.prompts else f" Prompts were looked for in {source}: give --prompts for others."
+        raise ValueError(f"{error}{hint}") from error
+    if not options.prompts:  # a file of answers may answer a prompt several times
+        found = list({json.dumps(prompt): (prompt, columns) for prompt, columns in found}.values())
+        known = (*COLUMNS, "ended", "truncated", "step")
+        found = [(prompt, {k: v for k, v in columns.items() if k not in known}) for prompt, columns in found]
+    prompts, columns = zip(*found[: options.limit], strict=True)
+    return list(prompts), list(columns)
+
+
+def _answers(
+    options: argparse.Namespace,
+    side: str,
+    prompts: Sequence[list[Message] | str],
+    columns: Sequence[Mapping[str, Any]],
+    device: str,
+    dtype: Any,
+) -> list[Answer]:
+    """Of A or B; those of a model are kept beside the output, where they can be read again."""
+    from lightning_rlhf.evaluation import generate_answers, names_file, read_answers
+    from lightning_rlhf.models.pretrained import obtain
+    from lightning_rlhf.rollout import Sampling
+
+    source = getattr(options, side)
+    if names_file(source):
+        return read_answers(source, prompts)
+    sampling = Sampling(options.max_new_tokens, temperature=options.temperature)
+    file = options.out.with_name(f"{options.out.stem}.{side}.jsonl")
+    answers: list[Answer] = []
+    progress = _Progress(f"answers of {side.upper()}", len(prompts))
+    with file.open("w", encoding="utf-8") as out:
+        for i, answer in generate_answers(
+            obtain(source),
+            dict(enumerate(prompts)),
+            sampling,
+            options.seed,
+            chat_template=options.chat_template,
+            dtype=dtype,
+            device=device,
+            batch_size=options.batch_size,
+            trust_remote_code=options.trust_remote_code,
+        ):
+            answers.append(answer)
+            row = {"prompt": prompts[i], "completion": answer.text, "ended": not answer.truncated}
+            out.write(json.dumps({**row, **columns[i], **row}, ensure_ascii=False) + "\n")
+            progress(len(answers))
+    return answers
+
+
+class _Progress:
+    """A line of progress on a terminal, or a line each quarter elsewhere; not among the results."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.quarter = name, total, 0
+
+    def __call__(self, done: int) -> None:
+        line = f"{self.name}  {done}/{self.total}"
+        if sys.stderr.isatty():
+            print(f"\r{line}", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
+        elif 4 * done // self.total > self.quarter:
+            print(line, file=sys.stderr, flush=True)
+            self.quarter = 4 * done // self.total

@@ -1,0 +1,106 @@
+"""Answers of two models to the same prompts, judged in both orders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_rlhf.data.formats import Message
+from lightning_rlhf.evaluation.judges import Answer, Judge, Question, Verdict
+from lightning_rlhf.metrics import WinRates, win_rate
+
+_FOR_A = {"first": 1.0, "tie": 0.5, "second": 0.0, None: float("nan")}
+
+
+class Pair(NamedTuple):
+    """Two answers to a prompt.
+
+    Attributes:
+        prompt: Messages, or a plain text.
+        a: The answer of A.
+        b: The answer of B.
+        columns: The prompt's further columns, for rewards that read them.
+    """
+
+    prompt: list[Message] | str
+    a: Answer
+    b: Answer
+    columns: Mapping[str, Any] = {}
+
+
+class JudgedPair(NamedTuple):
+    """A pair with its two verdicts.
+
+    Attributes:
+        pair: The answers.
+        a_first: The verdict where A's answer was shown first.
+        b_first: The verdict where B's was.
+    """
+
+    pair: Pair
+    a_first: Verdict
+    b_first: Verdict
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """Both verdicts from A's side: 1 A won, 0.5 tie, 0 B won, NaN none."""
+        return _FOR_A[self.a_first.winner], 1 - _FOR_A[self.b_first.winner]
+
+    @property
+    def outcome(self) -> str | None:
+        """``a`` or ``b`` where both orders prefer it, else ``tie``; None where a verdict is missing."""
+        a, b = self.scores
+        return None if a != a or b != b else {1.0: "a", 0.0: "b"}.get(a, "tie") if a == b else "tie"
+
+    def record(self) -> dict[str, Any]:
+        """What is written of it."""
+        winners = {1.0: "a", 0.5: "tie", 0.0: "b"}
+        a, b = self.scores
+        return {
+            "prompt": self.pair.prompt,
+            "a": self.pair.a.text,
+            "b": self.pair.b.text,
+            "outcome": self.outcome,
+            "a_first": winners.get(a),
+            "b_first": winners.get(b),
+            "reasons": [self.a_first.reason, self.b_first.reason],
+        }
+
+
+def judge_pairs(judge: Judge, pairs: Sequence[Pair]) -> list[JudgedPair]:
+    """Has each pair judged twice: with A's answer first, and with B's.
+
+    Args:
+        judge: Any.
+        pairs: Any number.
+
+    Returns:
+        The pairs with their verdicts, in order.
+
+    Raises:
+        JudgeError: The judge can't judge.
+    """
+    questions = [
+        Question(pair.prompt, *order, pair.columns) for pair in pairs for order in ((pair.a, pair.b), (pair.b, pair.a))
+    ]
+    verdicts = judge.compare(questions)
+    return [JudgedPair(*found) for found in zip(pairs, verdicts[::2], verdicts[1::2], strict=True)]
+
+
+def rates(judged: Sequence[JudgedPair], confidence: float = 0.95) -> WinRates:
+    """The win rate of A over B, and what goes with it.
+
+    Args:
+        judged: Any number; several pairs of one prompt are told by the prompt.
+        confidence: Of the interval.
+
+    Returns:
+        See :func:`~lightning_rlhf.metrics.win_rate`.
+    """
+    numbers: dict[str, int] = {}
+    prompts = [numbers.setdefault(json.dumps(j.pair.prompt), len(numbers)) for j in judged]
+    scores = torch.tensor([j.scores for j in judged], dtype=torch.float64).reshape(-1, 2)
+    return win_rate(scores[:, 0], scores[:, 1], torch.tensor(prompts), confidence)
