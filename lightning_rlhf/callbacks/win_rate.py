@@ -47,9 +47,9 @@ class WinRate(PromptCallback):
     ``default_root_dir``, where a resumed run goes on, and a new run begins a new file beside the old one. Under
     ``trainer.validate`` it is ``win_rate_validate.jsonl``.
 
-    Training is not disturbed. Beside an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Ranks share the prompts; where the strategy shards the model (FSDP) all generate all, and
-    share the judging. A judge that fails in the first comparison of a run ends it; later the comparison is left out
-    with a warning, and NaN is logged.
+    Training is not disturbed. Beside an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Ranks share
+    the prompts; where the strategy shards the model (FSDP) all generate all, and share the judging. A judge that fails
+    in the first comparison of a run ends it; later the comparison is left out with a warning, and NaN is logged.
 
     Args:
         judge: Directory or hub id of a reward model, a function ``f(prompts, completions, **columns) -> scores`` or its
