@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
-TOOLS = {"demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data")}
+TOOLS = {
+    "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
+    "report": (
+        "lightning_rlhf.report.compare:main",
+        "runs compared on one page: curves, answers, settings",
+    ),
+}
 
 USAGE = """\
 usage: lightning-rlhf COMMAND ...
