@@ -162,10 +162,11 @@ class Report(L.Callback):
         _, stages = read_report(self._target(trainer))
         for curves in (stage.curves for stage in stages if stage.run == self.report.run):
             for name, curve in curves.items():
-                own = self.report.curves.setdefault(name, Curve())
+                own = self.report.curves.get(name, Curve())
                 for step, value in curve.all():
                     if (own.last[0] if own.last else -1) < step <= trainer.global_step:
                         own.add(int(step), value)
+                        self.report.curves[name] = own
 
     def _read_answers(self) -> None:
         if self._answers is None or not self._answers[0].exists():

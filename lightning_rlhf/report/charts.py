@@ -83,7 +83,8 @@ def chart(name: str, lines: Sequence[Line]) -> str:
 
 def legend(lines: Sequence[Line]) -> str:
     """The last value of a line, or a list of lines with theirs."""
-    lasts = [f"<b>{number(line.points[-1][1])}</b>" if line.points else "" for line in lines]
+    ends = [(line.points if line.dots is None else line.dots)[-1:] for line in lines]
+    lasts = ["".join(f"<b>{number(value)}</b>" for _, value in end) for end in ends]
     if [line.label for line in lines] == [""]:
         return lasts[0]
     items = (f"<li>{key(line.label, line.style)} {last}</li>" for line, last in zip(lines, lasts, strict=True))

@@ -110,11 +110,11 @@ def _groups(runs: Mapping[str, StageReport], styles: Mapping[str, int], seeds: b
     for label, run in runs.items():
         own = {name: text for name, text in _flat(run).items() if name.rpartition(".")[2] != "seed"}
         alike.setdefault(tuple(sorted(own.items())) or label, {})[label] = run  # of unknown settings, alone
-    return [
-        _Group(next(iter(group)) if len(group) == 1 else f"{next(iter(group))} and {len(group) - 1} more seeds",
-               styles[next(iter(group))], group)
-        for group in alike.values()
-    ]  # fmt: skip
+    found = []
+    for group in alike.values():
+        first = next(iter(group))
+        found.append(_Group(first if len(group) == 1 else f"{first} ({len(group)} seeds)", styles[first], group))
+    return found
 
 
 def _line(group: _Group, name: str) -> Line | None:
@@ -152,9 +152,14 @@ def _overview(runs: Mapping[str, StageReport], keys: Mapping[str, str]) -> str:
     rows = []
     for label, run in runs.items():
         figures = [_figure(run.curves[name], HEADLINES[name]) if name in run.curves else NONE for name in shown]
-        rows.append([keys[label], *figures, escape(run.status), escape(run.started), escape(run.ended)])
+        rows.append([keys[label], *figures, _status(run.status), escape(run.started), escape(run.ended)])
     head = ["run", *map(escape, shown), "how it went", "from", "to"]
     return f'{table(head, rows, "wide runs")}<p class="note">{HEADLINE_NOTE} Best: of all values.</p>'
+
+
+def _status(text: str) -> str:
+    """How a run went; of a long error the beginning, and the rest folded away."""
+    return escape(text) if len(text) <= 80 else details(f"{text[:60]} …", escape(text))
 
 
 def _figure(curve: Curve, best: Callable[[Iterable[float]], float] | None) -> str:

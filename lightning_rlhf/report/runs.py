@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -272,11 +273,11 @@ def _read_csv(path: Path) -> tuple[Values, str]:
 
 def _read_events(path: Path) -> Values:
     """The scalars in a file of TensorBoard's."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    try:  # no requirement, not even of an extra: where it is installed, Lightning's default logger is another
+        home = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     except ImportError as error:
         raise ValueError(f"{path} can be read by TensorBoard alone: pip install tensorboard.") from error
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events = home.EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name not in ("epoch", "hp_metric")]
     return [(name, event.step + 1, event.value) for name in names for event in events.Scalars(name)]

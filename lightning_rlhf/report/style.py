@@ -44,7 +44,9 @@ details { margin: .75rem 0 } summary { cursor: pointer }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { text-align: left; padding: .15rem .75rem .15rem 0; border-bottom: 1px solid var(--edge); vertical-align: top }
 td { font-variant-numeric: tabular-nums; max-width: 24rem; overflow-wrap: break-word } th { font-weight: 500 }
-.runs th, .runs td { white-space: nowrap } .runs td { max-width: none }
+.runs th, .runs td { white-space: nowrap }
+.runs tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 10rem }
+.runs td:nth-last-child(3) { white-space: normal; min-width: 9rem } td details { margin: 0 }
 .changed { color: var(--mark) }
 @media (max-width: 40rem) { .answers { grid-template-columns: 1fr } .many { grid-template-columns: none }
   body { padding: .75rem } }

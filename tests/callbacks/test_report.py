@@ -204,6 +204,13 @@ def test_steps_after_the_checkpoint_that_one_goes_on_from_are_forgotten(tmp_path
     assert found["train/kl"] == WANTED["train/kl"][:6] and found["train/late"] == WANTED["train/late"][:5]
 
 
+def test_a_metric_that_is_only_logged_behind_the_checkpoint_is_none_of_the_resumed_run(tmp_path):
+    saving = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, [Report(), saving], enable_checkpointing=True).fit(Toy())
+    trainer(tmp_path, [Report()], steps=3).fit(Toy(), ckpt_path=tmp_path / "c" / "step=2.ckpt")
+    assert curves(tmp_path / "report.html").keys() == {"train/kl", "train/constant", "train/late", "loss"}
+
+
 def test_a_file_of_another_run_completes_nothing(tmp_path):
     saving = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path / "a", [Report(), saving], enable_checkpointing=True).fit(Toy())

@@ -205,7 +205,7 @@ def test_seeds_are_drawn_as_their_mean_and_range(parse):
         "e": StageReport("X", curves={"train/kl": Curve([[1, 0.0]], 1, 1, [1, 0.0])}),
     }
     html = parse(page("t", {"X": runs}, seeds=True))
-    assert html.texts("li") == ["a and 1 more seeds 4", "c 5", "d 0", "e 0"]
+    assert html.texts("li") == ["a (2 seeds) 4", "c 5", "d 0", "e 0"]
     [band] = html.all("polygon", class_="band")
     heights = [float(pair.split(",")[1]) for pair in band["@points"].split()]
     curve = html.all("polyline", class_="curve")[0]["@points"].split()
