@@ -12,6 +12,7 @@ TOOLS = {
     "inspect": ("lightning_rlhf.inspection.command:main", "rows as the model will see them, with the options of fit"),
     "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
     "win-rate": ("lightning_rlhf.evaluation.command:main", "how often one model's answers are preferred to another's"),
+    "report": ("lightning_rlhf.report.compare:main", "runs compared on one page: curves, answers, settings"),
 }
 
 USAGE = """\

@@ -1,6 +1,7 @@
 """Fixtures: a tiny tokenizer and model made here, and the assets folder."""
 
 import os
+from html.parser import HTMLParser
 from pathlib import Path
 
 os.environ.update(
@@ -109,3 +110,47 @@ def tiny_model_dir(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+_VOID = {"meta", "line", "polyline", "polygon", "path", "br"}
+
+
+class Page(HTMLParser):
+    """Elements with their tags, attributes and text; refuses tags that don't match."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self._open = [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        element = dict(tag=tag, text="", inside=[e["tag"] for e in self._open], **{f"@{k}": v for k, v in attrs})
+        self.elements.append(element)
+        if tag not in _VOID:
+            self._open.append(element)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        assert tag in _VOID
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self._open:
+            element["text"] += data
+
+    def all(self, tag, **attributes):
+        wanted = {f"@{k.rstrip('_')}": v for k, v in attributes.items()}
+        return [e for e in self.elements if e["tag"] == tag and all(e.get(k) == v for k, v in wanted.items())]
+
+    def texts(self, tag, **attributes):
+        return [e["text"] for e in self.all(tag, **attributes)]
+
+
+@pytest.fixture
+def parse():
+    """``parse(text or path)``: the elements of a page, which must be well-formed."""
+    return lambda page: Page(page.read_text(encoding="utf-8") if isinstance(page, Path) else page)

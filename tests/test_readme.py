@@ -51,6 +51,7 @@ SMALL = {
     "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
     "--new-tokens 8",
     "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
+    "report": "",
 }
 #: The small data of the configs in a folder.
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
@@ -144,12 +145,16 @@ def test_command_runs(command, small, capsys):
         [train] = [small(train) for folder, train in TRAIN.items() if folder in command]
         arguments += ["--data.train", train]
         arguments += [arg for folder, args in ALSO.items() if folder in command for arg in shlex.split(args)]
+    for run in (arg for arg in rest if name == "report" and arg.startswith("runs/") and not arg.endswith(".html")):
+        Path(run).mkdir(parents=True)
+        (Path(run) / "metrics.csv").write_text("step,train/score,train/kl\n0,0.5,0.0\n1,0.75,0.5\n")
     if "--ckpt_path" in rest:  # a run that this one goes on from
         i = arguments.index("--ckpt_path")
         main([*arguments[:i], *arguments[i + 2 :], "--trainer.max_steps", "1"])
         [arguments[i + 1]] = map(str, Path().rglob("*.ckpt"))
     main([*arguments, *(["--trainer.max_steps", "2"] if name == "fit" else [])])
     assert name not in ("fit", "demo") or list(Path().rglob("config.json")), "no Hugging Face directory was exported"
+    assert name != "report" or [text for text in map(Path.read_text, Path().rglob("*.html")) if "train/kl" in text]
     assert name != "predict" or any(map(Path.read_text, Path().rglob("predictions.jsonl"))), "no predictions"
 
 

@@ -1,0 +1,243 @@
+"""Pages of runs: HTML that needs no network and runs no scripts."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.report.charts import Line, chart, number
+from lightning_rlhf.report.runs import Curve, StageReport
+from lightning_rlhf.report.style import STYLE
+
+#: Curves shown first, by the name behind the prefix; the others follow in the order in which they were logged.
+FIRST = ("score", "reward_mean", "reward", "kl", "accuracy", "loss", "perplexity", "token_accuracy", "margin")
+#: Figures at the head of a stage, those of them that it logged, and which of their values is the best.
+HEADLINES: dict[str, Callable[[Iterable[float]], float] | None] = {
+    "val/win_rate": max,
+    "val/score": max,
+    "train/score": max,
+    "train/kl": None,
+    "val/accuracy": max,
+    "val/loss": min,
+    "val/perplexity": min,
+    "val/token_accuracy": max,
+    "val/margin": max,
+}
+#: Prefixes of metrics whose curves come first.
+GROUPS = ("train", "val", "test")
+#: In every page's head: what may be written over.
+GENERATOR = '<meta name="generator" content="lightning-rlhf report">'
+SHOWN = 6
+
+
+def write_report(path: str | os.PathLike[str], title: str, stages: Sequence[StageReport]) -> None:
+    """Writes stages as one HTML file, whole or not at all.
+
+    The data lies in the file too, so that stages can be added later.
+
+    Args:
+        path: Of the file.
+        title: Heading.
+        stages: In order.
+    """
+    write(Path(path), page(title, stages))
+
+
+def write(target: Path, text: str) -> None:
+    """Writes a page, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------- a run's page
+
+
+def page(title: str, stages: Sequence[StageReport]) -> str:
+    """The report of one run, or of the stages of one."""
+    data = json.dumps({"title": title, "stages": [asdict(stage) for stage in stages]})
+    for character in "<>&":  # inside strings alone; no text can then end the block
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    sections = [(stage.name, _stage(stage)) for stage in stages]
+    return document(title, sections, f'<script type="application/json" id="report">{data}</script>\n')
+
+
+def _stage(stage: StageReport) -> str:
+    return f"""<p class="when">{escape(stage.status)} · {escape(stage.started)} to {escape(stage.ended)}</p>
+{_cards(stage.curves)}
+{_answers(stage.samples)}
+{curves(stage.curves, lambda name: [Line(stage.curves[name].all())])}
+{_values(stage.curves)}
+{_settings(stage.settings)}
+"""
+
+
+def _cards(curves: Mapping[str, Curve]) -> str:
+    found = [(name, headline(curves[name])) for name in HEADLINES if name in curves]
+    cards = [f"<div><dt>{escape(name)}</dt><dd>{text}</dd></div>" for name, text in found if text]
+    return f'<dl class="cards">{"".join(cards)}</dl><p class="note">{HEADLINE_NOTE}</p>' if cards else ""
+
+
+def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    articles = [
+        article(prompt, [answer(each, f"step {escape(each['step'])}") for each in answers])
+        for prompt, answers in samples.items()
+    ]
+    return f"<h3>Answers</h3>{''.join(articles)}" if articles else ""
+
+
+def _values(curves: Mapping[str, Curve]) -> str:
+    rows = []
+    for name, curve in curves.items():
+        points = curve.all()
+        values = [value for _, value in points if math.isfinite(value)] or [math.nan]
+        figures = (points[0][1], curve.last[1], min(values), max(values))
+        rows.append([escape(name), *map(number, figures), str(int(curve.last[0]))])
+    head = ("metric", "first", "last", "min", "max", "at step")
+    return details("Final values", table(head, rows)) if rows else ""
+
+
+def _settings(settings: Mapping[str, Iterable[tuple[str, str, bool]]]) -> str:
+    out = []
+    for section, rows in settings.items():
+        cells = "".join(
+            f'<tr{" class=changed" if changed else ""}><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+            for name, value, changed in rows
+        )
+        if cells:
+            out.append(f'<h4>{escape(section)}</h4><div class="wide"><table>{cells}</table></div>')
+    note = '<p class="note">Marked: other than the default.</p>'
+    return details("Settings", note + "".join(out)) if out else ""
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def document(title: str, sections: Sequence[tuple[str, str]], data: str = "") -> str:
+    """A whole file.
+
+    Args:
+        title: Heading.
+        sections: Headings, and HTML under them.
+        data: HTML at the end.
+    """
+    links = "".join(f'<a href="#stage{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
+    parts = enumerate(sections)
+    body = "".join(f'<section id="stage{i}">\n<h2>{escape(name)}</h2>\n{text}</section>\n' for i, (name, text) in parts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+{GENERATOR}
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1>{f"<nav>{links}</nav>" if len(sections) > 1 else ""}</header>
+<main>
+{body}</main>
+{data}</body>
+</html>
+"""
+
+
+def escape(text: object) -> str:
+    """Text as HTML."""
+    return html.escape(str(text))
+
+
+def details(summary: str, text: str) -> str:
+    """HTML that is folded away."""
+    return f"<details><summary>{escape(summary)}</summary>{text}</details>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide") -> str:
+    """A table that scrolls sideways in itself; all cells are HTML, the first of each row is its heading."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
+    )
+    return f'<div class="{kind}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+HEADLINE_NOTE = "From first to last; of long curves, the means of the first and the last tenth."
+
+
+def headline(curve: Curve) -> str:
+    """The first and the last value of a curve, as HTML; empty where it has none."""
+    values = [value for _, value in curve.all()]
+    if not values:
+        return ""
+    tenth = max(1, len(values) // 10)
+    first, last = (sum(part) / tenth for part in (values[:tenth], values[-tenth:]))
+    return number(last) if len(values) == 1 else f"{number(first)} → <b>{number(last)}</b>"
+
+
+def article(prompt: str, cells: Sequence[str], more: str = "") -> str:
+    """A prompt above what was answered: HTML, and more of it below."""
+    return f'<article><p class="prompt" dir="auto">{escape(prompt)}</p>{beside(cells)}{more}</article>'
+
+
+def beside(cells: Sequence[str]) -> str:
+    """Answers beside each other; a row of more than two scrolls sideways in itself."""
+    kind = "answers many" if len(cells) > 2 else "answers"
+    row = "".join(f"<div>{cell}</div>" for cell in cells)
+    return f'<div class="{kind}">{row}</div>'
+
+
+def answer(row: Mapping[str, Any], above: str) -> str:
+    """An answer, below a line of HTML to which its figures (score, KL) are added."""
+    known = ("step", "prompt", "completion", "ended")
+    extra = "".join(
+        f" · {escape(name)} {number(value)}"
+        for name, value in row.items()
+        if name not in known and isinstance(value, (int, float))
+    )
+    end = "" if row["ended"] else " …"
+    text = f'<p class="text" dir="auto">{escape(str(row["completion"]).strip())}{end}</p>'
+    return f'<p class="note">{above}{extra}</p>{text}'
+
+
+def curves(names: Iterable[str], lines: Callable[[str], Sequence[Line]]) -> str:
+    """A chart a metric, by prefix; those behind the first few are folded away.
+
+    Args:
+        names: Of the metrics.
+        lines: What is drawn of one.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        prefix, slash, _ = name.partition("/")
+        groups.setdefault(prefix if slash else "other", []).append(name)
+    out = []
+    for prefix in sorted(groups, key=lambda prefix: GROUPS.index(prefix) if prefix in GROUPS else len(GROUPS)):
+        charts = [chart(name, lines(name)) for name in sorted(groups[prefix], key=_order)]
+        out.append(f"<h3>Curves: {escape(prefix)}</h3>{grid(charts[:SHOWN])}")
+        if charts[SHOWN:]:
+            out.append(details(f"{len(charts) - SHOWN} more of {prefix}", grid(charts[SHOWN:])))
+    return "".join(out)
+
+
+def grid(charts: Iterable[str]) -> str:
+    """Charts beside each other, as many as fit."""
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _order(name: str) -> int:
+    own = name.rpartition("/")[2]
+    return FIRST.index(own) if own in FIRST else len(FIRST)
