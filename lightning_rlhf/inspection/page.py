@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,9 @@ from lightning_rlhf.inspection.pieces import Piece, visible
 from lightning_rlhf.inspection.rows import Inspection, RowView, Section
 from lightning_rlhf.inspection.statistics import Bar, Statistics
 from lightning_rlhf.inspection.terminal import shorten
-from lightning_rlhf.models.saving import sync
+from lightning_rlhf.report.page import escape as _e
+from lightning_rlhf.report.page import frame, write
+from lightning_rlhf.report.style import BASE
 
 
 def write_page(path: str | os.PathLike[str], found: Inspection) -> None:
@@ -21,44 +22,20 @@ def write_page(path: str | os.PathLike[str], found: Inspection) -> None:
         path: Of the file.
         found: What there is to see.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(page(found), encoding="utf-8", errors="replace")
-        sync(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write(Path(path), page(found))
 
 
 def page(found: Inspection) -> str:
-    """The whole file: no scripts, no network."""
-    title = _e(found.title)
+    """The whole file."""
     read = f'<span class="tokens"><span class="s">to</span><span class="s">ken</span></span> {_e(found.legend)} · '
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
+    body = f"""<h1>{_e(found.title)}</h1>
 <p class="note">{read if found.legend else ""}
 <span class="tokens"><span class="x">&lt;special&gt;</span></span> special ·
 <span class="tokens"><span>to</span><span>ken</span></span> others.
 Point at a token, or touch it, for its position and id.</p>
 {"".join(map(_section, found.sections))}
-</body>
-</html>
 """
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text))
+    return frame(found.title, body, BASE + _STYLE)
 
 
 def _section(section: Section) -> str:
@@ -122,24 +99,16 @@ def _piece(piece: Piece) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #667; --back: #fff; --card: #f4f5f7; --edge: #dde;
-  --line: #1f6feb; --mark: #b35900; --read: #a6e9b5; --read2: #7fd8a0; --token: #e7e9ee; --special: #8b3fc0 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #9aa; --back: #14171a; --card: #1e2226;
-  --edge: #343a40; --line: #6cb0ff; --mark: #ffb454; --read: #1c5a34; --read2: #27724a; --token: #2b3137;
+:root { --read: #a6e9b5; --read2: #7fd8a0; --token: #e7e9ee; --special: #8b3fc0 }
+@media (prefers-color-scheme: dark) { :root { --read: #1c5a34; --read2: #27724a; --token: #2b3137;
   --special: #d8a6ff } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--back);
-  font: 1rem/1.5 system-ui, sans-serif }
-h1 { font-size: 1.6rem; margin: .5rem 0; overflow-wrap: anywhere }
-h2 { font-size: 1.3rem; border-top: 1px solid var(--edge); padding-top: 1rem }
 h3 { font-size: 1.05rem; margin: .25rem 0 .5rem } h3 .note { font-weight: 400 }
-.note { color: var(--soft); font-size: .85rem; margin: .25rem 0; overflow-wrap: anywhere } .note b { color: var(--ink) }
+.note b { color: var(--ink) }
 .problem { color: var(--mark); font-weight: 600 }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .5rem;
   margin: 1rem 0 }
 dl div { background: var(--card); border-radius: .5rem; padding: .5rem .75rem }
-dt { color: var(--soft); font-size: .85rem } dd { margin: 0; overflow-wrap: anywhere }
-article { background: var(--card); border-radius: .5rem; padding: .75rem; margin: 1rem 0 }
+dd { overflow-wrap: anywhere } article { padding: .75rem; margin: 1rem 0 }
 .tokens { font: .9rem/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0 }
 .tokens span { border-radius: .2rem; padding: .1rem 0 }
 .tokens span:nth-child(even) { background: var(--token) }
@@ -153,7 +122,7 @@ article { background: var(--card); border-radius: .5rem; padding: .75rem; margin
 .tree li:last-child { border-left-color: transparent }
 .tree li:last-child::after { content: ""; position: absolute; left: -2px; top: 0; height: 1rem;
   border-left: 2px solid var(--edge) }
-table { border-collapse: collapse; font-size: .85rem } caption { text-align: left; color: var(--soft) }
+caption { text-align: left; color: var(--soft) }
 th, td { text-align: left; padding: .1rem .75rem .1rem 0; vertical-align: top; font-weight: 400;
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums } th { color: var(--soft); white-space: nowrap }
 .histogram { width: 100%; max-width: 40rem } .histogram td { white-space: nowrap }
@@ -162,5 +131,4 @@ th, td { text-align: left; padding: .1rem .75rem .1rem 0; vertical-align: top; f
 @media (hover: none) { .tokens span:hover::after { content: attr(title); position: fixed; left: .5rem; right: .5rem;
   bottom: .5rem; padding: .5rem .75rem; border-radius: .5rem; background: var(--ink); color: var(--back);
   font: .85rem/1.4 system-ui, sans-serif } }
-@media (max-width: 40rem) { body { padding: .75rem } h1 { font-size: 1.2rem } }
 """

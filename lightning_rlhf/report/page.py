@@ -137,21 +137,31 @@ def document(title: str, sections: Sequence[tuple[str, str]], data: str = "") ->
     links = "".join(f'<a href="#stage{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
     parts = enumerate(sections)
     body = "".join(f'<section id="stage{i}">\n<h2>{escape(name)}</h2>\n{text}</section>\n' for i, (name, text) in parts)
+    header = f"<header><h1>{escape(title)}</h1>{f'<nav>{links}</nav>' if len(sections) > 1 else ''}</header>"
+    return frame(title, f"{header}\n<main>\n{body}</main>\n{data}", STYLE, GENERATOR)
+
+
+def frame(title: str, body: str, style: str, head: str = "") -> str:
+    """A whole file around its body: it needs no network and runs no scripts.
+
+    Args:
+        title: Of the window.
+        body: HTML.
+        style: Style sheet.
+        head: Further HTML of its head.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-{GENERATOR}
+{head}
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{style}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1>{f"<nav>{links}</nav>" if len(sections) > 1 else ""}</header>
-<main>
-{body}</main>
-{data}</body>
+{body}</body>
 </html>
 """
 
