@@ -66,6 +66,9 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
     Args:
         model: As :func:`quantization_arguments` loaded it, or whole; then it stays as it is, and the result is another.
         quantization: Which; None: as the model is.
+
+    Raises:
+        ValueError: NF4 on a CPU, and a layer whose width is no multiple of 64.
     """
     if quantization is not None and not is_quantised(model):
         whole, name = model, model.name_or_path
@@ -80,10 +83,15 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
         model.name_or_path = name  # what adapters are adapters of
         if whole.can_generate():
             model.generation_config = whole.generation_config
-    for module in model.modules():
+    for name, module in model.named_modules():
         if not is_quantised_layer(module):
             continue
         weight: Any = module.weight
+        if weight.dtype != torch.int8 and weight.device.type == "cpu" and module.in_features % weight.blocksize:  # type: ignore[operator]
+            raise ValueError(
+                f"{name} is {module.in_features} wide, and bitsandbytes on a CPU reads 4-bit weights wrongly where the "
+                f"width is no multiple of {weight.blocksize}: use quantization: int8, or a GPU."
+            )
         if weight.dtype == torch.int8:
             from lightning_rlhf.models.int8 import Int8Linear
 

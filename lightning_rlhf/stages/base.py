@@ -150,7 +150,9 @@ class Stage(L.LightningModule):
             ValueError: It is one.
         """
         strategy = self.trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+            strategy, DeepSpeedStrategy
+        )
         if self.quantization is not None and (not whole or getattr(strategy, "sharded", False)):
             raise ValueError(
                 f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where each "
