@@ -11,7 +11,7 @@ from bitsandbytes.functional import int8_vectorwise_dequant
 from torch import Tensor
 
 
-class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+class Int8Linear(bnb.nn.Linear8bitLt):
     """bitsandbytes' 8-bit weights under products in the activations' dtype.
 
     LLM.int8() quantises activations too, by way of fp16, but for features that are outliers anywhere in the batch. So

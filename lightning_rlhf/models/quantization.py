@@ -73,34 +73,30 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
     if quantization is not None and not is_quantised(model):
         whole, name = model, model.name_or_path
         with torch.random.fork_rng(devices=()):
-            model = type(whole).from_pretrained(
-                None,  # type: ignore[arg-type]  # the weights of a state dict, as its documentation says
-                config=copy.deepcopy(whole.config),
-                state_dict=whole.state_dict(),
-                **quantization_arguments(quantization, whole.dtype),
-                **{DTYPE: whole.dtype},
-            )
+            arguments: dict[str, Any] = {DTYPE: whole.dtype, **quantization_arguments(quantization, whole.dtype)}
+            # a state dict serves in place of a directory, as its documentation says
+            arguments |= {"config": copy.deepcopy(whole.config), "state_dict": whole.state_dict()}
+            model = type(whole).from_pretrained(None, **arguments)
         model.name_or_path = name  # what adapters are adapters of
         if whole.can_generate():
             model.generation_config = whole.generation_config
-    for name, module in model.named_modules():
-        if not is_quantised_layer(module):
-            continue
-        weight: Any = module.weight
-        if weight.dtype != torch.int8 and weight.device.type == "cpu" and module.in_features % weight.blocksize:  # type: ignore[operator]
+    layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if is_quantised_layer(m)]
+    for name, layer in layers:
+        weight = layer.weight
+        if weight.dtype != torch.int8 and weight.device.type == "cpu" and layer.in_features % weight.blocksize:
             raise ValueError(
-                f"{name} is {module.in_features} wide, and bitsandbytes on a CPU reads 4-bit weights wrongly where the "
+                f"{name} is {layer.in_features} wide, and bitsandbytes on a CPU reads 4-bit weights wrongly where the "
                 f"width is no multiple of {weight.blocksize}: use quantization: int8, or a GPU."
             )
         if weight.dtype == torch.int8:
             from lightning_rlhf.models.int8 import Int8Linear
 
             if weight.SCB is None:  # a model that has run keeps the scales elsewhere
-                weight.SCB = module.state.SCB  # type: ignore[union-attr]
-            module.__class__ = Int8Linear  # same weights, another way to multiply
+                weight.SCB = layer.state.SCB
+            layer.__class__ = Int8Linear  # same weights, another way to multiply
         # In evaluation, on a CPU with AVX512-BF16, bitsandbytes would pack the weights for a kernel that rounds
         # activations to bf16 and has no backward pass, which training would then meet.
-        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        layer.support_avx512bf16_for_cpu = False
     return model
 
 

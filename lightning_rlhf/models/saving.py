@@ -228,9 +228,7 @@ def _without_quantisation(model: Any) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     active, configs = model.active_adapters, model.peft_config
-    weights = {
-        name: get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in active
-    }
+    weights = {n: get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in active}
     plain = model.unload()
     with torch.random.fork_rng(devices=()):
         again: Any = PeftModel(plain, configs[active[0]], active[0])

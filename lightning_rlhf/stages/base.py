@@ -155,8 +155,8 @@ class Stage(L.LightningModule):
         )
         if self.quantization is not None and (not whole or getattr(strategy, "sharded", False)):
             raise ValueError(
-                f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where each "
-                f"device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
+                f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
+                f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
                 "trainer.strategy to one of these, or quantization to null."
             )
 
