@@ -222,7 +222,9 @@ def _without_quantisation(model: Any) -> Any:
         if name in vars(base):
             delattr(base, name)
     base.is_quantized = False
-    del base.config.quantization_config
+    for name in ("quantization_config", "_pre_quantization_dtype"):  # the latter is left by 4.51, and can't be saved
+        if hasattr(base.config, name):
+            delattr(base.config, name)
     if base is model:
         return model
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -230,6 +232,8 @@ def _without_quantisation(model: Any) -> Any:
     active, configs = model.active_adapters, model.peft_config
     weights = {n: get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in active}
     plain = model.unload()
+    if hasattr(plain, "peft_config"):
+        del plain.peft_config
     with torch.random.fork_rng(devices=()):
         again: Any = PeftModel(plain, configs[active[0]], active[0])
         for name in active[1:]:

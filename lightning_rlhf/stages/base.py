@@ -150,10 +150,8 @@ class Stage(L.LightningModule):
             ValueError: It is one.
         """
         strategy = self.trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
-            strategy, DeepSpeedStrategy
-        )
-        if self.quantization is not None and (not whole or getattr(strategy, "sharded", False)):
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not getattr(strategy, "sharded", False)
+        if self.quantization is not None and (not whole or isinstance(strategy, DeepSpeedStrategy)):
             raise ValueError(
                 f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
                 f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
