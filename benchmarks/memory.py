@@ -5,11 +5,11 @@
     python benchmarks/memory.py --model smollm2-135m-instruct    # SmolLM2, fetched once
 
 All have the same backbone in fp32 (but for QLoRA's) under LoRA of rank 16 on all linear layers, rows of the same length
-and micro-batches of the same size; an iteration of PPO holds more than one. Each is measured in a process of its own, on one thread:
-"extra MiB" is the most resident memory during the steps above that with models and optimizers made, "all MiB" the same
-above that of the process with its libraries loaded, models and optimizers counted. glibc is told to give large blocks
-back when they are freed, for all alike: left to itself it keeps holes between them, and what is resident after several
-passes is twice what is alive (set MALLOC_MMAP_THRESHOLD_ to see so).
+and micro-batches of the same size; an iteration of PPO holds more than one. Each is measured in a process of its own,
+on one thread: "extra MiB" is the most resident memory during the steps above that with models and optimizers made, "all
+MiB" the same above that of the process with its libraries loaded, models and optimizers counted. glibc is told to give
+large blocks back when they are freed, for all alike: left to itself it keeps holes between them, and what is resident
+after several passes is twice what is alive (set MALLOC_MMAP_THRESHOLD_ to see so).
 
 Contestants:
     sft         a step of SFTModule

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -17,7 +17,7 @@ DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_
 Quantization = Literal["nf4", "int8"]
 """``nf4``: NormalFloat in blocks of 64 with double quantisation (Dettmers et al. 2023), 4.13 bits a weight. ``int8``: 8
 bits and a scale a row (Dettmers et al. 2022); activations are never quantised, see
-:class:`~lightning_rlhf.models.int8.Int8Linear`."""
+:class:`~lightning_rlhf.models.quantised_layers.Int8Linear`."""
 
 
 def require_bitsandbytes() -> None:
@@ -66,9 +66,6 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
     Args:
         model: As :func:`quantization_arguments` loaded it, or whole; then it stays as it is, and the result is another.
         quantization: Which; None: as the model is.
-
-    Raises:
-        ValueError: NF4 on a CPU, and a layer whose width is no multiple of 64.
     """
     if quantization is not None and not is_quantised(model):
         whole, name = model, model.name_or_path
@@ -80,23 +77,12 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
         model.name_or_path = name  # what adapters are adapters of
         if whole.can_generate():
             model.generation_config = whole.generation_config
-    layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if is_quantised_layer(m)]
-    for name, layer in layers:
-        weight = layer.weight
-        if weight.dtype != torch.int8 and weight.device.type == "cpu" and layer.in_features % weight.blocksize:
-            raise ValueError(
-                f"{name} is {layer.in_features} wide, and bitsandbytes on a CPU reads 4-bit weights wrongly where the "
-                f"width is no multiple of {weight.blocksize}: use quantization: int8, or a GPU."
-            )
-        if weight.dtype == torch.int8:
-            from lightning_rlhf.models.int8 import Int8Linear
+    layers = [module for module in model.modules() if is_quantised_layer(module)]
+    if layers:
+        from lightning_rlhf.models.quantised_layers import prepare
 
-            if weight.SCB is None:  # a model that has run keeps the scales elsewhere
-                weight.SCB = layer.state.SCB
-            layer.__class__ = Int8Linear  # same weights, another way to multiply
-        # In evaluation, on a CPU with AVX512-BF16, bitsandbytes would pack the weights for a kernel that rounds
-        # activations to bf16 and has no backward pass, which training would then meet.
-        layer.support_avx512bf16_for_cpu = False
+        for layer in layers:
+            prepare(layer)
     return model
 
 
@@ -117,13 +103,9 @@ def dequantised(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
         layer: A quantised linear layer, which stays as it is.
         dtype: Of the result.
     """
-    from bitsandbytes import functional as F
+    from lightning_rlhf.models.quantised_layers import weights_of
 
-    weight: Any = layer.weight
-    if weight.dtype == torch.int8:
-        values: Tensor = F.int8_vectorwise_dequant(weight.data, weight.SCB.to(weight.device))
-    else:
-        values = F.dequantize_4bit(weight.data, weight.quant_state)
+    values = weights_of(layer.weight)
     plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(values.to("cpu", dtype), requires_grad=False)
     bias: Any = layer.bias
