@@ -89,14 +89,24 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """A random Llama of two layers beside the tiny tokenizer, as a Hugging Face directory."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"), width=32)
+
+
+@pytest.fixture(scope="session")
+def wide_model_dir(tmp_path_factory):
+    """The same in the width that 4-bit layers need on a CPU."""
+    return save_tiny_model(tmp_path_factory.mktemp("wide-model"), width=64)
+
+
+def save_tiny_model(path, width):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -106,7 +116,6 @@ def tiny_model_dir(tmp_path_factory):
         pad_token_id=tokenizer.pad_token_id,
         attention_dropout=0.0,
     )
-    path = tmp_path_factory.mktemp("tiny-model")
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

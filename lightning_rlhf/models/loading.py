@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from transformers.utils import cached_file, find_adapter_config_file, has_file
 
 from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
+from lightning_rlhf.models.quantization import DTYPE, Quantization, quantised, quantization_arguments
 from lightning_rlhf.models.saving import ADAPTED, merge_adapters
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -117,6 +117,7 @@ def load_causal_lm(
     *,
     dtype: Dtype = "float32",
     lora: LoRA | None = None,
+    quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     vocab_size: int | None = None,
     trust_remote_code: bool = False,
@@ -127,6 +128,8 @@ def load_causal_lm(
         pretrained: A Hugging Face directory, a hub id, or a model. Adapters found there are merged into their base.
         dtype: Of the weights. fp32 with the Trainer's ``bf16-mixed`` is the safe choice for full fine-tuning.
         lora: Adapters; None trains everything.
+        quantization: Hold the linear layers in 4 (``nf4``) or 8 (``int8``) bits, but for the head and adapters. What is
+            quantised can't be trained.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
         trust_remote_code: Run model code that comes with the checkpoint.
@@ -135,14 +138,15 @@ def load_causal_lm(
         The model, or a peft model around it, in training mode.
 
     Raises:
+        ModuleNotFoundError: ``quantization`` without bitsandbytes.
         OSError: Nothing is there.
         ValueError: A dtype that the hardware can't train in.
     """
     if isinstance(pretrained, PreTrainedModel):
         model = pretrained
     else:
-        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(dtype, trust_remote_code))
-    return _prepared(model, lora, gradient_checkpointing, vocab_size)
+        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(dtype, trust_remote_code), quantization)
+    return _prepared(quantised(model, quantization), lora, gradient_checkpointing, vocab_size)
 
 
 def load_reward_model(
@@ -150,6 +154,7 @@ def load_reward_model(
     *,
     dtype: Dtype = "float32",
     lora: LoRA | None = None,
+    quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
@@ -167,6 +172,7 @@ def load_reward_model(
             found there are merged into their base, and the ``score_offset`` saved with them comes back.
         dtype: Of the weights; the head is fp32.
         lora: Adapters; the head is trained beside them.
+        quantization: See :func:`load_causal_lm`; the head stays whole.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
         pad_token_id: What plain transformers skips at the end of a row: never a token that ends answers.
@@ -178,6 +184,7 @@ def load_reward_model(
         The model, or a peft model around it, in training mode.
 
     Raises:
+        ModuleNotFoundError: ``quantization`` without bitsandbytes.
         OSError: Nothing is there, or adapters without the model that they change.
         ValueError: A classifier with several labels, no head where one is needed, or a dtype that the hardware can't
             train in.
@@ -191,7 +198,8 @@ def load_reward_model(
         model = pretrained
     else:
         with torch.random.fork_rng(devices=()):  # transformers draws a head of its own first
-            model, missing = _load(AutoModelForSequenceClassification, pretrained, _arguments(dtype, trust_remote_code))
+            arguments = _arguments(dtype, trust_remote_code)
+            model, missing = _load(AutoModelForSequenceClassification, pretrained, arguments, quantization)
         if needs_head and missing:
             raise ValueError(
                 f"{pretrained} is no reward model: it has no weights for {', '.join(sorted(missing))}. Give the "
@@ -201,6 +209,7 @@ def load_reward_model(
             weight = model.score.weight
             drawn = torch.empty(weight.shape).normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed))
             weight.data.copy_(drawn)
+    model = quantised(model, quantization)
     if pad_token_id is not None:
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
     if isinstance(score := getattr(model, "score", None), nn.Module):
@@ -208,8 +217,13 @@ def load_reward_model(
     return _prepared(model, lora, gradient_checkpointing, vocab_size)
 
 
-def _load(auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[Any, set[str]]:
-    """The model in one piece, adapters merged, and the names of weights that were nowhere to be found."""
+def _load(
+    auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, Any], quantization: Quantization | None = None
+) -> tuple[Any, set[str]]:
+    """The model in one piece, adapters merged, and the names of weights that were nowhere to be found.
+
+    It is quantised, but where there were adapters: merged into quantised weights they would be rounded.
+    """
     adapters = _adapters(pretrained)
     if adapters is not None:
         base, settings = adapters
@@ -226,6 +240,8 @@ def _load(auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, An
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             config.num_labels = 1  # a language model's config says 2, and means nothing by it
         _check_labels(config, pretrained)
+    if quantization is not None:
+        arguments = {**arguments, **quantization_arguments(quantization, arguments[DTYPE])}
     model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
     return model, set(found["missing_keys"])
 
@@ -274,11 +290,10 @@ def _check_labels(config: Any, name: object) -> None:
 
 
 def _arguments(dtype: Dtype, trust_remote_code: bool) -> dict[str, Any]:
-    """Of ``from_pretrained``; transformers 5 deprecates the name of ``dtype`` that 4.51 needs."""
+    """Of ``from_pretrained``."""
     if dtype == "float16" and not torch.cuda.is_available():
         raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    return {name: getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    return {DTYPE: getattr(torch, dtype), "trust_remote_code": trust_remote_code}
 
 
 def _prepared(

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from lightning_rlhf.models.quantization import dequantised, is_quantised, is_quantised_layer
+
 log = logging.getLogger(__name__)
 
 COMPLETE = ".complete"
@@ -46,7 +48,8 @@ def save_pretrained(
 
     The model is left as it is, to the bit: adapters are merged into a copy. The copy shares its tensors with the
     model where those lie on the CPU, so that extra memory is needed for the merged layers alone; a model on another
-    device is copied to the CPU as a whole.
+    device is copied to the CPU as a whole. Weights that bitsandbytes holds in 4 or 8 bits are written as what they
+    stand for, in the model's dtype, with the adapters merged into that.
 
     The directory appears when it is complete. One that was written here before is replaced, and stays whole until
     then.
@@ -71,10 +74,10 @@ def save_pretrained(
     is_peft = hasattr(model, "get_base_model")  # peft leaves peft_config on the inner model too
     adapter = _adapter_alone(model) if adapter_only else None
     base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[operator,assignment]
-    if is_peft and not adapter_only and getattr(base, "is_quantized", False):
+    if is_peft and not adapter_only and getattr(base, "is_quantized", False) and not is_quantised(base):
         raise ValueError(
-            "Adapters can't be merged into quantized weights without rounding them: export with adapter_only=True, "
-            "and merge them into the model in full precision."
+            f"Adapters can't be merged into weights quantized by {base.quantization_method} without rounding them: "
+            "export with adapter_only=True, and merge them into the model in full precision."
         )
     with _no_progress_bars(), atomic_directory(directory) as folder:
         if base.can_generate():
@@ -196,14 +199,49 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
-    """The model's modules and configs once more, over the same weights, or those given, on the CPU."""
-    memo: dict[int, Any] = {}
+    """The model's modules and configs once more, over the same weights, or those given, on the CPU; none quantised."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # layers that no training changes, so that those given are the model's own
+    memo: dict[int, Any] = {id(m): dequantised(m, base.dtype) for m in model.modules() if is_quantised_layer(m)}
+    whole = not memo
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
+        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+            continue  # a quantised layer's
         value = tensor if state_dict is None else state_dict.get(name, tensor)  # buffers need not be in it
         value = value.detach().cpu()
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    return twin if whole else _without_quantisation(twin)
+
+
+def _without_quantisation(model: Any) -> Any:
+    """A model whose layers are plain already, as transformers and peft would have made it from plain weights."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in vars(base):
+            delattr(base, name)
+    base.is_quantized = False
+    for name in ("quantization_config", "_pre_quantization_dtype"):  # the latter is left by 4.51, and can't be saved
+        if hasattr(base.config, name):
+            delattr(base.config, name)
+    if base is model:
+        return model
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    active, configs = model.active_adapters, model.peft_config
+    weights = {n: get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in active}
+    plain = model.unload()
+    if hasattr(plain, "peft_config"):
+        del plain.peft_config
+    with torch.random.fork_rng(devices=()):
+        again: Any = PeftModel(plain, configs[active[0]], active[0])
+        for name in active[1:]:
+            again.add_adapter(name, configs[name])
+    for name in active:
+        set_peft_model_state_dict(again, weights[name], adapter_name=name)
+    again.base_model.set_adapter(active)
+    return again
 
 
 def merge_adapters(model: Any) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.models.backbone import Backbone, Hidden, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, LoRA, load_reward_model
+from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.models.reward import read_head
 
 
@@ -72,6 +73,7 @@ def load_value_model(
     *,
     dtype: Dtype = "float32",
     lora: LoRA | None = None,
+    quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     vocab_size: int | None = None,
     trust_remote_code: bool = False,
@@ -84,6 +86,7 @@ def load_value_model(
         pretrained: A directory or hub id of either, or such a model.
         dtype: Of the weights; the head is fp32.
         lora: Adapters; the head is trained beside them.
+        quantization: See :func:`~lightning_rlhf.models.load_causal_lm`.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows.
         trust_remote_code: Run model code that comes with the checkpoint.
@@ -101,6 +104,7 @@ def load_value_model(
     model = load_reward_model(
         pretrained,
         dtype=dtype,
+        quantization=quantization,
         gradient_checkpointing=gradient_checkpointing,
         vocab_size=vocab_size,
         trust_remote_code=trust_remote_code,

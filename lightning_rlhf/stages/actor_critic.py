@@ -55,7 +55,12 @@ class ActorCriticStage(OnlineStage):
             vocab_size=len(self.tokenizer),
             trust_remote_code=self.trust_remote_code,
         )
-        trained: dict[str, Any] = dict(lora=self.lora, gradient_checkpointing=self.gradient_checkpointing, **options)
+        trained: dict[str, Any] = dict(
+            lora=self.lora,
+            quantization=self.quantization,
+            gradient_checkpointing=self.gradient_checkpointing,
+            **options,
+        )
         if not self.shared:  # before adapters are put into a model that was given
             start = self._untouched() if self.critic_from is None else self.critic_from
             self.critic = ValueModel(load_value_model(start, **trained), self.layout)

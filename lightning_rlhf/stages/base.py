@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -27,6 +28,7 @@ from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.models import LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config
+from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 
 
@@ -47,13 +49,15 @@ class Stage(L.LightningModule):
         optimizer: Parameter groups to optimizer.
         lr_scheduler: Optimizer to scheduler.
         trust_remote_code: Run code that comes with the model.
+        quantization: Hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``): QLoRA.
 
     Attributes:
         tokenizer: With the chat template that data modules render by.
         stop_token_ids: Tokens that end an answer.
 
     Raises:
-        ValueError: A model object without its tokenizer.
+        ModuleNotFoundError: ``quantization`` without bitsandbytes.
+        ValueError: A model object without its tokenizer, or quantised weights without adapters to train.
     """
 
     pretrained: str | os.PathLike[str] | PreTrainedModel
@@ -72,8 +76,18 @@ class Stage(L.LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable,
         trust_remote_code: bool,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
+        if quantization is not None:
+            require_bitsandbytes()
+            if lora is None:
+                raise ValueError(f"quantization={quantization!r}: quantised weights can't be trained. Give lora.")
+            if lora.init not in (True, "gaussian"):
+                raise ValueError(
+                    f"lora.init={lora.init!r} moves a part of the weights into the adapters, and quantised weights "
+                    "can't be changed: use true or gaussian."
+                )
         if tokenizer is None and isinstance(pretrained, PreTrainedModel):
             raise ValueError("Give tokenizer=... beside a model object: nothing says which one it was trained with.")
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -83,7 +97,7 @@ class Stage(L.LightningModule):
         set_chat_template(self.tokenizer, chat_template)
         self.stop_token_ids = stop_token_ids(self.tokenizer)
         object.__setattr__(self, "pretrained", pretrained)  # not a child: a model would be saved under two names
-        self.lora = lora
+        self.lora, self.quantization = lora, quantization
         self.dtype_of_weights = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.layout = layout
@@ -128,6 +142,21 @@ class Stage(L.LightningModule):
         """
         given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if given else [SaveOnInterrupt()]
+
+    def setup(self, stage: str) -> None:
+        """Refuses, before anything is loaded, strategies that cast or cut weights where these are quantised.
+
+        Raises:
+            ValueError: It is one.
+        """
+        strategy = self.trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not getattr(strategy, "sharded", False)
+        if self.quantization is not None and (not whole or isinstance(strategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
+                f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
+                "trainer.strategy to one of these, or quantization to null."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule by optimizer steps."""
@@ -183,7 +212,10 @@ class Stage(L.LightningModule):
             torch.distributed.all_gather_object(states, state)
         checkpoint["rng_states"] = states
         frozen = self._frozen()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        modules = self.named_modules(remove_duplicate=False)
+        scales = tuple(f"{name}." for name, module in modules if is_quantised_layer(module))
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen and not k.startswith(scales)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes this rank's RNG state, and completes the weights with the frozen ones."""

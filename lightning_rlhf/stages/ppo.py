@@ -23,6 +23,7 @@ from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import LoRA
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward
 from lightning_rlhf.rollout import CachedEngine, RolloutEngine, Sampling
 from lightning_rlhf.stages.actor_critic import ActorCriticStage
@@ -33,16 +34,7 @@ SAMPLING = Sampling()
 # checkpoints name the settings; torch.load reads them without trusting arbitrary classes
 torch.serialization.add_safe_globals([Sampling, WeightedReward])
 #: Sums of an update, in the order that :meth:`PPOModule.gradients` makes them.
-PARTS = (
-    "loss",
-    "policy_loss",
-    "value_loss",
-    "approx_kl",
-    "clip_fraction",
-    "value_clip_fraction",
-    "ratio_mean",
-    "ptx_loss",
-)
+PARTS = "loss policy_loss value_loss approx_kl clip_fraction value_clip_fraction ratio_mean ptx_loss".split()
 
 
 class PPOModule(ActorCriticStage):
@@ -60,6 +52,8 @@ class PPOModule(ActorCriticStage):
         tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
+        quantization: QLoRA: hold the frozen linear layers of policy and critic in 4 bits (``nf4``) or 8 (``int8``);
+            needs ``lora``. The reference is the quantised model.
         shared_backbone: With adapters: one backbone for policy, reference and critic, and for the reward model where it
             is an adapter of the same weights. False gives the critic a model of its own.
         sampling: How completions are sampled.
@@ -118,6 +112,7 @@ class PPOModule(ActorCriticStage):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         shared_backbone: bool = True,
         sampling: Sampling = SAMPLING,
         samples_per_prompt: int = 1,
@@ -169,6 +164,7 @@ class PPOModule(ActorCriticStage):
             optimizer,
             lr_scheduler,
             trust_remote_code,
+            quantization,
         )
         self.keep_hyperparameters()
         if sampling.temperature <= 0:

@@ -19,6 +19,7 @@ from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
 from lightning_rlhf.models import LoRA, RewardModel, load_reward_model
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.models.reward import set_distinct_pad_token
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
@@ -40,6 +41,7 @@ class RewardModule(Stage):
         chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
             the tokenizer's own.
         lora: Adapters; the head is trained beside them. None trains all weights.
+        quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``); needs ``lora``.
         center: Weight of the penalty that holds scores near zero; 0.01 is usual, 0 is none.
         dtype: Of the weights; the head is fp32.
         gradient_checkpointing: Trade a second forward pass for activation memory.
@@ -66,6 +68,7 @@ class RewardModule(Stage):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         center: float = 0.0,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
@@ -86,6 +89,7 @@ class RewardModule(Stage):
             optimizer,
             lr_scheduler,
             trust_remote_code,
+            quantization,
         )
         self.keep_hyperparameters()
         if center < 0:
@@ -108,6 +112,7 @@ class RewardModule(Stage):
             self.pretrained,
             dtype=self.dtype_of_weights,
             lora=self.lora,
+            quantization=self.quantization,
             gradient_checkpointing=self.gradient_checkpointing,
             vocab_size=len(self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,

@@ -15,6 +15,7 @@ from lightning_rlhf.metrics import Perplexity, TokenMean
 from lightning_rlhf.models import LoRA, Policy, load_causal_lm
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 
@@ -31,6 +32,7 @@ class SFTModule(Stage):
         chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
             the tokenizer's own.
         lora: Adapters; None trains all weights.
+        quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``); needs ``lora``.
         dtype: Of the weights.
         gradient_checkpointing: Trade a second forward pass for activation memory.
         layout: ``auto``: every prompt once where the model can, padded elsewhere.
@@ -60,6 +62,7 @@ class SFTModule(Stage):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         layout: LayoutChoice = "auto",
@@ -80,6 +83,7 @@ class SFTModule(Stage):
             optimizer,
             lr_scheduler,
             trust_remote_code,
+            quantization,
         )
         self.keep_hyperparameters()
         if z_loss < 0 or (neftune_alpha is not None and neftune_alpha < 0):
@@ -101,6 +105,7 @@ class SFTModule(Stage):
             self.pretrained,
             dtype=self.dtype_of_weights,
             lora=self.lora,
+            quantization=self.quantization,
             gradient_checkpointing=self.gradient_checkpointing,
             vocab_size=len(self.tokenizer),
             trust_remote_code=self.trust_remote_code,

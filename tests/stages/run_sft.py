@@ -45,12 +45,13 @@ class FirstGradients(L.Callback):
 
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=0, lr=1e-2, val_fraction=0.2,
-        callbacks=(), ema=None, **options):  # fmt: skip
+        callbacks=(), quantization=None, ema=None, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = SFTModule(
         model_dir,
         lora=LoRA(r=4, dropout=dropout) if lora else None,
+        quantization=quantization,
         layout=layout,
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
         **options,

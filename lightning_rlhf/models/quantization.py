@@ -1,0 +1,114 @@
+"""Frozen weights in 4 or 8 bits, by bitsandbytes: the backbone of QLoRA."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+"""``from_pretrained``'s name of a dtype: transformers 5 deprecates the one that 4.51 needs."""
+
+Quantization = Literal["nf4", "int8"]
+"""``nf4``: NormalFloat in blocks of 64 with double quantisation (Dettmers et al. 2023), 4.13 bits a weight. ``int8``: 8
+bits and a scale a row (Dettmers et al. 2022); activations are never quantised, see
+:class:`~lightning_rlhf.models.quantised_layers.Int8Linear`."""
+
+
+def require_bitsandbytes() -> None:
+    """Says what to install.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes isn't.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "quantization needs bitsandbytes: pip install 'lightning_rlhf[quantization]'", name="bitsandbytes"
+        )
+
+
+def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``from_pretrained`` takes to quantise linear layers, but for the head, as it loads them.
+
+    Weights go to torch's default device, which inside a Trainer is the one that it trains on.
+
+    Args:
+        quantization: Which.
+        dtype: That products are computed in, and of what is not quantised.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes isn't installed.
+        ValueError: Another name.
+    """
+    require_bitsandbytes()
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        raise ValueError(f"quantization={quantization!r} is neither nf4 nor int8.")
+    return {"quantization_config": config, "device_map": {"": str(torch.get_default_device())}}
+
+
+def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
+    """A model whose linear layers, but for the head, are quantised and ready to be trained over.
+
+    Args:
+        model: As :func:`quantization_arguments` loaded it, or whole; then it stays as it is, and the result is another.
+        quantization: Which; None: as the model is.
+    """
+    if quantization is not None and not is_quantised(model):
+        whole, name = model, model.name_or_path
+        with torch.random.fork_rng(devices=()):
+            arguments: dict[str, Any] = {DTYPE: whole.dtype, **quantization_arguments(quantization, whole.dtype)}
+            # a state dict serves in place of a directory, as its documentation says
+            arguments |= {"config": copy.deepcopy(whole.config), "state_dict": whole.state_dict()}
+            model = type(whole).from_pretrained(None, **arguments)
+        model.name_or_path = name  # what adapters are adapters of
+        if whole.can_generate():
+            model.generation_config = whole.generation_config
+    layers = [module for module in model.modules() if is_quantised_layer(module)]
+    if layers:
+        from lightning_rlhf.models.quantised_layers import prepare
+
+        for layer in layers:
+            prepare(layer)
+    return model
+
+
+def is_quantised_layer(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes that holds quantised weights."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any layer is."""
+    return any(map(is_quantised_layer, model.modules()))
+
+
+def dequantised(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """A plain layer on the CPU with the weights that a quantised one stands for.
+
+    Args:
+        layer: A quantised linear layer, which stays as it is.
+        dtype: Of the result.
+    """
+    from lightning_rlhf.models.quantised_layers import weights_of
+
+    values = weights_of(layer.weight)
+    plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(values.to("cpu", dtype), requires_grad=False)
+    bias: Any = layer.bias
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to("cpu", dtype), requires_grad=False)
+    return plain
