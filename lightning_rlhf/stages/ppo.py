@@ -34,7 +34,8 @@ SAMPLING = Sampling()
 # checkpoints name the settings; torch.load reads them without trusting arbitrary classes
 torch.serialization.add_safe_globals([Sampling, WeightedReward])
 #: Sums of an update, in the order that :meth:`PPOModule.gradients` makes them.
-PARTS = "loss policy_loss value_loss approx_kl clip_fraction value_clip_fraction ratio_mean ptx_loss".split()
+PARTS = ("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "ratio_mean",
+         "ptx_loss")  # fmt: skip
 
 
 class PPOModule(ActorCriticStage):
