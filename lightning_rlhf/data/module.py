@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -52,30 +53,47 @@ class TokenRows:
     """Tokenised rows, memory-mapped: index to tree.
 
     Args:
-        dataset: A ``datasets.Dataset`` of what ``encode`` returned.
+        stores: The folders of each source's rows.
         tree: Makes a tree of a row, or what else batches are made of.
         sizes: (rows, 4) the numbers of :class:`~lightning_rlhf.data.planner.Size`.
         sources: Number of rows and weight of each source, in order.
+        blocks: For each source, the number of rows of every batch in its Arrow file.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        stores: Sequence[Path],
         tree: Callable[[Mapping[str, Any]], Any],
         sizes: NDArray[np.float64],
         sources: list[tuple[int, float]],
+        blocks: Sequence[Sequence[int]],
     ) -> None:
-        self.dataset, self.tree, self.sizes, self.sources = dataset, tree, sizes, sources
+        self.tree, self.sizes, self.sources = tree, sizes, sources
+        self._files = [str(path / "tokens.arrow") for path in stores]
+        self._blocks = [(file, block) for file, counts in enumerate(blocks) for block in range(len(counts))]
+        self._ends = list(accumulate(chain.from_iterable(blocks)))
+        self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._ends[-1] if self._ends else 0
 
     def __call__(self, index: int) -> Any:
         """The row's tree."""
-        return self.tree(self.dataset[index])
+        return self.tree(self.row(index))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The row's columns."""
+        import pyarrow as pa
+
+        number = bisect_right(self._ends, index)
+        file, block = self._blocks[number]
+        if file not in self._readers:
+            self._readers[file] = pa.ipc.open_file(pa.memory_map(self._files[file]))
+        batch = self._readers[file].get_batch(block)  # nothing is copied
+        return batch.slice(index - self._ends[number] + batch.num_rows, 1).to_pylist()[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sizes": None}  # pickling would read them; worker processes need none
+        return {**self.__dict__, "sizes": None, "_readers": {}}  # worker processes open files anew, and need no sizes
 
 
 #: Columns of a tokenised row that say how large it is, in the order of :class:`~lightning_rlhf.data.planner.Size`.
@@ -214,7 +232,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def where(self, part: str, row: int) -> str:
         """File and line of a row by its number in the part's batches (``PackedBatch.rows``)."""
-        return str(self._rows[part].dataset[row]["where"])
+        return str(self._rows[part].row(row)["where"])
 
     # ------------------------------------------------------------------------------------------------- Lightning
 
@@ -398,8 +416,6 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return int(context or self.tokenizer.model_max_length)
 
     def _tokenised(self, part: str) -> TokenRows:
-        import datasets
-
         stores = self._stores(part)
         notes = [json.loads((path / "notes.json").read_text(encoding="utf-8")) for path in stores]
         origin, _ = self._side(part)
@@ -425,10 +441,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         if part == "train" and (len(sources) > 1 or sources[0][1] != 1):
             for source, (count, weight) in zip(self._weighted[origin], sources, strict=True):
                 rank_zero_info(f"{source.name}: {count:,} rows x {float(weight)}")
-        tables = [datasets.Dataset.from_file(str(path / "tokens.arrow")) for path in stores]
-        table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
         tree = self.finish(list(_distinct(_hashable(fact) for note in notes for fact in note["facts"])), part)
-        return TokenRows(table, tree, _map_sizes(self._sizes(stores)), sources)
+        blocks = [note["blocks"] for note in notes]
+        return TokenRows(stores, tree, _map_sizes(self._sizes(stores)), sources, blocks)
 
     def _stores(self, part: str) -> list[Path]:
         """Where the tokenised rows of each of the part's sources lie, made if need be."""
@@ -548,13 +563,14 @@ def _write(
     import pyarrow as pa
 
     bad = BadRows(on_bad_row)
-    count = cut = 0
+    cut = 0
+    blocks: list[int] = []
     facts: dict[Any, None] = {}
     schema = _schema(work.keywords["columns"])  # type: ignore[attr-defined]
     parts = _mapped(work, _batched(records, _ROWS), num_proc)
     with (
         pa.OSFile(str(folder / "tokens.arrow"), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as writer,
+        pa.ipc.new_file(sink, schema) as writer,
         open(folder / "sizes", "wb") as sizes,
     ):
         for block in _batched(parts, _BLOCK):
@@ -563,13 +579,14 @@ def _write(
                     bad.add(where, kind, reason)
                 cut += part.cut
                 facts.update(dict.fromkeys(part.facts))
-            # few large batches: what Arrow keeps of each of them stays in memory
             table = pa.Table.from_batches([part.good for part in block], schema).combine_chunks()
-            writer.write_table(table)
-            count += len(table)
+            if not len(table):
+                continue
+            writer.write_table(table)  # as one batch
+            blocks.append(len(table))
             numbers = [table[name].to_numpy().astype(np.float64) for name in SIZE_COLUMNS]
             sizes.write(np.stack(numbers, axis=1).tobytes())
-    return {"rows": count, "cut": cut, "refused": bad.summary(), "facts": list(facts)}
+    return {"rows": sum(blocks), "blocks": blocks, "cut": cut, "refused": bad.summary(), "facts": list(facts)}
 
 
 def _schema(columns: Mapping[str, Any]) -> Any:
