@@ -127,10 +127,11 @@ class Planner:
 
     @cached_property
     def _drawn(self) -> list[tuple[int, int, int]]:
-        """Of each source the first tree, the number of them, and how many an epoch takes."""
+        """Of each source that has trees the first, the number of them, and how many an epoch takes."""
         drawn, first = [], 0
         for count, weight in self.sources or [(len(self._table), 1.0)]:
-            drawn.append((first, count, math.ceil(Fraction(str(weight)) * count)))  # 1.1 x 10 is 11, not 12
+            if count:
+                drawn.append((first, count, math.ceil(Fraction(str(weight)) * count)))  # 1.1 x 10 is 11, not 12
             first += count
         return drawn
 

@@ -181,3 +181,9 @@ def test_a_half_is_exact_and_the_next_epoch_brings_the_other():
 
 def test_decimal_weights_are_exact():
     assert Planner([Size(3, 2, 1)] * 10, 8, sources=[(10, 1.1)]).num_trees == 11  # 1.1 * 10 > 11 in floats
+
+
+def test_a_source_may_be_empty():
+    planner = Planner([Size(3, 2, 2)] * 4, 4, sources=[(0, 2.0), (4, 0.5), (0, 1)])
+    assert planner.num_steps == 1 and planner.num_trees == 2
+    assert Planner([], 4, sources=[(0, 1.0)]).steps(0) == [] == Planner([], 4, window=8).steps(0)
