@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.planner import PlannedLoader, Planner
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
+    from lightning_rlhf.data.sources import WeightedSource
 
 _HOMES = {
     "InstructionDataModule": "instruction",
@@ -18,6 +19,7 @@ _HOMES = {
     **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
     **dict.fromkeys(("PlannedLoader", "Planner"), "planner"),
     **dict.fromkeys(("PromptBatch", "PromptDataModule"), "prompts"),
+    "WeightedSource": "sources",
 }
 __all__ = [
     "Branch",
@@ -29,6 +31,7 @@ __all__ = [
     "PromptBatch",
     "PromptDataModule",
     "Tree",
+    "WeightedSource",
     "pack",
     "pad",
     "split",

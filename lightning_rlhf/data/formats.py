@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
+from lightning_rlhf.data.sources import read_json
+
 #: What the names of roles in public data sets mean.
 ROLES = {
     **dict.fromkeys(["system", "developer"], "system"),
@@ -97,8 +99,9 @@ class Format:
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:
     """Make a row a conversation.
 
-    Columns that are None count as absent, since CSV, Parquet and Arrow fill up with them. Of the conversation formats
-    a column ``system``, where it holds text, is the system turn of a conversation that brings none.
+    Columns that are None count as absent, since CSV, Parquet and Arrow fill up with them. A list may be written as
+    JSON, as a CSV cell has it. Of the conversation formats a column ``system``, where it holds text, is the system turn
+    of a conversation that brings none.
 
     Args:
         row: The columns of the row.
@@ -219,15 +222,27 @@ def read_text(value: object, what: str) -> str:
     return value
 
 
+def read_list(row: Mapping[str, Any], column: str, wanted: str) -> Sequence[Any]:
+    """The list of a column, which may be written as JSON.
+
+    Raises:
+        FormatError: It holds something else.
+    """
+    value = row[column]
+    if isinstance(value, str) and isinstance(written := read_json(value), list) and written:
+        value = written
+    if not isinstance(value, (list, tuple)):
+        wrong_type(f"the column {column!r}", value, wanted)
+    return value
+
+
 def read_turns(row: Mapping[str, Any], column: str, role_key: str, content_key: str) -> tuple[Message, ...]:
     """The turns of a column.
 
     Raises:
         FormatError: It holds something else.
     """
-    turns = row[column]
-    if not isinstance(turns, (list, tuple)):
-        wrong_type(f"the column {column!r}", turns, f"a list of {{{role_key}: ..., {content_key}: ...}}")
+    turns = read_list(row, column, f"a list of {{{role_key}: ..., {content_key}: ...}}")
     return tuple(
         read_turn(turn, f"turn {number} of {column!r}", role_key, content_key) for number, turn in enumerate(turns, 1)
     )
@@ -269,9 +284,8 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
 
 def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
     """Earlier exchanges, then the instruction, with its input after a blank line, and the output."""
-    history = row["history"] if has_columns(row, "history") else []
-    if not isinstance(history, (list, tuple)):
-        wrong_type("the column 'history'", history, "a list of [instruction, output] pairs")
+    wanted = "a list of [instruction, output] pairs"
+    history = read_list(row, "history", wanted) if has_columns(row, "history") else []
     texts: list[str] = []
     for number, pair in enumerate(history, 1):
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
@@ -306,6 +320,7 @@ def _from_text(row: Mapping[str, Any]) -> Conversation:
 
 def _says_from(row: Mapping[str, Any]) -> bool:
     turns = row.get("messages")
+    turns = read_json(turns) if isinstance(turns, str) else turns
     return isinstance(turns, (list, tuple)) and any(
         isinstance(turn, Mapping) and has_columns(turn, "from") for turn in turns
     )

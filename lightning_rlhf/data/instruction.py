@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import Conversation, to_conversation
 from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.oasst import instruction_rows
 from lightning_rlhf.data.packed import Branch, Tree
 from lightning_rlhf.data.sources import Source
 from lightning_rlhf.data.tokens import LossOn, TokenizeError, encode, truncate
@@ -27,7 +28,8 @@ class InstructionDataModule(TreeDataModule[Conversation]):
 
     Args:
         train: Files or globs (JSON, JSONL, CSV, Parquet, text; gzip too), a hub data set id, a ``datasets.Dataset``, a
-            list of dicts, or ``bundled``: 266 rows in Chinese and English that come with the package.
+            list of dicts, or ``bundled``: 266 rows in Chinese and English that come with the package. Several with
+            weights: a list of ``{source: ..., weight: ...}``.
         val: Validation data; None takes ``val_fraction`` of the training rows.
         test: Test data for ``trainer.test``; None uses the validation rows.
         predict: Rows for ``trainer.predict``; None uses the validation rows.
@@ -47,11 +49,15 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
             ``LIGHTNING_RLHF_CACHE``.
         tokenizer: Default: the module's, with its chat template.
+        streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
+            files' names, sizes and times rather than their content, and an epoch is planned in windows.
+        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
     """
 
     columns: ClassVar[Mapping[str, Any]] = {"input_ids": [int], "scored": [bool]}
     bundled = "instructions.*.jsonl"
     tree = staticmethod(instruction_tree)
+    tree_rows = staticmethod(instruction_rows)
 
     def __init__(
         self,
@@ -74,6 +80,8 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         num_workers: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        streaming: bool = False,
+        window_rows: int = 65_536,
     ) -> None:
         super().__init__(
             train,
@@ -91,12 +99,19 @@ class InstructionDataModule(TreeDataModule[Conversation]):
             num_workers,
             cache_dir,
             tokenizer,
+            streaming,
+            window_rows,
+            format,
         )
-        self.format, self.system, self.loss_on, self.truncate = format, system, loss_on, truncate
+        self.system, self.loss_on, self.truncate = system, loss_on, truncate
 
-    def parse(self, row: Mapping[str, Any], part: str) -> Conversation:
+    def parse(self, row: Mapping[str, Any], part: str, format: str) -> Conversation:
         """A conversation or plain text."""
-        return to_conversation(row, self.format, self.system)
+        return to_conversation(row, format, self.system)
+
+    def reading(self) -> dict[str, Any]:
+        """The system prompt."""
+        return {"system": self.system}
 
     def first_user_turn(self, item: Conversation) -> str:
         """What the split goes by."""

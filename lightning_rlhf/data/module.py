@@ -6,24 +6,43 @@ import hashlib
 import importlib.resources
 import json
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import FormatError
+from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees
 from lightning_rlhf.data.planner import PlannedLoader, Planner, Size
-from lightning_rlhf.data.sources import BadRows, Row, Source, read_rows
+from lightning_rlhf.data.sources import (
+    BadRows,
+    Row,
+    Source,
+    read_rows,
+    source_state,
+    weighted_sources,
+)
 
-#: Changes whenever the same rows would be tokenised or stored otherwise.
-_CACHE_VERSION = 3
+#: Changes whenever the same rows would be read, tokenised or stored otherwise.
+_CACHE_VERSION = 4
+#: Rows that a process tokenises at a time, and how often as many are written at once.
+_ROWS, _BLOCK = 256, 64
+#: Faults that an empty cell may be behind.
+_LACKS = ("unknown format", "missing column", "no transcript")
 BUNDLED = "bundled"
 
 Item = TypeVar("Item")
@@ -34,29 +53,59 @@ class TokenRows:
     """Tokenised rows, memory-mapped: index to tree.
 
     Args:
-        dataset: A ``datasets.Dataset`` of what ``encode`` returned.
+        stores: The folders of each source's rows.
         tree: Makes a tree of a row, or what else batches are made of.
+        sizes: (rows, 4) the numbers of :class:`~lightning_rlhf.data.planner.Size`.
+        sources: Number of rows and weight of each source, in order.
+        blocks: For each source, the number of rows of every batch in its Arrow file.
     """
 
-    def __init__(self, dataset: Any, tree: Callable[[Mapping[str, Any]], Any]) -> None:
-        self.dataset, self.tree = dataset, tree
+    def __init__(
+        self,
+        stores: Sequence[Path],
+        tree: Callable[[Mapping[str, Any]], Any],
+        sizes: NDArray[np.float64],
+        sources: list[tuple[int, float]],
+        blocks: Sequence[Sequence[int]],
+    ) -> None:
+        self.tree, self.sizes, self.sources = tree, sizes, sources
+        self._files = [str(path / "tokens.arrow") for path in stores]
+        self._blocks = [(file, block) for file, counts in enumerate(blocks) for block in range(len(counts))]
+        self._ends = list(accumulate(chain.from_iterable(blocks)))
+        self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._ends[-1] if self._ends else 0
 
     def __call__(self, index: int) -> Any:
         """The row's tree."""
-        return self.tree(self.dataset[index])
+        return self.tree(self.row(index))
 
     def sizes_of(self, index: int) -> Size:
         """What the planner needs of a row."""
-        row = self.dataset[index]
-        return Size(*(row[name] for name in SIZE_COLUMNS))
+        tokens, scored, sequences, pairs = self.sizes[index].tolist()
+        return Size(int(tokens), scored, int(sequences), pairs)
 
-    def sizes(self) -> list[Size]:
-        """What the planner needs."""
-        columns = self.dataset.with_format(None)
-        return [Size(*sizes) for sizes in zip(*(columns[name] for name in SIZE_COLUMNS), strict=True)]
+    def column(self, name: str) -> list[Any]:
+        """One column of all rows."""
+        return [value for n in range(len(self._blocks)) for value in self._block(n).column(name).to_pylist()]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The row's columns."""
+        number = bisect_right(self._ends, index)
+        batch = self._block(number)
+        return batch.slice(index - self._ends[number] + batch.num_rows, 1).to_pylist()[0]
+
+    def _block(self, number: int) -> Any:
+        import pyarrow as pa
+
+        file, block = self._blocks[number]
+        if file not in self._readers:
+            self._readers[file] = pa.ipc.open_file(pa.memory_map(self._files[file]))
+        return self._readers[file].get_batch(block)  # nothing is copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sizes": None, "_readers": {}}  # worker processes open files anew, and need no sizes
 
 
 #: Columns of a tokenised row that say how large it is, in the order of :class:`~lightning_rlhf.data.planner.Size`.
@@ -71,7 +120,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     (:meth:`encoder`) and how they make a tree (``tree``).
 
     Args:
-        train: Training rows: files, globs, a hub id, a ``datasets.Dataset``, a list of dicts, or ``bundled``.
+        train: Training rows: files, globs, a hub id, a ``datasets.Dataset``, a list of dicts, or ``bundled``; or a list
+            of several of these with weights, ``{source: ..., weight: ..., format: ...}``.
         val: Validation rows; None takes ``val_fraction`` of the training rows.
         test: Test rows; None uses the validation rows.
         predict: Rows to predict; None uses the validation rows.
@@ -86,6 +136,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         num_workers: Processes that pack batches.
         cache_dir: Where tokenised rows are kept.
         tokenizer: Default: the module's.
+        streaming: Hold no rows and no plan of a whole epoch in memory.
+        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
+        format: Row format, or ``auto``.
 
     Attributes:
         bad_rows: By part, the rows that reading and tokenising it left out.
@@ -96,7 +149,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     #: Types of the columns that ``tree`` reads: a type, or a list of one.
     columns: ClassVar[Mapping[str, Any]]
     #: Makes a tree of a tokenised row; a function of a module, since worker processes get it.
-    tree: Callable[[Mapping[str, Any]], Any]
+    tree: Callable[..., Any]
+    #: The rows that a tree of messages gives.
+    tree_rows: TreeRows
+    #: What to note of a tokenised row, once for all rows that have it: a function of a module.
+    facts: Callable[[Mapping[str, Any]], Iterable[Any]] = staticmethod(lambda row: ())
 
     def __init__(
         self,
@@ -115,14 +172,29 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         num_workers: int,
         cache_dir: str | os.PathLike[str] | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        streaming: bool,
+        window_rows: int,
+        format: str,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("window_rows", window_rows),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self._weighted = {part: weighted_sources(s) for part, s in self.sources.items() if s is not None}
+        for part, sources in self._weighted.items():
+            for source in sources:
+                if part != "train" and source.weight != 1:
+                    raise ValueError(
+                        f"{part} gives {source.name} the weight {source.weight:g}. Only training data has weights: "
+                        "an evaluation goes through every row once."
+                    )
         self.max_length, self.on_bad_row = max_length, on_bad_row
         self.batch_size, self.max_tokens, self.eval_batch_size = batch_size, max_tokens, eval_batch_size
         self.val_fraction, self.seed = val_fraction, seed
@@ -131,18 +203,24 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self.cache_dir = Path(cache_dir or default) / "tokens"
         self.bad_rows: dict[str, list[BadRows]] = {}
         self._tokenizer = tokenizer
-        self._items: dict[str, list[tuple[str, Item]]] = {}
+        self.streaming, self.window_rows, self.format = streaming, window_rows, format
+        self._items: dict[str, list[list[tuple[str, Item]]]] = {}
         self._rows: dict[str, TokenRows] = {}
+        self._reported: set[tuple[str, int]] = set()
 
     # ------------------------------------------------------------------------------------------------- subclasses
 
     @abstractmethod
-    def parse(self, row: Mapping[str, Any], part: str) -> Item:
-        """What a row of ``part`` (train, val, test, predict) means.
+    def parse(self, row: Mapping[str, Any], part: str, format: str) -> Item:
+        """What a row of ``part`` (train, val, test, predict) means, in ``format``.
 
         Raises:
             FormatError: It is unfit.
         """
+
+    @abstractmethod
+    def reading(self) -> dict[str, Any]:
+        """The arguments that :meth:`parse` and :meth:`dump` go by, but for the format, as JSON."""
 
     @abstractmethod
     def first_user_turn(self, item: Item) -> str:
@@ -164,18 +242,18 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def messages(self, item: Item) -> list[dict[str, str]] | str | None:
         """The prompt of a row for showing samples: messages or a plain text; None where it has none."""
 
-    def finish(self, table: Any, part: str) -> Any:
-        """Adds what depends on the whole part to its table of good rows."""
-        return table
+    def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], Any]:
+        """Takes what was noted of the part's rows, in the order of its first appearance; returns what makes trees."""
+        return self.tree
 
     def where(self, part: str, row: int) -> str:
         """File and line of a row by its number in the part's batches (``PackedBatch.rows``)."""
-        return str(self._rows[part].dataset[row]["where"])
+        return str(self._rows[part].row(row)["where"])
 
     def languages(self, part: str) -> dict[str, str]:
         """The languages of rows by their places, where a column ``lang`` or ``language`` says; reads the source."""
-        sources = (self.sources[name] for name in dict.fromkeys((part, "val", "train")))
-        rows = self._open(next(source for source in sources if source is not None), BadRows("skip"))
+        sources = self._weighted[self._side(part)[0]]
+        rows = (row for source in sources for row in self._open(source.source, BadRows("skip")))
         named = ((row.where, row.value.get("lang") or row.value.get("language")) for row in rows)
         return {where: language for where, language in named if isinstance(language, str)}
 
@@ -184,7 +262,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def prepare_data(self) -> None:
         """Tokenises into the cache, on one process a node."""
         for part in self._parts(None if self.trainer is None else self.trainer.state.fn):
-            self._store(part)
+            self._stores(part)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there."""
@@ -216,9 +294,14 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def _shown(self, n: int) -> list[tuple[list[dict[str, str]] | str, Any]]:
         """Those prompts, with what they were made of."""
-        items = (item for _, item in self._read("val") or self._read("train"))
-        found = ((prompt, item) for item in items if (prompt := self.messages(item)) is not None)
-        return list(islice(found, n))
+        for part in ("val", "train"):
+            sources = range(len(self._weighted[self._side(part)[0]]))
+            items = (item for i in sources for _, item in self._rows_of(part, i))
+            first = next(items, None)
+            if first is not None:
+                found = ((p, item) for item in chain((first,), items) if (p := self.messages(item)) is not None)
+                return list(islice(found, n))
+        return []
 
     # ------------------------------------------------------------------------------------------------- loaders
 
@@ -235,8 +318,21 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def _loader(self, part: str, batch_size: int, micro_batches: int, shuffle: bool) -> PlannedLoader:
         ranks, rank = self._ranks()
         rows = self._rows[part]
-        planner = Planner(rows.sizes(), batch_size, micro_batches, ranks, self.max_tokens, shuffle, self.seed)
+        planner = Planner(
+            rows.sizes,
+            batch_size,
+            micro_batches,
+            ranks,
+            self.max_tokens,
+            shuffle,
+            self.seed,
+            sources=rows.sources,
+            window=self._window(),
+        )
         return PlannedLoader(rows, planner, rank, self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def _window(self) -> int | None:
+        return self.window_rows if self.streaming else None
 
     # ------------------------------------------------------------------------------------------------- rows
 
@@ -245,40 +341,76 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             stage or "", ["train", "val", *(p for p in ("test", "predict") if self.sources[p] is not None)]
         )
 
-    def _read(self, part: str) -> list[tuple[str, Item]]:
-        """(where, row) of a part's rows; bad ones raised or counted."""
-        if part not in self._items:
-            if part == "train" or self.sources[part] is not None:
-                rows = self._convert(self.sources[part], part)
-                held_out = part == "train" and self.sources["val"] is None
-                self._items[part] = [r for r in rows if not (held_out and self._held_out(r[1]))]
-                if held_out:
-                    self._items["val"] = [r for r in rows if self._held_out(r[1])]
-            elif part == "val":
-                self._read("train")
-            else:
-                self._items[part] = self._read("val")
-        return self._items[part]
+    def _side(self, part: str) -> tuple[str, bool | None]:
+        """The sources that a part's rows come from, and whether they are those held out; None for all."""
+        if part in ("test", "predict") and self.sources[part] is None:
+            part = "val"
+        if self.sources["val"] is None and part in ("train", "val"):
+            return "train", part == "val"
+        return part, None
 
-    def _convert(self, source: Source, part: str) -> list[tuple[str, Item]]:
-        bad = BadRows(self.on_bad_row)
-        rows: list[tuple[str, Item]] = []
-        for row in self._open(source, bad):
+    def _rows_of(self, part: str, i: int) -> Iterator[tuple[str, Item]]:
+        """(where, row) of a part's rows in one of its sources; where rows are streamed, bad ones are passed over."""
+        origin, held_out = self._side(part)
+        rows = self._convert(origin, i, BadRows("skip")) if self.streaming else self._read(origin)[i]
+        return self._of_side(rows, held_out)
+
+    def _of_side(self, rows: Iterable[tuple[str, Item]], held_out: bool | None) -> Iterator[tuple[str, Item]]:
+        return (row for row in rows if held_out is None or self._held_out(row[1]) == held_out)
+
+    def _read(self, origin: str) -> list[list[tuple[str, Item]]]:
+        """(where, row) of each source's rows, held in memory; bad ones raised or counted."""
+        if origin not in self._items:
+            found = []
+            for i in range(len(self._weighted[origin])):
+                bad = BadRows(self.on_bad_row)
+                found.append(list(self._convert(origin, i, bad)))
+                self._report(origin, i, bad, len(found[-1]))
+            self._items[origin] = found
+        return self._items[origin]
+
+    def _report(self, origin: str, i: int, bad: BadRows, good: int) -> None:
+        """Tells of rows that could not be read, once."""
+        if (origin, i) not in self._reported:
+            self._reported.add((origin, i))
+            self.bad_rows.setdefault(origin, []).append(bad)
+            bad.report(good + bad.total, self._called(origin, i))
+        if not good:
+            name = self._weighted[origin][i].name
+            why = f": {bad.reasons}" if bad.total else "."
+            raise ValueError(f"No usable row in the {origin} data ({name}); {bad.total} were skipped{why}")
+
+    def _called(self, part: str, i: int) -> str:
+        """A source of a part, for messages."""
+        sources = self._weighted[self._side(part)[0]]
+        return part if len(sources) == 1 else f"{part} ({sources[i].name})"
+
+    def _convert(self, origin: str, i: int, bad: BadRows) -> Iterator[tuple[str, Item]]:
+        source = self._weighted[origin][i]
+        format = source.format or self.format
+        for row in expand_trees(self._open(source.source, bad), type(self).tree_rows, bad, format):
             try:
-                rows.append((row.where, self.parse(row.value, part)))
+                item = self._parse(row, origin, "auto" if format == OASST else format)
             except FormatError as error:
                 bad.add(row.where, error.kind, str(error))
-        bad.report(len(rows) + bad.total, part)
-        self.bad_rows.setdefault(part, []).append(bad)
-        if not rows:
-            why = f": {bad.reasons}" if bad.total else "."
-            raise ValueError(f"No usable row in the {part} data ({_name(source)}); {bad.total} were skipped{why}")
-        return rows
+            else:
+                yield row.where, item
+
+    def _parse(self, row: Row, origin: str, format: str) -> Item:
+        try:
+            return self.parse(row.filled, origin, format)
+        except FormatError as error:
+            if len(row.filled) == len(row.value) or error.kind not in _LACKS:
+                raise
+        return self.parse(row.value, origin, format)  # whose error names the empty cell
 
     def _open(self, source: Source, bad: BadRows) -> Iterable[Row]:
+        return read_rows(self._files(source), bad)
+
+    def _files(self, source: Source) -> Source:
         if isinstance(source, str) and source == BUNDLED:
-            source = str(importlib.resources.files("lightning_rlhf.data") / "bundled" / self.bundled)
-        return read_rows(source, bad)
+            return str(importlib.resources.files("lightning_rlhf.data") / "bundled" / self.bundled)
+        return source
 
     def _held_out(self, item: Item) -> bool:
         """By a hash of the first user turn and the seed: stable when rows are added, moved or repeated."""
@@ -309,68 +441,100 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return int(context or self.tokenizer.model_max_length)
 
     def _tokenised(self, part: str) -> TokenRows:
-        import datasets
+        stores = self._stores(part)
+        notes = [json.loads((path / "notes.json").read_text(encoding="utf-8")) for path in stores]
+        origin, _ = self._side(part)
+        for i, note in enumerate(notes):
+            read, refused = BadRows(self.on_bad_row), BadRows(self.on_bad_row)
+            if note["read"] is not None:
+                read.merge(note["read"])
+                self._report(origin, i, read, note["parsed"])
+            refused.merge(note["refused"])
+            total = note["rows"] + refused.total
+            self.bad_rows.setdefault(part, []).append(refused)
+            refused.report(total, self._called(part, i))
+            if note["cut"]:
+                rank_zero_warn(
+                    f"{self._called(part, i)}: {note['cut']} of {total} rows were cut at max_length; the loss never "
+                    "reads their stop token."
+                )
+            if total and not note["rows"]:
+                raise ValueError(
+                    f"No usable row in the {self._called(part, i)} data: all {total} were skipped: {refused.reasons}"
+                )
+        sources = [
+            (note["rows"], source.weight if part == "train" else 1.0)
+            for note, source in zip(notes, self._weighted[origin], strict=True)
+        ]
+        if part == "train" and (len(sources) > 1 or sources[0][1] != 1):
+            for source, (count, weight) in zip(self._weighted[origin], sources, strict=True):
+                rank_zero_info(f"{source.name}: {count:,} rows x {float(weight)}")
+        tree = self.finish(list(_distinct(_hashable(fact) for note in notes for fact in note["facts"])), part)
+        blocks = [note["blocks"] for note in notes]
+        return TokenRows(stores, tree, _map_sizes(self._sizes(stores)), sources, blocks)
 
-        path = self._store(part)
-        if path is None:
-            return TokenRows(datasets.Dataset.from_dict({name: [] for name in SIZE_COLUMNS}), self.tree)
-        return TokenRows(self.finish(self._without_bad(datasets.load_from_disk(str(path)), part), part), self.tree)
-
-    def _store(self, part: str) -> Path | None:
-        """Where the part's tokenised rows lie, made if need be; None where it has no rows."""
-        import datasets
-
-        rows = self._read(part)
-        if not rows:
-            return None
+    def _stores(self, part: str) -> list[Path]:
+        """Where the tokenised rows of each of the part's sources lie, made if need be."""
         encode, arguments = self.encoder(self._limit())
-        records = [{"where": where, "row": json.dumps(self.dump(item), ensure_ascii=False)} for where, item in rows]
-        path = self.cache_dir / self._key(records, arguments)
+        origin, held_out = self._side(part)
+        paths = []
+        for i, source in enumerate(self._weighted[origin]):
+            state = source_state(self._files(source.source)) if self.streaming else None
+            if state is not None:
+                what = [
+                    state,
+                    origin == "predict",
+                    held_out,
+                    self.seed,
+                    self.val_fraction,
+                    source.format or self.format,
+                ]
+                key = self._key(arguments, [json.dumps([*what, self.reading()])])
+            else:
+                texts = chain.from_iterable(self._records(self._rows_of(part, i)))
+                key = self._key({**arguments, "streaming": self.streaming}, texts)
+            path = self.cache_dir / key
+            if not path.exists():
+                self.cache_dir.mkdir(parents=True, exist_ok=True)
+                bad = BadRows(self.on_bad_row)
+                all_rows = _Counted(self._convert(origin, i, bad) if self.streaming else self._read(origin)[i])
+                rows = self._of_side(all_rows, held_out)
+                work = partial(
+                    _encode_rows, encode=partial(encode, tokenizer=self.tokenizer, **arguments),
+                    columns={**self.columns, **SIZE_TYPES}, facts=type(self).facts,
+                )  # fmt: skip
+                temporary = Path(tempfile.mkdtemp(dir=self.cache_dir))
+                try:
+                    notes = _write(temporary, self._records(rows), work, self.num_proc, self.on_bad_row)
+                    notes |= {"read": bad.summary() if self.streaming else None, "parsed": all_rows.count}
+                    (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+                    _move(temporary, path)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                rank_zero_info(f"{self._called(part, i)}: tokenised rows are kept in {path}")
+            paths.append(path)
+        return paths
+
+    def _records(self, rows: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, str]]:
+        """(where, text) as they are tokenised; a file's name may hold bytes that are no text."""
+        for where, item in rows:
+            yield where.encode(errors="backslashreplace").decode(), json.dumps(self.dump(item), ensure_ascii=False)
+
+    def _sizes(self, stores: list[Path]) -> Path:
+        """The file of all sizes; of several sources, they are joined in one."""
+        files = [path / "sizes" for path in stores]
+        if len(files) == 1:
+            return files[0]
+        path = self.cache_dir / (hashlib.sha256("\0".join(map(str, stores)).encode()).hexdigest()[:40] + ".sizes")
         if not path.exists():
-            columns = {"where": str, **self.columns, **SIZE_TYPES, "kind": str, "reason": str, "cut": bool}
-            table = datasets.Dataset.from_list(records).map(
-                _encode_row,
-                fn_kwargs=dict(encode=encode, tokenizer=self.tokenizer, arguments=arguments),
-                remove_columns=["row"],
-                # not inferred: that reads the first thousand rows, which may all have empty lists
-                features=datasets.Features({name: _feature(kind) for name, kind in columns.items()}),
-                num_proc=self.num_proc,
-                desc=f"Tokenising {part} rows",
-                load_from_cache_file=False,
-                new_fingerprint=path.name[:32],
-            )
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.mkdtemp(dir=self.cache_dir)
-            table.save_to_disk(temporary)
-            try:
-                os.replace(temporary, path)
-            except OSError:  # another process was first; its rows are the same
-                if not path.exists():
-                    raise
-            rank_zero_info(f"{part}: tokenised rows are kept in {path}")
+            with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as joined:
+                for file in files:
+                    with open(file, "rb") as part:
+                        shutil.copyfileobj(part, joined)
+            os.replace(joined.name, path)
         return path
 
-    def _without_bad(self, table: Any, part: str) -> Any:
-        """Raises or counts the rows that could not be tokenised; the cache keeps them."""
-        bad = BadRows(self.on_bad_row)
-        good: list[int] = []
-        for i, (where, kind, reason) in enumerate(zip(table["where"], table["kind"], table["reason"], strict=True)):
-            if kind:
-                bad.add(where, kind, reason)
-            else:
-                good.append(i)
-        bad.report(len(table), part)
-        self.bad_rows.setdefault(part, []).append(bad)
-        cut = sum(table["cut"])
-        if cut:
-            rank_zero_warn(
-                f"{part}: {cut} of {len(table)} rows were cut at max_length; the loss never reads their stop token."
-            )
-        if not good:
-            raise ValueError(f"No usable row in the {part} data: all {len(table)} were skipped: {bad.reasons}")
-        return table if len(good) == len(table) else table.select(good)
-
-    def _key(self, records: list[dict[str, str]], arguments: dict[str, Any]) -> str:
+    def _key(self, arguments: dict[str, Any], texts: Iterable[str]) -> str:
         """Hash of all that decides the tokens."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -378,31 +542,154 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         specials = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
         options = json.dumps([_CACHE_VERSION, type(self).__name__, arguments])
         digest = hashlib.sha256()
-        for text in (options, words, specials, str(tokenizer.chat_template)):
+        for text in chain((options, words, specials, str(tokenizer.chat_template)), texts):
             digest.update(text.encode() + b"\0")
-        for record in records:
-            digest.update(record["where"].encode() + b"\0" + record["row"].encode() + b"\0")
         return digest.hexdigest()[:40]
 
 
-def _feature(kind: Any) -> Any:
-    """A column's type as ``datasets`` calls it."""
-    import datasets
-
-    if isinstance(kind, list):
-        return [_feature(kind[0])]
-    return datasets.Value({str: "string", int: "int64", float: "float64", bool: "bool"}[kind])
+# ---------------------------------------------------------------------------------------------------------- the store
 
 
-def _name(source: Source) -> str:
-    return str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+class _Encoded(NamedTuple):
+    """What became of some rows: those with tokens as an Arrow batch, how many were cut, and those without."""
+
+    good: Any
+    cut: int
+    refused: list[tuple[str, str, str]]
+    facts: list[Any]
 
 
-def _encode_row(
-    record: dict[str, str],
+def _encode_rows(
+    records: Sequence[tuple[str, str]],
     encode: Callable[..., dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: dict[str, Any],
-) -> dict[str, Any]:
+    columns: Mapping[str, Any],
+    facts: Callable[[Mapping[str, Any]], Iterable[Any]],
+) -> _Encoded:
     """Runs in worker processes."""
-    return encode(json.loads(record["row"]), tokenizer, **arguments)
+    import pyarrow as pa
+
+    good: list[dict[str, Any]] = []
+    refused = []
+    for where, text in records:
+        row = encode(json.loads(text))
+        if row["kind"]:
+            refused.append((where, row["kind"], row["reason"]))
+        else:
+            good.append({**row, "where": where})
+    noted = list(_distinct(_hashable(fact) for row in good for fact in facts(row)))
+    return _Encoded(pa.RecordBatch.from_pylist(good, _schema(columns)), sum(r["cut"] for r in good), refused, noted)
+
+
+def _write(
+    folder: Path,
+    records: Iterator[tuple[str, str]],
+    work: Callable[[Sequence[tuple[str, str]]], _Encoded],
+    num_proc: int | None,
+    on_bad_row: OnBadRow,
+) -> dict[str, Any]:
+    """Tokenises rows into files, a block of them in memory at a time; returns what is to be noted."""
+    import pyarrow as pa
+
+    bad = BadRows(on_bad_row)
+    cut = 0
+    blocks: list[int] = []
+    facts: dict[Any, None] = {}
+    schema = _schema(work.keywords["columns"])  # type: ignore[attr-defined]
+    parts = _mapped(work, _batched(records, _ROWS), num_proc)
+    with (
+        pa.OSFile(str(folder / "tokens.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+        open(folder / "sizes", "wb") as sizes,
+    ):
+        for block in _batched(parts, _BLOCK):
+            for part in block:
+                for where, kind, reason in part.refused:
+                    bad.add(where, kind, reason)
+                cut += part.cut
+                facts.update(dict.fromkeys(part.facts))
+            table = pa.Table.from_batches([part.good for part in block], schema).combine_chunks()
+            if not len(table):
+                continue
+            writer.write_table(table)  # as one batch
+            blocks.append(len(table))
+            numbers = [table[name].to_numpy().astype(np.float64) for name in SIZE_COLUMNS]
+            sizes.write(np.stack(numbers, axis=1).tobytes())
+    return {"rows": sum(blocks), "blocks": blocks, "cut": cut, "refused": bad.summary(), "facts": list(facts)}
+
+
+def _schema(columns: Mapping[str, Any]) -> Any:
+    import pyarrow as pa
+
+    def arrow(kind: Any) -> Any:
+        if isinstance(kind, list):
+            return pa.list_(arrow(kind[0]))
+        return {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_()}[kind]
+
+    return pa.schema([("where", pa.string()), *((name, arrow(kind)) for name, kind in columns.items())])
+
+
+def _map_sizes(path: Path) -> NDArray[np.float64]:
+    if not path.stat().st_size:  # which can't be mapped
+        return np.empty((0, len(SIZE_COLUMNS)))
+    return np.memmap(path, dtype=np.float64, mode="r").reshape(-1, len(SIZE_COLUMNS))
+
+
+def _move(folder: Path, path: Path) -> None:
+    try:
+        os.replace(folder, path)
+    except OSError:  # another process was first; its rows are the same
+        if not path.exists():
+            raise
+
+
+class _Counted:
+    """Passes items on and counts them."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items, self.count = items, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            self.count += 1
+            yield item
+
+
+def _batched(items: Iterable[Any], n: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, n)):
+        yield batch
+
+
+def _mapped(work: Callable[[Any], Any], items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
+    """``map`` in several processes, in order, which takes no more of the items than it needs."""
+    if not num_proc or num_proc == 1:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(num_proc, initializer=_set_work, initargs=(work,)) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for item in items:
+            waiting.append(pool.submit(_do_work, item))
+            if len(waiting) > 2 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_work: Callable[[Any], Any]
+
+
+def _set_work(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work  # the tokenizer travels to each process once
+
+
+def _do_work(item: Any) -> Any:
+    return _work(item)
+
+
+def _distinct(items: Iterable[Any]) -> Iterable[Any]:
+    return dict.fromkeys(items)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlhf.data.packed import Branch, PackedBatch, StepTotals, Tree, pack
@@ -35,22 +40,33 @@ class Size(NamedTuple):
     pairs: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planner:
     """Deals trees into steps and bins.
 
+    Trees are put in a row, and those whose first branch is among the i-th ``batch_size`` branches are step i: it has
+    that many, give or take part of a tree. The number of steps is the same in every epoch, as Lightning asks.
+
     Args:
-        sizes: Of every tree.
-        batch_size: Sequences of an optimizer step, over all ranks and micro-batches.
+        sizes: Of every tree; a list, or an array (trees, 4) of the numbers of :class:`Size`, which may be
+            memory-mapped.
+        batch_size: Sequences of an optimizer step, over all ranks and micro-batches; never less than the largest
+            tree's.
         micro_batches: Micro-batches of a step on each rank (``accumulate_grad_batches``).
         ranks: Data-parallel size.
         max_tokens: Most tokens of a bin; None for no bound.
         shuffle: Deal in a new order each epoch.
         seed: Of the shuffle. The plan is a function of (seed, epoch).
         drop_last: Leave out an epoch's last step where it has fewer than ``batch_size`` sequences.
+        sources: Number of trees and weight of each source, in order; None for one source of weight 1. An epoch takes
+            ``weight * trees`` trees of a source, rounded up, and goes on where the epoch before stopped: no tree comes
+            again before all others of its source came as often.
+        window: Shuffle and plan about this many trees at a time, and hold no more; None for all. A window joins
+            stretches of neighbouring trees, which files are read well by, from 64 random places.
+        overhead: Tokens that every tree costs besides its own.
     """
 
-    sizes: Sequence[Size]
+    sizes: Sequence[Size] | NDArray[np.float64]
     batch_size: int
     micro_batches: int = 1
     ranks: int = 1
@@ -58,6 +74,9 @@ class Planner:
     shuffle: bool = True
     seed: int = 0
     drop_last: bool = False
+    sources: Sequence[tuple[int, float]] | None = None
+    window: int | None = None
+    overhead: int = 0
 
     def steps(self, epoch: int) -> list[list[Bin]]:
         """The epoch's steps, each ``micro_batches * ranks`` bins; rank r's k-th is number ``k * ranks + r``.
@@ -65,40 +84,138 @@ class Planner:
         Raises:
             ValueError: A bin over ``max_tokens``; the message names the ``accumulate_grad_batches`` that fits.
         """
-        order = list(range(len(self.sizes)))
-        if self.shuffle:
-            order = torch.randperm(len(order), generator=generator(self.seed, epoch)).tolist()
-        return [self._deal(rows) for rows in self._cut(order)]
+        return [step for steps in self.windows(epoch) for step in steps]
 
-    def _cut(self, order: list[int]) -> Iterator[list[int]]:
-        step: list[int] = []
-        count = 0
-        for i in order:
-            if step and count + self.sizes[i].sequences > self.batch_size:
-                yield step
-                step, count = [], 0
-            step.append(i)
-            count += self.sizes[i].sequences
-        if step and not (self.drop_last and count < self.batch_size):
-            yield step
+    def windows(self, epoch: int, start: int = 0) -> Iterator[list[list[Bin]]]:
+        """The same from step ``start`` on, planned a window at a time; one that two windows share is in the second's.
+
+        Raises:
+            ValueError: As :meth:`steps`, when the window is reached.
+        """
+        done = 0  # branches, or trees, of the windows before
+        held = rows = np.empty(0, dtype=np.int64)
+        held_numbers = held
+        for rows, last in self._orders(epoch):
+            units = self._table[rows, 2].astype(np.int64) if self._cut.by_branches else np.ones_like(rows)
+            before = done + np.cumsum(units) - units
+            done += int(units.sum())
+            numbers = before * self._cut.numerator // self._cut.denominator
+            if not self.drop_last:
+                numbers = np.minimum(numbers, self.num_steps - 1)
+            kept = (numbers >= start) & (numbers < self.num_steps)
+            rows, numbers = np.append(held, rows[kept]), np.append(held_numbers, numbers[kept])
+            ready = len(rows) if last or not len(rows) else int(np.searchsorted(numbers, numbers[-1]))
+            held, held_numbers = rows[ready:], numbers[ready:]
+            if ready:
+                ends = np.flatnonzero(np.diff(numbers[:ready])) + 1
+                yield [self._deal(step.tolist()) for step in np.split(rows[:ready], ends)]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, whichever."""
+        return self._cut.steps
+
+    @property
+    def num_trees(self) -> int:
+        """Trees of an epoch, those that come twice counted twice."""
+        return sum(take for _, _, take in self._drawn)
+
+    @cached_property
+    def _table(self) -> NDArray[np.float64]:
+        """(trees, 4) the sizes."""
+        return np.asarray(self.sizes, dtype=np.float64).reshape(-1, len(Size._fields))
+
+    @cached_property
+    def _drawn(self) -> list[tuple[int, int, int]]:
+        """Of each source that has trees the first, the number of them, and how many an epoch takes."""
+        drawn, first = [], 0
+        for count, weight in self.sources or [(len(self._table), 1.0)]:
+            if count:
+                drawn.append((first, count, math.ceil(Fraction(str(weight)) * count)))  # 1.1 x 10 is 11, not 12
+            first += count
+        return drawn
+
+    @cached_property
+    def _cut(self) -> _Cut:
+        """How an epoch is cut into steps: as many in every epoch, and none of them empty."""
+        branches = self._table[:, 2]
+        if not len(branches):
+            return _Cut(0, True, 1, 1)
+        most = int(branches.max())
+        alike = most == int(branches.min())
+        size = max(self.batch_size, most)
+        if alike:
+            size -= size % most
+        mean = sum(take * float(branches[first : first + count].mean()) for first, count, take in self._drawn)
+        if alike or all(take % count == 0 for _, count, take in self._drawn):
+            total = round(mean)
+            steps = (total - most) // size + 1  # the last tree begins there at the earliest
+            drops = self.drop_last and total < steps * size
+            return _Cut(steps - drops, True, 1, size)
+        # epochs have different trees, so different numbers of branches: every step has as many trees
+        steps = max(1, min(self.num_trees, math.ceil(mean / size)))
+        return _Cut(steps, False, steps, self.num_trees)
+
+    def _orders(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], bool]]:
+        """An epoch's trees in order, a window at a time, and whether it is the last."""
+        whole = self.window is None
+        stretch = 1 if self.window is None else max(1, self.window // 64)
+        starts, lengths = self._stretches(epoch, stretch)
+        if self.shuffle:
+            order = _permutation(len(starts), self.seed, epoch)
+            starts, lengths = starts[order], lengths[order]
+        each = max(1, len(starts) if whole else 64)
+        for i in range(0, len(starts), each):
+            n, ends = lengths[i : i + each], np.cumsum(lengths[i : i + each])
+            rows = np.arange(ends[-1]) + np.repeat(starts[i : i + each] - (ends - n), n)
+            if self.shuffle and not whole:
+                rows = rows[_permutation(len(rows), self.seed, epoch, i)]
+            yield rows, i + each >= len(starts)
+
+    def _stretches(self, epoch: int, stretch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First tree and length of the stretches that the epoch takes.
+
+        Each source is an endless row of passes over its trees, of which the epoch takes the next piece; the order of
+        stretches in a pass is a permutation of its own.
+        """
+        found: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        for source, (first, count, take) in enumerate(self._drawn):
+            starts = np.arange(0, count, stretch)
+            lengths = np.minimum(stretch, count - starts)
+            begin, end = epoch * take, (epoch + 1) * take
+            while begin < end:
+                number, low = divmod(begin, count)
+                high = min(count, low + end - begin)
+                begin += high - low
+                if high - low == count:
+                    found.append((first + starts, lengths))
+                    continue
+                order = _permutation(len(starts), self.seed, number, source)
+                ends = np.cumsum(lengths[order])
+                begins = ends - lengths[order]
+                lows, highs = np.maximum(begins, low), np.minimum(ends, high)
+                kept = lows < highs
+                found.append(((first + starts[order] + lows - begins)[kept], (highs - lows)[kept]))
+        nothing = np.empty(0, dtype=np.int64)
+        return np.concatenate([nothing, *(s for s, _ in found)]), np.concatenate([nothing, *(n for _, n in found)])
 
     def _deal(self, rows: list[int]) -> list[Bin]:
         bins = self.micro_batches * self.ranks
-        sizes = [self.sizes[i] for i in rows]
+        table = self._table[rows]
+        tokens = [int(n) + self.overhead for n in table[:, 0]]
         totals = StepTotals(
-            tokens=sum(s.scored for s in sizes),
-            sequences=sum(s.sequences for s in sizes),
+            tokens=float(table[:, 1].sum()),
+            sequences=int(table[:, 2].sum()),
             bins=bins,
-            pairs=sum(s.pairs for s in sizes),
+            pairs=sum(table[:, 3].tolist()),
         )
-        dealt = balance([self.sizes[i].tokens for i in rows], bins)
-        largest = max(sum(self.sizes[rows[i]].tokens for i in b) for b in dealt)
+        dealt = balance(tokens, bins)
+        largest = max(sum(tokens[i] for i in b) for b in dealt)
         if self.max_tokens is not None and largest > self.max_tokens:
-            raise ValueError(self._too_large(rows, largest))
+            raise ValueError(self._too_large(tokens, largest))
         return [Bin(tuple(rows[i] for i in b), totals) for b in dealt]
 
-    def _too_large(self, rows: list[int], largest: int) -> str:
-        tokens = [self.sizes[i].tokens for i in rows]
+    def _too_large(self, tokens: list[int], largest: int) -> str:
         message = f"A micro-batch of {largest} tokens is over max_tokens={self.max_tokens}"
         if max(tokens) > (self.max_tokens or 0):
             return f"{message}: one row alone has {max(tokens)}. Raise max_tokens, or lower max_length."
@@ -106,6 +223,34 @@ class Planner:
         while max(sum(tokens[i] for i in b) for b in balance(tokens, k * self.ranks)) > (self.max_tokens or 0):
             k += 1
         return f"{message}: set trainer.accumulate_grad_batches={k} (now {self.micro_batches}), or lower batch_size."
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes the plan the plan it is, for a checkpoint."""
+        count = len(self._table)
+        found: dict[str, Any] = {
+            "rows": count,
+            "tokens": int(self._table[:, 0].sum()) + count * self.overhead,
+            "batch_size": self.batch_size,
+            "micro_batches": self.micro_batches,
+            "ranks": self.ranks,
+            "seed": self.seed,
+        }
+        if self.sources and any(weight != 1 for _, weight in self.sources):
+            found["sources"] = [[count, float(weight)] for count, weight in self.sources]
+        return found if self.window is None else {**found, "window": self.window}
+
+
+class _Cut(NamedTuple):
+    """``steps`` of an epoch; a tree after x branches (or trees) is in step ``x * numerator // denominator``."""
+
+    steps: int
+    by_branches: bool
+    numerator: int
+    denominator: int
+
+
+def _permutation(n: int, *keys: int) -> NDArray[np.int64]:
+    return torch.randperm(n, generator=generator(*keys)).numpy()
 
 
 def generator(*keys: int) -> torch.Generator:
@@ -196,34 +341,45 @@ class PlannedLoader:
         if epoch != self.epoch:
             self.epoch, self.position, self._resume = epoch, 0, False
 
-    def _bins(self) -> list[Bin]:
-        if self._planned is None or self._planned[0] != self.epoch:
-            steps = self.planner.steps(self.epoch)
-            self._planned = self.epoch, [b for step in steps for b in step[self.rank :: self.planner.ranks]]
-        return self._planned[1]
+    def _mine(self, steps: list[list[Bin]]) -> list[Bin]:
+        return [b for step in steps for b in step[self.rank :: self.planner.ranks]]
+
+    def _bins(self, position: int = 0) -> Iterator[list[Bin]]:
+        """This rank's bins from ``position`` on, a window's at a time; the plan of a single window is kept."""
+        if self.planner.window is None:
+            if self._planned is None or self._planned[0] != self.epoch:
+                self._planned = self.epoch, self._mine(self.planner.steps(self.epoch))
+            yield self._planned[1][position:]
+            return
+        step, passed = divmod(position, self.planner.micro_batches)
+        for steps in self.planner.windows(self.epoch, step):
+            yield self._mine(steps)[passed:]
+            passed = 0
 
     def __len__(self) -> int:
-        """Micro-batches of the whole epoch, also after a resume."""
-        return len(self._bins())
+        """Micro-batches of an epoch, also after a resume."""
+        if self.planner.window is None:
+            next(self._bins())  # an error of the plan shows before training starts
+        return self.planner.num_steps * self.planner.micro_batches
 
     def __iter__(self) -> Iterator[Any]:
         self.position, self._resume = (self.position if self._resume else 0), False
-        bins = self._bins()
-        loader = DataLoader(
-            _Bins(self.rows, bins[self.position :], self.collate),
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            collate_fn=_whole,
-            generator=generator(self.planner.seed, self.epoch),
-        )
-        for batch in loader:
-            self.position += 1
-            yield batch
+        for bins in self._bins(self.position):
+            loader = DataLoader(
+                _Bins(self.rows, bins, self.collate),
+                batch_size=None,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                collate_fn=_whole,
+                generator=generator(self.planner.seed, self.epoch),
+            )
+            for batch in loader:
+                self.position += 1
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the plan, and what the plan was made from."""
-        return {"epoch": self.epoch, "position": self.position, "plan": self._fingerprint()}
+        return {"epoch": self.epoch, "position": self.position, "plan": self.planner.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved place.
@@ -231,22 +387,12 @@ class PlannedLoader:
         Raises:
             ValueError: The plan is another one: other data, batch size, accumulation, ranks or seed.
         """
-        if state.get("plan") != self._fingerprint():
+        plan = self.planner.fingerprint()
+        if state.get("plan") != plan:
             raise ValueError(
-                f"The checkpoint was made with another plan: {state.get('plan')}, now {self._fingerprint()}. Resume "
-                "with the same data, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run "
-                "from its weights."
+                f"The checkpoint was made with another plan: {state.get('plan')}, now {plan}. Resume with the same "
+                "data, weights, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from "
+                "the model it holds."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume = self.position < len(self)
-
-    def _fingerprint(self) -> dict[str, int]:
-        p = self.planner
-        return {
-            "rows": len(p.sizes),
-            "tokens": sum(s.tokens for s in p.sizes),
-            "batch_size": p.batch_size,
-            "micro_batches": p.micro_batches,
-            "ranks": p.ranks,
-            "seed": p.seed,
-        }

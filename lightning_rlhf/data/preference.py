@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import Conversation, Message, to_conversation
 from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.oasst import preference_rows
 from lightning_rlhf.data.packed import Branch, Pair, Tree
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
 from lightning_rlhf.data.sources import Source
@@ -19,13 +21,17 @@ from lightning_rlhf.data.tokens import LossOn, TokenizeError, encode, encode_pro
 PairWeight = Literal["pair", "prompt"]
 
 
-def preference_tree(row: Mapping[str, Any]) -> Tree:
-    """A tokenised row as its prompt with one branch an answer."""
+def preference_tree(row: Mapping[str, Any], origins: Mapping[tuple[str, ...], int]) -> Tree:
+    """A tokenised row as its prompt with one branch an answer, and the number of its origin."""
     branches = [Branch(ids, scored) for ids, scored in zip(row["answers"], row["scored"], strict=True)]
     columns = (row["better"], row["worse"], row["margin"], row["weight"])
-    return Tree(
-        row["prompt"], branches, pairs=[Pair(*pair) for pair in zip(*columns, strict=True)], origin=row["origin"]
-    )
+    pairs = [Pair(*pair) for pair in zip(*columns, strict=True)]
+    return Tree(row["prompt"], branches, pairs=pairs, origin=origins[tuple(row["names"])])
+
+
+def preference_names(row: Mapping[str, Any]) -> list[Any]:
+    """Where a tokenised row comes from: source and language."""
+    return [row["names"]]
 
 
 class PreferenceDataModule(TreeDataModule[Preference]):
@@ -33,7 +39,8 @@ class PreferenceDataModule(TreeDataModule[Preference]):
 
     Args:
         train: Files or globs (JSON, JSONL, CSV, Parquet; gzip too), a hub data set id, a ``datasets.Dataset``, a list
-            of dicts, or ``bundled``: pairs in Chinese and English that come with the package.
+            of dicts, or ``bundled``: pairs in Chinese and English that come with the package. Several with weights: a
+            list of ``{source: ..., weight: ...}``.
         val: Validation data; None takes ``val_fraction`` of the training rows.
         test: Test data for ``trainer.test``; None uses the validation rows.
         predict: Rows to score: preferences, or conversations of any instruction format; None uses the validation rows.
@@ -54,6 +61,9 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
             ``LIGHTNING_RLHF_CACHE``.
         tokenizer: Default: the module's, with its chat template.
+        streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
+            files' names, sizes and times rather than their content, and an epoch is planned in windows.
+        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
 
     Attributes:
         origins: For each part, the names (source, language) of the numbers that its pairs carry.
@@ -69,6 +79,8 @@ class PreferenceDataModule(TreeDataModule[Preference]):
     }
     bundled = "preferences.*.jsonl"
     tree = staticmethod(preference_tree)
+    tree_rows = staticmethod(preference_rows)
+    facts = staticmethod(preference_names)
 
     def __init__(
         self,
@@ -91,6 +103,8 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         num_workers: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        streaming: bool = False,
+        window_rows: int = 65_536,
     ) -> None:
         super().__init__(
             train,
@@ -108,20 +122,27 @@ class PreferenceDataModule(TreeDataModule[Preference]):
             num_workers,
             cache_dir,
             tokenizer,
+            streaming,
+            window_rows,
+            format,
         )
         if pair_weight not in get_args(PairWeight):
             raise ValueError(f"pair_weight is {pair_weight!r}. Choose one of: {', '.join(get_args(PairWeight))}.")
-        self.format, self.system = format, system
+        self.system = system
         self.pair_weight, self.use_margin = pair_weight, use_margin
         self.origins: dict[str, list[tuple[str, ...]]] = {}
 
-    def parse(self, row: Mapping[str, Any], part: str) -> Preference:
+    def parse(self, row: Mapping[str, Any], part: str, format: str) -> Preference:
         """A preference; to predict, a conversation does too, as one answer that is compared with none."""
-        if part == "predict" and self.format == "auto" and not _is_preference(row):
+        if part == "predict" and format == "auto" and not _is_preference(row):
             messages = to_conversation(row, system=self.system).messages
             if messages is not None:
                 return Preference(messages[:-1], (messages[-1:],), ())
-        return to_preference(row, self.format, self.system)
+        return to_preference(row, format, self.system)
+
+    def reading(self) -> dict[str, Any]:
+        """The system prompt, and what decides weights and margins."""
+        return {"system": self.system, "pair_weight": self.pair_weight, "use_margin": self.use_margin}
 
     def first_user_turn(self, item: Preference) -> str:
         """What the split goes by."""
@@ -150,12 +171,10 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         """The prompt."""
         return [{"role": m["role"], "content": m["content"]} for m in item.prompt]
 
-    def finish(self, table: Any, part: str) -> Any:
+    def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], Tree]:
         """Numbers the origins."""
-        names = [tuple(row) for row in table["names"]]
-        self.origins[part] = sorted(set(names))
-        number = {origin: i for i, origin in enumerate(self.origins[part])}
-        return table.add_column("origin", [number[origin] for origin in names])
+        self.origins[part] = sorted(facts)
+        return partial(preference_tree, origins={origin: i for i, origin in enumerate(self.origins[part])})
 
 
 def _is_preference(row: Mapping[str, Any]) -> bool:

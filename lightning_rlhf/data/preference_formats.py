@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from lightning_rlhf.data.formats import (
     Message,
     column_names,
     has_columns,
+    read_list,
     read_text,
     read_turn,
     read_turns,
@@ -102,7 +104,8 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
 
     The prompt is the longest run of messages that all answers begin with, so the prompt may be repeated in the answers,
     or be found in them alone. Strings that begin with ``"\n\nHuman:"`` are read as transcripts, whose turns lose the
-    white space around them. Columns that are None count as absent. All numbers may be written as strings, as CSV does.
+    white space around them. Columns that are None count as absent. All numbers may be written as strings and lists as
+    JSON, as CSV does.
 
     Columns ``margin`` (of rows with one pair), ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
     ``score_rejected``), ``source``, and ``lang`` or ``language`` are taken over; ``system`` works as in
@@ -206,7 +209,7 @@ def _pairs(candidates: Sequence[Candidate], answers: Sequence[tuple[Message, ...
 def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None:
     if not has_columns(row, "margin"):
         return None
-    margin = _number(row["margin"], "the column 'margin'")
+    margin = read_number(row["margin"], "the column 'margin'")
     if margin < 0:
         reason = f"the column 'margin' is {margin:g}. Make it 0 or more; swap the answers if the worse is named better"
         raise FormatError("negative margin", reason)
@@ -220,8 +223,13 @@ def _filled(row: Mapping[str, Any], *columns: str) -> str | None:
     return next((column for column in columns if has_columns(row, column)), None)
 
 
-def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+def read_number(value: object, what: str) -> float:
+    """A number, which may be written as a text.
+
+    Raises:
+        FormatError: It is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal, str)):
         wrong_type(what, value, "a number")
     try:
         number = float(value)
@@ -235,13 +243,11 @@ def _number(value: object, what: str) -> float:
 
 
 def _numbers(row: Mapping[str, Any], column: str, count: int) -> list[float]:
-    values = row[column]
-    if not isinstance(values, (list, tuple)):
-        wrong_type(f"the column {column!r}", values, "a list of numbers, one an answer")
+    values = read_list(row, column, "a list of numbers, one an answer")
     if len(values) != count:
         reason = f"the column {column!r} has {len(values)} numbers for {count} answers. Give one an answer"
         raise FormatError("wrong length", reason)
-    return [_number(value, f"number {i} of {column!r}") for i, value in enumerate(values, 1)]
+    return [read_number(value, f"number {i} of {column!r}") for i, value in enumerate(values, 1)]
 
 
 def _messages(
@@ -302,7 +308,7 @@ def _chosen_rejected(
             name=f"the column {side!r}",
             messages=_after(prompt, read(row[side], f"the column {side!r}")),
             rank=rank,
-            score=_number(row[column], f"the column {column!r}") if column else None,
+            score=read_number(row[column], f"the column {column!r}") if column else None,
         )
         for rank, (side, column) in enumerate(columns.items())
     ]
@@ -334,9 +340,7 @@ def _from_transcripts(row: Mapping[str, Any]) -> list[Candidate]:
 def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
     """Any number of answers to a prompt, with ranks, scores or both; without, they are ordered if 'ranked'."""
     column = next(column for column in _ANSWERS if has_columns(row, column))
-    answers = row[column]
-    if not isinstance(answers, (list, tuple)):
-        wrong_type(f"the column {column!r}", answers, "a list of answers")
+    answers = read_list(row, column, "a list of answers")
     count = len(answers)
     if count < 2:
         reason = f"the column {column!r} holds {count} of the two answers a comparison needs. Add answers"

@@ -25,9 +25,10 @@ from lightning_rlhf.data.formats import (
 )
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.oasst import prompt_rows
 from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
 from lightning_rlhf.data.preference_formats import read_prompt, to_preference
-from lightning_rlhf.data.sources import BadRows, Row, Source
+from lightning_rlhf.data.sources import BadRows, Row, Source, read_json
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 
 #: Stands where the answer would, since rows are checked as whole conversations.
@@ -126,7 +127,7 @@ PROMPT_FORMATS: dict[str, PromptFormat] = {
     "colossalchat_preference": PromptFormat(
         ("context",),
         lambda row: read_turns(row, "context", "from", "content"),
-        also=lambda row: not isinstance(row["context"], str),
+        also=lambda row: not isinstance(row["context"], str) or isinstance(read_json(row["context"]), list),
     ),
     "sharegpt": PromptFormat(("conversations",), partial(_from_conversation, name="sharegpt")),
     "alpaca": PromptFormat(("instruction",), _from_alpaca, further=("input", "history")),
@@ -168,7 +169,7 @@ def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None =
     for name, value in columns.items():
         try:
             json.dumps(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             reason = f"the column {name!r} rides along for reward functions, and can't be written as JSON: {error}"
             raise FormatError("no JSON", f"{reason}. Make it text or numbers, or remove it") from error
     return Prompt(prompt, columns)
@@ -226,6 +227,11 @@ class _PromptRow(NamedTuple):
 def prompt_row(row: Mapping[str, Any]) -> _PromptRow:
     """A tokenised row's token ids, messages and further columns."""
     return _PromptRow(row["prompt"], json.loads(row["messages"]), json.loads(row["further"]))
+
+
+def prompt_columns(row: Mapping[str, Any]) -> list[Any]:
+    """The names of a tokenised row's further columns."""
+    return list(json.loads(row["further"]))
 
 
 def collate_prompts(rows: list[_PromptRow], chosen: Bin, names: tuple[str, ...]) -> PromptBatch:
@@ -306,6 +312,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
     Args:
         train: Files or globs (JSON, JSONL, CSV, Parquet, text; gzip too), a hub data set id, a ``datasets.Dataset``, a
             list of dicts, or ``bundled``: the first user turns of the instruction data that comes with the package.
+            Several with weights: a list of ``{source: ..., weight: ...}``.
         val: Prompts for validation; None takes ``val_fraction`` of the training rows.
         test: Prompts for ``trainer.test``; None uses the validation rows.
         predict: Prompts for ``trainer.predict``; None uses the validation rows.
@@ -328,6 +335,9 @@ class PromptDataModule(TreeDataModule[Prompt]):
         cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
             ``LIGHTNING_RLHF_CACHE``.
         tokenizer: Default: the module's, with its chat template.
+        streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
+            files' names, sizes and times rather than their content, and an epoch is planned in windows.
+        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
 
     ``trainer.accumulate_grad_batches`` plays no part: an iteration is one batch, and micro-batches are the module's.
     """
@@ -335,6 +345,8 @@ class PromptDataModule(TreeDataModule[Prompt]):
     columns: ClassVar[Mapping[str, Any]] = {"prompt": [int], "messages": str, "further": str}
     bundled = "instructions.*.jsonl"
     tree = staticmethod(prompt_row)
+    tree_rows = staticmethod(prompt_rows)
+    facts = staticmethod(prompt_columns)
 
     def __init__(
         self,
@@ -358,6 +370,8 @@ class PromptDataModule(TreeDataModule[Prompt]):
         num_proc: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        streaming: bool = False,
+        window_rows: int = 65_536,
     ) -> None:
         super().__init__(
             train,
@@ -375,6 +389,9 @@ class PromptDataModule(TreeDataModule[Prompt]):
             0,
             cache_dir,
             tokenizer,
+            streaming,
+            window_rows,
+            format,
         )
         if ptx_batch_size < 1:
             raise ValueError(f"ptx_batch_size must be at least 1, got {ptx_batch_size}.")
@@ -382,7 +399,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
             raise ValueError(
                 "With as_text prompts are plain texts, which have no system prompt. Leave one of them out."
             )
-        self.format, self.system, self.as_text, self.drop_last = format, system, as_text, drop_last
+        self.system, self.as_text, self.drop_last = system, as_text, drop_last
         self.ptx: InstructionDataModule | None = None
         if ptx is not None:
             self.sources["ptx"] = ptx
@@ -396,14 +413,20 @@ class PromptDataModule(TreeDataModule[Prompt]):
                 num_proc=num_proc,
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
+                streaming=streaming,
+                window_rows=window_rows,
             )
         self._names: dict[str, tuple[str, ...]] = {}
 
     # ------------------------------------------------------------------------------------------------- rows
 
-    def parse(self, row: Mapping[str, Any], part: str) -> Prompt:
+    def parse(self, row: Mapping[str, Any], part: str, format: str) -> Prompt:
         """A prompt with its further columns."""
-        return to_prompt(row, self.format, self.system, self.as_text)
+        return to_prompt(row, format, self.system, self.as_text)
+
+    def reading(self) -> dict[str, Any]:
+        """The system prompt, and whether prompts are texts."""
+        return {"system": self.system, "as_text": self.as_text}
 
     def first_user_turn(self, item: Prompt) -> str:
         """What the split goes by, as fine-tuning's does."""
@@ -429,10 +452,10 @@ class PromptDataModule(TreeDataModule[Prompt]):
         """The further columns of the prompts that ``sample_prompts`` gives."""
         return [dict(item.columns) for _, item in self._shown(n)]
 
-    def finish(self, table: Any, part: str) -> Any:
+    def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], _PromptRow]:
         """Notes the columns that any row has, so that all batches have the same."""
-        self._names[part] = tuple(dict.fromkeys(name for text in table["further"] for name in json.loads(text)))
-        return table
+        self._names[part] = tuple(facts)
+        return prompt_row
 
     def _open(self, source: Source, bad: BadRows) -> Iterable[Row]:
         rows = super()._open(source, bad)
@@ -479,16 +502,26 @@ class PromptDataModule(TreeDataModule[Prompt]):
     def _loader(self, part: str, batch_size: int, micro_batches: int, shuffle: bool) -> PlannedLoader:
         ranks, rank = self._ranks()
         rows = self._rows[part]
-        sizes = rows.sizes()
         # Completions cost more than prompts, and about the same each: ranks first get as many prompts, then tokens.
-        longest = max((size.tokens for size in sizes), default=0)
-        sizes = [size._replace(tokens=size.tokens + longest) for size in sizes]
+        longest = int(rows.sizes[:, 0].max()) if len(rows) else 0
         drops = self.drop_last and part == "train"
-        if drops and len(sizes) < batch_size:
+        planner = Planner(
+            rows.sizes,
+            batch_size,
+            micro_batches,
+            ranks,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=drops,
+            sources=rows.sources,
+            window=self._window(),
+            overhead=longest,
+        )
+        if drops and planner.num_trees < batch_size:
             raise ValueError(
-                f"drop_last leaves nothing: there are {len(sizes)} prompts, and batch_size is {batch_size}. Lower it."
+                f"drop_last leaves nothing: there are {planner.num_trees} prompts, and batch_size is {batch_size}. "
+                "Lower it."
             )
-        planner = Planner(sizes, batch_size, micro_batches, ranks, shuffle=shuffle, seed=self.seed, drop_last=drops)
         return PlannedLoader(rows, planner, rank, collate=partial(collate_prompts, names=self._names.get(part, ())))
 
 

@@ -7,10 +7,12 @@ of rows it costs is unknown.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import gzip
 import json
+import math
 import os
 import re
 import sys
@@ -19,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, Union, cast
 
@@ -27,9 +30,46 @@ from lightning.pytorch.utilities import rank_zero_warn
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Rows in memory, or paths, globs and hub ids. The order matters to command lines: jsonargparse takes the first member
-#: that fits, and it can turn anything into a string.
-Source = Union[Sequence[Mapping[str, Any]], Sequence[str | os.PathLike[str]], str, os.PathLike[str], "Dataset"]
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source beside others, and how often its rows come.
+
+    In configurations it is written as ``{source: ..., weight: ..., format: ...}``.
+
+    Attributes:
+        source: Rows in memory, paths, globs, a hub id, or ``bundled``.
+        weight: Passes over the source an epoch: at 2 each row comes twice; at 0.5 one epoch brings a half of the rows,
+            the next epoch the other half.
+        format: Row format of this source; None for the data module's.
+    """
+
+    source: Any
+    weight: float = 1.0
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.weight, Real) and not isinstance(self.weight, bool)
+        if not number or not 0 < self.weight < math.inf:
+            raise ValueError(f"The weight of {self.name} is {self.weight!r}. Give a number above 0, or leave it out.")
+
+    @property
+    def name(self) -> str:
+        """The source in a word, for messages."""
+        source = self.source
+        return str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+
+
+#: Rows in memory, or paths, globs and hub ids; or a list of those with weights. The order matters to command lines:
+#: jsonargparse takes the first member that fits, and it can turn anything into a string.
+Source = Union[
+    Sequence[Mapping[str, Any]],
+    Sequence[WeightedSource],
+    Sequence[str | os.PathLike[str]],
+    str,
+    os.PathLike[str],
+    "Dataset",
+]
 
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
@@ -45,10 +85,23 @@ class Row:
         where: The place, for messages: ``my.jsonl:17`` (line), ``my.csv:3`` (line at which the record starts),
             ``my.json[5] (line 40)``, ``x.parquet[12]``, ``list[4]``, ``org/set (train)[9]``. Lines count from 1,
             elements from 0.
+        cells: Whether it is of a table of texts (CSV), in which an empty one may stand for none.
     """
 
     value: dict[str, Any]
     where: str
+    cells: bool = False
+
+    @property
+    def filled(self) -> dict[str, Any]:
+        """The columns, without empty cells."""
+        if not self.cells:
+            return self.value
+        return {name: cell for name, cell in self.value.items() if not (isinstance(cell, str) and not cell.strip())}
+
+
+class _Cells(dict[str, Any]):
+    """A record of a CSV file."""
 
 
 class BadRowError(ValueError):
@@ -115,6 +168,23 @@ class BadRows:
         self.counts[kind] += 1
         self.first.setdefault(kind, BadRowError(where, kind, reason))
 
+    def summary(self) -> dict[str, list[Any]]:
+        """By kind of fault the number of rows, and place and reason of the first, as JSON holds it."""
+        return {kind: [count, self.first[kind].where, self.first[kind].reason] for kind, count in self.counts.items()}
+
+    def merge(self, summary: Mapping[str, Sequence[Any]]) -> None:
+        """Take note of rows that were counted before.
+
+        Args:
+            summary: As :meth:`summary` gives it.
+
+        Raises:
+            BadRowError: If the policy is ``"raise"``, at the first of them.
+        """
+        for kind, (count, where, reason) in summary.items():
+            self.add(where, kind, reason)
+            self.counts[kind] += count - 1
+
     def report(self, total_rows: int, name: str) -> None:
         """Warn, in one message, of all rows left out. Without any, do nothing.
 
@@ -127,6 +197,59 @@ class BadRows:
             rank_zero_warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {self.reasons}")
 
 
+def weighted_sources(source: Source) -> list[WeightedSource]:
+    """The sources of which a source consists, each with its weight.
+
+    Args:
+        source: What :func:`read_rows` takes, which weighs 1; or a list of :class:`WeightedSource` or of mappings with
+            ``source`` and, as you like, ``weight`` and ``format``, among which paths weigh 1.
+
+    Raises:
+        ValueError: A weight is none.
+    """
+    listed = isinstance(source, Sequence) and not isinstance(source, str)
+    if not listed or not any(_is_weighted(item) for item in cast("Sequence[Any]", source)):
+        return [WeightedSource(source)]
+    made = []
+    for item in cast("Sequence[Any]", source):
+        if isinstance(item, WeightedSource):
+            made.append(item)
+        elif _is_weighted(item):
+            made.append(WeightedSource(**item))
+        elif isinstance(item, (str, os.PathLike)):
+            made.append(WeightedSource(item))
+        else:
+            raise ValueError(
+                f"Among weighted sources stands a {type(item).__name__}. Write each as {{source: ..., weight: ...}}."
+            )
+    return made
+
+
+def _is_weighted(item: object) -> bool:
+    if isinstance(item, WeightedSource):
+        return True
+    return isinstance(item, Mapping) and "source" in item and item.keys() <= {"source", "weight", "format"}
+
+
+def source_state(source: Source) -> list[Any] | None:
+    """What tells whether files have changed without reading them: paths, sizes and times of change.
+
+    Returns:
+        None where there are no files, but rows in memory.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = [source]
+    if _is_dataset(source) or not isinstance(source, Sequence):
+        return None
+    if not all(isinstance(item, (str, os.PathLike)) for item in source):
+        return None
+    state: list[Any] = []
+    for name in [name for item in source for name in _expand(cast("str | os.PathLike[str]", item))]:
+        files = [name] if _kind(name) else [file["filename"] for file in _load_hub(name, "train").cache_files]
+        state += [[name, os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+    return state
+
+
 def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Row]:
     """Read rows one after the other.
 
@@ -135,7 +258,8 @@ def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Ro
 
             * a file: JSON Lines (``.jsonl``), JSON (``.json``: an array of objects, an object with one list of them,
               or JSON Lines), ``.csv`` or ``.tsv`` with a header, ``.parquet``, or ``.txt`` (each line is a row with the
-              column ``text``); all but Parquet also gzipped (``.jsonl.gz``). Text is UTF-8; blank lines are no rows.
+              column ``text``); all but Parquet also gzipped (``.jsonl.gz``). Text is UTF-8; blank lines are no rows. A
+              cell of a CSV file that is a JSON list of messages becomes that list.
             * a glob (``data/**/*.jsonl``), whose files are read in sorted order
             * a directory: the files of these kinds that lie directly in it, in sorted order
             * the id of a data set on the hub, ``org/name`` or ``org/name:config``. A path that exists, a pattern, and a
@@ -156,7 +280,7 @@ def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Ro
     """
     for where, value in _values(source, bad, split):
         if isinstance(value, Mapping):
-            yield Row(dict(value), where)
+            yield Row(dict(value), where, isinstance(value, _Cells))
         else:
             reason = f"the row is a {type(value).__name__}, not an object. Write it as {{column: value, ...}}"
             bad.add(where, "not an object", reason)
@@ -247,6 +371,8 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
 
 
 def _not_utf8(data: bytes, at: int) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "the file is UTF-16. Save it as UTF-8"
     column = at - data.rfind(b"\n", 0, at)
     return f"byte {column} of the line (0x{data[at]:02x}) is not UTF-8. Save the file as UTF-8"
 
@@ -368,7 +494,25 @@ def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[s
             sizes = f"the record has {len(record)} fields, the header {len(header)}"
             bad.add(f"{path}:{start}", "wrong number of fields", f"{sizes}. Quote fields that hold {delimiter!r}")
         elif record:
-            yield f"{path}:{start}", dict(zip(header, record, strict=True))
+            yield f"{path}:{start}", _Cells(zip(header, map(_cell, record), strict=True))
+
+
+def _cell(text: str) -> Any:
+    """A cell as messages, where it is a JSON list of them, or one; any other is a text, also one that is JSON."""
+    if not text.lstrip().startswith(("[", "{")):
+        return text
+    value = read_json(text)
+    turns = value if isinstance(value, list) else [value]
+    chat = bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
+    return value if chat else text
+
+
+def read_json(text: str) -> Any:
+    """What a text is as JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_tsv(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
@@ -397,6 +541,9 @@ def _read_parquet(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
                         value = {name: column[i].as_py() for name, column in zip(names, batch.columns, strict=True)}
                     except UnicodeDecodeError as error:
                         bad.add(where, "invalid UTF-8", f"{error}. Write the file with UTF-8 text")
+                    except (ValueError, OverflowError, ImportError) as error:  # such as times that Python can't tell
+                        reason = f"a value can't be read: {error}. Write it as text or as a number"
+                        bad.add(where, "unreadable value", reason)
                     else:
                         yield where, value
     except (pyarrow.ArrowException, OSError) as error:
@@ -405,11 +552,15 @@ def _read_parquet(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    return _read_dataset(_load_hub(name, split), f"{name} ({split})")
+
+
+def _load_hub(name: str, split: str) -> Dataset:
     import datasets
 
     path, _, config = name.partition(":")
     try:
-        dataset = datasets.load_dataset(path, config or None, split=split)
+        return datasets.load_dataset(path, config or None, split=split)
     except OSError as error:
         raise FileNotFoundError(
             f"{name}: no such file or directory (working directory: {os.getcwd()}), and as a data set of the hub it "
@@ -420,7 +571,6 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
             f"{name}: the split {split!r} of this data set can't be loaded: {error} "
             "A configuration is chosen by org/name:config."
         ) from error
-    yield from _read_dataset(dataset, f"{name} ({split})")
 
 
 def _read_dataset(dataset: Dataset, name: str) -> Iterator[tuple[str, Any]]:

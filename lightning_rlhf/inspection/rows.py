@@ -189,7 +189,7 @@ def _view(
     totals = StepTotals(size.scored, size.sequences, 1, size.pairs)
     batch = loader.collate([rows(number)], Bin((number,), totals))
     view = (_prompt if isinstance(batch, PromptBatch) else _tree)(module, tokenizer, batch)
-    record = rows.dataset[number]
+    record = rows.row(number)
     view.number, view.where = number, record["where"]
     if language := languages.get(view.where):
         view.notes.append(language)
@@ -206,7 +206,7 @@ def _chosen(rows: TokenRows, count: int, row: int | str | None, seed: int | None
         if not 0 <= int(row) < len(rows):
             raise ValueError(f"There is no row {row}: the split has {len(rows)}, numbered from 0.")
         return [int(row)]
-    places = list(rows.dataset["where"])
+    places = rows.column("where")
     found = [i for i, where in enumerate(places) if where == row or where.endswith(f"/{row}")]
     if not found:
         raise ValueError(

@@ -61,7 +61,7 @@ def measure(
         The figures.
     """
     rows: TokenRows = loader.rows  # type: ignore[assignment]
-    sizes = rows.sizes()
+    sizes = [rows.sizes_of(i) for i in range(len(rows))]
     tokens = [size.tokens for size in sizes]
     prompts = isinstance(data, PromptDataModule)
     trees = [] if prompts or all(size.sequences == 1 for size in sizes) else [rows(i) for i in range(len(rows))]
@@ -104,7 +104,7 @@ def _pairs(trees: Sequence[Tree]) -> list[tuple[str, str]]:
 
 
 def _languages(rows: TokenRows, named: Mapping[str, str]) -> list[tuple[str, str]]:
-    counts = Counter(named.get(where, "none named") for where in rows.dataset["where"])
+    counts = Counter(named.get(where, "none named") for where in rows.column("where"))
     if set(counts) == {"none named"}:
         return []
     return [("languages", ", ".join(f"{name} {n / len(rows):.1%}" for name, n in counts.most_common()))]
@@ -118,7 +118,7 @@ def _left_out(data: TreeDataModule[Any], rows: TokenRows, split: str) -> list[tu
         for bad in data.bad_rows.get(part, ()):
             name = "left out" if part == split else f"left out of {part}"
             facts += [(name, f"{n:,} x {kind}; first {bad.first[kind]}") for kind, n in bad.counts.most_common()]
-    cut = sum(rows.dataset["cut"])
+    cut = sum(rows.column("cut"))
     if cut:
         facts.append(("cut", f"{cut:,} rows at max_length: the loss never reads their stop token"))
     return facts or [("left out or cut", "none")]

@@ -111,3 +111,79 @@ def test_the_global_rng_is_never_drawn_from():
 def test_trees_stay_whole_and_count_their_branches():
     planner = Planner([Size(9, 6, 3)] * 4, batch_size=6, shuffle=False)
     assert [b.rows for step in planner.steps(0) for b in step] == [(0, 1), (2, 3)]
+
+
+SIZES = [Size(2 + i % 7, 1 + i % 7, 1 + i % 3, 0.5) for i in range(200)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 150, 1000])
+@pytest.mark.parametrize("sources", [None, [(150, 1), (50, 3)], [(150, 0.3), (50, 1.25)]])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_windows_start_anywhere_and_give_the_same_steps(window, sources, shuffle):
+    planner = Planner(SIZES, 10, 2, 2, sources=sources, window=window, shuffle=shuffle, seed=1)
+    for epoch in (0, 3):
+        steps = planner.steps(epoch)
+        assert len(steps) == planner.num_steps and all(any(b.rows for b in step) for step in steps)
+        assert sum(len(b.rows) for step in steps for b in step) == planner.num_trees
+        for start in (0, 1, 7, len(steps) - 1):
+            assert [step for some in planner.windows(epoch, start) for step in some] == steps[start:]
+        for step in steps:
+            rows = [SIZES[i] for b in step for i in b.rows]
+            assert {b.totals for b in step} == {
+                (sum(s.scored for s in rows), sum(s.sequences for s in rows), 4, sum(s.pairs for s in rows))
+            }
+    if window and window < 150 and shuffle:  # a window mixes what lies far apart
+        (first, *_) = planner.windows(0)
+        rows = [i for step in first for b in step for i in b.rows]
+        assert len(rows) <= max(64, window) + 64
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=60),
+    st.integers(1, 12),
+    st.sampled_from([None, 3, 64]),
+    st.sampled_from([1.0, 2.0, 0.5, 0.37, 1.1]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_epochs_are_equally_long_and_lose_nothing(sequences, batch_size, window, weight, drop_last):
+    sizes = [Size(3, 2, n) for n in sequences]
+    planner = Planner(sizes, batch_size, sources=[(len(sizes), weight)], window=window, drop_last=drop_last)
+    counts = [0] * len(sizes)
+    for epoch in range(6):
+        steps = planner.steps(epoch)
+        assert len(steps) == planner.num_steps
+        assert all(bin.rows for step in steps for bin in step)
+        for i in (i for step in steps for b in step for i in b.rows):
+            counts[i] += 1
+    if not drop_last:
+        assert sum(counts) == 6 * planner.num_trees and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sequences", "steps"), [([1] * 13, [4, 4, 4, 1]), ([2] * 7, [4, 4, 4, 2]), ([3] * 4, [3] * 4)]
+)
+def test_trees_alike_fill_steps_exactly(sequences, steps):
+    planner = Planner([Size(3, 2, n) for n in sequences], 4, seed=2)
+    assert [step[0].totals.sequences for step in planner.steps(0)] == steps
+    dropped = Planner([Size(3, 2, n) for n in sequences], 4, seed=2, drop_last=True).steps(0)
+    assert [step[0].totals.sequences for step in dropped] == [n for n in steps if n == steps[0]]
+
+
+def test_a_half_is_exact_and_the_next_epoch_brings_the_other():
+    planner = Planner([Size(3, 2, 1)] * 100, 8, sources=[(100, 0.5)], window=64, seed=4)
+    halves = [{i for step in planner.steps(e) for b in step for i in b.rows} for e in range(4)]
+    assert [len(h) for h in halves] == [50] * 4
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(100))
+    assert halves[0] != halves[2]
+    assert halves[:2] == [{i for step in planner.steps(e) for b in step for i in b.rows} for e in (0, 1)]
+
+
+def test_decimal_weights_are_exact():
+    assert Planner([Size(3, 2, 1)] * 10, 8, sources=[(10, 1.1)]).num_trees == 11  # 1.1 * 10 > 11 in floats
+
+
+def test_a_source_may_be_empty():
+    planner = Planner([Size(3, 2, 2)] * 4, 4, sources=[(0, 2.0), (4, 0.5), (0, 1)])
+    assert planner.num_steps == 1 and planner.num_trees == 2
+    assert Planner([], 4, sources=[(0, 1.0)]).steps(0) == [] == Planner([], 4, window=8).steps(0)

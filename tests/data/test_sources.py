@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rlhf.data.sources import BadRowError, BadRows, Row, Source, read_rows
+from lightning_rlhf.data.sources import BadRowError, BadRows, Row, Source, read_rows, source_state
 
 ROWS = [{"text": "one", "n": 1}, {"text": "你好，世界 😀", "n": 2}, {"text": "three\nlines\u2028long", "n": 3}]
 
@@ -523,3 +523,107 @@ def test_every_line_is_a_row_or_counted(tmp_path_factory, lines):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
         blank += not line.decode(errors="replace").strip()
     assert len(rows) + bad.total == len(lines or [b""]) - blank
+
+
+# Tables
+
+
+def test_cells_of_csv_that_are_messages(here):
+    turns = [{"role": "user", "content": 'a\n"b", c'}, {"role": "assistant", "content": "d"}]
+    cells = [json.dumps(turns), json.dumps(turns[0]), '[{"a": 1}]', "[1, 2]", "[", '{"from": "gpt"}', "[]", "", "null"]
+    with open("my.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["x", "y"], *([cell, "end"] for cell in cells)])
+    rows = read("my.csv")
+    assert [row.value["x"] for row in rows] == [turns, turns[0], *cells[2:5], {"from": "gpt"}, *cells[6:]]
+    assert [row.where for row in rows] == [f"my.csv:{n}" for n in range(2, 11)]
+    Path("my.jsonl").write_text(json.dumps({"x": cells[0]}))
+    assert values("my.jsonl") == [{"x": cells[0]}]  # a text of JSON Lines is a text
+
+
+def test_empty_cells_may_stand_for_none(here):
+    Path("my.csv").write_text('a,b,c\n1,," "\n')
+    (row,) = read("my.csv")
+    assert row.value == {"a": "1", "b": "", "c": " "} and row.filled == {"a": "1"}
+    (row,) = read([{"a": ""}])
+    assert row.filled == {"a": ""}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "gbk", "latin-1"])
+@pytest.mark.parametrize("name", ["my.csv", "my.jsonl", "my.txt", "my.json"])
+def test_other_encodings_are_named_with_their_line(here, encoding, name):
+    word = "é" if encoding == "latin-1" else "你好"
+    text = {"my.csv": f"text\n{word}\n", "my.jsonl": f'{{}}\n{{"text": "{word}"}}\n'}.get(name, f"\n{word}\n")
+    Path(name).write_bytes(text.encode(encoding))
+    with pytest.raises(BadRowError, match=r"UTF-16\. Save it" if encoding == "utf-16" else r"is not UTF-8") as caught:
+        read(name)
+    assert caught.value.where == f"{name}:{1 if encoding == 'utf-16' else 2}"
+
+
+def test_nested_types_of_arrow(here):
+    schema = pa.schema(
+        [
+            (
+                "turns",
+                pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string()), ("name", pa.string())])),
+            ),
+            ("scores", pa.list_(pa.decimal128(5, 2))),
+            ("kind", pa.dictionary(pa.int8(), pa.string())),
+            ("half", pa.float16()),
+            ("none", pa.null()),
+        ]
+    )
+    from decimal import Decimal
+
+    turn = {"role": "user", "content": "a", "name": None}
+    rows = [
+        {"turns": [turn], "scores": [Decimal("1.50")], "kind": "x", "half": 0.5, "none": None},
+        {"turns": None, "scores": [], "kind": None, "half": None, "none": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), "x.parquet")
+    assert values("x.parquet") == rows
+    from lightning_rlhf.data.preference_formats import to_preference
+
+    row = {"prompt": "q", "answers": ["a", "b"], "scores": [Decimal("1.50"), Decimal("2")]}
+    assert to_preference(row).scores == (2.0, 1.5)
+
+
+def test_values_that_python_cannot_hold(here):
+    far = pa.array([0, 2**60], pa.timestamp("us"))
+    pq.write_table(pa.table({"at": far, "n": [1, 2]}), "x.parquet")
+    rows, found = faults("x.parquet")
+    assert [row.value["n"] for row in rows] == [1] and found == [("x.parquet[1]", "unreadable value")]
+
+
+# Weights and states
+
+
+def test_the_state_of_a_source_changes_with_its_files(here):
+    Path("a.jsonl").write_text("{}\n")
+    Path("b.jsonl").write_text("{}\n")
+    before = source_state("*.jsonl")
+    assert before == source_state(["a.jsonl", "b.jsonl"]) != source_state("a.jsonl")
+    Path("b.jsonl").write_text("{} \n")
+    assert source_state("*.jsonl") != before
+    assert source_state([{"a": 1}]) is None and source_state(datasets.Dataset.from_list(ROWS)) is None
+    with pytest.raises(FileNotFoundError):
+        source_state("missing.jsonl")
+
+
+def test_the_state_of_a_hub_set_is_that_of_its_files(here, monkeypatch):
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.load_from_disk("saved"))
+    name, file, size, _ = source_state("org/set")[0]
+    assert name == "org/set" and file.endswith(".arrow") and size > 0
+
+
+def test_counts_of_bad_rows_are_taken_up_again():
+    bad = BadRows("skip")
+    bad.add("a:1", "empty turn", "turn 2 is empty")
+    bad.add("a:3", "empty turn", "turn 1 is empty")
+    bad.add("a:4", "unknown role", "who")
+    kept = json.loads(json.dumps(bad.summary()))
+    again = BadRows("skip")
+    again.merge(kept)
+    assert (again.counts, again.summary()) == (bad.counts, bad.summary())
+    with pytest.raises(BadRowError, match=r"^a:1: turn 2 is empty"):
+        BadRows("raise").merge(kept)
