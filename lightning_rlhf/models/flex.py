@@ -36,8 +36,8 @@ BLOCK = 128
 def usable(query: Tensor) -> bool:
     """Whether the kernel can be had: CUDA, Triton, and torch 2.7.
 
-    Older versions compile again for every length of row, and had wrong gradients (pytorch issue 146377). Triton has
-    no float64.
+    Older versions had wrong gradients (pytorch issue 146377) and trouble with rows of changing length (136196). Triton
+    has no float64.
     """
     return query.is_cuda and query.dtype != torch.float64 and _supported(query.device)
 
@@ -75,11 +75,12 @@ def attend(
     if torch.is_autocast_enabled(device):  # autocast does not know the kernel, and norms may have left fp32
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     length, size = query.shape[2], value.shape[3]
+    widest = max(query.shape[3], size)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     mask = block_mask(forest, window, query.device)
     kernel = _kernel(query.is_cuda, softcap, query.shape[1], key.shape[1], query.shape[3], size, query.dtype)
     with torch.autocast(device, enabled=False):  # its state is one more thing that torch compiles anew for
-        out = kernel(*(_padded(t, mask.shape[-1]) for t in (query, key, value)), mask, scale)
+        out = kernel(*(_padded(t, mask.shape[-1], widest) for t in (query, key, value)), mask, scale)
     return out[:, :, :length, :size].transpose(1, 2)
 
 
@@ -100,8 +101,12 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
         return path & (kv <= q) & (position[kv] >= earliest[q])
 
     tokens = torch.arange(len(node), device=device)
-    strips = [visible(tokens, tokens, strip[:, None], tokens[None]) for strip in tokens.split(BLOCK)]
-    seen = torch.stack([strip.view(BLOCK, -1, BLOCK).sum((0, 2)) for strip in strips])
+    seen = torch.stack(
+        [
+            visible(tokens, tokens, strip[:, None], tokens[None]).view(BLOCK, -1, BLOCK).sum((0, 2))
+            for strip in tokens.split(BLOCK)
+        ]
+    )
     whole = seen == BLOCK**2
     forest.masks[name] = BlockMask.from_kv_blocks(
         *_listed((seen > 0) & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible
@@ -136,9 +141,9 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
-def _padded(x: Tensor, length: int) -> Tensor:
-    """Zeros up to ``length`` tokens, and to a head size that is a power of two: they change no logit and no sum."""
-    size = max(16, 1 << (x.shape[3] - 1).bit_length())
+def _padded(x: Tensor, length: int, size: int) -> Tensor:
+    """Zeros up to ``length`` tokens and to a head size that is a power of two: they change no logit and no sum."""
+    size = max(16, 1 << (size - 1).bit_length())
     return F.pad(x, (0, size - x.shape[3], 0, length - x.shape[2])).contiguous()
 
 
