@@ -36,6 +36,21 @@ UNGROUPED = dict(num_key_value_heads=None, head_dim=None)
 OLD = dict(n_embd=48, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 WINDOWS = dict(sliding_window=10, layer_types=["sliding_attention", "full_attention"])
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+LATENT = dict(  # queries and keys of 16, values of 12, through low ranks
+    num_key_value_heads=4,
+    head_dim=8,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=12,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+)
 OPT = dict(**UNGROUPED, ffn_dim=96, init_std=0.15, dropout=0.0, word_embed_proj_dim=48)
 FALCON = dict(**UNGROUPED, attention_dropout=0.0, hidden_dropout=0.0)
 # family: (settings, layout expected in transformers 5, in 4.51: None where the family is not there)
@@ -63,6 +78,7 @@ FAMILIES = {
     "bloom": (dict(n_layer=2, n_head=4), "padded", "padded"),
     "mixtral": (MOE, "tree", "tree"),
     "qwen3_moe": (MOE, "tree", "inject"),
+    "deepseek_v3": (LATENT, "tree", "tree"),
     "olmo2": ({}, "tree", "tree"),
     "granite": (dict(logits_scaling=3.0), "tree", "tree"),
     "cohere": (dict(logit_scale=0.5), "tree", "tree"),
@@ -72,6 +88,7 @@ FAMILIES = {
     "stablelm": (dict(partial_rotary_factor=0.5, head_dim=None), "inject", "padded"),
     "falcon": (dict(FALCON, new_decoder_architecture=False, multi_query=True, alibi=False), "padded", "padded"),
     "falcon alibi": (dict(FALCON, new_decoder_architecture=True, num_kv_heads=2, alibi=True), "padded", "padded"),
+    "mpt": (dict(d_model=48, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=256), "padded", "padded"),
     "gptj": (dict(OLD, rotary_dim=12, head_dim=None), "padded", "padded"),
     "gpt_neo": (
         dict(
