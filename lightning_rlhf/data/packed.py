@@ -93,11 +93,11 @@ class Forest:
 
     Attributes:
         trees: For each tree its prompt's span and its branches' spans.
-        masks: Attention masks, shared by all layers of a forward pass.
+        masks: Attention masks of any kind, shared by all layers of a forward pass.
     """
 
     trees: tuple[tuple[Span, tuple[Span, ...]], ...]
-    masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Lists the attention calls; a tree with one branch is a plain causal sequence."""
@@ -119,9 +119,10 @@ class Forest:
         """(own, prefix + own) bool, True where a query may look: causal, at most ``window`` tokens back."""
         key = (prefix, own, window, device)
         if key not in self.masks:
-            mask = torch.ones(own, prefix + own, dtype=torch.bool, device=device).tril(prefix)
-            self.masks[key] = mask if window is None else mask.triu(prefix - window + 1)
-        return self.masks[key]
+            causal = torch.ones(own, prefix + own, dtype=torch.bool, device=device).tril(prefix)
+            self.masks[key] = causal if window is None else causal.triu(prefix - window + 1)
+        mask: Tensor = self.masks[key]
+        return mask
 
 
 class StepTotals(NamedTuple):

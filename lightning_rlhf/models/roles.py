@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.logprobs import CHUNK, ScoredTokens
 from lightning_rlhf.models.backbone import LayoutChoice
-from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.models.policy import Policy, head_weight
 from lightning_rlhf.models.reward import read_head
 from lightning_rlhf.models.saving import ADAPTED
 from lightning_rlhf.models.value import Values, read_values
@@ -68,7 +68,7 @@ class RoleModel(Policy):
             )
         super().__init__(model, layout, chunk)
         self.adapters: dict[str, str] = {"policy": own}
-        width = self.transformer.config.get_text_config().hidden_size
+        width = head_weight(self.transformer)[0].shape[1]  # OPT may project its hidden states
         device = next(model.parameters()).device
         if critic:
             self.value_head = nn.Linear(width, 1, device=device)

@@ -1,5 +1,8 @@
 """Attention over a packed row of trees: a branch sees its prompt and itself, and nothing else.
 
+Computed in one of two ways, with equal results: on a GPU by one fused kernel (:mod:`~lightning_rlhf.models.flex`),
+where that can be had and proves right, and anywhere else by a loop over prompts and branches.
+
 Registered with transformers as ``"tree"``. A model set to it behaves as with ``"sdpa"`` (``generate`` works) until a
 forest is handed to it; while one is active, a layer that the forest does not reach is an error, because it would
 silently let every token see the whole row.
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lightning_rlhf.data.packed import Forest
+from lightning_rlhf.models import flex
 
 NAME = "tree"
 _ACTIVE: ContextVar[bool] = ContextVar("a forest is being run", default=False)
@@ -54,7 +58,7 @@ def tree_attention(
     forest: Forest | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """One call for each prompt and one for each of its branches; no padding, no (T, T) mask.
+    """What transformers calls in each layer; no padding, no (T, T) mask.
 
     Args:
         module: The attention layer.
@@ -90,7 +94,35 @@ def tree_attention(
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra)
     if query.shape[0] != 1:
         raise ValueError(f"Tree attention takes one packed row, got a batch of {query.shape[0]}.")
-    if softcap is not None or s_aux is not None:
+    if _fused(query, key, value, dropout, softcap, s_aux):
+        return flex.attend(query, key, value, forest, scaling, sliding_window, softcap), None
+    return _loop(query, key, value, forest, scaling, sliding_window, softcap, dropout, s_aux), None
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None
+) -> bool:
+    """The one place where the way is chosen: the kernel has neither dropout nor sinks, and must be the loop's equal."""
+    if dropout or sinks is not None or not flex.usable(query):
+        return False
+    heads, sizes = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return bool(flex.agrees(_loop, heads, sizes, softcap, dtype, query.device))
+
+
+def _loop(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: Forest,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """One call for each prompt and one for each of its branches: (1, T, H, E)."""
+    if softcap is not None or sinks is not None:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # one split each: a slice a call would fill a whole gradient a call in the backward pass
@@ -108,20 +140,20 @@ def tree_attention(
             before = prefix.length
             shared_k, shared_v = prompts[prefix.start]
             k, v = torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2)
-        window = sliding_window if sliding_window and sliding_window < before + own.length else None
-        if softcap is not None or s_aux is not None:
-            seen = forest.mask(before, own.length, window, query.device)
-            result = _by_hand(q, k, v, seen, scaling, dropout, softcap, s_aux)
+        near = window if window and window < before + own.length else None
+        if softcap is not None or sinks is not None:
+            seen = forest.mask(before, own.length, near, query.device)
+            result = _by_hand(q, k, v, seen, scaling, dropout, softcap, sinks)
         else:
             # SDPA's own is_causal is top-left: right for a prompt, wrong for a branch behind one
-            causal = prefix is None and window is None
-            mask = None if causal else forest.mask(before, own.length, window, query.device)
+            causal = prefix is None and near is None
+            mask = None if causal else forest.mask(before, own.length, near, query.device)
             result = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         result = result.transpose(1, 2)
         out.append(result if repeats == 1 else result.flatten(0, 1)[None])
-    return torch.cat(out, 1), None
+    return torch.cat(out, 1)
 
 
 def _by_hand(

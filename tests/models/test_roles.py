@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm, load_reward_model
@@ -135,3 +135,22 @@ def test_what_does_not_fit_is_refused(tiny_model_dir, tiny_tokenizer, tmp_path):
     save_pretrained(policy, tiny_tokenizer, tmp_path / "policy", adapter_only=True)
     with pytest.raises(ValueError, match="no score head"):
         RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=4)), reward=tmp_path / "policy")
+
+
+def test_a_critic_reads_projected_hidden_states():
+    """OPT 350m: the hidden states that its head reads are narrower than its layers."""
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        dropout=0.0,
+    )
+    model = RoleModel(load_causal_lm(OPTForCausalLM(config), lora=LoRA(r=4)))
+    model.value_head.weight.data.fill_(1.0)
+    found = model(pack(TREES), "critic").values
+    states = model.hidden(pack(TREES))
+    torch.testing.assert_close(found, states.states[states.predictor].sum(-1))
