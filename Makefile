@@ -62,9 +62,10 @@ lint: $(VENV)/.test-installed ## ruff and mypy
 	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
 	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
 
+# Not --quiet: --strict then misses warnings.
 .PHONY: docs
 docs: $(VENV)/.test-installed ## the documentation site, to site/; a warning is an error
-	$(call timed,docs,NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet)
+	$(call timed,docs,NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict)
 
 .PHONY: test
 test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint docs ## all that CI runs
