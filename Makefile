@@ -13,7 +13,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 BRIDGE := .venv-4.51
-TEST_EXTRAS := demo,test
+TEST_EXTRAS := demo,test,docs
 # Files stay whole: what a file's tests share is made once.
 PYTEST := python -m pytest -n $(JOBS) --dist loadfile
 # One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
@@ -62,12 +62,17 @@ lint: $(VENV)/.test-installed ## ruff and mypy
 	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
 	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
 
+# Not --quiet: --strict then misses warnings.
+.PHONY: docs
+docs: $(VENV)/.test-installed ## the documentation site, to site/; a warning is an error
+	$(call timed,docs,NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict)
+
 .PHONY: test
-test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint ## all that CI runs
+test: $(VENV)/.test-installed $(BRIDGE)/.test-installed lint docs ## all that CI runs
 	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/$(PYTEST) tests --durations=25
 	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/$(PYTEST) tests/models tests/functional tests/data tests/rollout tests/rewards tests/strategies -m 'not slow'
 
 .PHONY: clean
 clean: ## remove the environments, caches and build output
-	rm -rf $(VENV) $(BRIDGE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BRIDGE) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

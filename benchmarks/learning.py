@@ -115,12 +115,14 @@ def _reward_smollm2(seed: int, max_steps: int) -> tuple[RewardModule, dict[str, 
 
 def ppo_stories260k(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """stories260K in full, 2 completions of 48 tokens for each of 60 openings, scored by VADER; 30 iterations."""
-    return _ppo_stories(seed, happiness, max_steps)[0]
+    found, curve = _ppo_stories(seed, happiness, max_steps)
+    return {**found, "learning_curve": curve}
 
 
 def ppo_stories260k_large_kl(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """Control: the same with kl_coef 10 leaves the policy where it was."""
-    return _ppo_stories(seed, happiness, max_steps, kl_coef=10.0)[0]
+    found, curve = _ppo_stories(seed, happiness, max_steps, kl_coef=10.0)
+    return {**found, "learning_curve": curve}
 
 
 def ppo_stories260k_constant(seed: int, max_steps: int = -1) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Draws what the studies of ``learning.py`` found.
 
 pip install -e '.[bench]'
-python benchmarks/plots.py              # benchmarks/results/over_optimisation.jsonl to docs/images/
+python benchmarks/plots.py              # benchmarks/results/ to docs/images/
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from learning import RESULTS, ROOT, smooth, turning_point
 
-CURVES = RESULTS.with_name("over_optimisation.jsonl")
-IMAGE = ROOT / "docs" / "images" / "over_optimisation.svg"
+IMAGES = ROOT / "docs" / "images"
 PARTS = {"gold": "#b8860b", "proxy": "#3465a4", "variety": "#5c7a29"}
+#: Studies with a learning curve: what they are called, and their colour.
+CURVES = {"ppo_stories260k": ("kl_coef 0.03", "#3465a4"), "ppo_stories260k_large_kl": ("kl_coef 10", "#8b949e")}
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -28,46 +34,80 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     return list({(row["study"], row["seed"]): row for row in rows}.values())
 
 
-def draw(runs: Sequence[dict[str, Any]], image: Path) -> None:
+def save(figure: Any, image: Path) -> None:
+    """As SVG, the same file at every run."""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": image.stem}):
+        figure.savefig(image, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def over_optimisation(runs: Sequence[dict[str, Any]], image: Path) -> None:
     """Gold score, proxy score and variety of words against KL, a line a run, and where the gold score is highest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "over_optimisation"  # the same file at every run
-    from matplotlib import pyplot
-
     figure, panels = pyplot.subplots(len(PARTS), 1, sharex=True, figsize=(7, 8), layout="constrained")
     for (name, colour), panel in zip(PARTS.items(), panels, strict=True):
         for run in runs:
             curve = run["over_optimisation"]
             kl, scores = [point["kl"] for point in curve], [point[name] for point in curve]
-            panel.plot(kl, scores, ".", color=colour, alpha=0.25, markersize=3)
+            panel.plot(kl, scores, color=colour, alpha=0.3, linewidth=0.7)
             panel.plot(smooth(kl), smooth(scores), color=colour, label=f"seed {run['seed']}")
         panel.set_ylabel("distinct words" if name == "variety" else f"{name} score")
         panel.grid(alpha=0.3)
-    for run in runs:
+    for i, run in enumerate(runs):
         kl, gold = turning_point(run["over_optimisation"])
-        panels[0].plot(kl, gold, "o", color="black")
-        panels[0].annotate(
-            f"seed {run['seed']}: {gold:.2f} at {kl:.0f} nats", (kl, gold), xytext=(6, 6), textcoords="offset points"
-        )
+        panels[0].plot(kl, gold, "o", color="black", markersize=4)
+        text = f"seed {run['seed']}: highest, {gold:.2f}, at {kl:.0f} nats"
+        panels[0].text(0.98, 0.06 + 0.09 * (len(runs) - 1 - i), text, transform=panels[0].transAxes, ha="right")
         for panel in panels[1:]:
             panel.axvline(kl, color="black", linewidth=0.8, linestyle=":")
     panels[0].set_title("PPO against a learned reward (proxy), and what it stands for (gold)")
     panels[-1].set_xlabel("KL from the start, nats a completion")
-    image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, image)
+
+
+def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
+    """Score and KL by iterations, a line a run; the first of each study has the label."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    labelled: set[str] = set()
+    for run in runs:
+        label, colour = CURVES[run["study"]]
+        new = None if run["study"] in labelled else label
+        labelled.add(run["study"])
+        iterations = range(1, len(run["learning_curve"]) + 1)
+        for panel, name in zip(panels, ("score", "kl"), strict=True):
+            values = [point[name] for point in run["learning_curve"]]
+            panel.plot(iterations, values, color=colour, linewidth=1.2, label=new)
+    seeds = len({run["seed"] for run in runs})
+    panels[0].set_title(f"happier stories by PPO, {seeds} seed{'s' * (seeds > 1)}", fontsize=11)
+    panels[0].set_ylabel("mean score, by VADER")
+    panels[1].set_title("and what it costs", fontsize=11)
+    panels[1].set_ylabel("KL, nats a completion")
+    panels[1].legend(frameon=False)
+    for panel in panels:
+        panel.set_xlabel("iteration")
+        panel.grid(alpha=0.3)
+    save(figure, image)
+
+
+PICTURES = {"over_optimisation": over_optimisation, "learning_curve": learning_curve}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draws, and says where the gold turned."""
+    """Draws what there are results of, and says where the gold turned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", type=Path, default=CURVES)
-    parser.add_argument("--image", type=Path, default=IMAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS.parent)
+    parser.add_argument("--images", type=Path, default=IMAGES)
     options = parser.parse_args(arguments)
-    runs = read_runs(options.curves)
-    draw(runs, options.image)
+    for name, draw in PICTURES.items():
+        if (options.results / f"{name}.jsonl").exists():
+            runs = read_runs(options.results / f"{name}.jsonl")
+            draw(runs, options.images / f"{name}.svg")
+            if name == "over_optimisation":
+                say(runs)
+
+
+def say(runs: Sequence[dict[str, Any]]) -> None:
+    """Where the gold turned."""
     for run in runs:
         curve = run["over_optimisation"]
         kl, gold = turning_point(curve)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -106,22 +107,43 @@ def test_proxy_beside_gold(learning, made, monkeypatch, capsys):
     assert "over_optimisation" not in capsys.readouterr().out.splitlines()[1]
 
 
-def test_picture(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def plots(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return load("plots")
+
+
+def test_pictures(plots, tmp_path, capsys):
     curve = [{"kl": float(i), "gold": -abs(i - 20) / 20, "proxy": float(i), "variety": 1.0} for i in range(40)]
     late = [{**point, "gold": point["kl"]} for point in curve]
     runs = [(0, late), (1, curve), (0, curve)]  # the last of a seed counts
     lines = [json.dumps({"study": "proxy", "seed": seed, "over_optimisation": c}) for seed, c in runs]
-    (tmp_path / "curves.jsonl").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    plots = load("plots")
+    (tmp_path / "over_optimisation.jsonl").write_text("\n".join(lines))
     pictures = []
-    for name in ("one.svg", "two.svg"):
-        plots.main(["--curves", str(tmp_path / "curves.jsonl"), "--image", str(tmp_path / "images" / name)])
-        pictures.append((tmp_path / "images" / name).read_text())
+    for name in ("one", "two"):
+        plots.main(["--results", str(tmp_path), "--images", str(tmp_path / name)])
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["over_optimisation.svg"], "there is but one"
+        pictures.append((tmp_path / name / "over_optimisation.svg").read_text())
     assert pictures[0].startswith("<?xml")
     assert pictures[0] == pictures[1], "a run changes the file"
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [f"seed {i}: gold -1.00, -0.11 at 20.0 nats, -0.85 at the end" for i in (0, 1)]
+
+
+def test_pictures_are_those_of_the_results(plots, tmp_path):
+    plots.main(["--images", str(tmp_path)])
+    by = re.compile("Matplotlib v[0-9.]+")
+    assert {path.stem for path in tmp_path.iterdir()} == plots.PICTURES.keys()
+    for drawn in tmp_path.iterdir():
+        text, kept = drawn.read_text(), (plots.IMAGES / drawn.name).read_text()
+        if by.search(text)[0] == by.search(kept)[0]:
+            assert text == kept, f"python benchmarks/plots.py draws another {drawn.name}"
+
+
+def test_curves_are_kept(learning):
+    found = learning.ppo_stories260k(0, max_steps=2)
+    assert found["learning_curve"][0]["score"] == found["train score first"]
+    assert len(found["learning_curve"]) == 2
 
 
 def test_smollm2_on_one_backbone(learning, made, tmp_path):

@@ -1,0 +1,235 @@
+"""What the documentation names exists, and what it draws and converts is right."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_rlhf
+from lightning_rlhf import PromptDataModule, Sampling
+from lightning_rlhf.data import pad
+from lightning_rlhf.models import RewardModel, load_reward_model
+from lightning_rlhf.models.saving import save_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+#: Packages with a public face; `lightning_rlhf` gathers names of the others.
+ROOMS = [
+    "lightning_rlhf",
+    *(f"lightning_rlhf.{m.name}" for m in pkgutil.iter_modules(lightning_rlhf.__path__) if m.ispkg),
+]
+OTHERS = {"Trainer": L.Trainer, "ModelCheckpoint": ModelCheckpoint}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(page):
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+def documented():
+    """The objects that the API page has."""
+    found = []
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for path, options in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", text, re.MULTILINE):
+        if importlib.util.find_spec(path.rpartition(".")[0]) and hasattr(
+            owner := importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]
+        ):
+            entry = getattr(owner, path.rpartition(".")[2])
+        else:
+            entry = importlib.import_module(path)
+        members = (yaml.safe_load(options) or {}).get("options", {}).get("members") if options else None
+        found.append(entry)
+        if inspect.ismodule(entry):
+            found += [getattr(entry, name) for name in (members or public(entry))]
+        else:
+            assert all(hasattr(entry, name) for name in members or ()), f"{path} has not all of {members}"
+    return found
+
+
+def public(module):
+    """Names that a module defines for others."""
+    return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_on_the_api_page(room):
+    module = importlib.import_module(room)
+    there = set(map(id, documented()))
+    assert [name for name in module.__all__ if name != "__version__" and id(getattr(module, name)) not in there] == []
+
+
+def tables(page):
+    """Rows of the page's tables as lists of cells, each with the heads of its columns."""
+    for table in re.findall(r"(?:^\|.*\|\n)+", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE):
+        head, _, *rows = (re.split(r" *(?<!\\)\| *", line.strip(" |\n")) for line in table.splitlines())
+        for row in rows:
+            yield head, row
+
+
+def homes():
+    """Classes by name: all public ones, and those of Lightning that the page names."""
+    found = dict(OTHERS)
+    for room in ROOMS:
+        module = importlib.import_module(room)
+        found |= {name: getattr(module, name) for name in module.__all__}
+    optim = importlib.import_module("lightning_rlhf.stages.optim")
+    return found | {"CosineWarmup": optim.CosineWarmup}
+
+
+NAMED = [name for head, row in tables("moving.md") if head[1] == "here" for name in re.findall(r"`([^`]+)`", row[1])]
+
+
+def test_tables_for_moving_over_name_much():
+    assert len(NAMED) > 150
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED)))
+def test_what_a_name_becomes_exists(name):
+    first, *rest = name.split(".")
+    entry = homes()[first]
+    for part in rest[:-1]:
+        entry = getattr(entry, part)
+    if rest and not (len(rest) == 1 and inspect.isfunction(getattr(entry, rest[0], None))):
+        assert rest[-1] in inspect.signature(entry).parameters
+
+
+def test_logged_names_are_those_of_ppo():
+    told = (DOCS / "ppo.md").read_text(encoding="utf-8")
+    logged = [row[1] for head, row in tables("moving.md") if "train/" in head[1]]
+    names = [name for cell in logged for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(names) > 8
+    assert [name for name in names if f"`{name}`" not in told] == []
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    pytest.importorskip("matplotlib")
+    return load(DOCS / "pictures.py")
+
+
+def test_pictures_are_those_that_are_drawn(pictures, tmp_path):
+    pictures.main(["--images", str(tmp_path)])
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn.keys() == pictures.PICTURES.keys()
+    for name, text in drawn.items():
+        kept = (DOCS / "images" / name).read_text()
+        assert re.findall("<!-- .* -->", text) == re.findall("<!-- .* -->", kept), f"{name}: other texts than are kept"
+        by = re.compile("Matplotlib v[0-9.]+")
+        if by.search(text)[0] == by.search(kept)[0]:
+            assert text == kept, f"python docs/pictures.py draws another {name}"
+
+
+def test_the_page_says_what_the_picture_shows(pictures):
+    batch = pictures.example()
+    text = (DOCS / "packed.md").read_text(encoding="utf-8")
+    [alt] = re.findall(r"!\[([^\]]*)\]\(images/packed.svg\)", text)
+    assert f"{batch.num_tokens} tokens" in alt and f"{pad(batch).input_ids.numel()} places" in " ".join(alt.split())
+
+
+def test_pictures_are_small_and_opaque():
+    for image in (DOCS / "images").iterdir():
+        text = image.read_text()
+        assert len(text) < 150_000, image
+        assert re.search(r'<g id="patch_1">\s*<path d="M 0 [^"]*"\s*style="fill: #ffffff"', text), f"{image}: no ground"
+        assert "<dc:date>" not in text, f"{image} has the time of its making"
+
+
+# ------------------------------------------------------------------------------------------------- examples
+
+
+def test_rloo_follows_the_gradient(tiny_model_dir):
+    """One step of SGD is the gradient, here made by plain transformers, a completion at a time."""
+    [block] = [block for block in blocks("extending.md") if "class RLOOModule" in block]
+    source = block[: block.index("def brief")]
+    assert len(source[source.index("class RLOOModule") :].strip().splitlines()) < 60
+    names = {}
+    exec(compile(source, "extending.md", "exec"), names)
+
+    def lower(prompts, completions):
+        return [float(sum(c.islower() for c in text)) for text in completions]
+
+    module = names["RLOOModule"](
+        tiny_model_dir,
+        lower,
+        sampling=Sampling(max_new_tokens=6, temperature=0.7),
+        samples_per_prompt=3,
+        optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    )
+    module.configure_model()
+    data = PromptDataModule(
+        [{"prompt": f"{i}" * i} for i in (1, 2, 3)], val_fraction=0.0, batch_size=3, tokenizer=module.tokenizer
+    )
+    data.setup("fit")
+    experience, samples = module.rollout(next(iter(data.train_dataloader())), 0)
+    scores = torch.tensor(lower(None, samples.completions)).view(3, 3)
+    parameters = module.policy.policy_parameters()
+    before = [p.detach().clone() for p in parameters]
+    loss = torch.zeros(())
+    for tree, rewards in zip(experience.trees, scores, strict=True):
+        for i, branch in enumerate(tree.branches):
+            ids = torch.tensor([[*tree.prompt, *branch.input_ids]])
+            with module.policy.native_attention() as model:
+                logits = model(ids).logits[0, len(tree.prompt) - 1 : -1] / 0.7
+            logprob = logits.log_softmax(-1).gather(1, ids[0, len(tree.prompt) :, None]).sum()
+            loss -= (rewards[i] - rewards[torch.arange(3) != i].mean()) * logprob / 9
+    want = torch.autograd.grad(loss, parameters)
+
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["train/score"] == scores.mean()
+    assert max(g.abs().max() for g in want) > 1e-3
+    for old, new, gradient in zip(before, parameters, want, strict=True):
+        torch.testing.assert_close(old - new, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_reward_model_of_colossalchat(tiny_model_dir, tmp_path):
+    """Its state dict: a body named ``model.``, and a linear ``value_head`` with a bias; in two files with an index."""
+    from transformers import AutoModel
+
+    [block] = [block for block in blocks("moving.md") if "def convert_reward_model" in block]
+    names = {}
+    exec(compile(block, "moving.md", "exec"), names)
+    torch.manual_seed(0)
+    body, head = AutoModel.from_pretrained(tiny_model_dir).eval(), torch.nn.Linear(32, 1)
+    weights = {f"model.{name}": value for name, value in body.state_dict().items()}
+    weights |= {f"value_head.{name}": value.detach() for name, value in head.state_dict().items()}
+    files = {name: f"pytorch_model-0000{1 + i % 2}.bin" for i, name in enumerate(weights)}
+    for file in set(files.values()):
+        torch.save({name: weights[name] for name in files if files[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+
+    model = names["convert_reward_model"](tmp_path, tiny_model_dir)
+    tokenizer = lightning_rlhf.models.load_tokenizer(tiny_model_dir)
+    save_pretrained(model, tokenizer, tmp_path / "reward")
+    reward = RewardModel(load_reward_model(tmp_path / "reward", needs_head=True)).eval()
+    batch = lightning_rlhf.data.pack(
+        [lightning_rlhf.data.Tree([5, 6, 7], [lightning_rlhf.data.Branch([8, 9]), lightning_rlhf.data.Branch([10])])]
+    )
+    with torch.no_grad():
+        want = [
+            head(body(torch.tensor([ids])).last_hidden_state[0, -1]).item() for ids in ([5, 6, 7, 8, 9], [5, 6, 7, 10])
+        ]
+        assert reward(batch, normalise=True).tolist() == pytest.approx(want, abs=1e-5)
