@@ -83,6 +83,10 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
 
         for layer in layers:
             prepare(layer)
+        # On a CPU the rest are views of the file, and hold all of it in memory, or another model's own.
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
     return model
 
 
