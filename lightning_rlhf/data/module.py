@@ -38,7 +38,7 @@ from lightning_rlhf.data.sources import (
 )
 
 #: Changes whenever the same rows would be read, tokenised or stored otherwise.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 #: Rows that a process tokenises at a time, and how often as many are written at once.
 _ROWS, _BLOCK = 256, 64
 #: Faults that an empty cell may be behind.
@@ -625,7 +625,9 @@ def _schema(columns: Mapping[str, Any]) -> Any:
             return pa.list_(arrow(kind[0]))
         return {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_()}[kind]
 
-    return pa.schema([("where", pa.string()), *((name, arrow(kind)) for name, kind in columns.items())])
+    return pa.schema(
+        [("where", pa.string()), ("cut", pa.bool_()), *((name, arrow(kind)) for name, kind in columns.items())]
+    )
 
 
 def _map_sizes(path: Path) -> NDArray[np.float64]:

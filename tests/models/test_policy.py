@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack, pad
 from lightning_rlhf.models import LoRA, Policy, load_causal_lm
@@ -14,9 +14,16 @@ from lightning_rlhf.models.backbone import enable_checkpointing, is_checkpointin
 V = 97
 
 
-def build():
+#: Heads that change their logits; the decoders around them are in test_families.py.
+HEADS = {
+    "gemma2": dict(head_dim=12, query_pre_attn_scalar=12, sliding_window=10, final_logit_softcapping=4.0),
+    "granite": dict(logits_scaling=3.0),
+}
+
+
+def build(family="llama"):
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = CONFIG_MAPPING[family](
         vocab_size=V,
         hidden_size=48,
         intermediate_size=96,
@@ -26,6 +33,7 @@ def build():
         max_position_embeddings=256,
         initializer_range=0.15,
         attention_dropout=0.0,
+        **HEADS.get(family, {}),
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # nothing hides behind a zero: norms and biases get values
