@@ -64,11 +64,11 @@ class WeightedSource:
 #: jsonargparse takes the first member that fits, and it can turn anything into a string.
 Source = Union[
     Sequence[Mapping[str, Any]],
-    Sequence[WeightedSource],
     Sequence[str | os.PathLike[str]],
     str,
     os.PathLike[str],
     "Dataset",
+    Sequence[Any],  # WeightedSource and paths; by that name jsonargparse would read the lines of a file as a list
 ]
 
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
