@@ -286,7 +286,7 @@ def test_ppo_with_a_judge_that_reads_columns(tiny_model_dir, tmp_path):
         (dict(judge=letters, prompts=[]), "WinRate: there are no prompts"),
         (dict(judge=letters, prompts=["one " * 400]), "fills the model's context"),
     ],
-    ids=str,
+    ids=["no judge", "no url", "no column", "never", "no prompt", "long prompt"],
 )
 def test_what_can_not_work_is_told_before_training(options, message, sft):
     with pytest.raises(ValueError, match=message):
