@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import PurePath
-from typing import IO, TYPE_CHECKING, Any, Literal, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -64,7 +64,7 @@ class WeightedSource:
 #: jsonargparse takes the first member that fits, and it can turn anything into a string. Of weighted sources it is told
 #: nothing, since where a list may hold a dataclass it reads a file as that list; it gives them as mappings.
 if TYPE_CHECKING:
-    Source = (
+    Source: TypeAlias = (
         Sequence[Mapping[str, Any]]
         | Sequence[WeightedSource]
         | Sequence[str | os.PathLike[str]]
