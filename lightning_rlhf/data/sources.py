@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import PurePath
-from typing import IO, TYPE_CHECKING, Any, Literal, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -61,15 +61,19 @@ class WeightedSource:
 
 
 #: Rows in memory, or paths, globs and hub ids; or a list of those with weights. The order matters to command lines:
-#: jsonargparse takes the first member that fits, and it can turn anything into a string.
-Source = Union[
-    Sequence[Mapping[str, Any]],
-    Sequence[str | os.PathLike[str]],
-    str,
-    os.PathLike[str],
-    "Dataset",
-    Sequence[Any],  # WeightedSource and paths; by that name jsonargparse would read the lines of a file as a list
-]
+#: jsonargparse takes the first member that fits, and it can turn anything into a string. Of weighted sources it is told
+#: nothing, since where a list may hold a dataclass it reads a file as that list; it gives them as mappings.
+if TYPE_CHECKING:
+    Source: TypeAlias = (
+        Sequence[Mapping[str, Any]]
+        | Sequence[WeightedSource]
+        | Sequence[str | os.PathLike[str]]
+        | str
+        | os.PathLike[str]
+        | Dataset
+    )
+else:
+    Source = Union[Sequence[Mapping[str, Any]], Sequence[str | os.PathLike[str]], str, os.PathLike[str], "Dataset"]
 
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
@@ -546,7 +550,7 @@ def _read_parquet(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
                         bad.add(where, "unreadable value", reason)
                     else:
                         yield where, value
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns are no text
         reason = f"can't be read as Parquet after {index} rows ({error}). Write the file again."
         raise BadRowError(path, "damaged Parquet", reason) from error
 

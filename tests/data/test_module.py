@@ -196,8 +196,10 @@ def test_weights_in_a_configuration(kind, tmp_path):
         WeightedSource("org/set", 1, "text"),
     ]
     assert data.streaming
-    one = instantiate(parser, parser.parse_args(["--data.train", "a.jsonl"])).data
-    assert one._weighted["train"] == [WeightedSource("a.jsonl")]
+    there = write(tmp_path / "a.jsonl", [row("a", 0)])  # a file that is there stays a path, too
+    for path in ("a.jsonl", there):
+        one = instantiate(parser, parser.parse_args(["--data.train", path])).data
+        assert one._weighted["train"] == [WeightedSource(path)]
 
 
 # ----------------------------------------------------------------------------------------------------------- epochs

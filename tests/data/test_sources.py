@@ -587,6 +587,14 @@ def test_nested_types_of_arrow(here):
     assert to_preference(row).scores == (2.0, 1.5)
 
 
+def test_names_of_columns_that_are_no_text(here):
+    pq.write_table(pa.table({"a column": ["b"]}), "x.parquet", store_schema=False)
+    data = Path("x.parquet").read_bytes()
+    Path("x.parquet").write_bytes(data.replace(b"a column", b"\x80 column"))
+    with pytest.raises(BadRowError, match=r"^x\.parquet: can't be read as Parquet after 0 rows"):
+        read("x.parquet")
+
+
 def test_values_that_python_cannot_hold(here):
     far = pa.array([0, 2**60], pa.timestamp("us"))
     pq.write_table(pa.table({"at": far, "n": [1, 2]}), "x.parquet")
