@@ -139,6 +139,7 @@ def test_a_separate_critic_is_quantised_too(kind, wide_model_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------- strategies
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_two_processes_train_as_one(stage, wide_model_dir, tmp_path):
