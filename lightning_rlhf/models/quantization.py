@@ -25,10 +25,16 @@ def require_bitsandbytes() -> None:
 
     Raises:
         ModuleNotFoundError: bitsandbytes isn't.
+        RuntimeError: transformers doesn't let it run here, as 4.51 on a CPU.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
             "quantization needs bitsandbytes: pip install 'lightning_rlhf[quantization]'", name="bitsandbytes"
+        )
+    if not transformers.integrations.validate_bnb_backend_availability():
+        raise RuntimeError(
+            f"transformers {transformers.__version__} quantises on GPUs alone, and finds none here: use transformers 5 "
+            "on a CPU, or quantization: null."
         )
 
 
@@ -43,6 +49,7 @@ def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> di
 
     Raises:
         ModuleNotFoundError: bitsandbytes isn't installed.
+        RuntimeError: transformers doesn't let it run here.
         ValueError: Another name.
     """
     require_bitsandbytes()

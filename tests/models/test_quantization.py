@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,6 +27,12 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
 KINDS = ["nf4", "int8"]
 TREES = [Tree([5, 6, 7], [Branch([8, 9, 4]), Branch([10, 11])]), Tree([12], [Branch([13, 4])])]
 IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(autouse=True)
+def on_any_device(monkeypatch):
+    """transformers 4.51 wants an extension for a CPU that bitsandbytes needs no more; here it may do as on a GPU."""
+    monkeypatch.setattr(transformers.integrations, "validate_bnb_backend_availability", lambda *a, **k: True)
 
 
 def shaken(model, seed=1):
@@ -301,6 +308,12 @@ def test_without_bitsandbytes_one_error_says_what_to_install(wide_model_dir, mon
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_rlhf\[quantization\]'"):
+        load_causal_lm(wide_model_dir, quantization="nf4")
+
+
+def test_a_transformers_that_wants_a_gpu_is_named(wide_model_dir, monkeypatch):
+    monkeypatch.setattr(transformers.integrations, "validate_bnb_backend_availability", lambda *a, **k: False)
+    with pytest.raises(RuntimeError, match=r"quantises on GPUs alone, and finds none here: use transformers 5"):
         load_causal_lm(wide_model_dir, quantization="nf4")
 
 
