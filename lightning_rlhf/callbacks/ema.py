@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_rlhf.functional.precision import wide
+from lightning_rlhf.strategies import holds_whole_models
 
 
 class EMA(L.Callback):
@@ -53,14 +53,10 @@ class EMA(L.Callback):
         Raises:
             ValueError: The strategy shards weights.
         """
-        strategy = trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
-            strategy, DeepSpeedStrategy
-        )
-        if not whole or getattr(strategy, "sharded", False):
+        if not holds_whole_models(trainer.strategy):
             raise ValueError(
-                f"EMA runs on one device and under DDP, not under {type(strategy).__name__}: set trainer.strategy to "
-                "ddp, or leave EMA out."
+                f"EMA runs on one device and under DDP, not under {type(trainer.strategy).__name__}: set "
+                "trainer.strategy to ddp, or leave EMA out."
             )
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
@@ -149,28 +145,15 @@ class EMA(L.Callback):
             )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validates the average."""
+        """Evaluates the average."""
         self._take_average(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Goes back, before checkpoints are written."""
         self._take_trained(pl_module)
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As for validation."""
-        self._take_average(pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As for validation."""
-        self._take_trained(pl_module)
-
-    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As for validation."""
-        self._take_average(pl_module)
-
-    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As for validation."""
-        self._take_trained(pl_module)
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Goes back, where a validation broke off."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_rlhf.strategies import gather_objects
 
 
 class WritePredictions(L.Callback):
@@ -58,10 +59,7 @@ class WritePredictions(L.Callback):
         assert self._part is not None
         self._part.seek(0)
         lines = [line.rstrip("\n") for line in self._part]
-        parts = [lines]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, lines)
+        parts = gather_objects(lines)
         target = self._target(trainer)
         if trainer.is_global_zero:
             # a stable sort: a row's records stay as they were made

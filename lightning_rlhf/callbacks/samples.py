@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import CometLogger, MLFlowLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -26,7 +25,7 @@ from lightning_rlhf.data.sources import BadRowError, read_rows
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.evaluation.answers import Refuse, complete, room, shown
 from lightning_rlhf.rollout import CachedEngine, Completion, GenerateEngine, RolloutEngine, Sampling, sample_key
-from lightning_rlhf.strategies import whole_weights
+from lightning_rlhf.strategies import runs_alone, whole_weights
 
 
 class PromptCallback(L.Callback):
@@ -127,9 +126,7 @@ class PromptCallback(L.Callback):
 
     def _together(self, trainer: L.Trainer) -> bool:
         """Whether all ranks must run the model for one of them to answer, since each holds a part of it."""
-        strategy = trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-        return not whole or isinstance(strategy, DeepSpeedStrategy)
+        return not runs_alone(trainer.strategy)
 
     def _complete(
         self, trainer: L.Trainer, module: Any, batches: Iterable[Sequence[int]], *key: int

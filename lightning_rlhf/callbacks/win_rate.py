@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -31,9 +31,8 @@ from lightning_rlhf.evaluation import (
 )
 from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.rollout import Sampling
-from lightning_rlhf.strategies import whole_weights
+from lightning_rlhf.strategies import gather_objects, whole_weights
 
-_T = TypeVar("_T")
 #: Answers in the making at a time.
 _BATCH = 32
 
@@ -204,7 +203,7 @@ class WinRate(PromptCallback):
         )
         with torch.random.fork_rng(devices=()), trainer.precision_plugin.forward_context():
             answers = dict(generate_answers(source, mine, sampling, self.seed, **options))
-        found = {i: answer for part in _gathered(answers) for i, answer in part.items()}
+        found = {i: answer for part in gather_objects(answers) for i, answer in part.items()}
         self._baseline = [found[i] for i in range(len(prompts))]
 
     def _answers(self, trainer: L.Trainer, module: Any) -> Mapping[int, Answer]:
@@ -215,7 +214,7 @@ class WinRate(PromptCallback):
             found = self._complete(trainer, module, batches)
             trainer.strategy.barrier("WinRate")
         mine = {i: Answer(c.text, c.truncated) for i, c in zip(numbers, found, strict=True)}
-        return {i: answer for part in _gathered(mine) for i, answer in part.items()}
+        return {i: answer for part in gather_objects(mine) for i, answer in part.items()}
 
     def _share(self, trainer: L.Trainer) -> range:
         """The prompts of this rank."""
@@ -238,7 +237,7 @@ class WinRate(PromptCallback):
             judged = judge_pairs(self._judge, pairs)
         except JudgeError as error:
             failure = str(error)
-        everyone = _gathered((list(zip(mine, judged, strict=False)), failure))
+        everyone = gather_objects((list(zip(mine, judged, strict=False)), failure))
         if failure := next((text for _, text in everyone if text), ""):
             if not self._judged_before:
                 raise JudgeError(failure)
@@ -301,12 +300,3 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _gathered(mine: _T) -> list[_T]:
-    """An object of each rank."""
-    everyone: list[Any] = [mine]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-    return everyone

@@ -310,7 +310,7 @@ def _tokenize(
             start, rest, shared = point, _continued_ids(tokenizer, text[point:]), 0
         index[point] = len(ids) + shared
     ids += rest
-    if start and _decode(tokenizer, ids) != _decode(tokenizer, joint):
+    if start and spell(tokenizer, ids) != spell(tokenizer, joint):
         raise TokenizeError(
             "prompt and completion don't join",
             "a token reaches from the prompt into the completion, and tokenised apart they spell another text. Use a "
@@ -330,5 +330,6 @@ def _continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return both[len(before) :] if both[: len(before)] == before else _ids(tokenizer, text)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of tokens, special ones included, with no blanks tidied away."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-_BROKEN = "\ufffd"
-"""What a decoder writes for bytes that are no whole character (yet)."""
+from lightning_rlhf.data.tokens import spell
+from lightning_rlhf.rollout.text import UNFINISHED
+
 _MOST = 8
 """Tokens that are tried together for one whole character; where tokens reach over characters, several are open."""
 
@@ -63,25 +64,20 @@ def pieces(
     at = 0
     while at < len(ids):
         # decoders treat the first token of a text differently: the piece before is decoded too
-        context = [] if last is None or last.text.endswith(_BROKEN) else list(last.ids)
-        known = _decode(tokenizer, context)
-        end, text = at + 1, _decode(tokenizer, ids[at : at + 1])
+        context = [] if last is None or last.text.endswith(UNFINISHED) else list(last.ids)
+        known = spell(tokenizer, context)
+        end, text = at + 1, spell(tokenizer, list(ids[at : at + 1]))
         for stop in range(at + 1, min(at + _MOST, len(ids)) + 1):
             if any(flag != scored[at] for flag in scored[at:stop]):
                 break
-            whole = _decode(tokenizer, [*context, *ids[at:stop]])
+            whole = spell(tokenizer, [*context, *ids[at:stop]])
             # with byte fallback, an unfinished character takes those before it along
-            if whole.startswith(known) and _BROKEN not in whole[len(known) :]:
+            if whole.startswith(known) and UNFINISHED not in whole[len(known) :]:
                 end, text = stop, whole[len(known) :]
                 break
         last = Piece(text, tuple(ids[at:end]), first + at, scored[at], ids[at] in specials)
         yield last
         at = end
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)  # type: ignore[assignment]
-    return text
 
 
 def visible(text: str) -> Iterator[tuple[str, int]]:

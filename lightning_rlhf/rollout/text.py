@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-_UNFINISHED = "\ufffd"
+UNFINISHED = "\ufffd"
 """What a decoder writes for bytes that are no whole character (yet)."""
 _LONGEST = 3
 """Bytes of an unfinished character at most."""
@@ -53,7 +53,7 @@ class TextStream:
         """
         self._ids.append(token)
         window = decode(self._tokenizer, self._ids[self._start :])
-        marks = len(window) - len(window.rstrip(_UNFINISHED))
+        marks = len(window) - len(window.rstrip(UNFINISHED))
         whole = window[: len(window) - min(marks, _LONGEST)]
         held = len(self._ids) - self._closed
         if not whole.startswith(self._known) and held <= _LONGEST:

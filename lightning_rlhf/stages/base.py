@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -30,6 +29,7 @@ from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config
 from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
+from lightning_rlhf.strategies import gather_objects, holds_whole_models
 
 
 class Stage(L.LightningModule):
@@ -150,8 +150,7 @@ class Stage(L.LightningModule):
             ValueError: It is one.
         """
         strategy = self.trainer.strategy
-        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not getattr(strategy, "sharded", False)
-        if self.quantization is not None and (not whole or isinstance(strategy, DeepSpeedStrategy)):
+        if self.quantization is not None and not holds_whole_models(strategy):
             raise ValueError(
                 f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
                 f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
@@ -205,12 +204,7 @@ class Stage(L.LightningModule):
                 "or a val_check_interval that is no multiple of accumulate_grad_batches). The gradients gathered so "
                 "far are not in it: a run resumed from it will differ."
             )
-        state = rng_state()
-        states = [state]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(states, state)
-        checkpoint["rng_states"] = states
+        checkpoint["rng_states"] = gather_objects(rng_state())
         frozen = self._frozen()
         modules = self.named_modules(remove_duplicate=False)
         scales = tuple(f"{name}." for name, module in modules if is_quantised_layer(module))

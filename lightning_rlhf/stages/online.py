@@ -18,7 +18,7 @@ from lightning_rlhf.functional.kl import k1, k3
 from lightning_rlhf.rewards import Samples
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, sample_key
 from lightning_rlhf.stages.updates import ManualStage
-from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
+from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, whole_weights
 
 #: Keys of validation samples: they must not follow the iteration, so that validations can be compared.
 VALIDATION = -1
@@ -119,11 +119,8 @@ class OnlineStage(ManualStage):
         Returns:
             For each minibatch, this rank's trees in it.
         """
-        everyone: list[Any] = [experience.rows]
-        if self._ranks() > 1:
-            everyone = [None] * self._ranks()
-            dist.all_gather_object(everyone, experience.rows)
-        places = sorted((row, rank, i) for rank, rows in enumerate(everyone) for i, row in enumerate(rows))
+        everyone = enumerate(gather_objects(experience.rows))
+        places = sorted((row, rank, i) for rank, rows in everyone for i, row in enumerate(rows))
         order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, epoch)).tolist()
         edges = [len(places) * part // parts for part in range(parts + 1)]
         mine = self.global_rank if self._ranks() > 1 else 0
@@ -178,11 +175,8 @@ class OnlineStage(ManualStage):
         by_sequence = torch.zeros(len(score), 4).to(by_token).index_add(0, sequence, by_token)
         error = torch.zeros(len(score)).to(drift).scatter_reduce(0, sequence, drift.abs(), "amax")
         table = torch.cat([torch.stack([score, reward, truncated, error], 1).to(by_token), by_sequence], 1)
-        everyone: list[Any] = [table]
-        if self._ranks() > 1:
-            everyone = [None] * self._ranks()
-            dist.all_gather_object(everyone, table)
-        scores, rewards, cut_off, errors, kl, kl_k3, entropy, lengths = torch.cat(everyone).unbind(1)
+        every = torch.cat(gather_objects(table))
+        scores, rewards, cut_off, errors, kl, kl_k3, entropy, lengths = every.unbind(1)
         found = {
             "score": scores.mean(),
             "score_std": scores.std(correction=0),

@@ -7,15 +7,48 @@ imports no ColossalAI.
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import nn
 
 from lightning_rlhf.strategies.colossalai import ColossalAIStrategy
 from lightning_rlhf.strategies.precision import ColossalAIPrecision
+from lightning_rlhf.strategies.ranks import gather_objects
 
-__all__ = ["ColossalAIPrecision", "ColossalAIStrategy", "whole_state_dict", "whole_weights"]
+__all__ = [
+    "ColossalAIPrecision",
+    "ColossalAIStrategy",
+    "gather_objects",
+    "holds_whole_models",
+    "runs_alone",
+    "whole_state_dict",
+    "whole_weights",
+]
 
 ColossalAIStrategy.register_strategies(StrategyRegistry)
+
+
+def runs_alone(strategy: Strategy) -> bool:
+    """Whether a rank can run a model without the others, if need be within :func:`whole_weights`.
+
+    Args:
+        strategy: Any.
+    """
+    return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
+
+
+def holds_whole_models(strategy: Strategy) -> bool:
+    """Whether each device has all weights, as they are, all the time.
+
+    Args:
+        strategy: Any.
+    """
+    return runs_alone(strategy) and not (isinstance(strategy, ColossalAIStrategy) and strategy.sharded)
 
 
 def whole_weights(strategy: Strategy | None, child: nn.Module) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_rlhf.models.saving import COMPLETE, atomic_directory, sync
+from lightning_rlhf.strategies.ranks import gather_objects
 from lightning_rlhf.strategies.sharded import Boosted, Piece, Slot
 
 #: The Lightning checkpoint in a sharded directory, without what the ranks' files hold.
@@ -36,15 +37,13 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
     held = [(slot, boosted.piece(slot)) for slot in boosted.slots]
     states = [{} if piece is None else boosted.state(piece.key) for _, piece in held]
     kinds: dict[str, bool] = {}
-    every: list[Any] = [None] * dist.get_world_size()
     mine = {
         name: _is_sharded(name, value, piece.weight.numel())
         for (_, piece), state in zip(held, states, strict=True)
         if piece is not None
         for name, value in state.items()
     }
-    dist.all_gather_object(every, mine)
-    for found in every:
+    for found in gather_objects(mine):
         kinds |= found
     # -1: this rank has no state of it
     scalars = torch.full((len(kinds), len(held)), -1.0, dtype=torch.float64)
@@ -174,8 +173,7 @@ def _name(rank: int, ranks: int) -> str:
 
 def _agree(error: Exception | None, target: str) -> None:
     """Raises on all ranks where one met an error, so that none waits for it."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, None if error is None else f"{type(error).__name__}: {error}")
+    every = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text is not None]
     if failed:
         raise OSError(f"{target} was not written ({'; '.join(failed)}). What was there before is whole.") from error
