@@ -6,8 +6,6 @@ As a script, ``test_comparison.py STORE RANK``, this file is one process of two.
 import doctest
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -188,16 +186,9 @@ def test_doctests():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two processes printed, a line a case, and what it said when it died."""
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, __file__, str(store)]
-    processes = [subprocess.Popen([*command, str(rank)], env=env, **pipes) for rank in range(2)]
-    try:
-        return [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    from processes import run_two  # not at the top: the processes run this file as a script
+
+    return run_two(__file__, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.distributed

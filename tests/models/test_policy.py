@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 import transformers
+from plain import V, batch, fill, gradient, reference
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack, pad
 from lightning_rlhf.models import LoRA, Policy, load_causal_lm
 from lightning_rlhf.models.backbone import enable_checkpointing, is_checkpointing
-
-V = 97
-
 
 #: Heads that change their logits; the decoders around them are in test_families.py.
 HEADS = {
@@ -36,35 +34,7 @@ def build(family="llama"):
         **HEADS.get(family, {}),
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():  # nothing hides behind a zero: norms and biases get values
-        for p in model.parameters():
-            if p.dim() == 1:
-                p += 0.1 * torch.randn_like(p)
-    return model.train()
-
-
-def batch(seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        return torch.randint(3, V, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
-
-    rows = [Tree(ids(4, 20), [Branch(ids(2, 16)) for _ in range(k)]) for k in (1, 2, 5, 1)]
-    b = ids(6, 9)
-    return pack([*rows, Tree(ids(3, 4), [Branch(b, [i % 2 == 0 for i in range(len(b))])])])
-
-
-def reference(model, packed):
-    """Plain transformers: padded rectangle, its own forward, log_softmax over all logits."""
-    p = pad(packed)
-    logits = model(input_ids=p.input_ids, attention_mask=p.attention_mask, use_cache=False).logits
-    return logits[p.row, p.column].float().log_softmax(-1).gather(-1, packed.target[:, None])[:, 0]
-
-
-def gradient(logprobs, model):
-    model.zero_grad()
-    (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return fill(model).train()
 
 
 def test_layouts_agree_on_the_weighted_loss():

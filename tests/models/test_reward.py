@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from plain import V, fill
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
@@ -22,7 +23,6 @@ from lightning_rlhf.models import LoRA, RewardModel, load_causal_lm, load_reward
 from lightning_rlhf.models.reward import set_distinct_pad_token
 from lightning_rlhf.models.saving import save_pretrained
 
-V = 97
 BASE = dict(
     vocab_size=V,
     hidden_size=48,
@@ -42,11 +42,7 @@ def classifier(family="llama", **settings):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**{**BASE, **settings})
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    with torch.no_grad():  # nothing hides behind a zero
-        for p in model.parameters():
-            if p.dim() == 1:
-                p += 0.1 * torch.randn_like(p)
-    return model.eval()
+    return fill(model).eval()
 
 
 def trees(seed=0, vocabulary=V):
