@@ -12,6 +12,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from lightning_rlhf import LoRA
@@ -153,6 +155,31 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_are_stood_for(kind,
     for name, gradient in expected.items():
         assert gradient.norm() > 0
         assert_near(found[name], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_stay_whole_and_are_exported(kind, width, tiny_tokenizer, tmp_path):
+    """Qwen2 has some, in layers that bitsandbytes computes (64 wide, in 4 bits) and in layers of ours."""
+    config = Qwen2Config(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    whole = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(whole.model.layers[1].self_attn.q_proj.bias)
+    whole.save_pretrained(tmp_path / "whole")
+    lora = LoRA(r=4)
+    tuned = shaken(load_causal_lm(tmp_path / "whole", lora=lora, quantization=kind)).eval()
+    bias = tuned.get_base_model().model.layers[1].self_attn.q_proj.base_layer.bias
+    assert torch.equal(bias, whole.model.layers[1].self_attn.q_proj.bias)
+    want = logits(plain(tuned, tmp_path / "whole", lora).eval())
+    assert_near(logits(tuned), want, 1e-5)
+    save_pretrained(tuned, tiny_tokenizer, tmp_path / "hf")
+    assert_near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()), want, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
