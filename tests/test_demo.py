@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import demo
-from lightning_rlhf.callbacks.report import read_report
 from lightning_rlhf.cli import main
+from lightning_rlhf.report import read_report
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft" / "demo.yaml"
 MEASURED = r"loss (\d+\.\d{3})  perplexity \d+\.\d{3}  token accuracy \d\.\d{3}"

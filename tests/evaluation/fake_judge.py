@@ -55,7 +55,11 @@ class FakeJudge:
                     if planned is None:
                         content = say(*parts(body["messages"][0]["content"]))
                         planned = 200, json.dumps({"choices": [{"message": {"content": content}}]}), {}
-                    status, text, headers = planned
+                finally:  # before the reply: who reads it may ask again at once
+                    with lock:
+                        outer.alive -= 1
+                status, text, headers = planned
+                try:
                     self.send_response(status)
                     for name, value in headers.items():
                         self.send_header(name, value)
@@ -64,9 +68,6 @@ class FakeJudge:
                     self.wfile.write(text.encode())
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # who asked has given up
-                finally:
-                    with lock:
-                        outer.alive -= 1
 
             def log_message(self, *args):
                 pass
