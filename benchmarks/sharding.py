@@ -182,7 +182,16 @@ def living_tensors() -> list[Tensor]:
     """Every tensor on the CPU that Python knows in this process."""
     gc.collect()
     every = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    return [t for t in every if t.device.type == "cpu" and t.layout == torch.strided]
+    return [t for t in every if t.device.type == "cpu" and t.layout == torch.strided and has_memory(t)]
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether its storage is real: torch's compiler leaves tensors behind that have none."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Count(L.Callback):

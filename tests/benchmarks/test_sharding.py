@@ -46,6 +46,18 @@ def test_every_living_tensor_is_found(sharding):
     assert any(t is forgotten for t in sharding.living_tensors())
 
 
+def test_tensors_of_the_compiler_are_no_memory(sharding):
+    traced = []
+
+    def keep(graph, inputs):
+        traced.extend(node.meta["example_value"] for node in graph.graph.nodes if "example_value" in node.meta)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=keep)(torch.zeros(3))
+    assert traced and all(t.device.type == "cpu" for t in traced)
+    assert not any(t is fake for t in sharding.living_tensors() for fake in traced)
+
+
 def test_plain_training_holds_what_it_must(sharding):
     """One process without a strategy: 4 bytes of weight, 4 of gradient and 8 of states a parameter."""
     options = sharding.parse([*SMALL, "--ranks", "1"])
