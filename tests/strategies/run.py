@@ -30,6 +30,7 @@ from lightning_rlhf import (
     RewardModule,
     Sampling,
     SFTModule,
+    WinRate,
 )
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
@@ -48,6 +49,10 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def lengths(prompts, completions):
+    return [len(completion) for completion in completions]
 
 
 class TwoOptimizers(L.LightningModule):
@@ -137,8 +142,8 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
 
 def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="32-true", max_steps=20, accumulate=1,
         clip=None, clip_by="norm", lora=False, checkpointing=False, lr=1e-2, optimizer="adamw", ckpt=None, save_every=0,
-        validate=False, kill=None, full=None, callbacks=(), sanity=0, export=False, top_k=-1,
-        save_last=None, **options):  # fmt: skip
+        validate=False, kill=None, full=None, callbacks=(), sanity=0, export=False, win_rate=0,
+        top_k=-1, save_last=None, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(0, verbose=False)
     module, data = make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, **options)
@@ -151,6 +156,9 @@ def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="
     callbacks = [*callbacks, curve]
     if export:
         callbacks.append(HFExport())
+    if win_rate:  # by the number of letters; its pairs go to OUT_DIR/win_rate.jsonl
+        prompts = ["Say 1", "Say 2", "Say 3"]
+        callbacks.append(WinRate(lengths, prompts=prompts, max_new_tokens=6, every_n_steps=win_rate))
     if save_every:
         callbacks.append(
             ModelCheckpoint(

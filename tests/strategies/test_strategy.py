@@ -25,6 +25,7 @@ RUNS = {
     "sft": dict(stage="sft"),
     "sft, accumulation and clipping": dict(stage="sft", accumulate=2, clip=0.5),
     "sft, LoRA and checkpointing": dict(stage="sft", lora=True, checkpointing=True),
+    "sft, z-loss": dict(stage="sft", z_loss=0.1, max_steps=8),
     "reward": dict(stage="reward", lr=1e-3),
     "reward, all": dict(stage="reward", lr=1e-3, lora=True, checkpointing=True, accumulate=2, clip=0.05),
     "ppo": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, max_norm=0.5),
@@ -222,6 +223,52 @@ def test_validate_export_and_adapters(tiny_model_dir, tmp_path):
     assert len(scores["ppo"]) == 2
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward" / "hf" / "last")
     assert all(p.isfinite().all() for p in exported.parameters())
+
+
+def test_answers_are_compared_while_weights_are_cut(tiny_model_dir, tmp_path):
+    """Win rates under ZeRO-2 and Gemini are of the same answers as in a run of one process."""
+    run = dict(stage="sft", max_steps=6, win_rate=3, lr=1e-3)
+    start(tiny_model_dir, tmp_path, {"plain": run, "half": dict(run, precision="bf16-mixed")})
+    cases = {
+        "zero2": dict(run, devices=2, strategy=ZERO2),
+        "gemini": dict(run, devices=2, strategy=GEMINI, precision="bf16-mixed"),
+    }
+    start(tiny_model_dir, tmp_path, cases)
+    for name, like in {"zero2": "plain", "gemini": "half"}.items():
+        curve(tmp_path / name)
+        found, wanted = (
+            [json.loads(line) for line in (tmp_path / place / "win_rate.jsonl").read_text().splitlines()]
+            for place in (name, like)
+        )
+        assert [row["step"] for row in wanted] == [3] * 3 + [6] * 3
+        if name == "zero2":
+            assert found == wanted
+        else:  # of other roundings; the start's are the same
+            assert [(row["step"], row["prompt"], row["b"]) for row in found] == [
+                (row["step"], row["prompt"], row["b"]) for row in wanted
+            ]
+            assert any(row["a"] != row["b"] for row in found)
+
+
+def test_noise_on_embeddings_ends_with_training(tiny_model_dir, tmp_path):
+    """NEFTune under every plugin: the first loss is another than without, validation's is not."""
+    run = dict(stage="sft", devices=2, max_steps=2, lr=0.0, validate=True)
+    strategies = {
+        "ddp": dict(strategy=FP32["ddp"]),
+        "zero2": dict(strategy=ZERO2),
+        "gemini": dict(strategy=GEMINI, precision="bf16-mixed"),
+    }
+    cases = {
+        f"{name} {alpha}": dict(run, **s, neftune_alpha=alpha)
+        for name, s in strategies.items()
+        for alpha in (0.0, 20.0)
+    }
+    start(tiny_model_dir, tmp_path, cases)
+    for name in strategies:
+        without, noisy = (curve(tmp_path / f"{name} {alpha}") for alpha in (0.0, 20.0))
+        assert largest_difference(without, noisy) > 1e-3
+        scores = [json.loads((tmp_path / f"{name} {alpha}" / "scores.json").read_text()) for alpha in (0.0, 20.0)]
+        assert scores[0] == scores[1]
 
 
 def test_fp16_scales_losses_and_clips(tiny_model_dir, tmp_path):
