@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,15 @@ class Experience:
         trees: A prompt with its completions each; none where a rank got no prompt.
         rows: Number of each tree's prompt in the data, the same on whatever rank it is.
         tokens: Columns (N,) over the scored tokens of all trees in order, such as ``old_logprobs``.
+        keep: Whether what models say of it while it is scored is kept, with graphs, for the first update.
+        kept: That, by role.
     """
 
     trees: list[Tree]
     rows: tuple[int, ...]
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    keep: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sequence(self) -> Tensor:

@@ -170,6 +170,7 @@ class _LinearLogprobs(torch.autograd.Function):
         scale, softcap, temperature, entropy, chunk, grad = options
         head = _Head(weight, bias, scale, softcap, temperature)
         out = _empty(hidden, entropy)
+        ctx.set_materialize_grads(False)  # entropies that are only logged cost nothing in the backward pass
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         jacobian = grad and frozen and hidden.requires_grad
         d_logprobs = torch.empty_like(hidden) if jacobian else None
@@ -201,6 +202,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 d_hidden = d_hidden + by_entropy * d_entropy[:, None]
             return d_hidden.to(by_logprob.dtype), None, None, None, None
         hidden, weight, bias, target, entropies = ctx.saved_tensors
+        if d_logprob is None:
+            d_logprob = torch.zeros_like(target, dtype=torch.promote_types(hidden.dtype, torch.float32))
         head = _Head(weight, bias, scale, softcap, temperature)
         sums = _Sums(hidden, head, ctx.needs_input_grad[:3])
         for block in _blocks(hidden, target, head, chunk, None, gradient=True):
@@ -208,7 +211,7 @@ class _LinearLogprobs(torch.autograd.Function):
             extra = None
             if entropies is not None and d_entropy is not None:
                 extra = _entropy_gradient(block, entropies[s]).mul_(block.slope).mul_(d_entropy[s, None])
-            gradient = _product_gradient(block, d_logprob[s], target[s])  # type: ignore[index]
+            gradient = _product_gradient(block, d_logprob[s], target[s])
             sums.add(s, gradient if extra is None else gradient.add_(extra))
         return (*sums.cast(), None, None)
 

@@ -32,8 +32,8 @@ class RoleModel(Policy):
     weights, a third adapter that stays frozen.
 
     peft makes an adapter trainable when it is switched on and freezes the others. A backward pass after such a switch
-    would lose gradients without a word, so here all that trains stays trainable; and since checkpointed layers run
-    again in the backward pass, **run it before the next role's forward pass**.
+    would lose gradients without a word, so here all that trains stays trainable. Checkpointed layers run again in the
+    backward pass, by the adapter that is then switched on: **with them, run it before the next role's forward pass**.
 
     Args:
         model: A peft model around a causal LM; its active adapter is the policy's.
@@ -142,7 +142,7 @@ class RoleModel(Policy):
         return super().forward(batch, entropy=entropy, temperature=temperature, weights=weights)
 
     def play(self, role: Role) -> None:
-        """Switches the adapters; the backward pass of the role before must be over."""
+        """Switches the adapters; with checkpointed layers the backward pass of the role before must be over."""
         if role == self._role:
             return
         with torch._C.DisableTorchFunctionSubclass():  # Gemini's parameters would take a switch for an operation

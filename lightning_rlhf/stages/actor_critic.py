@@ -13,17 +13,21 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.models import Policy, load_causal_lm
+from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import Reward, RewardModelReward, Samples
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import VALIDATION, OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups
+from lightning_rlhf.stages.updates import parameters_of
 from lightning_rlhf.strategies import whole_weights
 
 
@@ -35,6 +39,7 @@ class ActorCriticStage(OnlineStage):
         critic: The critic, where it is a model of its own.
         reference: The frozen copy, where no adapter can be switched off.
         reward: What scores.
+        norms: Gradient norms of policy and critic at their last steps, before clipping.
     """
 
     policy: Policy
@@ -44,7 +49,11 @@ class ActorCriticStage(OnlineStage):
     critic_from: str | os.PathLike[str] | PreTrainedModel | None
     critic_lr: float | None
     shared: bool
+    max_norm: float | None
     offload_frozen: bool
+    parts: int
+    reuse_passes: bool
+    norms: dict[str, float]
 
     def configure_model(self) -> None:
         """Loads policy, reference, critic and reward model once."""
@@ -135,6 +144,21 @@ class ActorCriticStage(OnlineStage):
             return self.policy(batch, role, **options)
         return getattr(self, role)(batch, **options)
 
+    def reuses_passes(self, experience: Experience) -> bool:
+        """Whether the passes that score an experience are those of its first update; all ranks must ask."""
+        whole = self.parts == 1 and self.count_micro_batches(experience, range(len(experience.trees))) == 1
+        # checkpointed layers and those of a sharded model want their backward pass before another forward pass
+        apart = is_checkpointing(self.policy.transformer) or self._sharded is not None
+        return self.reuse_passes and whole and not apart
+
+    def play_first(self, role: Role, batch: PackedBatch, experience: Experience, **options: Any) -> Any:
+        """As :meth:`play`, to score an experience; the output stays in it, with its graph, where it says ``keep``."""
+        if not experience.keep:
+            return self.play(role, batch, **options)
+        with torch.enable_grad():
+            experience.kept[role] = self.play(role, batch, **options)
+        return experience.kept[role]
+
     @torch.no_grad()
     def appraise(self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]) -> dict[str, list[float]]:
         """What :class:`~lightning_rlhf.callbacks.SampleCompletions` shows beside completions; no other rank takes part.
@@ -168,6 +192,13 @@ class ActorCriticStage(OnlineStage):
             critic = [{**group, "lr": self.critic_lr} for group in critic]
         optimizers = [self.make_optimizer(g) for g in ([policy + critic] if self.shared else [policy, critic])]
         return optimizers, [self.make_lr_scheduler(optimizer) for optimizer in optimizers]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips the gradients of policy and critic, each by its own norm."""
+        mine = set(map(id, parameters_of(optimizer)))
+        for name, parameters in zip(("policy", "value"), self.trained(), strict=True):
+            if id(parameters[0]) in mine:
+                self.norms[f"{name}_grad_norm"] = self.clip(parameters, self.max_norm).item()
 
     # ------------------------------------------------------------------------------------------------- evaluation
 

@@ -133,9 +133,13 @@ class OnlineStage(ManualStage):
     ) -> Iterator[tuple[PackedBatch, dict[str, Tensor]]]:
         """This rank's part of a minibatch, or all it has, packed; all ranks make the same number."""
         chosen = range(len(experience.trees)) if chosen is None else chosen
-        parts = len(cut([experience.trees[i].num_tokens for i in chosen], self.micro_batch_tokens))
-        most = int(self.all_reduce(torch.tensor(float(parts)), dist.ReduceOp.MAX))
+        most = self.count_micro_batches(experience, chosen)
         return experience.micro_batches(chosen, self.micro_batch_tokens, self.device, at_least=most)
+
+    def count_micro_batches(self, experience: Experience, chosen: Sequence[int]) -> int:
+        """How many the rank with the most of them makes; all ranks must ask."""
+        parts = len(cut([experience.trees[i].num_tokens for i in chosen], self.micro_batch_tokens))
+        return int(self.all_reduce(torch.tensor(float(parts)), dist.ReduceOp.MAX))
 
     @torch.no_grad()
     def measure(self, experience: Experience, model: Callable[[PackedBatch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -144,7 +148,7 @@ class OnlineStage(ManualStage):
         for batch, _ in self.micro_batches(experience):
             found = model(batch)
             keep = len(batch.rows) > 0  # else a filler
-            parts.append(tuple((t if keep else t[:0]).cpu() for t in found))
+            parts.append(tuple((t if keep else t[:0]).detach().cpu() for t in found))
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def summary(

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data.experience import Experience
@@ -28,7 +27,6 @@ from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward
 from lightning_rlhf.rollout import CachedEngine, RolloutEngine, Sampling
 from lightning_rlhf.stages.actor_critic import ActorCriticStage
 from lightning_rlhf.stages.optim import CosineWarmup, ppo_optimizer
-from lightning_rlhf.stages.updates import parameters_of
 
 SAMPLING = Sampling()
 # checkpoints name the settings; torch.load reads them without trusting arbitrary classes
@@ -84,6 +82,8 @@ class PPOModule(ActorCriticStage):
         loss_mean: ``token``: over a minibatch's tokens; ``sequence``: over its completions' means.
         target_kl: An iteration ends before an update whose approximate KL to the sampling policy is above it.
         old_logprobs: ``recompute`` by the packed pass, so that ratios start at 1, or those of the ``rollout``.
+        reuse_passes: Where an update takes a whole iteration in one micro-batch, the first one goes back through the
+            passes that scored it: two forward passes fewer, activations of policy and critic at once.
         max_norm: Gradient norm, of policy and of critic, beyond which they are clipped; None for no bound.
         max_dropped: Updates in a row that may be dropped for values that are not finite before the run ends.
         dtype: Of the weights; heads are fp32.
@@ -142,6 +142,7 @@ class PPOModule(ActorCriticStage):
         loss_mean: Literal["token", "sequence"] = "token",
         target_kl: float | None = None,
         old_logprobs: Literal["recompute", "rollout"] = "recompute",
+        reuse_passes: bool = True,
         max_norm: float | None = 1.0,
         max_dropped: int = 5,
         dtype: Dtype = "float32",
@@ -183,12 +184,13 @@ class PPOModule(ActorCriticStage):
         self.scale_scores, self.clip_scores, self.missing_stop_penalty = scale_scores, clip_scores, missing_stop_penalty
         self.value_coef, self.entropy_coef, self.ptx_coef = value_coef, entropy_coef, ptx_coef
         self.loss_mean, self.target_kl, self.old_logprobs = loss_mean, target_kl, old_logprobs
+        self.reuse_passes = reuse_passes
         self.max_norm, self.max_dropped, self.critic_lr, self.seed = max_norm, max_dropped, critic_lr, seed
         self.offload_frozen = offload_frozen
         self.running_scores = RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)
         self.val_score, self.val_length = TokenMean(), TokenMean()
-        self._norms: dict[str, float] = {}
+        self.norms = {}
 
     # ------------------------------------------------------------------------------------------------- an iteration
 
@@ -198,6 +200,7 @@ class PPOModule(ActorCriticStage):
         prompts, ptx = (batch["prompts"], batch["ptx"]) if isinstance(batch, dict) else (batch, None)
         experience, samples = self.rollout(prompts, self.iteration)
         clock.append(time.perf_counter())
+        experience.keep = self.reuses_passes(experience)
         found = self.judge(experience, samples)
         clock.append(time.perf_counter())
         found |= self.learn(experience, ptx)
@@ -220,10 +223,12 @@ class PPOModule(ActorCriticStage):
         raw = self.score(samples).cpu()
         truncated = torch.tensor([] if samples is None else samples.truncated, dtype=torch.bool)
         heat = self.sampling.temperature
-        now, entropies = self.measure(experience, lambda b: self.play("policy", b, temperature=heat, entropy=True)[:2])
         with self.present("reference"):
             (reference,) = self.measure(experience, lambda b: self.play("reference", b, temperature=heat)[:1])
-        values, last_values = self.measure(experience, lambda b: self.play("critic", b))
+        now, entropies = self.measure(
+            experience, lambda b: self.play_first("policy", b, experience, temperature=heat, entropy=True)[:2]
+        )
+        values, last_values = self.measure(experience, lambda b: self.play_first("critic", b, experience))
         sampled, sequence = experience.tokens["rollout_logprobs"].to(now), experience.sequence
         log_ratio = now - reference
 
@@ -272,7 +277,7 @@ class PPOModule(ActorCriticStage):
             if self.target_kl is not None and last["approx_kl"] > self.target_kl:
                 break
             if self.update(parameters, last["loss"], first=not taken):
-                taken.append({**last, **self._norms})
+                taken.append({**last, **self.norms})
             else:
                 dropped += 1
         if not taken:
@@ -290,13 +295,15 @@ class PPOModule(ActorCriticStage):
         The loss is the policy's, plus ``value_coef`` times the critic's, less ``entropy_coef`` times the entropy, plus
         ``ptx_coef`` times the language model's.
         """
+        heat = self.sampling.temperature
         local = sum(float(t["weight"].sum()) for _, t in experience.micro_batches(chosen, None, torch.device("cpu")))
         total = self.all_reduce(torch.tensor(float(local))).item()
         sums, ratio_max, ratio_error = torch.zeros(len(PARTS)), torch.zeros(()), torch.zeros(())
         with self.apart():
             for batch, t in self.micro_batches(experience, chosen):
                 weight = t["weight"] / total
-                out = self.play("policy", batch, temperature=self.sampling.temperature, entropy=self.entropy_coef != 0)
+                out, critic = (experience.kept.pop(role, None) for role in ("policy", "critic"))
+                out = out or self.play("policy", batch, temperature=heat, entropy=self.entropy_coef != 0)
                 policy = policy_loss(out.logprobs, t["old_logprobs"], t["advantages"], self.clip_low, self.clip_high)
                 loss = policy.loss
                 if self.kl_penalty != "reward":
@@ -304,7 +311,8 @@ class PPOModule(ActorCriticStage):
                 if self.entropy_coef:
                     loss = loss - self.entropy_coef * out.entropies
                 self.accumulate((weight * loss).sum())
-                value = value_loss(self.play("critic", batch).values, t["values"], t["returns"], self.clip_value)
+                critic = critic or self.play("critic", batch)
+                value = value_loss(critic.values, t["values"], t["returns"], self.clip_value)
                 self.accumulate((weight * value.loss).sum() * self.value_coef)
                 moved = k3(t["old_logprobs"] - out.logprobs.detach())
                 columns = (loss, policy.loss, value.loss, moved, policy.clipped, value.clipped, policy.ratio)
@@ -323,13 +331,6 @@ class PPOModule(ActorCriticStage):
         found["ratio_max"], found["ratio_error"] = peaks.tolist()
         found["loss"] += self.value_coef * found["value_loss"] + self.ptx_coef * found["ptx_loss"]
         return found
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips the gradients of policy and critic, each by its own norm."""
-        mine = set(map(id, parameters_of(optimizer)))
-        for name, parameters in zip(("policy", "value"), self.trained(), strict=True):
-            if id(parameters[0]) in mine:
-                self._norms[f"{name}_grad_norm"] = self.clip(parameters, self.max_norm).item()
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 

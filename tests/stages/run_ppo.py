@@ -36,7 +36,7 @@ def trained(module):
 
 def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max_steps=4, ckpt=None, save_every=0,
         batch_size=4, ptx=False, callbacks=(), sampling=None, reward=letters, lr=3e-3, val_fraction=0.0, seed=0,
-        **options):  # fmt: skip
+        precision="32-true", **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = PPOModule(
@@ -68,6 +68,7 @@ def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_steps=max_steps,
+        precision=precision,
         callbacks=callbacks,
         enable_checkpointing=bool(save_every),
         logger=CSVLogger(out_dir, name="log"),

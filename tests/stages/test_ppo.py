@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -232,13 +233,61 @@ def test_micro_batches_and_layout_do_not_change_the_result(tiny_model_dir, tmp_p
     assert difference(trained(padded), trained(whole)) < 1e-5
 
 
+class Played(PPOModule):
+    """Counts passes of policy and critic by their role and whether they made a graph."""
+
+    def play(self, role, batch, **options):
+        self.passes = getattr(self, "passes", Counter())
+        self.passes[role, torch.is_grad_enabled()] += 1
+        return super().play(role, batch, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(lora=True, entropy_coef=0.05, kl_penalty="k3", kl_coef=0.3, samples_per_prompt=2),
+        dict(lora=True, precision="bf16-mixed"),
+        dict(lora=True, shared=False, epochs=1, ptx=True, old_logprobs="rollout"),
+    ],
+    ids=["separate", "shared", "bf16", "one epoch, ptx"],
+)
+def test_the_first_update_goes_back_through_the_passes_that_scored(tiny_model_dir, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(run_ppo, "PPOModule", Played)
+    options = dict(minibatches=1, micro_batch_tokens=None, max_steps=3) | options
+    epochs = options.get("epochs", 2)
+    _, reused = run(tiny_model_dir, tmp_path / "reused", **options)
+    _, anew = run(tiny_model_dir, tmp_path / "anew", reuse_passes=False, **options)
+    assert difference(trained(reused), trained(anew)) < (1e-2 if "precision" in options else 1e-6)
+    ptx = 3 if options.get("ptx") else 0
+    for module, without, graphs in ((reused, 0, 3 * epochs), (anew, 3, 3 * epochs)):
+        assert (module.passes["policy", False], module.passes["policy", True]) == (without, graphs + ptx)
+        assert (module.passes["critic", False], module.passes["critic", True]) == (without, graphs)
+        assert module.passes["reference", False] == 3 and not module.passes["reference", True]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(minibatches=2, micro_batch_tokens=None),
+        dict(minibatches=1),
+        dict(gradient_checkpointing=True, minibatches=1, micro_batch_tokens=None),
+    ],
+    ids=["minibatches", "micro-batches", "checkpointing"],
+)
+def test_passes_that_an_update_does_not_make_again_are_not_kept(tiny_model_dir, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(run_ppo, "PPOModule", Played)
+    _, module = run(tiny_model_dir, tmp_path, lora=True, max_steps=1, **options)
+    assert module.passes["policy", False] and module.passes["critic", False]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "options",
     [
         dict(lora=True, kl_target=0.01, kl_horizon=50, scale_scores=True, whiten_rewards=True),
-        dict(lora=True, shared=False, batch_size=5, loss_mean="sequence"),
+        dict(lora=True, shared=False, batch_size=5, loss_mean="sequence", minibatches=1, micro_batch_tokens=None),
         dict(ptx=True, kl_penalty="k3", target_kl=1e-3),
     ],
     ids=["shared", "separate, odd batch", "full, ptx, early stop"],
