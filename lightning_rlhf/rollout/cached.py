@@ -34,7 +34,8 @@ class CachedEngine:
         max_live_tokens: Rows times columns that the cache may hold, where a row needs its prompt and
             ``max_new_tokens``; None: no limit.
         max_rows: Completions in the making at once; None: no limit. A larger batch is faster while memory lasts.
-        prefill_tokens: Padded tokens of prompts that the model runs on at once, unless one prompt has more.
+        prefill_tokens: Padded tokens of prompts that the model runs on at once, unless one prompt has more. Prompts of
+            unlike length, whose padding would cost more than a pass over the weights, run apart anyway.
 
     Raises:
         ValueError: A limit is below 1.

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from lightning_rlhf.rollout.sampling import choose
 
 _GRAIN = 128
 """Columns are made in multiples of this, as rows get longer: attention is slower over keys that lie far apart."""
+
+
+_PADDING = 64
+"""Tokens of padding that cost as much as a further pass over the weights, about."""
 
 
 class _Group:
@@ -210,14 +215,22 @@ class Session:
             members.setdefault(group, []).append(row)
         first = {group: group.logits for group in members if group.logits is not None}
         unseen = sorted((g for g in members if g not in first), key=lambda g: len(members[g][0].prompt))
-        while unseen:
-            count = 1
-            while count < len(unseen) and (count + 1) * len(members[unseen[count]][0].prompt) <= self._prefill_tokens:
-                count += 1
-            batch, unseen = unseen[:count], unseen[count:]
+        lengths = [len(members[group][0].prompt) for group in unseen]
+        for part in _parts(lengths, self._prefill_tokens):
+            batch = unseen[part]
             prompts = [members[group][0].prompt for group in batch]
             logits = self._decoder.prefill(prompts, [[slot[row] for row in members[group]] for group in batch])
             for group, its in zip(batch, logits, strict=True):
                 first[group] = its
                 group.logits = its.clone() if group.rows else None  # for those that wait
         self._accept([row for row, _ in new], torch.stack([first[group] for _, group in new]))
+
+
+def _parts(lengths: Sequence[int], most: int) -> list[slice]:
+    """Cuts prompts, sorted by length, into batches of little padding and at most ``most`` tokens with it."""
+    edges = [0]
+    for i in range(1, len(lengths)):
+        count = i - edges[-1]
+        if (count + 1) * lengths[i] > most or count * (lengths[i] - lengths[i - 1]) > _PADDING:
+            edges.append(i)
+    return [slice(a, b) for a, b in pairwise([*edges, len(lengths)])] if lengths else []

@@ -234,6 +234,20 @@ def test_prompts_are_run_in_batches_of_bounded_size(ready, prompts, tiny_tokeniz
     assert len(work["batches"]) == 4
 
 
+@pytest.mark.parametrize(
+    "lengths, batches",
+    [
+        ((90, 4, 92, 88), [4, 3 * 92]),  # 84 tokens of padding cost more than a pass, and 2 do not
+        ((30, 40, 50, 60), [4 * 60]),
+        ((5, 5, 5, 5, 20, 60), [5 * 20, 60]),
+    ],
+)
+def test_prompts_of_unlike_length_are_run_apart(lengths, batches, ready, tiny_tokenizer, work):
+    asked = [Request([3 + (i + 7 * k) % 50 for i in range(length)], [k]) for k, length in enumerate(lengths)]
+    CachedEngine().generate(ready, tiny_tokenizer, asked, Sampling(2), [])
+    assert work["batches"] == batches
+
+
 def test_memory_is_given_back(ready, prompts, tiny_tokenizer):
     engine = CachedEngine()
     with engine.session(ready, tiny_tokenizer) as session:
