@@ -50,7 +50,23 @@ def main(args: Sequence[str] | None = None) -> None:
         module, function = TOOLS[arguments[0]][0].split(":")
         getattr(importlib.import_module(module), function)(arguments[1:])
         return
-    cli(args)
+    try:
+        cli(args)
+    except ValueError as error:
+        if (found := reason(error)) is error or not isinstance(found, (ValueError, OSError)):
+            raise
+        sys.exit(f"lightning-rlhf {arguments[0]}: {found}")
+
+
+def reason(error: BaseException) -> BaseException:
+    """What a class said that could not be made of its settings, which jsonargparse buries in what it was given.
+
+    Args:
+        error: Raised while a command line was read; any other comes back as it is.
+    """
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
+        error = error.__cause__
+    return error
 
 
 def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:

@@ -69,3 +69,33 @@ def test_python_dash_m(tmp_path):
         timeout=60,
     )
     assert done.returncode == 0 and done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        (["--model.pretrained", "runs/none"], "runs/none is no directory here ("),
+        (
+            ["--model.pretrained", "runs/sft"],
+            "runs/sft holds no model: there is no config.json in it; perhaps runs/sft/hf/best is meant.",
+        ),
+        (["--model.z_loss", "-1"], "Neither may be negative: z_loss=-1.0"),
+        (["--data.batch_size", "0"], "batch_size must be at least 1, got 0."),
+    ],
+    ids=["no such model", "a run's folder", "model", "data"],
+)
+def test_settings_of_which_nothing_can_be_made_are_told_in_a_line(
+    command, setting, words, tiny_model_dir, rows, tmp_path, monkeypatch
+):
+    (tmp_path / "runs" / "sft" / "hf").mkdir(parents=True)
+    (tmp_path / "runs" / "sft" / "hf" / "best").symlink_to(tiny_model_dir)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments(command, tiny_model_dir, rows, tmp_path), *setting])
+    assert str(stop.value.code).startswith(f"lightning-rlhf {command}: {words}")
+
+
+def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
+        main([*arguments("fit", tiny_model_dir, "none.jsonl", tmp_path)])

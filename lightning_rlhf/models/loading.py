@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +90,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool
     Raises:
         OSError: Nothing is there.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    with _naming(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {name_or_path} has no eos token: nothing could end an answer.")
     if tokenizer.pad_token_id is None:
@@ -104,7 +107,8 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
     """
     adapters = _adapters(name_or_path)
     if adapters is None:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with _naming(name_or_path):
+            return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     base, settings = adapters
     config = load_config(base, trust_remote_code)
     for name, value in settings.items():
@@ -235,7 +239,8 @@ def _load(
                 "base_model_name_or_path in adapter_config.json."
             ) from error
         return _adapt(model, os.fspath(pretrained), settings, missing)
-    config = AutoConfig.from_pretrained(pretrained, trust_remote_code=arguments["trust_remote_code"])
+    with _naming(pretrained):
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=arguments["trust_remote_code"])
     if auto is AutoModelForSequenceClassification:
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             config.num_labels = 1  # a language model's config says 2, and means nothing by it
@@ -244,6 +249,21 @@ def _load(
         arguments = {**arguments, **quantization_arguments(quantization, arguments[DTYPE])}
     model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
     return model, set(found["missing_keys"])
+
+
+@contextmanager
+def _naming(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Says what could not be loaded: transformers' own message may be about the network, or kinds of tokenizers."""
+    place = Path(source)
+    if place.is_dir() and not any(place.glob("*config.json")):
+        inside = sorted({str(p.parent) for depth in ("*", "*/*") for p in place.glob(f"{depth}/*config.json")})
+        hint = f"; perhaps {' or '.join(inside)} is meant" if inside else ""
+        raise OSError(f"{source} holds no model: there is no config.json in it{hint}.")
+    try:
+        yield
+    except OSError as error:
+        where = f"{source}" if place.is_dir() else f"{source} is no directory here ({Path.cwd()}); as a hub id"
+        raise OSError(f"{where}: {error}") from error
 
 
 def _adapters(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
