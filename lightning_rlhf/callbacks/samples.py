@@ -16,6 +16,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import CometLogger, MLFlowLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
@@ -89,19 +90,35 @@ class PromptCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuses models that don't generate, and prompts that leave no room for an answer.
 
+        Of the data module's own prompts those are left out, with a warning that says how many.
+
         Raises:
-            ValueError: It is one, or there is one.
+            ValueError: It is one, or there is one that was given, or no other.
         """
         name = type(self).__name__
         model = pl_module.exportable.transformer
         if not model.can_generate():
             raise ValueError(f"{name}: {type(model).__name__} can't generate. Leave the callback out.")
-        for prompt, ids in zip(self._prompts.messages, self._prompts.prompts, strict=True):
-            if room(pl_module.exportable, ids, 1) < 1:
-                raise ValueError(
-                    f"{name}: the prompt {shown(prompt)[:40]!r} has {len(ids)} tokens and fills the "
-                    "model's context. Give shorter prompts."
-                )
+        asked = self._prompts
+        fits = [room(pl_module.exportable, ids, 1) >= 1 for ids in asked.prompts]
+        if all(fits):
+            return
+        first = fits.index(False)
+        reason = (
+            f"the prompt {shown(asked.messages[first])[:40]!r} has {len(asked.prompts[first])} tokens and fills the "
+            "model's context"
+        )
+        if self.prompts is not None or not any(fits):
+            raise ValueError(f"{name}: {reason}. Give shorter prompts.")
+        kept = [i for i, fit in enumerate(fits) if fit]
+        rank_zero_warn(f"{name}: {len(fits) - len(kept)} of {len(fits)} prompts are left out; the first: {reason}.")
+        self._prompts = PromptBatch(
+            [asked.prompts[i] for i in kept],
+            [asked.messages[i] for i in kept],
+            tuple(range(len(kept))),
+            {column: [values[i] for i in kept] for column, values in asked.columns.items()},
+            len(kept),
+        )
 
     def _find(self, trainer: Any) -> list[tuple[str, list[Message] | str, dict[str, Any]]]:
         """Each prompt with the place it comes from, and its further columns."""

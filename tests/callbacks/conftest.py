@@ -33,13 +33,14 @@ def short_fit(tiny_model_dir, tmp_path):
     """``short_fit(callbacks, **trainer_options)``: four steps of one epoch, without logger and checkpoints."""
     from lightning_rlhf import InstructionDataModule, SFTModule
 
-    def run(callbacks=(), module=None, rows=16, **options):
+    def run(callbacks=(), module=None, rows=16, val=(), max_length=None, **options):
         settings = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
                         enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
         trainer = L.Trainer(callbacks=list(callbacks), **{**settings, **options})
         data = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(rows)]
         module = module or SFTModule(tiny_model_dir)
-        trainer.fit(module, InstructionDataModule(data, val=data[:4], batch_size=4, cache_dir=tmp_path / "cache"))
+        options = dict(batch_size=4, max_length=max_length, cache_dir=tmp_path / "cache")
+        trainer.fit(module, InstructionDataModule(data, val=[*val, *data[:4]], **options))
         return trainer, module
 
     return run

@@ -92,6 +92,13 @@ def test_a_prompt_that_fills_the_context_is_told_before_training(short_fit, tiny
         short_fit([SampleCompletions(["one " * 400], max_new_tokens=5)])
 
 
+def test_validation_prompts_that_fill_the_context_are_left_out_and_counted(short_fit, tmp_path):
+    long = [{"prompt": "one " * 400, "completion": "1"}, {"prompt": "two " * 400, "completion": "2"}]
+    with pytest.warns(UserWarning, match=r"SampleCompletions: 2 of 4 prompts are left out; the first: the prompt 'one"):
+        short_fit([SampleCompletions(max_new_tokens=5, num_prompts=4)], val=long, max_length=2048)
+    assert [row["prompt"] for row in rows(tmp_path)[:3]] == ["Say 0", "Say 1", "Say 0"]
+
+
 def test_an_answer_ends_with_the_context(short_fit, tiny_tokenizer, tmp_path):
     words = "one " * (next(n for n in range(200) if len(tiny_tokenizer("one " * n).input_ids) > 220) - 1)
     short_fit([SampleCompletions([words], max_new_tokens=10_000)])
