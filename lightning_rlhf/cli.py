@@ -52,10 +52,19 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     try:
         cli(args)
-    except ValueError as error:
-        if (found := reason(error)) is error or not isinstance(found, (ValueError, OSError)):
+    except (OSError, ValueError) as error:
+        if not _told(found := reason(error), found is not error):
             raise
         sys.exit(f"lightning-rlhf {arguments[0]}: {found}")
+
+
+def _told(error: BaseException, of_settings: bool) -> bool:
+    """Whether an error's message is all that its reader needs: of settings, of a row, of a file that is not there."""
+    from lightning_rlhf.data.sources import BadRowError
+
+    if isinstance(error, FileNotFoundError):
+        return of_settings or error.errno is None  # a number: the system's, not a message that was written for people
+    return isinstance(error, BadRowError) or (of_settings and isinstance(error, (OSError, ValueError)))
 
 
 def reason(error: BaseException) -> BaseException:

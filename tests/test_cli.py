@@ -96,6 +96,23 @@ def test_settings_of_which_nothing_can_be_made_are_told_in_a_line(
     assert str(stop.value.code).startswith(f"lightning-rlhf {command}: {words}")
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "my.jsonl: no such file or directory"),
+        ('{"instruction": "one"}\n', "my.jsonl:1: "),
+    ],
+)
+def test_bad_data_is_told_in_a_line(text, words, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text:
+        (tmp_path / "my.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments("fit", tiny_model_dir, "my.jsonl", tmp_path), "--data.val_fraction", "0"])
+    assert str(stop.value.code).startswith("lightning-rlhf fit: ") and words in stop.value.code
+
+
 def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
-        main([*arguments("fit", tiny_model_dir, "none.jsonl", tmp_path)])
+    (tmp_path / "broken.ckpt").write_text("no checkpoint")
+    with pytest.raises(Exception, match=r"(?i)pickle|unpickl|weights_only|zip|load"):
+        main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--ckpt_path", str(tmp_path / "broken.ckpt")])
