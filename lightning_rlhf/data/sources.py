@@ -167,7 +167,7 @@ class BadRows:
             BadRowError: If the policy is ``"raise"``.
         """
         if self.policy == "raise":
-            advice = "Mend the row, or choose the policy 'skip' to leave such rows out and have them counted."
+            advice = "Mend the row, or set on_bad_row: skip to leave such rows out and have them counted."
             raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
         self.counts[kind] += 1
         self.first.setdefault(kind, BadRowError(where, kind, reason))

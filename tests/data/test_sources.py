@@ -46,7 +46,7 @@ def faults(source: Source) -> tuple[list[Row], list[tuple[str, str]]]:
     with pytest.raises(BadRowError) as caught:
         read(source)
     assert (caught.value.where, caught.value.kind) == found[0]
-    assert str(caught.value).startswith(f"{found[0][0]}: ") and "'skip'" in str(caught.value)
+    assert str(caught.value).startswith(f"{found[0][0]}: ") and "on_bad_row: skip" in str(caught.value)
     return rows, found
 
 
