@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     try:
         cli(args)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         if not _told(found := reason(error), found is not error):
             raise
         sys.exit(f"lightning-rlhf {arguments[0]}: {found}")
@@ -60,11 +60,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _told(error: BaseException, of_settings: bool) -> bool:
     """Whether an error's message is all that its reader needs: of settings, of a row, of a file that is not there."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
     from lightning_rlhf.data.sources import BadRowError
 
     if isinstance(error, FileNotFoundError):
         return of_settings or error.errno is None  # a number: the system's, not a message that was written for people
-    return isinstance(error, BadRowError) or (of_settings and isinstance(error, (OSError, ValueError)))
+    return isinstance(error, (BadRowError, MisconfigurationException)) or (
+        of_settings and isinstance(error, (OSError, ValueError))
+    )
 
 
 def reason(error: BaseException) -> BaseException:

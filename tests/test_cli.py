@@ -112,6 +112,11 @@ def test_bad_data_is_told_in_a_line(text, words, tiny_model_dir, tmp_path, monke
     assert str(stop.value.code).startswith("lightning-rlhf fit: ") and words in stop.value.code
 
 
+def test_lightnings_own_refusals_are_told_in_a_line(tiny_model_dir, rows, tmp_path):
+    with pytest.raises(SystemExit, match=r"lightning-rlhf fit: .*profiler"):
+        main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--trainer.profiler", "none such"])
+
+
 def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")
     with pytest.raises(Exception, match=r"(?i)pickle|unpickl|weights_only|zip|load"):
