@@ -64,11 +64,11 @@ def _told(error: BaseException, of_settings: bool) -> bool:
 
     from lightning_rlhf.data.sources import BadRowError
 
+    if of_settings and isinstance(error, (OSError, ValueError)):
+        return True
     if isinstance(error, FileNotFoundError):
-        return of_settings or error.errno is None  # a number: the system's, not a message that was written for people
-    return isinstance(error, (BadRowError, MisconfigurationException)) or (
-        of_settings and isinstance(error, (OSError, ValueError))
-    )
+        return error.errno is None  # with a number it is the system's, and was not written for people
+    return isinstance(error, (BadRowError, MisconfigurationException))
 
 
 def reason(error: BaseException) -> BaseException:

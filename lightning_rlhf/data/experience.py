@@ -23,15 +23,14 @@ class Experience:
         trees: A prompt with its completions each; none where a rank got no prompt.
         rows: Number of each tree's prompt in the data, the same on whatever rank it is.
         tokens: Columns (N,) over the scored tokens of all trees in order, such as ``old_logprobs``.
-        keep: Whether what models say of it while it is scored is kept, with graphs, for the first update.
-        kept: That, by role.
+        kept: What models said of it while it was scored, by role and with graphs, for the first update; None: it is not
+            to be kept.
     """
 
     trees: list[Tree]
     rows: tuple[int, ...]
     tokens: dict[str, Tensor] = field(default_factory=dict)
-    keep: bool = False
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] | None = None
 
     @property
     def sequence(self) -> Tensor:

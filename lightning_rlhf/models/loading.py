@@ -99,6 +99,16 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool
     return tokenizer
 
 
+def read_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The config of a whole model's Hugging Face directory or hub id.
+
+    Raises:
+        OSError: Nothing is there.
+    """
+    with _naming(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+
+
 def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
     """The config of a Hugging Face directory or hub id; of adapters, that of the model they change.
 
@@ -107,8 +117,7 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
     """
     adapters = _adapters(name_or_path)
     if adapters is None:
-        with _naming(name_or_path):
-            return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        return read_config(name_or_path, trust_remote_code)
     base, settings = adapters
     config = load_config(base, trust_remote_code)
     for name, value in settings.items():
@@ -239,8 +248,7 @@ def _load(
                 "base_model_name_or_path in adapter_config.json."
             ) from error
         return _adapt(model, os.fspath(pretrained), settings, missing)
-    with _naming(pretrained):
-        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=arguments["trust_remote_code"])
+    config = read_config(pretrained, arguments["trust_remote_code"])
     if auto is AutoModelForSequenceClassification:
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
             config.num_labels = 1  # a language model's config says 2, and means nothing by it

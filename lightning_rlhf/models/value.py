@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.models.backbone import Backbone, Hidden, LayoutChoice
-from lightning_rlhf.models.loading import Dtype, LoRA, load_reward_model
+from lightning_rlhf.models.loading import Dtype, LoRA, load_reward_model, read_config
 from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.models.reward import read_head
 
@@ -132,5 +132,5 @@ def is_reward_model(pretrained: str | os.PathLike[str] | PreTrainedModel, trust_
         return type(pretrained).__name__.endswith("ForSequenceClassification")
     if os.path.exists(os.path.join(pretrained, "adapter_config.json")):
         return True
-    config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+    config = read_config(pretrained, trust_remote_code)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])

@@ -146,14 +146,15 @@ class ActorCriticStage(OnlineStage):
 
     def reuses_passes(self, experience: Experience) -> bool:
         """Whether the passes that score an experience are those of its first update; all ranks must ask."""
-        whole = self.parts == 1 and self.count_micro_batches(experience, range(len(experience.trees))) == 1
         # checkpointed layers and those of a sharded model want their backward pass before another forward pass
         apart = is_checkpointing(self.policy.transformer) or self._sharded is not None
-        return self.reuse_passes and whole and not apart
+        if not self.reuse_passes or self.parts > 1 or apart:
+            return False
+        return self.count_micro_batches(experience, range(len(experience.trees))) == 1
 
     def play_first(self, role: Role, batch: PackedBatch, experience: Experience, **options: Any) -> Any:
-        """As :meth:`play`, to score an experience; the output stays in it, with its graph, where it says ``keep``."""
-        if not experience.keep:
+        """As :meth:`play`, to score an experience; the output stays in it, with its graph, where it is to be kept."""
+        if experience.kept is None:
             return self.play(role, batch, **options)
         with torch.enable_grad():
             experience.kept[role] = self.play(role, batch, **options)

@@ -200,7 +200,7 @@ class PPOModule(ActorCriticStage):
         prompts, ptx = (batch["prompts"], batch["ptx"]) if isinstance(batch, dict) else (batch, None)
         experience, samples = self.rollout(prompts, self.iteration)
         clock.append(time.perf_counter())
-        experience.keep = self.reuses_passes(experience)
+        experience.kept = {} if self.reuses_passes(experience) else None
         found = self.judge(experience, samples)
         clock.append(time.perf_counter())
         found |= self.learn(experience, ptx)
@@ -295,15 +295,16 @@ class PPOModule(ActorCriticStage):
         The loss is the policy's, plus ``value_coef`` times the critic's, less ``entropy_coef`` times the entropy, plus
         ``ptx_coef`` times the language model's.
         """
-        heat = self.sampling.temperature
+        heat, kept = self.sampling.temperature, experience.kept or {}
         local = sum(float(t["weight"].sum()) for _, t in experience.micro_batches(chosen, None, torch.device("cpu")))
         total = self.all_reduce(torch.tensor(float(local))).item()
         sums, ratio_max, ratio_error = torch.zeros(len(PARTS)), torch.zeros(()), torch.zeros(())
         with self.apart():
             for batch, t in self.micro_batches(experience, chosen):
                 weight = t["weight"] / total
-                out, critic = (experience.kept.pop(role, None) for role in ("policy", "critic"))
-                out = out or self.play("policy", batch, temperature=heat, entropy=self.entropy_coef != 0)
+                out = kept.pop("policy", None) or self.play(
+                    "policy", batch, temperature=heat, entropy=self.entropy_coef != 0
+                )
                 policy = policy_loss(out.logprobs, t["old_logprobs"], t["advantages"], self.clip_low, self.clip_high)
                 loss = policy.loss
                 if self.kl_penalty != "reward":
@@ -311,7 +312,7 @@ class PPOModule(ActorCriticStage):
                 if self.entropy_coef:
                     loss = loss - self.entropy_coef * out.entropies
                 self.accumulate((weight * loss).sum())
-                critic = critic or self.play("critic", batch)
+                critic = kept.pop("critic", None) or self.play("critic", batch)
                 value = value_loss(critic.values, t["values"], t["returns"], self.clip_value)
                 self.accumulate((weight * value.loss).sum() * self.value_coef)
                 moved = k3(t["old_logprobs"] - out.logprobs.detach())

@@ -39,8 +39,8 @@ def short_fit(tiny_model_dir, tmp_path):
         trainer = L.Trainer(callbacks=list(callbacks), **{**settings, **options})
         data = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(rows)]
         module = module or SFTModule(tiny_model_dir)
-        options = dict(batch_size=4, max_length=max_length, cache_dir=tmp_path / "cache")
-        trainer.fit(module, InstructionDataModule(data, val=[*val, *data[:4]], **options))
+        held_out, files = [*val, *data[:4]], dict(cache_dir=tmp_path / "cache")
+        trainer.fit(module, InstructionDataModule(data, val=held_out, batch_size=4, max_length=max_length, **files))
         return trainer, module
 
     return run
