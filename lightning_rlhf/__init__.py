@@ -3,6 +3,8 @@
 Names load when they are used, so that ``import lightning_rlhf`` is quick.
 """
 
+import importlib
+import importlib.abc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +73,41 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        import importlib
-
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if "lightning.pytorch" in sys.modules:  # Trainer(strategy="colossalai_zero2") then needs nothing else of this package
-    import lightning_rlhf.strategies  # noqa: F401
+class _AfterLightning(importlib.abc.MetaPathFinder):
+    """Registers the strategies' names when Lightning is imported, which reads no entry points for them.
+
+    Importing it here would do so too, and make each ``import lightning_rlhf`` and each ``--help`` wait for seconds.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """What the other finders say, with a loader that registers them when the module is there."""
+        if name != "lightning.pytorch":
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec: Any = next((spec for spec in found if spec is not None), None)
+        if spec is None:
+            return None
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            sys.meta_path.remove(self)
+            load(module)
+            _register()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _register() -> None:
+    """``Trainer(strategy="colossalai_zero2")`` then needs nothing else of this package."""
+    importlib.import_module(f"{__name__}.strategies")
+
+
+if "lightning.pytorch" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _AfterLightning())

@@ -10,7 +10,6 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
-from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
@@ -36,13 +35,27 @@ def test_sft_and_ppo_run_on_two_ranks(tiny_model_dir, tmp_path):
         assert len(json.loads((tmp_path / name / "curve.json").read_text())) == 2
 
 
-def test_all_names_are_registered_without_importing_colossalai():
-    assert set(NAMES) <= set(StrategyRegistry.available_strategies())
-    code = """import lightning.pytorch, lightning_rlhf, sys
-names = lightning.pytorch.strategies.StrategyRegistry.available_strategies()
-print('colossalai' in sys.modules or 'colossalai_gemini' not in names)"""
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lightning.pytorch, lightning_rlhf",
+        # who looks whether Lightning is there does not import it
+        "import lightning_rlhf, importlib.util; importlib.util.find_spec('lightning.pytorch'); import lightning",
+    ],
+    ids=["lightning first", "lightning last"],
+)
+def test_names_are_registered_in_either_order_without_importing_colossalai(imports):
+    code = f"""{imports}
+import sys, lightning.pytorch as L
+strategy = L.Trainer(accelerator='cpu', strategy='colossalai_zero1', logger=False, enable_checkpointing=False).strategy
+print(type(strategy).__name__, strategy.plugin_name, 'colossalai' in sys.modules)
+print(*sorted(L.strategies.StrategyRegistry.available_strategies()))"""
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, names = done.stdout.splitlines()[-2:]
+    assert first == "ColossalAIStrategy zero1 False"
+    assert set(NAMES) <= set(names.split())
 
 
 @pytest.mark.parametrize(
