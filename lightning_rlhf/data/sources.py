@@ -11,6 +11,7 @@ import codecs
 import csv
 import glob
 import gzip
+import io
 import json
 import math
 import os
@@ -77,7 +78,10 @@ else:
 
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
-_BOM = b"\xef\xbb\xbf"
+_BOM = codecs.BOM_UTF8
+#: What files begin with that are read as what they are, or refused as what they are, whatever their name.
+_GZIP, _PARQUET, _LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs.github.com/spec/"
+_PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,11 @@ class _Cells(dict[str, Any]):
     """A record of a CSV file."""
 
 
-class BadRowError(ValueError):
+class DataError(ValueError):
+    """Data that can't be used, in words that need no traceback."""
+
+
+class BadRowError(DataError):
     """A row that can't be used.
 
     Args:
@@ -262,8 +270,9 @@ def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Ro
 
             * a file: JSON Lines (``.jsonl``), JSON (``.json``: an array of objects, an object with one list of them,
               or JSON Lines), ``.csv`` or ``.tsv`` with a header, ``.parquet``, or ``.txt`` (each line is a row with the
-              column ``text``); all but Parquet also gzipped (``.jsonl.gz``). Text is UTF-8; blank lines are no rows. A
-              cell of a CSV file that is a JSON list of messages becomes that list.
+              column ``text``); all but Parquet also gzipped, with or without ``.gz``. Text is UTF-8; blank lines are no
+              rows. A cell of a CSV file that is a JSON list of messages becomes that list; a row that is one becomes
+              its column ``messages``. A file without any row is told of in a warning.
             * a glob (``data/**/*.jsonl``), whose files are read in sorted order
             * a directory: the files of these kinds that lie directly in it, in sorted order
             * the id of a data set on the hub, ``org/name`` or ``org/name:config``. A path that exists, a pattern, and a
@@ -285,6 +294,8 @@ def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Ro
     for where, value in _values(source, bad, split):
         if isinstance(value, Mapping):
             yield Row(dict(value), where, isinstance(value, _Cells))
+        elif isinstance(value, (list, tuple)) and is_chat(value):
+            yield Row({"messages": value}, where)
         else:
             reason = f"the row is a {type(value).__name__}, not an object. Write it as {{column: value, ...}}"
             bad.add(where, "not an object", reason)
@@ -306,7 +317,7 @@ def _values(source: Source, bad: BadRows, split: str) -> Iterator[tuple[str, Any
         # Everything is looked up before anything is read: a misspelt last file shows at once.
         for name in [name for item in source for name in _expand(cast("str | os.PathLike[str]", item))]:
             kind = _kind(name)
-            yield from _READERS[kind](name, bad) if kind else _read_hub(name, split)
+            yield from _read_file(name, kind, bad) if kind else _read_hub(name, split)
     else:
         yield from ((f"list[{i}]", item) for i, item in enumerate(source))
 
@@ -352,22 +363,53 @@ def _expand(item: str | os.PathLike[str]) -> list[str]:
     return files
 
 
+def _read_file(path: str, kind: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    before, row = bad.total, None
+    if os.path.getsize(path):
+        for row in _READERS[kind](path, bad):
+            yield row
+    if row is None and bad.total == before:
+        rank_zero_warn(f"{path} holds no row.")
+
+
 @contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
+    """Opens a text file, gzipped or not.
+
+    Raises:
+        BadRowError: It is of another kind, by what it begins with.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == _GZIP
     try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            _check_kind(path, cast("io.BufferedReader", file).peek(len(_LFS)))
             yield cast("IO[bytes]", file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         reason = f"the gzip data is damaged or cut short ({error}). Copy or compress the file again."
         raise BadRowError(path, "damaged gzip", reason) from error
 
 
+def _check_kind(path: str, head: bytes) -> None:
+    """Refuses what only looks like a file of rows, by its first bytes."""
+    if head.startswith(_LFS):
+        reason = "this is a Git LFS pointer, not the file it stands for. Fetch the file with: git lfs pull"
+        raise BadRowError(path, "Git LFS pointer", reason)
+    if head.startswith(_PARQUET):
+        raise BadRowError(path, "other kind of file", "the file is Parquet. Give its name the suffix .parquet")
+    for start, name in _PACKED.items():
+        if head.startswith(start):
+            reason = f"the file is {name} data. Unpack it, or compress it with gzip"
+            raise BadRowError(path, "other kind of file", reason)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:2]:  # UTF-32 as well
+        raise BadRowError(f"{path}:1", "invalid UTF-8", "the file is UTF-16. Save it as UTF-8")
+
+
 def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
     """Yield each line's number, its text with its line ending, and what is wrong with its encoding, or None."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
+            line = line.removeprefix(_BOM)  # stands inside a file where several were joined
             try:
                 yield number, line.decode(), None
             except UnicodeDecodeError as error:
@@ -375,8 +417,6 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
 
 
 def _not_utf8(data: bytes, at: int) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "the file is UTF-16. Save it as UTF-8"
     column = at - data.rfind(b"\n", 0, at)
     return f"byte {column} of the line (0x{data[at]:02x}) is not UTF-8. Save the file as UTF-8"
 
@@ -390,17 +430,42 @@ def _read_txt(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
 
 
 def _read_jsonl(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    decoder = _Decoder()
     for where, row in _read_txt(path, bad):
+        decoder.twice.clear()
         try:
-            value = json.loads(row["text"])
+            value = decoder.decode(row["text"])
         except (ValueError, RecursionError) as error:
             bad.add(where, "malformed JSON", f"malformed JSON: {_json_fault(error)}. Each line is one JSON object")
+        else:
+            yield from decoder.checked(where, value, bad)
+
+
+class _Decoder(json.JSONDecoder):
+    """Notes the keys that come twice in an object, of which Python's own would keep the last."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twice: list[str] = []
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            self.twice += [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+        return made
+
+    def checked(self, where: str, value: Any, bad: BadRows) -> Iterator[tuple[str, Any]]:
+        """The row, unless a key came twice in it."""
+        if self.twice:
+            bad.add(where, "repeated key", f"the key {self.twice[0]!r} comes twice in one object. Remove one of them")
         else:
             yield where, value
 
 
 def _json_fault(error: ValueError | RecursionError) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
@@ -411,7 +476,8 @@ def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         data = file.read().removeprefix(_BOM)
     try:
         text = data.decode()
-        document = json.loads(text)
+        decoder = _Decoder()
+        document = decoder.decode(text)
     except UnicodeDecodeError as error:
         where = f"{path}:{data[: error.start].count(10) + 1}"
         raise BadRowError(where, "invalid UTF-8", f"{_not_utf8(data, error.start)}.") from error
@@ -419,13 +485,15 @@ def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         reason = f"malformed JSON: {_json_fault(error)}. Nothing of the file was read; correct it."
         raise BadRowError(where, "malformed JSON", reason) from error
-    if isinstance(document, list):
-        for i, (line, value) in enumerate(_elements(text, len(document))):
-            yield f"{path}[{i}] (line {line})", value
-    elif (rows := _only_list(document)) is not None:
+    # a list of turns is one conversation; flat messages of trees have their text in other columns
+    single = isinstance(document, list) and is_chat(document) and all({"content", "value"} & t.keys() for t in document)
+    if isinstance(document, list) and not single:
+        for i, (line, value) in enumerate(_elements(text, len(document), decoder)):
+            yield from decoder.checked(f"{path}[{i}] (line {line})", value, bad)
+    elif (rows := _only_list(document)) is not None and not decoder.twice:
         yield from ((f"{path}[{i}]", value) for i, value in enumerate(rows))
     else:
-        yield f"{path}:1", document
+        yield from decoder.checked(f"{path}:1", document, bad)
 
 
 def _holds_json_lines(path: str) -> bool:
@@ -441,13 +509,13 @@ def _holds_json_lines(path: str) -> bool:
     return next(filled, None) is not None
 
 
-def _elements(text: str, count: int) -> Iterator[tuple[int, Any]]:
+def _elements(text: str, count: int, decoder: _Decoder) -> Iterator[tuple[int, Any]]:
     """Yield line and value of each element of a valid JSON array."""
-    decoder = json.JSONDecoder()
     line, seen, at = 1, 0, text.index("[") + 1
     for _ in range(count):
         at = cast("re.Match[str]", _BETWEEN_ELEMENTS.match(text, at)).end()
         line, seen = line + text.count("\n", seen, at), at
+        decoder.twice.clear()
         value, at = decoder.raw_decode(text, at)
         yield line, value
 
@@ -455,9 +523,9 @@ def _elements(text: str, count: int) -> Iterator[tuple[int, Any]]:
 def _only_list(document: Any) -> list[Any] | None:
     """The rows of ``{"data": [...]}``: the one list of objects, unless it is the turns of a single conversation."""
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
-    if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict) and not {"role", "from"} & lists[0][0].keys():
-        return lists[0]
-    return None
+    one = lists[0] if len(lists) == 1 else []
+    rows = bool(one) and (is_chat(one[0]) or (isinstance(one[0], dict) and not {"role", "from"} & one[0].keys()))
+    return one if rows else None
 
 
 def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
@@ -473,6 +541,7 @@ def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[s
     # Strict, since else a stray quote swallows the rest of the file into one field.
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    decoder = _Decoder()
     while True:
         start = reader.line_num + 1
         fault: tuple[int, str, str] | None = None
@@ -498,23 +567,32 @@ def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[s
             sizes = f"the record has {len(record)} fields, the header {len(header)}"
             bad.add(f"{path}:{start}", "wrong number of fields", f"{sizes}. Quote fields that hold {delimiter!r}")
         elif record:
-            yield f"{path}:{start}", _Cells(zip(header, map(_cell, record), strict=True))
+            decoder.twice.clear()
+            cells = _Cells(zip(header, (_cell(text, decoder) for text in record), strict=True))
+            yield from decoder.checked(f"{path}:{start}", cells, bad)
 
 
-def _cell(text: str) -> Any:
+def _cell(text: str, decoder: _Decoder) -> Any:
     """A cell as messages, where it is a JSON list of them, or one; any other is a text, also one that is JSON."""
     if not text.lstrip().startswith(("[", "{")):
         return text
-    value = read_json(text)
-    turns = value if isinstance(value, list) else [value]
-    chat = bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
-    return value if chat else text
+    noted = len(decoder.twice)
+    value = read_json(text, decoder)
+    if is_chat(value if isinstance(value, list) else [value]):
+        return value
+    del decoder.twice[noted:]
+    return text
 
 
-def read_json(text: str) -> Any:
+def is_chat(value: Any) -> bool:
+    """Whether these are turns: objects that each say whose they are."""
+    return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value)
+
+
+def read_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """What a text is as JSON; None where it is none."""
     try:
-        return json.loads(text)
+        return (decoder or json.JSONDecoder()).decode(text)
     except (ValueError, RecursionError):
         return None
 
@@ -533,11 +611,15 @@ def _read_parquet(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     index = 0
+    with open(path, "rb") as file:
+        head = file.read(len(_LFS))
+    if not head.startswith(_PARQUET):
+        _check_kind(path, head)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
             _check_columns(path, names)
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in table.iter_batches(batch_size=1024):
                 for i in range(batch.num_rows):
                     where = f"{path}[{index}]"
                     index += 1

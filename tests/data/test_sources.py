@@ -1,9 +1,11 @@
 """Rows and the places they come from: every kind of file, and every kind of fault under both policies."""
 
+import bz2
 import csv
 import gzip
 import importlib.util
 import json
+import lzma
 import pickle
 import sys
 import warnings
@@ -423,7 +425,6 @@ def test_bad_rows_of_json(here):
         (b'[{"a": 1},\n {"a": }]', r"^my\.json:2: malformed JSON: .*column 8\. Nothing of the file was read"),
         (b'[{"a": 1},\n', r"^my\.json:2: malformed JSON"),
         (b'{"data": [\n{"a": 1}\n', r"^my\.json:3: malformed JSON"),
-        (b"", r"^my\.json:1: malformed JSON"),
         (b'[{"a": 1},\n {"a": "\xff"}]', r"^my\.json:2: byte 9 of the line \(0xff\)"),
         (b"[" * 100_000, r"^my\.json: malformed JSON.*recursion"),
     ],
@@ -436,7 +437,7 @@ def test_malformed_json_document_always_raises(here, policy, content, message):
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[: len(data) // 2], lambda data: b"{}\n"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[: len(data) // 2]])
 def test_damaged_gzip_always_raises(here, policy, damage):
     data = gzip.compress("".join(f'{{"a": {i * 7919}}}\n' for i in range(5000)).encode())
     Path("my.jsonl.gz").write_bytes(damage(data))
@@ -457,7 +458,7 @@ def test_bad_rows_of_parquet(here):
 def test_damaged_parquet_always_raises(here, policy):
     pq.write_table(pa.table({"text": ["a" * 50, "b"] * 5000}), "x.parquet")
     data = Path("x.parquet").read_bytes()
-    for broken in (data[:100], b"{}", b"", data[:4] + bytes(60) + data[64:]):
+    for broken in (data[:100], b"{}", data[:4] + bytes(60) + data[64:]):
         Path("x.parquet").write_bytes(broken)
         with pytest.raises(BadRowError, match=r"^x\.parquet: can't be read as Parquet after 0 rows"):
             list(read_rows("x.parquet", BadRows(policy)))
@@ -635,3 +636,111 @@ def test_counts_of_bad_rows_are_taken_up_again():
     assert (again.counts, again.summary()) == (bad.counts, bad.summary())
     with pytest.raises(BadRowError, match=r"^a:1: turn 2 is empty"):
         BadRows("raise").merge(kept)
+
+
+# Files by what they are
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def test_gzip_is_known_by_content_and_not_by_name(here):
+    data = b'{"a": 1}\n{"a": 2}\n'
+    for name, content in (("named.jsonl", gzip.compress(data)), ("plain.jsonl.gz", data), ("both.json", data)):
+        Path(name).write_bytes(content)
+        assert values(name) == [{"a": 1}, {"a": 2}]
+    Path("my.csv").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    assert values("my.csv") == [{"a": "1", "b": "2"}]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12\n"
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("name", ["my.jsonl", "my.jsonl.gz", "my.json", "my.csv", "my.txt", "my.parquet"])
+def test_a_git_lfs_pointer_is_named(here, name, policy):
+    for content in (POINTER, gzip.compress(POINTER)):
+        Path(name).write_bytes(content)
+        if name != "my.parquet" or content is POINTER:
+            with pytest.raises(BadRowError, match=rf"^{name}: this is a Git LFS pointer.*git lfs pull"):
+                list(read_rows(name, BadRows(policy)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bz2.compress(b"{}\n"), "bzip2"),
+        (lzma.compress(b"{}\n"), "xz"),
+        (b"PK\x03\x04....", "zip"),
+        (b"\x28\xb5\x2f\xfd....", "Zstandard"),
+        (b"PAR1....PAR1", r"the file is Parquet.*\.parquet"),
+        ('{"a": 1}\n'.encode("utf-16-le"), "UTF-16"),
+        ('{"a": 1}\n'.encode("utf-16-be"), "UTF-16"),
+    ],
+)
+def test_other_kinds_of_files_are_named(here, content, message):
+    for name in ("my.jsonl", "my.json", "my.csv"):
+        Path(name).write_bytes(content)
+        with pytest.raises(BadRowError, match=rf"^{name}.*{message}"):
+            list(read_rows(name, BadRows("skip")))
+
+
+def test_files_with_byte_order_marks_may_be_joined(here):
+    for name in ("my.jsonl", "my.json"):
+        Path(name).write_bytes(2 * b'\xef\xbb\xbf{"a": 1}\n')
+        assert values(name) == [{"a": 1}, {"a": 1}]
+
+
+def test_a_list_of_turns_is_a_conversation(here):
+    Path("my.jsonl").write_text(f"{json.dumps(TURNS)}\n{json.dumps({'messages': TURNS})}\n")
+    assert values("my.jsonl") == 2 * [{"messages": TURNS}]
+    Path("my.json").write_text(json.dumps([TURNS, TURNS]))
+    assert values("my.json") == 2 * [{"messages": TURNS}]
+    Path("one.json").write_text(json.dumps(TURNS))
+    assert values("one.json") == [{"messages": TURNS}]
+    Path("data.json").write_text(json.dumps({"data": [TURNS]}))
+    assert values("data.json") == [{"messages": TURNS}]
+    assert [row.value for row in read([TURNS, tuple(TURNS)])] == [{"messages": TURNS}, {"messages": tuple(TURNS)}]
+    flat = [{"role": "prompter", "text": "a", "message_id": "t"}, {"role": "assistant", "text": "b", "message_id": "u"}]
+    Path("flat.json").write_text(json.dumps(flat))
+    assert values("flat.json") == flat  # rows, not turns
+
+
+def test_keys_that_come_twice_are_refused_with_their_line(here):
+    twice = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    Path("my.jsonl").write_text(f'{{"a": 1}}\n{twice}\n{{"a": 1, "b": 2, "a": 1}}\n')
+    rows, found = faults("my.jsonl")
+    assert [row.value for row in rows] == [{"a": 1}]
+    assert found == [("my.jsonl:2", "repeated key"), ("my.jsonl:3", "repeated key")]
+    Path("my.json").write_text(f'[{{"a": 1}},\n{twice},\n{{"a": 2}}]')
+    rows, found = faults("my.json")
+    assert [row.value for row in rows] == [{"a": 1}, {"a": 2}]
+    assert found == [("my.json[1] (line 2)", "repeated key")]
+    Path("one.json").write_text('{"data": [{"a": 1, "a": 2}]}')
+    assert faults("one.json") == ([], [("one.json:1", "repeated key")])
+    turns = '[{"role": "user", "content": "a", "content": "b"}]'
+    with open("my.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["messages"], [turns], ['{"a": 1, "a": 2}']])
+    rows, found = faults("my.csv")
+    assert [row.value for row in rows] == [{"messages": '{"a": 1, "a": 2}'}]  # a text
+    assert found == [("my.csv:2", "repeated key")]
+    with pytest.raises(BadRowError, match=r"^my\.jsonl:2: the key 'content' comes twice"):
+        read("my.jsonl")
+
+
+def test_an_empty_file_among_several_is_one_line(here):
+    Path("a.jsonl").write_text('{"a": 1}\n')
+    for name in ("b.jsonl", "b.json", "b.parquet", "b.jsonl.gz"):
+        Path(name).write_bytes(b"")
+        with pytest.warns(UserWarning, match=f"^{name} holds no row") as caught:
+            assert values([name, "a.jsonl"]) == [{"a": 1}]
+        assert len(caught) == 1
+    Path("c.csv").write_text("a,b\n")
+    with pytest.warns(UserWarning, match="c.csv holds no row"):
+        assert values("c.csv") == []
+
+
+def test_faults_of_json_say_at_once(here):
+    Path("my.jsonl").write_text('{"a": "x\ty"}\n')
+    with pytest.raises(BadRowError, match="Invalid control character at column"):
+        read("my.jsonl")
