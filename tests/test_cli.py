@@ -1,13 +1,20 @@
 """The command line, from a shell's point of view."""
 
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from docstring_parser import parse
 
+import lightning_rlhf
+from lightning_rlhf import PPOModule
 from lightning_rlhf.cli import TOOLS, cli, main
 
 ROWS = [
@@ -58,6 +65,61 @@ def test_print_config_is_yaml_with_every_key(tiny_model_dir, rows, tmp_path, cap
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["model"]["class_path"] == "lightning_rlhf.stages.sft.SFTModule" or "SFTModule" in str(config["model"])
     assert config["data"]["init_args"]["train"] == rows
+
+
+def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
+    parts = [
+        {"source": "lightning_rlhf.rewards.functions.length_window", "weight": 0.5, "name": None},
+        {"source": "lightning_rlhf.rewards.functions.length_window", "weight": -2.0, "name": "again"},
+    ]
+    main(
+        [
+            "fit", "--model", "PPOModule", "--model.pretrained", str(tiny_model_dir), "--model.reward",
+            json.dumps(parts), "--model.sampling.max_new_tokens", "4", "--data", "PromptDataModule", "--data.train",
+            rows, "--data.val_fraction", "0", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
+            "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path), "--trainer.logger.name", "log",
+            "--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false",
+        ]
+    )  # fmt: skip
+    folder = tmp_path / "log" / "version_0"
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["reward"] == parts
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["reward"] == parts
+    [checkpoint] = folder.rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["reward"] == parts
+    module = PPOModule.load_from_checkpoint(checkpoint)
+    assert dict(zip(module.reward.names, module.reward.weights, strict=True)) == {"length_window": 0.5, "again": -2.0}
+    # and the saved file is a run of its own
+    main(["fit", "--config", str(folder / "config.yaml")])
+    again = yaml.safe_load((tmp_path / "log" / "version_1" / "config.yaml").read_text())
+    assert again["model"] == saved["model"]
+
+
+def test_help_of_an_argument_is_not_that_of_an_attribute():
+    """jsonargparse takes a docstring's Attributes for arguments, and the last of one name for its help."""
+    clashes = []
+    for found in pkgutil.walk_packages(lightning_rlhf.__path__, "lightning_rlhf."):
+        if found.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(found.name)
+        for name, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ == module.__name__:
+                entries = [e for c in cls.__mro__ if c.__module__.startswith("lightning_rlhf") for e in _documented(c)]
+                arguments = {name for kind, name in entries if kind == "param"}
+                clashes += [f"{name}.{a}" for kind, a in entries if kind == "attribute" and a in arguments]
+    assert clashes == []
+
+
+def _documented(cls):
+    return [(e.args[0], name) for e in parse(cls.__doc__ or "").params for name in e.arg_name.split(", ")]
+
+
+def test_help_of_ppo_says_what_its_arguments_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "PPOModule"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--model.kl_coef KL_COEF Weight of the KL penalty" in out
+    assert "--model.reward+ REWARD Directory or hub id of a reward model; a function" in out
 
 
 def test_python_dash_m(tmp_path):

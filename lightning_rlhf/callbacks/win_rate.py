@@ -74,7 +74,7 @@ class WinRate(PromptCallback):
 
     def __init__(
         self,
-        judge: str | Callable[..., Any] | list[WeightedReward] | Reward | Judge,
+        judge: str | list[WeightedReward] | Reward | Judge | Callable[..., Any],
         against: str | os.PathLike[str] = "start",
         prompts: Sequence[str | list[dict[str, str]]] | str | os.PathLike[str] | None = None,
         num_prompts: int = 64,

@@ -37,15 +37,14 @@ class Hidden(NamedTuple):
 class Backbone(nn.Module):
     """Base of the models that read packed batches; a subclass puts a head behind :meth:`hidden`.
 
+    The attribute ``model`` is the model as given, its attention set to ``"tree"`` unless the layout is padded. The
+    attribute ``layout`` is the layout that was chosen: ``tree``, ``inject`` (a tree, handed to the attention layers by
+    hooks, for families that drop unknown keywords), or ``padded``.
+
     Args:
         model: A ``transformers`` decoder with any head, or a peft model around one.
         layout: ``auto`` tries the tree layout on a small batch and takes the padded one where results differ;
             ``tree`` raises there; ``padded`` never tries.
-
-    Attributes:
-        model: As given, its attention set to ``"tree"`` unless the layout is padded.
-        layout: ``tree``, ``inject`` (a tree, handed to the attention layers by hooks, for families that drop
-            unknown keywords), or ``padded``.
 
     Raises:
         ValueError: ``layout="tree"`` and the model can't take it.

@@ -36,7 +36,7 @@ class Stage(L.LightningModule):
     """Base of the stages: a :class:`~lightning.pytorch.LightningModule` that resumes bit for bit.
 
     A checkpoint holds each rank's RNG states, restored before the first batch, and none of the frozen weights,
-    which come from ``pretrained`` again.
+    which come from ``pretrained`` again. The attribute ``tokenizer`` has the chat template that data modules render by.
 
     Args:
         pretrained: Hugging Face directory, hub id, or a model.
@@ -52,7 +52,6 @@ class Stage(L.LightningModule):
         quantization: Hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``): QLoRA.
 
     Attributes:
-        tokenizer: With the chat template that data modules render by.
         stop_token_ids: Tokens that end an answer.
 
     Raises:

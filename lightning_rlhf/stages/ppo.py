@@ -41,6 +41,7 @@ class PPOModule(ActorCriticStage):
 
     One ``training_step`` is one iteration: completions of a batch of prompts are sampled and scored; then ``epochs``
     passes over them, each in ``minibatches`` updates. ``max_steps``, schedules and checkpoints count iterations.
+    The attribute ``kl_coef`` is the coefficient now, and ``reward`` the :class:`~lightning_rlhf.rewards.Reward`.
 
     Args:
         pretrained: Where the policy starts, and what the reference is: usually what SFT exported.
@@ -99,8 +100,6 @@ class PPOModule(ActorCriticStage):
 
     Attributes:
         policy: The policy, from ``configure_model`` on.
-        reward: What scores.
-        kl_coef: The coefficient now.
 
     Logged: see ``docs/ppo.md``.
     """
@@ -108,7 +107,7 @@ class PPOModule(ActorCriticStage):
     def __init__(
         self,
         pretrained: str | os.PathLike[str] | PreTrainedModel,
-        reward: str | Callable[..., Any] | list[WeightedReward] | Reward,
+        reward: str | list[WeightedReward] | Reward | Callable[..., Any],
         critic: str | os.PathLike[str] | PreTrainedModel | None = None,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_rlhf.cli import cli
+from lightning_rlhf.cli import cli, main
 from lightning_rlhf.strategies import ColossalAIStrategy
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -86,6 +86,120 @@ def test_parallel_configs_run_a_step(tiny_model_dir, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, json.dumps(runs)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert [out.name for out in outs if not list(out.rglob("config.json"))] == []
+
+
+# ------------------------------------------------------------------------------------------------- printing
+
+FUNCTION = "lightning_rlhf.rewards.functions.length_window"
+WEIGHTED = [{"source": FUNCTION, "weight": 1.0}, {"source": "runs/reward/hf/best", "weight": -0.5, "name": "model"}]
+JUDGE = {
+    "class_path": "lightning_rlhf.evaluation.ChatJudge",
+    "init_args": {"base_url": "http://127.0.0.1:8000/v1", "model": "a/b", "api_key_env": "JUDGE_KEY"},
+}
+#: Stage, and what is put over its config in a second file, by section: one for each way to write an argument.
+SPELLINGS = [
+    *[
+        ("ppo", {"model": {"reward": reward}})
+        for reward in (
+            FUNCTION,
+            FUNCTION.replace("functions.", "functions:"),
+            "runs/reward/hf/best",
+            "org/name",
+            WEIGHTED,
+            [{"source": FUNCTION}],
+            {"class_path": "lightning_rlhf.rewards.FunctionReward", "init_args": {"function": FUNCTION}},
+        )
+    ],
+    ("ppo", {"model": {"critic": "runs/reward/hf/best", "layout": "padded", "kl_target": 6.0}}),
+    ("ppo", {"model": {"sampling": {"max_new_tokens": 5, "temperature": 0.7, "stop_strings": ["a", "\n"]}}}),
+    ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.GenerateEngine"}}}),
+    ("ppo", {"data": {"train": [{"prompt": "a", "lang": "en"}], "ptx": [{"source": "a.jsonl", "weight": 2.0}]}}),
+    ("sft", {"model": {"lora": None}}),
+    ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
+    ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "quantization": "nf4"}}),
+    ("sft", {"model": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}}}),
+    ("sft", {"model": {"optimizer": {"class_path": "AdamW", "init_args": {"betas": [0.9, 0.95]}}}}),
+    ("sft", {"model": {"lr_scheduler": {"class_path": "lightning_rlhf.stages.optim.CosineWarmup",
+                                        "init_args": {"warmup": 10, "final": 0.0}}}}),
+    ("sft", {"model": {"lr_scheduler": {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+                                        "init_args": {"monitor": "val/loss"}}}}),
+    ("sft", {"data": {"train": ["a.jsonl", "b.jsonl"], "val": "c.jsonl"}}),
+    ("sft", {"data": {"train": [{"instruction": "a", "output": "b"}]}}),
+    ("sft", {"data": {"train": [{"source": "a.jsonl", "weight": 2.0}, {"source": ["b.parquet", "c.csv"], "weight": 0.5},
+                                {"source": "org/set", "format": "sharegpt"}]}}),
+    *[
+        ("sft", {"trainer": {"callbacks": [{"class_path": "WinRate", "init_args": {"judge": judge}}]}})
+        for judge in (FUNCTION, "runs/reward/hf/best", WEIGHTED, JUDGE)
+    ],
+    ("sft", {"trainer": {"callbacks": [{"class_path": "SampleCompletions", "init_args": {"prompts": ["a", [
+        {"role": "user", "content": "b"}]]}}, {"class_path": "EMA", "init_args": {"decay": 0.99}}]}}),
+    ("sft", {"trainer": {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs"}}}}),
+    ("sft", {"trainer": {"strategy": {"class_path": "ColossalAIStrategy", "init_args": {"plugin": "gemini"}}}}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def printed(tmp_path, capsys):
+    """What ``fit --print_config`` prints for arguments; again for what it printed, which must be the same."""
+
+    def of(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *arguments, "--print_config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    def twice(*arguments):
+        first = of(*arguments)
+        (tmp_path / "printed.yaml").write_text(first)
+        assert of("--config", str(tmp_path / "printed.yaml")) == first
+        return yaml.safe_load(first)
+
+    return twice
+
+
+def assert_holds(found, given, at=""):
+    """Each value that was given is there; a class by its full name, a number perhaps as a float."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            assert_holds(found[key], value, f"{at}.{key}")
+    elif isinstance(given, list) and isinstance(found, list):
+        assert len(found) == len(given), at
+        for i, (one, other) in enumerate(zip(found, given, strict=True)):
+            assert_holds(one, other, f"{at}[{i}]")
+    else:
+        assert found == given or (at.endswith("class_path") and found.endswith(f".{given}")), at
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_config_is_printed_as_it_was_read(path, printed):
+    assert_holds(printed("--config", str(path)), yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("stage, given", SPELLINGS, ids=lambda value: None if isinstance(value, str) else str(value))
+def test_spelling_is_printed_as_it_was_read(stage, given, printed, tmp_path):
+    [(section, values)] = given.items()
+    given = {section: values if section == "trainer" else {"init_args": values}}
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(given))
+    own = CONFIGS / stage / "smollm2_lora.yaml"
+    assert_holds(printed("--config", str(own), "--config", str(tmp_path / "over.yaml")), given)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arguments_of_a_command_line_are_printed_as_they_were_read(printed):
+    found = printed(
+        "--config", str(CONFIGS / "ppo" / "smollm2_lora.yaml"), "--model.reward", json.dumps(WEIGHTED),
+        "--model.lora.targets", "[q_proj]", "--model.sampling.stop_strings", '["a"]', "--model.optimizer", "SGD",
+        "--model.optimizer.lr", "0.1", "--data.train", "[a.jsonl, b.jsonl]", "--trainer.callbacks+=EMA",
+        "--trainer.callbacks.decay", "0.9",
+    )  # fmt: skip
+    model, data = found["model"]["init_args"], found["data"]["init_args"]
+    assert_holds(model["reward"], WEIGHTED)
+    assert model["lora"]["targets"] == ["q_proj"] and model["sampling"]["stop_strings"] == ["a"]
+    assert_holds(model["optimizer"], {"class_path": "SGD", "init_args": {"lr": 0.1}})
+    assert data["train"] == ["a.jsonl", "b.jsonl"]
+    assert_holds(found["trainer"]["callbacks"][-1], {"class_path": "EMA", "init_args": {"decay": 0.9}})
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
