@@ -8,11 +8,19 @@ from lightning_rlhf.functional.advantages import (
     merge_moments,
     moments,
     token_rewards,
+    variance,
     whiten,
 )
 from lightning_rlhf.functional.kl import k1, k2, k3, kl_loss
 from lightning_rlhf.functional.logprobs import ScoredTokens, linear_logprobs, linear_nll
-from lightning_rlhf.functional.ppo import PolicyLoss, ValueLoss, explained_variance, policy_loss, value_loss
+from lightning_rlhf.functional.ppo import (
+    PolicyLoss,
+    ValueLoss,
+    explained_variance,
+    policy_loss,
+    value_loss,
+    variance_explained,
+)
 from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty, log_exp_loss, log_sig_loss
 
 __all__ = [
@@ -39,5 +47,7 @@ __all__ = [
     "policy_loss",
     "token_rewards",
     "value_loss",
+    "variance",
+    "variance_explained",
     "whiten",
 ]

@@ -118,13 +118,14 @@ def moments(values: Tensor, weight: Tensor | None = None) -> Tensor:
 
     Args:
         values: Any shape.
-        weight: How much each of them counts, 0 for what fills up a batch; default 1.
+        weight: How much each of them counts, 0 for what fills up a batch, which may then be no number; default 1.
 
     Returns:
         (3,) in at least fp32; zeros where nothing counts.
     """
     values = wide(values)
     weight = torch.ones_like(values) if weight is None else weight.to(values.dtype)
+    values = torch.where(weight > 0, values, 0.0)
     count = weight.sum()
     mean = (weight * values).sum() / count.clamp(min=torch.finfo(values.dtype).tiny)
     return torch.stack([count, mean, (weight * (values - mean).square()).sum()])
@@ -149,10 +150,29 @@ def merge_moments(parts: Tensor) -> Tensor:
     return torch.stack([total, joint, (squares + count * (mean - joint).square()).sum()])
 
 
+def variance(whole: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The population's variance of what has these moments: squares over the count, not the count less one.
+
+    Args:
+        whole: (3,) by :func:`moments` or :func:`merge_moments`.
+        dtype: In which the values were summed; default that of ``whole``.
+
+    Returns:
+        A scalar; 0 where nothing counts, and where values differ from their mean by rounding alone, since a division
+        by that makes large numbers of equal values.
+
+    Example:
+        >>> variance(moments(torch.tensor([1.0, 3.0]))), variance(moments(torch.full((3,), 0.1)))
+        (tensor(1.), tensor(0.))
+    """
+    count, mean, squares = whole.unbind()
+    found = squares / count.clamp(min=torch.finfo(whole.dtype).tiny)
+    rounding = 8 * torch.finfo(dtype or whole.dtype).eps
+    return torch.where(found > (rounding * mean).square(), found, 0.0)
+
+
 def whiten(values: Tensor, whole: Tensor | None = None, shift_mean: bool = True) -> Tensor:
     """Values at mean 0 and variance 1: ``(values - mean) / sqrt(variance + 1e-8)``, as by Ziegler et al. 2019.
-
-    The variance is the population's: squares over the count, not the count less one.
 
     Args:
         values: Any shape.
@@ -160,15 +180,16 @@ def whiten(values: Tensor, whole: Tensor | None = None, shift_mean: bool = True)
         shift_mean: Whether the mean goes; kept for rewards, where it says whether answers are good.
 
     Returns:
-        Whitened values in at least fp32.
+        Whitened values in at least fp32; where all are equal, their distance from the mean is 0.
 
     Example:
         >>> whiten(torch.tensor([1.0, 2.0, 3.0]))
         tensor([-1.2247,  0.0000,  1.2247])
     """
     values = wide(values)
-    count, mean, squares = (moments(values) if whole is None else whole.to(values)).unbind()
-    whitened = (values - mean) * torch.rsqrt(squares / count + 1e-8)
+    whole = moments(values) if whole is None else whole.to(values)
+    spread, mean = variance(whole), whole[1]
+    whitened = torch.where(spread > 0, (values - mean) * torch.rsqrt(spread + 1e-8), 0.0)
     return whitened if shift_mean else whitened + mean
 
 
@@ -186,8 +207,14 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """The population's standard deviation; 0 where there are no scores."""
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
+        """The population's standard deviation; 0 where there are no scores, or equal ones."""
+        own = torch.tensor([self.count, self.mean, self.squares], dtype=torch.float64)
+        return math.sqrt(variance(own, torch.float32))  # scores are fp32
+
+    @property
+    def scale(self) -> float:
+        """What to divide scores by: :attr:`std`, or 1 while there is none to divide by."""
+        return self.std or 1.0
 
     def update(self, new: Tensor) -> None:
         """Takes in an iteration's scores.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rlhf.functional.advantages import moments
+from lightning_rlhf.functional.advantages import moments, variance
 from lightning_rlhf.functional.precision import wide
 
 
@@ -96,7 +96,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 def explained_variance(values: Tensor, returns: Tensor, weight: Tensor | None = None) -> Tensor:
     """``1 - Var(R - V) / Var(R)``: 1 where values foretell returns but for a constant, 0 where they say nothing.
 
-    Over ranks it is ``1 - a / b``, the sums of squares in the merged ``moments`` of ``R - V`` and of ``R``.
+    Over ranks it is :func:`variance_explained` of the merged ``moments`` of ``R - V`` and of ``R``.
 
     Args:
         values: (N,) values.
@@ -111,6 +111,18 @@ def explained_variance(values: Tensor, returns: Tensor, weight: Tensor | None = 
         tensor(0.6667)
     """
     values, returns = wide(values), wide(returns)
-    spread = moments(returns, weight)[2]
-    left = moments(returns - values, weight)[2]
-    return torch.where(spread > 0, 1 - left / spread, torch.nan)
+    return variance_explained(moments(returns - values, weight), moments(returns, weight))
+
+
+def variance_explained(left: Tensor, whole: Tensor) -> Tensor:
+    """As :func:`explained_variance`, from moments.
+
+    Args:
+        left: (3,) of returns less values.
+        whole: (3,) of returns.
+
+    Returns:
+        A number; NaN where all returns are equal.
+    """
+    spread = variance(whole)
+    return torch.where(spread > 0, 1 - variance(left) / spread, torch.nan)

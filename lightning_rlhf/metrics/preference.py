@@ -40,7 +40,12 @@ def share_won(margin: Tensor) -> Tensor:
         >>> share_won(torch.tensor([2.0, -1.0, 0.0, 3.0]))
         tensor(0.6250)
     """
-    return ((margin > 0).float() + 0.5 * (margin == 0).float()).mean()
+    return _won(margin).mean()
+
+
+def _won(margin: Tensor) -> Tensor:
+    """(P,) 1 where it is positive, 0.5 where it is zero, NaN where it is NaN: a model that diverged has not lost."""
+    return torch.where(margin.isnan(), torch.nan, (margin > 0).float() + 0.5 * (margin == 0).float())
 
 
 def calibration(margin: Tensor, bins: int = 10) -> Calibration:
@@ -60,22 +65,23 @@ def calibration(margin: Tensor, bins: int = 10) -> Calibration:
         tensor([0.5000, 1.0000])
     """
     probability = margin.abs().sigmoid()
-    place = ((probability - 0.5) * 2 * bins).long().clamp(0, bins - 1)
+    place = ((probability - 0.5) * 2 * bins).nan_to_num().long().clamp(0, bins - 1)
     count = torch.zeros(bins, device=margin.device).index_add_(0, place, torch.ones_like(probability))
-    won = (margin > 0).float() + 0.5 * (margin == 0).float()
+    won = _won(margin)
     sums = torch.zeros(2, bins, device=margin.device).index_add_(1, place, torch.stack([probability, won]))
     return Calibration(sums[0] / count, sums[1] / count, count)
 
 
 def calibration_error(margin: Tensor, bins: int = 10) -> Tensor:
-    """Mean distance between predicted and observed shares, weighted by pairs (Naeini et al. 2015).
+    """Mean distance between predicted and observed shares, weighted by pairs (Naeini et al. 2015); NaN without pairs.
 
     Example:
         >>> calibration_error(torch.tensor([9.0, 9.0]))
         tensor(0.0001)
     """
     table = calibration(margin, bins)
-    return ((table.probability - table.won).abs().nan_to_num() * table.pairs).sum() / table.pairs.sum()
+    filled = table.pairs > 0
+    return ((table.probability - table.won).abs() * table.pairs)[filled].sum() / table.pairs.sum()
 
 
 class PreferenceAccuracy(Metric):

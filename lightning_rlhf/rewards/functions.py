@@ -73,9 +73,11 @@ def format_match(prompts: Sequence[object], completions: Sequence[str], pattern:
 def answer_match(prompts: Sequence[object], completions: Sequence[str], answer: Sequence[object]) -> list[float]:
     r"""1 where a completion's answer is the one in the column ``answer``, else 0.
 
-    The answer is what the last ``\boxed{...}`` holds, or else follows the last ``####`` or ``Answer:`` on its line, or
-    else is all of the text; so too in the column, where GSM8K keeps its reasoning. Numbers are compared as numbers
-    (``1,000.0`` is ``1000``), other answers without regard to case, blanks and a full stop behind.
+    The answer is what the last ``\boxed{...}`` holds, with the braces inside it, or else follows the last ``####`` or
+    ``Answer:`` on its line, or else is all of the text; so too in the column, where GSM8K keeps its reasoning.
+    Alternatives, such as ``\boxed{4} or \boxed{5}``, are one answer, "4 or 5", and match neither of the two. Numbers
+    are compared as numbers (``1,000.0`` is ``1000``), other answers without regard to case, blanks and a full stop
+    behind.
 
     Args:
         prompts: (S,) not read.
@@ -98,10 +100,35 @@ def _each(value: Any, completions: Sequence[str]) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value] * len(completions)
 
 
+#: Words between two answers that make them alternatives, at a line's end too.
+_OR = r"(?:\band/or\b|\bor\b|\band\b|或者?|还是|和)"
+#: What else may stand between them: a mark on the same line.
+_BESIDE = re.compile(rf"[\s,;，；]*{_OR}[\s,:]*(?:maybe|perhaps|possibly)?\s*|[ \t,;/、，；]*", re.IGNORECASE)
+#: How LaTeX and Markdown dress it.
+_DRESS = re.compile(r"\\text|\\q?quad|\\[,;! ]|[{}$*()]")
+_MARKED = re.compile(rf"(?:####|\banswer:|答案：)[ \t]*([^\n]+?)(?=[ \t]*{_OR}?[ \t]*$)", re.IGNORECASE | re.MULTILINE)
+
+
 def _answer(text: str) -> str:
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    marked = re.findall(r"(?:####|\banswer:|答案：)[ \t]*([^\n]+)", text, re.IGNORECASE)
-    return boxed[-1] if boxed else marked[-1] if marked else text
+    answer, end = text, -1
+    for start, stop, content in _boxed(text) or [(*m.span(), m[1]) for m in _MARKED.finditer(text)]:
+        between = _DRESS.sub(" ", text[end:start])
+        beside = 0 <= end <= start and _BESIDE.fullmatch(between)
+        answer, end = (f"{answer}{between}{content}" if beside else content), stop
+    return answer
+
+
+def _boxed(text: str) -> list[tuple[int, int, str]]:
+    r"""Start, end and content of each ``\boxed{...}`` whose braces close, from inside out where they are nested."""
+    found = []
+    for box in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for mark in re.finditer(r"\\.|[{}]", text[box.end() :]):
+            depth += {"{": 1, "}": -1}.get(mark[0], 0)
+            if not depth:
+                found.append((box.start(), box.end() + mark.end(), text[box.end() : box.end() + mark.start()]))
+                break
+    return found
 
 
 def _canonical(answer: str) -> str | Decimal:

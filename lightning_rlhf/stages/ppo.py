@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import PackedBatch, split
 from lightning_rlhf.data.prompts import PromptBatch
-from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, gae, token_rewards, whiten
+from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, gae, token_rewards, variance, whiten
 from lightning_rlhf.functional.kl import k1, k3, kl_loss
-from lightning_rlhf.functional.ppo import policy_loss, value_loss
+from lightning_rlhf.functional.ppo import policy_loss, value_loss, variance_explained
 from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import LoRA
 from lightning_rlhf.models.backbone import LayoutChoice
@@ -74,7 +73,7 @@ class PPOModule(ActorCriticStage):
         bootstrap: What comes after a completion that its length limit cut is worth what the critic says, not 0.
         whiten_advantages: Bring them to mean 0 and variance 1 over the iteration.
         whiten_rewards: Bring tokens' rewards to variance 1 over the iteration.
-        scale_scores: Divide scores by their standard deviation in the run so far.
+        scale_scores: Divide scores by their standard deviation in the run so far; while all are equal, by 1.
         clip_scores: Bound of a score; None for none.
         missing_stop_penalty: Taken from the score of a completion that its length limit cut.
         value_coef: Weight of the value loss, where critic and policy are clipped and stepped alike.
@@ -234,7 +233,7 @@ class PPOModule(ActorCriticStage):
         scores = raw.to(now) - self.missing_stop_penalty * truncated
         if self.scale_scores:
             self.running_scores.update(self.moments(scores))
-            scores = scores / max(self.running_scores.std, 1e-8)
+            scores = scores / self.running_scores.scale
         if self.clip_scores is not None:
             scores = scores.clamp(-self.clip_scores, self.clip_scores)
         penalty = k1(log_ratio) * (self.kl_coef if self.kl_penalty == "reward" else 0.0)
@@ -254,14 +253,13 @@ class PPOModule(ActorCriticStage):
             "advantages": whiten(advantages, spread) if self.whiten_advantages else advantages,
             "weight": torch.ones_like(now) if self.loss_mean == "token" else 1 / lengths.to(now)[sequence],
         }
-        left, whole = self.moments(returns - values)[2], self.moments(returns)[2]
         parts = {} if samples is None else self.reward.last
         return {
             **self.summary(raw, reward, truncated, sequence, log_ratio, entropies, now - sampled),
             **{f"score/{name}": self.moments(parts.get(name, raw).cpu())[1].item() for name in self.reward.names},
             "advantage_mean": spread[1].item(),
-            "advantage_std": (spread[2] / spread[0]).sqrt().item(),
-            "explained_variance": (1 - left / whole).item() if whole > 0 else math.nan,
+            "advantage_std": variance(spread).sqrt().item(),
+            "explained_variance": variance_explained(self.moments(returns - values), self.moments(returns)).item(),
         }
 
     def learn(self, experience: Experience, ptx: PackedBatch | None) -> dict[str, float]:

@@ -10,10 +10,12 @@ import lightning_rlhf.functional.advantages
 from lightning_rlhf.functional import (
     RunningMoments,
     adapt_kl_coef,
+    explained_variance,
     gae,
     merge_moments,
     moments,
     token_rewards,
+    variance,
     whiten,
 )
 
@@ -159,6 +161,53 @@ def test_equal_values_become_zero():
     assert whiten(torch.full((5,), 0.5)).tolist() == [0] * 5
     assert whiten(torch.tensor([3.0])).tolist() == [0]
     assert whiten(torch.tensor([1.0, 2.0]).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [0.1, -1.0, 1e4 / 3, 1e-7, 0.0])
+@pytest.mark.parametrize("count", [1, 3, 1000])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_equal_values_are_not_blown_up(value, count, ranks):
+    """Their mean in fp32 is off by rounding, and so is each distance from it: nothing may be divided by that."""
+    values = torch.full((count,), value, requires_grad=True)
+    whole = merge_moments(torch.stack([*map(moments, values.chunk(ranks)), moments(torch.zeros(0))]))
+    assert variance(whole).item() == 0
+    whitened = whiten(values, whole)
+    assert whitened.tolist() == [0] * count
+    kept = whiten(values, whole, shift_mean=False)
+    torch.testing.assert_close(kept, values, rtol=1e-6, atol=0)
+    (whitened.sum() + kept.sum()).backward()
+    assert values.grad.isfinite().all()
+    running = RunningMoments()
+    for _ in range(3):
+        running.update(whole.detach())
+        assert (running.std, running.scale) == (0, 1)
+    assert explained_variance(torch.randn(count), values).isnan()  # there is nothing to explain, and it says so
+
+
+def test_a_small_spread_is_kept():
+    values = 1000 + torch.tensor([-1.0, 1.0]) * 2e-2
+    assert variance(moments(values)).sqrt().item() == pytest.approx(0.02, rel=1e-2)
+    wide = 1e6 + torch.tensor([-1.0, 1.0], dtype=torch.float64) * 1e-3
+    torch.testing.assert_close(whiten(wide), torch.tensor([-1.0, 1.0], dtype=torch.float64), rtol=1e-2, atol=0)
+    running = RunningMoments()
+    running.update(moments(torch.tensor([1e-9, -1e-9])))
+    assert running.scale == pytest.approx(1e-9)
+
+
+def test_what_does_not_count_may_be_no_number():
+    values, weight = torch.tensor([1.0, float("nan"), 3.0, float("inf")]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert moments(values, weight).tolist() == [2, 2, 2]
+    assert moments(values, torch.zeros(4)).tolist() == [0, 0, 0]
+    assert whiten(torch.ones(2), moments(values, torch.zeros(4))).tolist() == [0, 0]
+
+
+def test_nothing_at_all_is_defined():
+    nothing = torch.zeros(0)
+    assert whiten(nothing).tolist() == [] and variance(moments(nothing)) == 0
+    assert token_rewards(nothing, nothing, torch.zeros(0, dtype=torch.long)).tolist() == []
+    found = gae(nothing, nothing, nothing, torch.zeros(0, dtype=torch.long), 1.0, 0.95)
+    assert found.advantages.tolist() == found.returns.tolist() == []
+    assert (RunningMoments().std, RunningMoments().scale) == (0, 1)
 
 
 def test_running_moments():

@@ -200,6 +200,25 @@ def one_of_two(store, rank):
     dist.destroy_process_group()
 
 
+def test_scores_that_are_no_numbers_are_not_counted_as_lost():
+    """A reward model that diverged has no accuracy of 0, and is not well calibrated."""
+    margin = torch.tensor([1.0, math.nan, -2.0])
+    assert share_won(margin).isnan() and calibration_error(margin).isnan()
+    metric = PreferenceAccuracy()
+    metric.update(margin, torch.zeros(3), torch.tensor([5, 5, 5]), torch.tensor([9, 9, 9]))
+    result = metric.compute()
+    assert result["accuracy"].isnan() and result["matched_accuracy"].isnan() and result["length_accuracy"] == 0
+
+
+@pytest.mark.parametrize("margin", [0.0, 3.0])
+def test_one_pair_and_equal_pairs_are_defined(margin):
+    for count in (1, 5):
+        same = torch.full((count,), margin)
+        assert share_won(same) == (1.0 if margin else 0.5)
+        want = 1 - 1 / (1 + math.exp(-margin)) if margin else 0.0
+        assert calibration_error(same).item() == pytest.approx(want, abs=1e-6)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     one_of_two(sys.argv[1], int(sys.argv[2]))

@@ -53,6 +53,32 @@ def test_the_whole_completion_matches():
         ("1,2", "12", 0),
         ("nan", "nan", 1),
         ("", "5", 0),
+        # braces inside
+        ("so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}", 1),
+        ("so \\boxed{\\frac{1}{2}}", "the half: $\\boxed{\\frac{1}{2}}$", 1),
+        ("so \\boxed{\\frac{1}{2}}", "2", 0),
+        ("\\boxed{\\text{5}} no, \\boxed{x^{2_{1}}}", "x^{2_{1}}", 1),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", 1),
+        ("\\boxed{\\boxed{5}}", 5, 1),
+        ("\\boxed{4} and then \\boxed{5", 4, 1),  # cut: it never closes
+        # who names several doesn't know
+        ("4 or 5", 5, 0),
+        ("\\boxed{4 or 5}", 5, 0),
+        ("\\boxed{4} or \\boxed{5}", 5, 0),
+        ("\\boxed{4} or \\boxed{5}", 4, 0),
+        ("$\\boxed{4}$ or maybe $\\boxed{5}$", 5, 0),
+        ("\\boxed{4} \\text{ or } \\boxed{5}", 5, 0),
+        ("\\boxed{4}, \\boxed{5}", 5, 0),
+        ("\\boxed{4}或\\boxed{5}", 5, 0),
+        ("Answer: 4 or 5", 5, 0),
+        ("Answer: 4 or\nAnswer: 5", 5, 0),
+        ("#### 4\nor\n#### 5", 5, 0),
+        ("\\boxed{4} or \\boxed{5}", "4 or 5", 1),
+        ("\\boxed{4}, \\boxed{5}", "4, 5", 1),
+        ("#### 4\nNo:\n#### 5", 5, 1),
+        ("Answer: north or", "north", 1),
+        ("Answer: doctor", "doctor", 1),
+        ("Answer: nor", "nor", 1),
     ],
 )
 def test_answers(text, answer, score):

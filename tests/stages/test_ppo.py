@@ -488,6 +488,46 @@ def test_controls_stay_where_they_were(tiny_model_dir, tmp_path, control):
 # ------------------------------------------------------------------------------------------------- parts
 
 
+@pytest.mark.parametrize(
+    ("score", "options"),
+    [
+        (-1.0, dict()),
+        (0.1, dict(samples_per_prompt=3)),  # not exact in fp32: the mean of many is off by rounding
+        (1e4 / 3, dict(clip_scores=5.0)),
+        (0.0, dict()),
+        (0.7, dict(batch_size=1, minibatches=1)),
+    ],
+    ids=["negative", "inexact", "clipped", "zero", "one sample"],
+)
+def test_equal_scores_are_not_scaled_up(tiny_model_dir, tmp_path, score, options):
+    """They were divided by 1e-8."""
+    trainer, module = run(tiny_model_dir, tmp_path, lora=True, max_steps=2, scale_scores=True, kl_coef=0.0, lr=1e-4,
+                          reward=lambda prompts, completions: [score] * len(completions), **options)  # fmt: skip
+    found = trainer.callback_metrics
+    want = min(score, options.get("clip_scores", score))
+    assert found["train/reward_mean"] == pytest.approx(want, rel=1e-5, abs=1e-7)
+    assert (
+        found["train/score"] == pytest.approx(score, rel=1e-5) and found["train/score_std"] < 1e-6 * abs(score) + 1e-9
+    )
+    assert found["train/value_loss"] < 2 * want**2 + 1e-6
+    assert module.running_scores.scale == 1
+    assert all(v.isfinite() for k, v in found.items() if k != "train/explained_variance")
+
+
+def test_scores_that_begin_to_differ_are_scaled_from_then_on(tiny_model_dir, tmp_path):
+    seen = []
+
+    def later(prompts, completions):
+        seen.extend([2.0 + (len(seen) >= 4) * i for i in range(len(completions))])
+        return seen[-len(completions) :]
+
+    trainer, module = run(tiny_model_dir, tmp_path, lora=True, max_steps=2, scale_scores=True, kl_coef=0.0,
+                          reward=later)  # fmt: skip
+    std = torch.tensor(seen).std(correction=0).item()
+    assert len(seen) == 8 and module.running_scores.scale == pytest.approx(std)
+    assert trainer.callback_metrics["train/reward_mean"] == pytest.approx(sum(seen[4:]) / 4 / std, rel=1e-5)
+
+
 def test_ptx_adds_the_language_models_gradient(tiny_model_dir, tmp_path):
     """The difference that ptx makes to a step of SGD is its own gradient, from plain transformers."""
     found = {}
