@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -78,20 +80,59 @@ class Backbone(nn.Module):
         """Runs the model without its head; to be called inside ``forward``, where wrappers' hooks fire."""
         if self.layout == "padded":
             padded = pad(batch)
-            # right padding needs no position ids, and some families take none
-            out = self._decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False)
+            with self._checkpointed_as_now():
+                # right padding needs no position ids, and some families take none
+                out = self._decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False)
             states = out.last_hidden_state
             first = torch.arange(len(states), device=states.device) * states.shape[1]
             return Hidden(states.flatten(0, 1), first[padded.row] + padded.column, first + padded.last)
-        # kept until the next forward pass: a checkpointed layer runs again in the backward pass
-        self._forest = batch.forest
         inputs: dict[str, Any] = dict(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None])
         if self.layout == "tree":
             inputs["forest"] = batch.forest
-        with tree.forest_active():
+        with self._on(batch.forest), self._checkpointed_as_now():
             # without the cache off, packed positions leak into each other in transformers 5
             out = self._decoder(**inputs, use_cache=False)
         return Hidden(out.last_hidden_state[0], batch.predictor, batch.last)
+
+    @contextmanager
+    def _on(self, forest: Forest) -> Iterator[None]:
+        """Within it layers run on a forest, which hooks hand over where the layout is ``inject``."""
+        former, self._forest = self._forest, forest
+        try:
+            with tree.forest_active():
+                yield
+        finally:
+            self._forest = former
+
+    def _as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """What makes the context in which this forward pass runs once more, for layers that run again."""
+        forest = self._forest
+        return nullcontext if forest is None else partial(self._on, forest)
+
+    @contextmanager
+    def _checkpointed_as_now(self) -> Iterator[None]:
+        """Layers that are checkpointed within it run again in the backward pass as they run now, whatever came since.
+
+        transformers takes torch's arguments for it only where checkpointing is switched on, which users may do
+        themselves, before or after. The name under which its layers keep the function is the same in all supported
+        versions; ``tests/models`` compares gradients, and fails where it is no longer read.
+        """
+        layers = self._checkpointing() if torch.is_grad_enabled() else []
+        functions = [layer._gradient_checkpointing_func for layer in layers]
+        again = self._as_now()
+        for layer, function in zip(layers, functions, strict=True):
+            layer._gradient_checkpointing_func = partial(
+                function, use_reentrant=False, context_fn=lambda: (nullcontext(), Again(again))
+            )
+        try:
+            yield
+        finally:
+            for layer, function in zip(layers, functions, strict=True):
+                layer._gradient_checkpointing_func = function
+
+    def _checkpointing(self) -> list[Any]:
+        """The modules in which transformers looks whether to checkpoint, where they say yes."""
+        return [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
     @contextmanager
     def native_attention(self, attention: str | None = None) -> Iterator[nn.Module]:
@@ -104,57 +145,45 @@ class Backbone(nn.Module):
             The model, which is as it was afterwards.
         """
         whole = self.transformer
-        modes = [(module, module.training) for module in self.model.modules()]
-        # transformers' own switch would add a hook to a peft model each time
-        checkpointed: list[Any] = [m for m, _ in modes if getattr(m, "gradient_checkpointing", False) is True]
-        forest, self._forest = self._forest, None
-        self.model.eval()
-        tree.set_attention(whole, attention or self._own_attention)
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-        try:
-            yield self.model
-        finally:
-            for module in checkpointed:
-                module.gradient_checkpointing = True
-            tree.set_attention(whole, self._own_attention if self.layout == "padded" else tree.NAME)
-            self._forest = forest
-            for module, mode in modes:  # parts may differ, such as a dropout that was switched off
-                module.training = mode
+        checkpointing = self._checkpointing()  # transformers' own switch would add a hook to a peft model each time
+        with evaluating(self.model):
+            tree.set_attention(whole, attention or self._own_attention)
+            for module in checkpointing:
+                module.gradient_checkpointing = False
+            try:
+                yield self.model
+            finally:
+                for module in checkpointing:
+                    module.gradient_checkpointing = True
+                tree.set_attention(whole, self._own_attention if self.layout == "padded" else tree.NAME)
 
     # ------------------------------------------------------------------------------------------------- layouts
 
     def _choose_layout(self, required: bool) -> None:
         """Runs a small batch down each layout and takes the first that equals the padded one."""
         batch = probe(self.transformer)
-        whole, mode = self.transformer, self.model.training
-        self.model.eval()  # dropout would differ; layers run what they run in training
+        whole = self.transformer
         reasons = []
-        try:
-            with torch.no_grad():
-                want = self._probed(batch)
-                for layout in ("tree", "inject"):
-                    self.layout = layout
-                    tree.set_attention(whole, tree.NAME)
-                    if layout == "inject":
-                        self._install_hooks()
-                    try:
-                        difference = ((self._probed(batch) - want).norm() / want.norm()).item()
-                        self._run_checkpointed(batch)
-                    except Exception as error:  # a family may fail anywhere in its own code
-                        reasons.append(
-                            f"{layout}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                        )
-                    else:
-                        if difference < tolerance(whole):
-                            return
-                        reasons.append(f"{layout}: hidden states differ by {difference:.1e} of their size")
-                    self._remove_hooks()
-            self.layout = "padded"
-            tree.set_attention(whole, self._own_attention)
-        finally:
-            self._forest = None
-            self.model.train(mode)
+        # dropout would differ; layers run what they run in training
+        with evaluating(self.model), torch.no_grad():
+            want = self._probed(batch)
+            for layout in ("tree", "inject"):
+                self.layout = layout
+                tree.set_attention(whole, tree.NAME)
+                if layout == "inject":
+                    self._install_hooks()
+                try:
+                    difference = ((self._probed(batch) - want).norm() / want.norm()).item()
+                    self._run_checkpointed(batch)
+                except Exception as error:  # a family may fail anywhere in its own code
+                    reasons.append(f"{layout}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                else:
+                    if difference < tolerance(whole):
+                        return
+                    reasons.append(f"{layout}: hidden states differ by {difference:.1e} of their size")
+                self._remove_hooks()
+        self.layout = "padded"
+        tree.set_attention(whole, self._own_attention)
         message = f"{type(whole).__name__} can't take the tree layout ({'; '.join(reasons)})"
         if required:
             raise ValueError(f"{message}; use layout: auto or padded.")
@@ -168,10 +197,8 @@ class Backbone(nn.Module):
     def _run_checkpointed(self, batch: PackedBatch) -> None:
         """Some families drop keywords only on the checkpointed path, which eval mode does not take."""
         if is_checkpointing(self.transformer):
-            with torch.random.fork_rng(), torch.enable_grad():
-                self.model.train()
+            with torch.random.fork_rng(), torch.enable_grad(), evaluating(self.model, False):
                 self.hidden(batch)
-            self.model.eval()
 
     def _install_hooks(self) -> None:
         def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -184,6 +211,43 @@ class Backbone(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+class Again:
+    """A context that can be entered many times, one after the other.
+
+    Args:
+        make: Makes it anew.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+
+    def __enter__(self) -> None:
+        self._context = self._make()
+        self._context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._context.__exit__(kind, error, trace)
+
+
+@contextmanager
+def evaluating(module: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in.
+
+    Args:
+        module: Whose parts may differ, such as a dropout that was switched off.
+        on: False: in training mode.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(not on)
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def probe(model: PreTrainedModel) -> PackedBatch:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -31,9 +31,9 @@ class RoleModel(Policy):
     under a second adapter and a head of its own, the reward model, where it was trained as an adapter of the same
     weights, a third adapter that stays frozen.
 
-    peft makes an adapter trainable when it is switched on and freezes the others. A backward pass after such a switch
-    would lose gradients without a word, so here all that trains stays trainable. Checkpointed layers run again in the
-    backward pass, by the adapter that is then switched on: **with them, run it before the next role's forward pass**.
+    A role is played within its call alone: between calls the model is the policy, for whatever reads it there, such as
+    exports, ``generate`` or a user. Backward passes may come in any order, at any time: checkpointed layers run again
+    in the role that they ran in.
 
     Args:
         model: A peft model around a causal LM; its active adapter is the policy's.
@@ -46,6 +46,8 @@ class RoleModel(Policy):
     Raises:
         ValueError: No adapters, an initialisation that changes the backbone, or a reward adapter of other shapes.
     """
+
+    _role: Role = "policy"
 
     def __init__(
         self,
@@ -86,13 +88,12 @@ class RoleModel(Policy):
             head, self.score_offset = self._add_reward("reward", reward)
             self.score_head = nn.Linear(width, 1, bias=False, device=device)
             self.score_head.weight = nn.Parameter(head.to(device), requires_grad=False)
+        self._states = {role: self._state(role) for role in ("reference", *self.adapters)}
         peft.set_adapter(own)  # freezes all but the policy's
         critics = {id(p) for p in self.critic_parameters()}
         self._trainable = [p for p in self.parameters() if p.requires_grad or id(p) in critics]
-        trained = {id(p) for p in self._trainable}
-        self._frozen = [p for name, p in self.named_parameters() if "lora_" in name and id(p) not in trained]
-        self._role: Role = "policy"
-        self._keep_trainable()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
 
     @overload
     def forward(
@@ -133,31 +134,63 @@ class RoleModel(Policy):
             Of policy and reference what :class:`Policy` returns, of the critic its values, of the reward model (S,)
             scores less its ``score_offset``.
         """
-        self.play(role)
-        if role == "critic":
-            return read_values(self.value_head, self.hidden(batch))
-        if role == "reward":
-            states, _, last = self.hidden(batch)
-            return read_head(self.score_head, states[last]) - self.score_offset
-        return super().forward(batch, entropy=entropy, temperature=temperature, weights=weights)
+        with self.playing(role):
+            if role == "critic":
+                return read_values(self.value_head, self.hidden(batch))
+            if role == "reward":
+                states, _, last = self.hidden(batch)
+                return read_head(self.score_head, states[last]) - self.score_offset
+            return super().forward(batch, entropy=entropy, temperature=temperature, weights=weights)
 
-    def play(self, role: Role) -> None:
-        """Switches the adapters; with checkpointed layers the backward pass of the role before must be over."""
-        if role == self._role:
-            return
-        with torch._C.DisableTorchFunctionSubclass():  # Gemini's parameters would take a switch for an operation
-            self._switch(role)
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[None]:
+        """Within it the model's adapters are those of a role; afterwards they are as before, the policy's.
 
-    def _switch(self, role: Role) -> None:
+        Args:
+            role: Which.
+        """
+        former = self._role
+        self._play(role)
+        try:
+            yield
+        finally:
+            self._play(former)
+
+    def _play(self, role: Role) -> None:
+        """Switches adapters and nothing else.
+
+        peft's own switch makes an adapter trainable and freezes the others: a backward pass after it would lose
+        gradients without a word. So what it does to layers is noted once, by itself, and written to the same two
+        attributes, which ``tests/models/test_roles.py`` compares with those that peft shows in public.
+        """
+        self._role = role
+        for layer, active, disabled in self._states[role]:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def _state(self, role: str) -> list[tuple[Any, Any, bool]]:
+        """Each layer that has adapters, with what is active in it and whether all are off, once peft plays a role."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import AuxiliaryTrainingWrapper
+
         peft: Any = self.model
         if role == "reference":
             peft.base_model.disable_adapter_layers()
         else:
-            if self._role == "reference":
-                peft.base_model.enable_adapter_layers()
+            peft.base_model.enable_adapter_layers()
             peft.set_adapter(self.adapters[role])
-        self._role = role
-        self._keep_trainable()
+        layers: list[Any] = [m for m in peft.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        return [(layer, layer.active_adapter, layer.disable_adapters) for layer in layers]
+
+    def _as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """As :meth:`Backbone._as_now`, in the role of now."""
+        role, make = self._role, super()._as_now()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self.playing(role), make():
+                yield
+
+        return again
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the policy's optimizer trains."""
@@ -171,13 +204,6 @@ class RoleModel(Policy):
         adapter = f".{self.adapters['critic']}."
         own = [p for name, p in self.model.named_parameters() if adapter in name]
         return [*own, *self.value_head.parameters()]
-
-    @contextmanager
-    def native_attention(self, attention: str | None = None) -> Iterator[nn.Module]:
-        """As :meth:`Backbone.native_attention`, of the policy."""
-        self.play("policy")
-        with super().native_attention(attention) as model:
-            yield model
 
     # ------------------------------------------------------------------------------------------------- adapters
 
@@ -216,12 +242,6 @@ class RoleModel(Policy):
         adapted = Path(directory) / ADAPTED
         settings = json.loads(adapted.read_text(encoding="utf-8")) if adapted.exists() else {}
         return heads[0], float(settings.get("score_offset", 0.0))
-
-    def _keep_trainable(self) -> None:
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
 
 
 def is_adapter(directory: object) -> bool:

@@ -146,7 +146,7 @@ class ActorCriticStage(OnlineStage):
 
     def reuses_passes(self, experience: Experience) -> bool:
         """Whether the passes that score an experience are those of its first update; all ranks must ask."""
-        # checkpointed layers and those of a sharded model want their backward pass before another forward pass
+        # a sharded model wants its backward pass before another forward pass; who checkpoints layers does it for memory
         apart = is_checkpointing(self.policy.transformer) or self._sharded is not None
         if not self.reuse_passes or self.parts > 1 or apart:
             return False

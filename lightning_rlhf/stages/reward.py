@@ -17,7 +17,7 @@ from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
 from lightning_rlhf.models import LoRA, RewardModel, load_reward_model
-from lightning_rlhf.models.backbone import LayoutChoice
+from lightning_rlhf.models.backbone import LayoutChoice, evaluating
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.models.reward import set_distinct_pad_token
@@ -191,14 +191,13 @@ class RewardModule(Stage):
         batches = int(sum(self.trainer.num_val_batches))
         if not batches:
             return
-        self.eval()
         # of the weights that are exported
-        with averaged_weights(self.trainer), torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+        averaged, precision = averaged_weights(self.trainer), self.trainer.precision_plugin.val_step_context()
+        with evaluating(self), averaged, torch.no_grad(), precision:
             for batch in islice(loader, batches):
                 batch = batch.to(self.device)
                 chosen = self.reward_model(batch)[batch.pairs.better]
                 self.reference_score.update(chosen, torch.ones_like(chosen))
-        self.train()
         self._set_offset(self.reference_score.compute())
         self.reference_score.reset()
 
