@@ -205,14 +205,21 @@ class ActorCriticStage(OnlineStage):
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Samples completions of held-out prompts, by the same keys at each validation, and scores them."""
+        self._evaluate("val", prompts)
+
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`, under ``test/``."""
+        self._evaluate("test", prompts)
+
+    def _evaluate(self, stage: str, prompts: PromptBatch) -> None:
         _, samples = self.rollout(prompts, VALIDATION)
         scores = self.score(samples)
-        if samples is None:
-            return
-        for name, values in {"score": scores, "length": samples.batch.lengths.float()}.items():
-            metric: Any = self.get_submodule(f"val_{name}")
+        lengths = torch.zeros(0) if samples is None else samples.batch.lengths.float()
+        for name, values in {"score": scores, "length": lengths}.items():
+            metric: Any = self.get_submodule(f"{stage}_{name}")
+            # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
             metric.update(values, torch.ones_like(values))
-            self.log(f"val/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
+            self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record a completion: ``row``, ``completion``, its ``score``, ``truncated``."""

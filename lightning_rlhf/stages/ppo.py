@@ -187,7 +187,9 @@ class PPOModule(ActorCriticStage):
         self.offload_frozen = offload_frozen
         self.running_scores = RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)
-        self.val_score, self.val_length = TokenMean(), TokenMean()
+        for stage in ("val", "test"):
+            self.add_module(f"{stage}_score", TokenMean())
+            self.add_module(f"{stage}_length", TokenMean())
         self.norms = {}
 
     # ------------------------------------------------------------------------------------------------- an iteration

@@ -1,0 +1,200 @@
+"""Every stage, evaluation and callback, where some rank has no row, one after the other in one start of processes.
+
+    MASTER_ADDR=127.0.0.1 MASTER_PORT=... WORLD_SIZE=3 NODE_RANK=0 LOCAL_RANK=1 python run_empty_ranks.py \
+        MODEL_DIR OUT_DIR '["ddp"]' '[1, 4]'
+
+The strategies and the numbers of rows are given. A rank writes to OUT_DIR/rankN.json what it came to know by case, and
+to OUT_DIR/rankN.txt where it is; a case that takes longer than PATIENCE ends it with its stacks in that file.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lightning_rlhf import (
+    EMA,
+    HFExport,
+    InstructionDataModule,
+    LoRA,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    Report,
+    RewardModule,
+    SampleCompletions,
+    Sampling,
+    SFTModule,
+    WinRate,
+    WritePredictions,
+)
+from lightning_rlhf.callbacks import SaveOnInterrupt
+from lightning_rlhf.strategies import ColossalAIStrategy
+
+torch.set_num_threads(1)
+PATIENCE = 90
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # Lightning takes the variable away after a run
+STRATEGIES = {
+    "colossalai_ddp": {"plugin": "ddp", "find_unused_parameters": True},
+    "colossalai_zero2": {"plugin": "zero2"},
+    "colossalai_gemini": {"plugin": "gemini", "min_chunk_elements": 2048},
+}
+PPO = ("function", "model", "adapter", "parts")
+
+
+def letters(prompts, completions):
+    """More different characters are better."""
+    return [float(len(set(c))) for c in completions]
+
+
+def length(prompts, completions):
+    return [float(len(c)) for c in completions]
+
+
+def rows(n):
+    return [{"prompt": f"Say {i} " + "fox " * i, "chosen": f"{i} dog " * (1 + i), "rejected": "fine"} for i in range(n)]
+
+
+class Interrupt(L.Callback):
+    """A signal on the last rank, which is the first to be without rows, in its second step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make(stage, model_dir, out, n):
+    """A module, its data, and the metric to watch."""
+    # sequences of a step: of pairs there are two a row
+    data, files = rows(n), dict(batch_size=2 * n if stage == "reward" else n, cache_dir=out / "cache", num_proc=1)
+    common = dict(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3))
+    if stage == "sft":
+        data = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in data]
+        return SFTModule(model_dir, **common), InstructionDataModule(data, val=data, **files), "val/loss"
+    if stage == "reward":
+        return (
+            RewardModule(model_dir, lora=LoRA(r=4), **common),
+            PreferenceDataModule(data, val=data, **files),
+            "val/loss",
+        )
+    kind = stage.removeprefix("ppo ")
+    trained = str(out.parent / "reward model")
+    reward = {"function": letters, "model": trained, "adapter": f"{trained} adapter"}.get(
+        kind, [{"source": letters, "weight": 1.0}, {"source": length, "weight": 0.5}]
+    )
+    if kind == "parts":
+        from lightning_rlhf.rewards import WeightedReward
+
+        reward = [WeightedReward(**part) for part in reward]
+    module = PPOModule(
+        model_dir, reward, lora=LoRA(r=4) if kind == "adapter" else None, epochs=2, minibatches=2, scale_scores=n > 1,
+        sampling=Sampling(max_new_tokens=6, temperature=0.7), kl_target=1.0, **common,
+    )  # fmt: skip
+    data = [{"prompt": r["prompt"]} for r in data]
+    return module, PromptDataModule(data, val=data, **files), "val/score"
+
+
+def case(stage, strategy, model_dir, out, n):
+    """Fit with all callbacks, then validate, test and predict; what came of it."""
+    L.seed_everything(0, verbose=False)
+    out.mkdir(parents=True, exist_ok=True)
+    module, data, monitor = make(stage, model_dir, out, n)
+    settings = STRATEGIES.get(strategy)
+    callbacks = [
+        HFExport(str(out / "hf"), monitor=monitor),
+        ModelCheckpoint(out / "best", monitor=monitor, save_top_k=1),
+        EarlyStopping(monitor, patience=9),
+        Report(),
+        WritePredictions(),
+    ]
+    callbacks += [EMA(0.5)] if strategy in ("one", "ddp", "colossalai_ddp") else []
+    if stage != "reward":
+        judges = {"letters": letters, "model": str(out.parent / "reward model")}
+        callbacks += [SampleCompletions(num_prompts=2, max_new_tokens=4)]
+        callbacks += [WinRate(j, name=name, max_new_tokens=4, temperature=0.7) for name, j in judges.items()]
+
+    def trainer(**options):
+        return L.Trainer(
+            accelerator="cpu", devices=WORLD, logger=False,
+            strategy="auto" if strategy == "one" else strategy if settings is None
+            else ColossalAIStrategy(**settings, timeout=timedelta(seconds=PATIENCE)),
+            precision="bf16-mixed" if "gemini" in strategy else "32-true",
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, **options,
+        )  # fmt: skip
+
+    found = {}
+    run = trainer(max_steps=2, callbacks=callbacks)
+    at(f"{stage}, {strategy}, {n} rows: fit")
+    run.fit(module, data)
+    found["fit"] = numbers(run.callback_metrics)
+    found["best"] = next(c.best for c in callbacks if isinstance(c, HFExport))
+    for name in ("validate", "test"):
+        at(f"{stage}, {strategy}, {n} rows: {name}")
+        found[name] = numbers(getattr(run, name)(module, data, verbose=False)[0])
+    at(f"{stage}, {strategy}, {n} rows: predict")
+    run.predict(module, data)
+    found["predict"] = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return found
+
+
+def interrupted(strategy, model_dir, out, n):
+    """Whether a signal on an empty rank has all ranks save and end."""
+    out.mkdir(parents=True, exist_ok=True)
+    at(f"interrupt, {strategy}, {n} rows")
+    module, data, _ = make("sft", model_dir, out, n)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=4, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=out,
+        callbacks=[Interrupt(), SaveOnInterrupt()],
+    )  # fmt: skip
+    try:
+        trainer.fit(module, data)
+    except BaseException as error:  # however a run says that it was interrupted
+        if not isinstance(error, SystemExit | KeyboardInterrupt) and "nterrupt" not in type(error).__name__:
+            raise
+    return {"step": trainer.global_step, "saved": (out / "interrupted.ckpt").is_file()}
+
+
+def numbers(metrics):
+    """But those of time."""
+    found = {name: float(value) for name, value in metrics.items() if "second" not in name}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def at(place):
+    """Notes the place, and gives it its time."""
+    log.write(f"{place}\n")
+    faulthandler.dump_traceback_later(PATIENCE, exit=True, file=log)
+
+
+def run_all(model_dir, out, strategies, counts, stages=("sft", "reward", *(f"ppo {kind}" for kind in PPO))):
+    """What came of each case by name."""
+    found = {}
+    for strategy in strategies:
+        for n in counts:
+            for stage in stages:
+                name = f"{stage}, {strategy}, {n}"
+                found[name] = case(stage, strategy, model_dir, out / name.replace(" ", "_"), n)
+    return found
+
+
+def main(model_dir, out, strategies, counts):
+    strategies, counts = json.loads(strategies), json.loads(counts)
+    found = run_all(model_dir, Path(out), strategies, counts)
+    if "ddp" in strategies:
+        found["interrupt"] = interrupted("ddp", model_dir, Path(out) / "interrupt", 1)
+    faulthandler.cancel_dump_traceback_later()
+    (Path(out) / f"rank{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with open(Path(sys.argv[2]) / f"rank{os.environ['LOCAL_RANK']}.txt", "w", buffering=1) as log:
+        main(*sys.argv[1:])

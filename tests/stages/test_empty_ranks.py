@@ -1,0 +1,105 @@
+"""Ranks without a row: nothing waits for them, and what is measured is what one process measures."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_rlhf import LoRA
+from lightning_rlhf.models import load_reward_model
+from lightning_rlhf.models.saving import save_pretrained
+
+SCRIPT = Path(__file__).parent / "run_empty_ranks.py"
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model_dir, tmp_path_factory):
+    """A folder with a reward model, whole and as adapters."""
+    from lightning_rlhf.models import load_tokenizer
+
+    out = tmp_path_factory.mktemp("empty")
+    tokenizer = load_tokenizer(tiny_model_dir)
+    model = load_reward_model(tiny_model_dir, lora=LoRA(r=4), pad_token_id=tokenizer.pad_token_id)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    for only in (False, True):
+        save_pretrained(model, tokenizer, out / ("reward model adapter" if only else "reward model"), adapter_only=only)
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(place, tiny_model_dir):
+    """What one process finds, by stage and number of rows."""
+    spec = importlib.util.spec_from_file_location("run_empty_ranks", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with open(os.devnull, "w") as script.log:
+        return script.run_all(tiny_model_dir, place, ["one"], [1, 3])
+
+
+def start(place, model_dir, ranks, strategies, counts):
+    """What each rank found; where one ended early, the message says at what, with its stacks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    command = [sys.executable, str(SCRIPT), str(model_dir), str(place), json.dumps(strategies), json.dumps(counts)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **common, "LOCAL_RANK": str(rank)}, **pipes)
+        for rank in range(ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=800)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, process in enumerate(processes):
+        where = (place / f"rank{rank}.txt").read_text()[-4000:]
+        assert process.returncode == 0, f"rank {rank} of {ranks} ended at: {where}\n{errors[rank][-3000:]}"
+    return [json.loads((place / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def shared(metrics):
+    """What all ranks know alike: of the last step, not of this rank's part of it."""
+    return {name: value for name, value in metrics.items() if name.startswith(("val/", "test/"))}
+
+
+def compare(found, wanted, place, exact=True):
+    assert found.keys() == wanted.keys()
+    for part in ("fit", "validate", "test"):
+        have, want = shared(found[part]), shared(wanted[part])
+        assert have.keys() == want.keys() and have, (place, part)
+        for name, value in want.items() if exact else ():
+            assert have[name] == pytest.approx(value, abs=1e-4), (place, part, name)
+    assert len(found["predict"]) == len(wanted["predict"]), place
+    for mine, other in zip(found["predict"], wanted["predict"], strict=True) if exact else ():
+        assert mine == pytest.approx(other, abs=1e-4), place
+
+
+@pytest.fixture(scope="module")
+def two(place, tiny_model_dir):
+    return start(place, tiny_model_dir, 2, ["ddp"], [1, 3])
+
+
+def test_no_rank_waits_and_all_find_what_one_process_finds_under_ddp(one, two):
+    for name, found in two[0].items():
+        if name != "interrupt":
+            stage, _, n = name.rsplit(", ", 2)
+            assert {key: shared(value) for key, value in found.items() if key in ("fit", "validate", "test")} == {
+                key: shared(value) for key, value in two[1][name].items() if key in ("fit", "validate", "test")
+            }
+            compare(found, one[f"{stage}, one, {n}"], name)
+
+
+def test_a_signal_on_an_empty_rank_has_all_save(two):
+    assert all(found["interrupt"] == {"step": 2, "saved": True} for found in two)
