@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack
+from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, within_budget
 
 #: Stands in where a rank has no tree left and others go on: one token that no loss counts.
 FILLER = Tree([0], [Branch([0])], weight=0.0)
@@ -35,7 +35,7 @@ class Experience:
     @property
     def sequence(self) -> Tensor:
         """(N,) the sequence of each token."""
-        lengths = [branch_length for tree in self.trees for branch_length in _scored(tree)]
+        lengths = [branch.num_scored for tree in self.trees for branch in tree.branches]
         return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
 
     def micro_batches(
@@ -51,50 +51,25 @@ class Experience:
 
         Yields:
             A packed batch, and its (N,) columns.
+
+        Raises:
+            ValueError: A prompt and a completion that are over ``max_tokens`` alone.
         """
-        ends = torch.tensor([0, *(sum(_scored(tree)) for tree in self.trees)]).cumsum(0).tolist()
-        parts = cut([self.trees[i].num_tokens for i in chosen], max_tokens)
+        ends = torch.tensor([0, *(tree.num_scored for tree in self.trees)]).cumsum(0).tolist()
+        spans = [slice(ends[i], ends[i + 1]) for i in chosen]
+        owners = [self.rows[i] for i in chosen for _ in self.trees[i].branches]
+        begin, branch, parts = 0, 0, self.parts(chosen, max_tokens)
+        columns = {k: torch.cat([v[s] for s in spans]).to(device) for k, v in self.tokens.items() if parts}
         for part in parts:
-            mine = [chosen[i] for i in part]
-            batch = pack([self.trees[i] for i in mine], rows=[self.rows[i] for i in mine]).to(device)
-            spans = [slice(ends[i], ends[i + 1]) for i in mine]
-            yield batch, {k: torch.cat([v[s] for s in spans]).to(device) for k, v in self.tokens.items()}
+            end, rows = begin + sum(tree.num_scored for tree in part), []
+            for tree in part:
+                rows.append(owners[branch])
+                branch += len(tree.branches)
+            yield pack(part, rows=rows).to(device), {k: v[begin:end] for k, v in columns.items()}
+            begin = end
         for _ in range(at_least - len(parts)):
             yield pack([FILLER]).to(device), {k: v.new_zeros(1, device=device) for k, v in self.tokens.items()}
 
-
-def cut(tokens: Sequence[int], max_tokens: int | None, setting: str = "micro_batch_tokens") -> list[list[int]]:
-    """Items in order, cut wherever the next one would be over ``max_tokens``.
-
-    Args:
-        tokens: Of each item.
-        max_tokens: Most tokens of a part; None for no bound.
-        setting: What the limit is called, for the message.
-
-    Returns:
-        Indices of the items of each part.
-
-    Raises:
-        ValueError: One item alone is.
-    """
-    if not tokens:
-        return []
-    parts: list[list[int]] = [[]]
-    used = 0
-    for i, size in enumerate(tokens):
-        if max_tokens is not None and size > max_tokens:
-            raise ValueError(
-                f"A prompt with its completions has {size} tokens, over {setting}={max_tokens}. Raise it to "
-                f"{size}, or lower samples_per_prompt or sampling.max_new_tokens."
-            )
-        if parts[-1] and max_tokens is not None and used + size > max_tokens:
-            parts.append([])
-            used = 0
-        parts[-1].append(i)
-        used += size
-    return parts
-
-
-def _scored(tree: Tree) -> list[int]:
-    """Scored tokens of each completion."""
-    return [len(b.input_ids) if b.scored is None else sum(b.scored) for b in tree.branches]
+    def parts(self, chosen: Sequence[int], max_tokens: int | None) -> list[list[Tree]]:
+        """The micro-batches of the chosen trees; one that is over ``max_tokens`` is cut between its completions."""
+        return within_budget([self.trees[i] for i in chosen], max_tokens, "micro_batch_tokens")

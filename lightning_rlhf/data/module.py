@@ -250,6 +250,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """File and line of a row by its number in the part's batches (``PackedBatch.rows``)."""
         return str(self._rows[part].row(row)["where"])
 
+    def longest(self, part: str) -> int:
+        """Most tokens of a row of a part; 0 where it has none, or was not set up."""
+        rows = self._rows.get(part)
+        return int(rows.sizes[:, 0].max()) if rows else 0
+
     def languages(self, part: str) -> dict[str, str]:
         """The languages of rows by their places, where a column ``lang`` or ``language`` says; reads the source."""
         sources = self._weighted[self._side(part)[0]]

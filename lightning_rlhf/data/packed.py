@@ -24,6 +24,11 @@ class Branch(NamedTuple):
     input_ids: Sequence[int]
     scored: Sequence[bool] | None = None
 
+    @property
+    def num_scored(self) -> int:
+        """Tokens that the loss reads."""
+        return len(self.input_ids) if self.scored is None else sum(self.scored)
+
 
 class Pair(NamedTuple):
     """Two completions of one tree, the first better than the second.
@@ -66,7 +71,7 @@ class Tree(NamedTuple):
     @property
     def num_scored(self) -> int:
         """Tokens that the loss reads."""
-        return sum(len(b.input_ids) if b.scored is None else sum(b.scored) for b in self.branches)
+        return sum(branch.num_scored for branch in self.branches)
 
 
 class Span(NamedTuple):
@@ -364,6 +369,58 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
         )
         for part in parts
     ]
+
+
+def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = "max_tokens") -> list[list[Tree]]:
+    """Deals trees, in order, into packed rows of at most ``max_tokens`` tokens.
+
+    A tree that is over it alone is cut between its completions, and its prompt repeated; it must compare nothing.
+
+    Args:
+        trees: In order.
+        max_tokens: Of a row; None for no bound.
+        setting: What the bound is called, for the message.
+
+    Returns:
+        The trees of each row, or pieces of them; no row without trees.
+
+    Raises:
+        ValueError: A prompt and a completion that are over the budget alone.
+    """
+    if max_tokens is None:
+        return [list(trees)] if trees else []
+    rows: list[list[Tree]] = []
+    room = 0
+    for tree in trees:
+        for piece in _cut_to(tree, max_tokens, setting):
+            if piece.num_tokens > room:
+                rows.append([])
+                room = max_tokens
+            rows[-1].append(piece)
+            room -= piece.num_tokens
+    return rows
+
+
+def _cut_to(tree: Tree, max_tokens: int, setting: str) -> list[Tree]:
+    """The tree, or as many pieces of it as it takes."""
+    if tree.num_tokens <= max_tokens:
+        return [tree]
+    pieces: list[Tree] = []
+    room = 0
+    for branch in tree.branches:
+        size = len(branch.input_ids)
+        if size > room:
+            room = max_tokens - len(tree.prompt)
+            pieces.append(tree._replace(branches=[]))
+        if size > room:
+            needed = len(tree.prompt) + size
+            raise ValueError(
+                f"A prompt and its completion have {needed} tokens, over {setting}={max_tokens}: raise it to at least "
+                f"{needed}, or shorten them."
+            )
+        pieces[-1] = tree._replace(branches=[*pieces[-1].branches, branch])
+        room -= size
+    return pieces
 
 
 class PaddedBatch(NamedTuple):

@@ -503,7 +503,6 @@ class PromptDataModule(TreeDataModule[Prompt]):
         ranks, rank = self._ranks()
         rows = self._rows[part]
         # Completions cost more than prompts, and about the same each: ranks first get as many prompts, then tokens.
-        longest = int(rows.sizes[:, 0].max()) if len(rows) else 0
         drops = self.drop_last and part == "train"
         planner = Planner(
             rows.sizes,
@@ -515,7 +514,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
             drop_last=drops,
             sources=rows.sources,
             window=self._window(),
-            overhead=longest,
+            overhead=self.longest(part),
         )
         if drops and planner.num_trees < batch_size:
             raise ValueError(

@@ -52,11 +52,14 @@ class Reward(nn.Module, ABC):
     Attributes:
         names: Of the parts of a sum; none for others.
         needs: Columns of the prompts' rows without which it can't score.
+        limits: Most tokens of a prompt with its completion, by what sets the limit; none where tokens are not what is
+            read. Known once it is loaded.
         last: (S,) scores of each part in the last call, for logging.
     """
 
     names: Sequence[str] = ()
     needs: Set[str] = frozenset()
+    limits: Mapping[str, int] = MappingProxyType({})
     last: Mapping[str, Tensor] = MappingProxyType({})
 
     def load(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import Conversation, Message
-from lightning_rlhf.data.packed import Branch, Tree, pack, unpack
+from lightning_rlhf.data.packed import Branch, Tree, pack, unpack, within_budget
 from lightning_rlhf.data.templates import set_chat_template
 from lightning_rlhf.data.tokens import TokenizeError, encode, encode_prompt
 from lightning_rlhf.models import RewardModel, load_reward_model, load_tokenizer
@@ -92,6 +92,20 @@ class RewardModelReward(Reward):
         """Scores by the role ``reward`` of the policy's backbone, which has this model's adapter, from now on."""
         object.__setattr__(self, "shared", backbone)  # the stage's child already
 
+    @property
+    def context(self) -> int | None:
+        """Most tokens that the model reads, where it says."""
+        transformer = (self.model if self.shared is None else self.shared).transformer
+        return getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def limits(self) -> dict[str, int]:  # type: ignore[override]
+        """Its context and ``max_tokens``, where it gets the sampled tokens."""
+        if not self.same_tokens:
+            return {}
+        context = {} if self.context is None else {f"the context of the reward model {self.pretrained}": self.context}
+        return {**context, f"max_tokens of the reward model {self.pretrained}": self.max_tokens}
+
     @torch.no_grad()
     def forward(self, samples: Samples) -> Tensor:
         """Scores the samples, in as many forward passes as ``max_tokens`` asks for.
@@ -108,8 +122,7 @@ class RewardModelReward(Reward):
         """
         trees = unpack(samples.batch) if self.same_tokens else self._rendered(samples)
         device = samples.batch.input_ids.device
-        transformer = (self.model if self.shared is None else self.shared).transformer
-        context = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
+        context = self.context
         longest = max(len(tree.prompt) + len(branch.input_ids) for tree in trees for branch in tree.branches)
         if context is not None and longest > context:
             raise ValueError(
@@ -117,7 +130,7 @@ class RewardModelReward(Reward):
                 "max_new_tokens, or shorten prompts."
             )
         scores = []
-        for part in within_budget(trees, self.max_tokens):
+        for part in within_budget(trees, self.max_tokens, "the reward's max_tokens"):
             batch = pack(part).to(device)
             scores.append(self.model(batch, normalise=True) if self.shared is None else self.shared(batch, "reward"))
         return torch.cat(scores)
@@ -179,44 +192,6 @@ def _encoded(
     end -= truncated  # the stop token, which the template writes behind any answer
     start = min(start, end - 1)
     return ids[:start], ids[start:end]
-
-
-def within_budget(trees: Sequence[Tree], max_tokens: int) -> list[list[Tree]]:
-    """Deals branches, in order, into packed rows of at most ``max_tokens`` tokens.
-
-    A prompt is repeated where its branches don't fit into one row.
-
-    Args:
-        trees: In order.
-        max_tokens: Of a row.
-
-    Returns:
-        The trees of each row.
-
-    Raises:
-        ValueError: A prompt and a completion that are over the budget alone.
-    """
-    rows: list[list[Tree]] = []
-    room = 0
-    for tree in trees:
-        opened = False  # whether the last row holds this tree's prompt
-        for branch in tree.branches:
-            cost = len(branch.input_ids) + (0 if opened else len(tree.prompt))
-            if not rows or cost > room:
-                rows.append([])
-                room, opened = max_tokens, False
-                cost = len(branch.input_ids) + len(tree.prompt)
-            if cost > max_tokens:
-                raise ValueError(
-                    f"A prompt and its completion have {cost} tokens, over the reward's max_tokens={max_tokens}: raise "
-                    f"it to at least {cost}, or shorten them."
-                )
-            if opened:
-                rows[-1][-1] = rows[-1][-1]._replace(branches=[*rows[-1][-1].branches, branch])
-            else:
-                rows[-1].append(Tree(tree.prompt, [branch]))
-            room, opened = room - cost, True
-    return rows
 
 
 def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:

@@ -51,6 +51,11 @@ class WeightedSum(Reward):
         self.needs = {name for part in parts.values() for name in part.needs}
         self.last: dict[str, Tensor] = {}
 
+    @property
+    def limits(self) -> dict[str, int]:  # type: ignore[override]
+        """Those of all parts."""
+        return {name: limit for part in self.parts for name, limit in part.limits.items()}  # type: ignore[union-attr,operator]
+
     def load(self) -> None:
         """Loads all parts."""
         for part in self.parts:

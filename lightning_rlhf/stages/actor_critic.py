@@ -121,6 +121,16 @@ class ActorCriticStage(OnlineStage):
         with self.present("reward", "reference"):
             pass
 
+    def limits(self) -> dict[str, int]:
+        """Those of the reward, and the context of a critic of its own."""
+        found = dict(self.reward.limits)
+        if not self.shared:
+            config = self.critic.transformer.config.get_text_config()
+            context: int | None = getattr(config, "max_position_embeddings", None)
+            if context is not None:
+                found["the context of the critic"] = context
+        return found
+
     @contextmanager
     def present(self, *names: Literal["reward", "reference"]) -> Iterator[None]:
         """Within it these are on the device; else on the CPU, where ``offload_frozen`` says so."""

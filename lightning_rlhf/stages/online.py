@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_rlhf.data.experience import Experience, cut
+from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack
 from lightning_rlhf.data.planner import generator
-from lightning_rlhf.data.prompts import PromptBatch
+from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
 from lightning_rlhf.functional.kl import k1, k3
 from lightning_rlhf.rewards import Samples
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, sample_key
@@ -35,21 +36,77 @@ class OnlineStage(ManualStage):
 
     @property
     def prompt_limit(self) -> int | None:
-        """Most tokens of a prompt that leave room for a completion; data modules ask."""
-        return None if self.context_length is None else self.context_length - self.sampling.max_new_tokens
-
-    def on_fit_start(self) -> None:
-        """Refuses what can't sample before the first step.
+        """Most tokens of a prompt that leave room for a completion; data modules ask.
 
         Raises:
-            ValueError: The strategy can't.
+            ValueError: None does.
+        """
+        if self.context_length is None:
+            return None
+        room = self.context_length - self.sampling.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+                f"context of {self.context_length} tokens. Set it to at most {self.context_length - 1}."
+            )
+        return room
+
+    def limits(self) -> dict[str, int]:
+        """Most tokens of a prompt with its completion, by what sets the limit; known once models are loaded."""
+        return {}
+
+    def check_lengths(self, *parts: str) -> None:
+        """Refuses, before the first rollout, prompts that could have completions which a model can't read.
+
+        Args:
+            parts: Of the data: ``train``, ``val``, ``test``, ``predict``.
+
+        Raises:
+            ValueError: There are such prompts; the message says which settings would do.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptDataModule):
+            return  # who brings loaders of their own knows the lengths of their prompts
+        new, longest = self.sampling.max_new_tokens, max(map(data.longest, parts))
+        limits = self.limits()
+        if "train" in parts and self.micro_batch_tokens is not None:
+            limits["micro_batch_tokens"] = self.micro_batch_tokens
+        for name, limit in limits.items():
+            if longest and longest + new > limit:
+                do = [f"sampling.max_new_tokens to at most {limit - longest}"] if limit > longest else []
+                do += [f"data.max_length (of prompts) to at most {limit - new}"] if limit > new else []
+                do += [f"{name} to at least {longest + new}"] if name == "micro_batch_tokens" else []
+                raise ValueError(
+                    f"A prompt of {longest} tokens and a completion of sampling.max_new_tokens={new} have "
+                    f"{longest + new}, over {limit}: {name}. Set {', or '.join(do) or 'shorter ones'}."
+                )
+
+    def on_fit_start(self) -> None:
+        """Refuses what can't sample, and lengths that would end the run, before the first step.
+
+        Raises:
+            ValueError: The strategy can't, or completions could be too long.
         """
         super().on_fit_start()
+        self.check_lengths("train", "val")
         if isinstance(self.strategy, ColossalAIStrategy) and self.strategy.placement == "auto":
             raise ValueError(
                 f"{type(self).__name__} samples before its first training step, which Gemini's placement='auto' can't "
                 "have: set the strategy's placement to static."
             )
+
+    def on_validation_start(self) -> None:
+        """As before a fit."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.check_lengths("val")
+
+    def on_test_start(self) -> None:
+        """As before a fit."""
+        self.check_lengths("test")
+
+    def on_predict_start(self) -> None:
+        """As before a fit."""
+        self.check_lengths("predict")
 
     # ------------------------------------------------------------------------------------------------- rollout
 
@@ -138,7 +195,7 @@ class OnlineStage(ManualStage):
 
     def count_micro_batches(self, experience: Experience, chosen: Sequence[int]) -> int:
         """How many the rank with the most of them makes; all ranks must ask."""
-        parts = len(cut([experience.trees[i].num_tokens for i in chosen], self.micro_batch_tokens))
+        parts = len(experience.parts(chosen, self.micro_batch_tokens))
         return int(self.all_reduce(torch.tensor(float(parts)), dist.ReduceOp.MAX))
 
     @torch.no_grad()

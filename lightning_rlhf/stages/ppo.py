@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import PackedBatch, split
-from lightning_rlhf.data.prompts import PromptBatch
+from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
 from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, gae, token_rewards, variance, whiten
 from lightning_rlhf.functional.kl import k1, k3, kl_loss
 from lightning_rlhf.functional.ppo import policy_loss, value_loss, variance_explained
@@ -192,12 +193,45 @@ class PPOModule(ActorCriticStage):
             self.add_module(f"{stage}_length", TokenMean())
         self.norms = {}
 
+    def on_fit_start(self) -> None:
+        """Refuses, before the first rollout, what would end the run in its middle, or do nothing.
+
+        Raises:
+            ValueError: There is no data for ``ptx_coef``, a text of it is over ``micro_batch_tokens``, or
+                ``kl_horizon`` is too short for the completions of an iteration.
+        """
+        super().on_fit_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptDataModule):
+            return
+        if self.kl_target is not None:  # refuses what it can't go by
+            samples = data.batch_size * self.samples_per_prompt
+            adapt_kl_coef(self.kl_coef, self.kl_target, self.kl_target, self.kl_horizon, samples)
+        if data.ptx is None:
+            self._check_ptx(False)
+        elif not self.ptx_coef:
+            rank_zero_warn("data.ptx is read and not learned from: model.ptx_coef is 0. Set it, or leave out data.ptx.")
+        elif self.micro_batch_tokens is not None and (longest := data.ptx.longest("train")) > self.micro_batch_tokens:
+            raise ValueError(
+                f"A text of data.ptx has {longest} tokens, over micro_batch_tokens={self.micro_batch_tokens}. Raise it "
+                f"to {longest}, or set data.ptx_max_length to at most {self.micro_batch_tokens}."
+            )
+
+    def _check_ptx(self, given: bool) -> None:
+        """Refuses a weight of texts that are not there."""
+        if self.ptx_coef and not given:
+            raise ValueError(
+                f"ptx_coef={self.ptx_coef} weighs a loss on texts, and the data bring none. Give data.ptx (instruction "
+                "data or plain texts), or set model.ptx_coef to 0."
+            )
+
     # ------------------------------------------------------------------------------------------------- an iteration
 
     def training_step(self, batch: PromptBatch | dict[str, Any], batch_idx: int) -> None:
         """One iteration: sample, score, estimate advantages, learn."""
         clock = [time.perf_counter()]
         prompts, ptx = (batch["prompts"], batch["ptx"]) if isinstance(batch, dict) else (batch, None)
+        self._check_ptx(ptx is not None)
         experience, samples = self.rollout(prompts, self.iteration)
         clock.append(time.perf_counter())
         experience.kept = {} if self.reuses_passes(experience) else None

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import WeightedReward
+from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.stages.online import disable_dropout
 
 HERE = Path(__file__).parent
@@ -64,6 +66,10 @@ def assert_equal(a, b):
     assert a.keys() == b.keys()
     for k in a:
         assert torch.equal(a[k], b[k]), k
+
+
+def happy(prompts, completions):
+    return [c.count("e") / max(1, len(c)) for c in completions]
 
 
 # ------------------------------------------------------------------------------------------------- the definition
@@ -231,6 +237,45 @@ def test_micro_batches_and_layout_do_not_change_the_result(tiny_model_dir, tmp_p
     _, padded = run(tiny_model_dir, tmp_path / "c", micro_batch_tokens=60, layout="padded", **options)
     assert difference(trained(parts), trained(whole)) < 1e-5
     assert difference(trained(padded), trained(whole)) < 1e-5
+
+
+class Gradients(PPOModule):
+    """Keeps what the first update was made of."""
+
+    def update(self, parameters, loss, first):
+        if not hasattr(self, "first"):
+            gradients = {k: p.grad.clone() for k, p in self.named_parameters() if p.grad is not None}
+            self.first = gradients, loss, dict(self.columns)
+        return super().update(parameters, loss, first)
+
+    def judge(self, experience, samples):
+        found = super().judge(experience, samples)
+        self.columns = experience.tokens
+        return found
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_a_tree_over_the_budget_is_cut_between_its_completions(tiny_model_dir, tmp_path, monkeypatch, lora, layout):
+    """With the prompt repeated; it ended the run in its middle."""
+    monkeypatch.setattr(run_ppo, "PPOModule", Gradients)
+    options = dict(lora=lora, layout=layout, max_steps=1, samples_per_prompt=5, minibatches=1, bootstrap=True,
+                   entropy_coef=0.01)  # fmt: skip
+    _, whole = run(tiny_model_dir, tmp_path / "whole", micro_batch_tokens=None, **options)
+    longest = whole.trainer.datamodule.longest("train")
+    trees = []
+    monkeypatch.setattr(Gradients, "micro_batches", lambda self, experience, chosen=None: (
+        trees.append(batch.num_tokens) or (batch, t)
+        for batch, t in PPOModule.micro_batches(self, experience, chosen)
+    ))  # fmt: skip
+    _, cut = run(tiny_model_dir, tmp_path / "cut", micro_batch_tokens=longest + 15, **options)
+    assert max(trees) <= longest + 15 < longest + 5 * 10 and len(trees) > 3 * 4
+    for a, b in zip(whole.first, cut.first, strict=True):
+        if isinstance(a, dict):
+            assert difference(b, a) < 1e-6
+        else:
+            assert b == pytest.approx(a, rel=1e-6)
+    assert difference(trained(cut), trained(whole)) < 1e-5
 
 
 class Played(PPOModule):
@@ -450,11 +495,101 @@ def test_gradient_norms_are_bounded_for_policy_and_critic_apart(tiny_model_dir, 
     assert trainer.callback_metrics["train/policy_grad_norm"] > 1e-3  # before it was clipped
 
 
+# ------------------------------------------------------------------------------------------------- known beforehand
+
+
+class Sampled(CachedEngine):
+    """Counts rollouts."""
+
+    count = 0
+
+    def generate(self, *args):
+        self.count += 1
+        return super().generate(*args)
+
+
+@pytest.fixture(scope="module")
+def short_reward_dir(tiny_model_dir, tmp_path_factory):
+    """A reward model of the policy's tokenizer whose context is 48 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = load_reward_model(tiny_model_dir, pad_token_id=tokenizer.pad_token_id)
+    model.config.max_position_embeddings = 48
+    return str(save_pretrained(model, tokenizer, tmp_path_factory.mktemp("short") / "rm"))
+
+
+LONG = [{"prompt": "Say fox dog " * n} for n in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(reward="short"), r"over 48: the context of the reward model .*max_new_tokens to at most \d+, or "),
+        (dict(reward=[WeightedReward("short"), WeightedReward(happy)]), "over 48: the context of the reward model"),
+        (dict(critic="short"), "over 48: the context of the critic"),
+        (dict(micro_batch_tokens=45), r"over 45: micro_batch_tokens.* or micro_batch_tokens to at least (\d+)"),
+        (dict(sampling=Sampling(max_new_tokens=300)), r"no room .* context of 256 tokens. Set it to at most 255"),
+        (dict(kl_target=1.0, kl_horizon=1.0), "A KL horizon of 1.0 is too short for 8 samples"),
+        (dict(ptx_coef=0.1), r"ptx_coef=0.1 .* the data bring none. Give data.ptx"),
+        (dict(ptx_coef=0.1, ptx=[{"text": "fox " * 99}], micro_batch_tokens=80), r"A text of data.ptx has \d+ tokens"),
+    ],
+    ids=["reward model", "a part's", "critic", "micro-batch", "completion", "horizon", "no ptx", "long ptx"],
+)
+def test_what_would_end_the_run_in_its_middle_is_refused_before_it_samples(
+    tiny_model_dir, short_reward_dir, tmp_path, options, message
+):
+    ptx, engine = options.get("ptx"), Sampled()
+    settings = {"reward": happy, "sampling": Sampling(max_new_tokens=16), **options}
+    settings.pop("ptx", None)
+    for name in ("reward", "critic"):
+        if settings.get(name) == "short":
+            settings[name] = short_reward_dir
+        if isinstance(settings.get(name), list):
+            settings[name] = [WeightedReward(short_reward_dir), settings[name][1]]
+    data = PromptDataModule(LONG, val=LONG, batch_size=4, ptx=ptx, cache_dir=tmp_path / "cache")
+    module = PPOModule(tiny_model_dir, samples_per_prompt=2, engine=engine, **settings)
+    with pytest.raises(ValueError, match=message):
+        quiet(tmp_path, max_steps=1, num_sanity_val_steps=2).fit(module, data)
+    assert engine.count == 0
+
+
+def test_the_numbers_that_a_refusal_names_would_do(tiny_model_dir, short_reward_dir, tmp_path):
+    def fit(new=16, max_length=None, **options):
+        module = PPOModule(tiny_model_dir, lora=LoRA(r=2), epochs=1, sampling=Sampling(max_new_tokens=new), **options)
+        data = PromptDataModule(LONG, batch_size=4, val_fraction=0.0, max_length=max_length, on_bad_row="skip",
+                                cache_dir=tmp_path / "cache")  # fmt: skip
+        quiet(tmp_path, max_steps=1).fit(module, data)
+
+    for options in (dict(reward=short_reward_dir), dict(reward=happy, micro_batch_tokens=45)):
+        with pytest.raises(ValueError, match="max_new_tokens to at most") as error:
+            fit(**options)
+        named = r"(max_new_tokens|max_length|micro_batch_tokens)(?: \(of prompts\))? to at (?:most|least) (\d+)"
+        numbers = dict(re.findall(named, str(error.value)))
+        fit(new=int(numbers["max_new_tokens"]), **options)
+        fit(max_length=int(numbers["max_length"]), **options)
+        if "micro_batch_tokens" in options:
+            fit(**{**options, "micro_batch_tokens": int(numbers["micro_batch_tokens"])})
+
+
+def test_texts_that_nothing_weighs_are_said(tiny_model_dir, tmp_path):
+    module = PPOModule(tiny_model_dir, happy, lora=LoRA(r=2), epochs=1, sampling=Sampling(max_new_tokens=2))
+    data = PromptDataModule(LONG, batch_size=2, val_fraction=0.0, ptx=run_ppo.TEXTS, cache_dir=tmp_path / "cache")
+    with pytest.warns(UserWarning, match="not learned from: model.ptx_coef is 0"):
+        quiet(tmp_path, max_steps=1).fit(module, data)
+
+
+def test_loaders_of_ones_own_without_texts_are_refused_too(tiny_model_dir, tmp_path):
+    engine = Sampled()
+    module = PPOModule(tiny_model_dir, happy, ptx_coef=0.1, engine=engine)
+    data = PromptDataModule(
+        LONG, batch_size=2, val_fraction=0.0, cache_dir=tmp_path / "cache", tokenizer=module.tokenizer
+    )
+    data.setup("fit")
+    with pytest.raises(ValueError, match="the data bring none"):
+        quiet(tmp_path, max_steps=1).fit(module, data.train_dataloader())
+    assert engine.count == 0
+
+
 # ------------------------------------------------------------------------------------------------- what it learns
-
-
-def happy(prompts, completions):
-    return [c.count("e") / max(1, len(c)) for c in completions]
 
 
 LEARNS = dict(
