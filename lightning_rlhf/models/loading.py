@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info
+from packaging.version import Version
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file, has_file
 
 from lightning_rlhf.data.planner import generator
@@ -54,28 +61,43 @@ class LoRA:
     dora: bool = False
     init: bool | Literal["gaussian", "pissa", "olora"] = True
 
-    def wrap(self, model: PreTrainedModel) -> nn.Module:
-        """The model with trainable adapters; everything else is frozen.
+    def wrap(self, model: PreTrainedModel, new_tokens: Sequence[int] = ()) -> nn.Module:
+        """The model with trainable adapters, in fp32 whatever the model's dtype; everything else is frozen.
+
+        Args:
+            model: What is adapted.
+            new_tokens: Ids whose rows in embeddings and head nobody has trained yet: they are trained beside the
+                adapters, since a frozen row can never be told from the others.
 
         Raises:
-            ValueError: A target that names no layer of the model.
+            ValueError: A name in ``targets`` or ``modules_to_save`` that matches no module of the model.
         """
         from peft import LoraConfig, get_peft_model
 
+        if not isinstance(self.targets, str):
+            _check_names(model, "targets", self.targets, lambda name, part: f".{name}".endswith(f".{part}"))
+        _check_names(model, "modules_to_save", self.modules_to_save, str.endswith)
+        rows, whole = _rows_to_train(model, self, sorted(new_tokens))
         config = LoraConfig(
             # of a classifier peft trains the head in full, and saves it with the adapters
             task_type="SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=self.targets,
-            modules_to_save=self.modules_to_save or None,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            modules_to_save=[*self.modules_to_save, *whole] or None,  # peft adds to the list that it gets
+            trainable_token_indices=rows or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=self.init,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layers
             bias="none",
         )
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # of tied weights that part: merge_adapters parts them
+            warnings.filterwarnings("ignore", r"Model (has|with) `tie_word_embeddings", UserWarning)
+            adapted = get_peft_model(model, config)
+        _keep_exact(adapted)
+        return adapted
 
 
 # A checkpoint names the adapters it was made with; torch.load reads it without trusting arbitrary classes.
@@ -133,6 +155,7 @@ def load_causal_lm(
     quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     vocab_size: int | None = None,
+    new_tokens: Sequence[int] = (),
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A causal LM ready to train.
@@ -145,6 +168,8 @@ def load_causal_lm(
             quantised can't be trained.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
+        new_tokens: Ids that are new though embeddings have rows for them. With ``lora`` the rows of these and of those
+            that embeddings grew by are trained beside the adapters.
         trust_remote_code: Run model code that comes with the checkpoint.
 
     Returns:
@@ -159,7 +184,7 @@ def load_causal_lm(
         model = pretrained
     else:
         model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(dtype, trust_remote_code), quantization)
-    return _prepared(quantised(model, quantization), lora, gradient_checkpointing, vocab_size)
+    return _prepared(quantised(model, quantization), lora, gradient_checkpointing, vocab_size, new_tokens)
 
 
 def load_reward_model(
@@ -170,6 +195,7 @@ def load_reward_model(
     quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     vocab_size: int | None = None,
+    new_tokens: Sequence[int] = (),
     pad_token_id: int | None = None,
     seed: int = 0,
     needs_head: bool = False,
@@ -188,6 +214,7 @@ def load_reward_model(
         quantization: See :func:`load_causal_lm`; the head stays whole.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
+        new_tokens: See :func:`load_causal_lm`.
         pad_token_id: What plain transformers skips at the end of a row: never a token that ends answers.
         seed: Of a new head.
         needs_head: Refuse what has no trained head, for who wants to score and not to train.
@@ -227,7 +254,7 @@ def load_reward_model(
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
     if isinstance(score := getattr(model, "score", None), nn.Module):
         score.float()
-    return _prepared(model, lora, gradient_checkpointing, vocab_size)
+    return _prepared(model, lora, gradient_checkpointing, vocab_size, new_tokens)
 
 
 def _load(
@@ -298,9 +325,8 @@ def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -
     """Merges adapters into their base."""
     from peft import PeftConfig, PeftModel
 
+    grow_embeddings(model, settings.get("vocab_size", 0))
     with torch.random.fork_rng(devices=()):
-        if settings.get("vocab_size", 0) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(settings["vocab_size"])
         config = PeftConfig.from_pretrained(name)
         config.task_type = None  # the plain wrapper: a language model's adapters fit under a score head too
         model = merge_adapters(PeftModel.from_pretrained(model, name, config=config))
@@ -325,13 +351,119 @@ def _arguments(dtype: Dtype, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _prepared(
-    model: PreTrainedModel, lora: LoRA | None, gradient_checkpointing: bool, vocab_size: int | None
+    model: PreTrainedModel,
+    lora: LoRA | None,
+    gradient_checkpointing: bool,
+    vocab_size: int | None,
+    new_tokens: Sequence[int],
 ) -> nn.Module:
     """In training mode, with embeddings for every token and adapters."""
-    embeddings: Any = model.get_input_embeddings()
-    if vocab_size is not None and vocab_size > embeddings.weight.shape[0]:
-        model.resize_token_embeddings(vocab_size)
+    grown = grow_embeddings(model, vocab_size or 0)
     if gradient_checkpointing:
         enable_checkpointing(model)
     model.train()
-    return model if lora is None else lora.wrap(model)
+    if lora is None:
+        return model
+    # nobody reads the row of a classifier's own pad token
+    return lora.wrap(model, sorted({*grown, *new_tokens} - {model.config.get_text_config().pad_token_id}))
+
+
+def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> range:
+    """Gives a model's embeddings and head rows for new tokens: the mean of the others, and a little noise.
+
+    They are the same wherever the same model grows: a reference must begin as the policy does, and a run that is
+    resumed as it began.
+
+    Args:
+        model: What may lack rows.
+        vocab_size: Rows to have; a model with more keeps them.
+
+    Returns:
+        The new tokens' ids.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if vocab_size <= known:
+        return range(0)
+    with torch.random.fork_rng(devices=()):
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers: list[Any] = [embeddings]
+    if head is not None and head.weight is not embeddings.weight:
+        layers.append(head)
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            old, new = layer.weight[:known].float(), layer.weight[known:]
+            noise = torch.empty(new.shape, dtype=torch.float32, device="cpu").normal_(generator=generator(i))
+            new.copy_(old.mean(0) + 0.01 * old.std(0) * noise.to(old.device))
+        if (bias := getattr(head, "bias", None)) is not None:
+            bias[known:] = bias[:known].mean()
+    return range(known, vocab_size)
+
+
+def _check_names(model: nn.Module, setting: str, names: Sequence[str], matches: Callable[[str, str], bool]) -> None:
+    """Refuses names of no module: peft passes them over where another name matches."""
+    modules = [name for name, _ in model.named_modules()]
+    for part in names:
+        if not any(matches(name, part) for name in modules):
+            ends = sorted({name.rpartition(".")[2] for name in modules if name} - {""})
+            near = get_close_matches(
+                part.rpartition(".")[2], [end for end in ends if not end.isdigit()], n=3, cutoff=0.4
+            )
+            raise ValueError(
+                f"lora.{setting}: {part!r} matches no layer of {type(model).__name__}"
+                f"{'; near it are ' + ', '.join(near) if near else ''}."
+            )
+
+
+def _rows_to_train(model: PreTrainedModel, lora: LoRA, new_tokens: list[int]) -> tuple[dict[str, list[int]], list[str]]:
+    """How new tokens' rows are trained: by layer the rows alone, and names of layers that peft can only train whole."""
+    if not new_tokens:
+        return {}, []
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    layers: list[Any] = [embeddings, *([] if head is None else [head])]
+    tied = head is not None and head.weight is embeddings.weight
+    newer = Version(version("peft")) >= Version(
+        "0.18"
+    )  # else it knows neither heads of their own nor embeddings' scales
+
+    def alone(layer: Any) -> bool:
+        if isinstance(layer, nn.Linear):  # peft leaves its bias out
+            return layer.bias is None and (newer or tied)
+        return newer or type(layer) is nn.Embedding
+
+    targets = [] if isinstance(lora.targets, str) else lora.targets
+    own = [*lora.modules_to_save, *(f".{target}" for target in targets)]  # these have rows of their own
+    left = [layer for layer in layers if not f".{names[layer]}".endswith(tuple(own))]
+    if tied:  # peft ties the head's rows to the embeddings', where it may
+        whole = [] if left == layers and all(map(alone, layers)) else left
+        rows = [] if whole or not left else [embeddings]
+    else:
+        whole = [layer for layer in left if not alone(layer)]
+        rows = [layer for layer in left if alone(layer)]
+    ways = {"their rows of": rows, "all of": whole}
+    said = " and ".join(f"{way} {', '.join(names[x] for x in found)}" for way, found in ways.items() if found)
+    if said:
+        rank_zero_info(f"{len(new_tokens)} new tokens: {said} are trained beside the adapters.")
+    return {names[layer]: new_tokens for layer in rows}, [names[layer] for layer in whole]
+
+
+def _keep_exact(model: nn.Module) -> None:
+    """Copies of layers that are trained in full become fp32, as adapters are, and take and give what they did."""
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        for layer in copies.values() if isinstance(copies, nn.ModuleDict) else ():
+            dtype = next(layer.parameters()).dtype
+            if dtype in (torch.float16, torch.bfloat16):
+                layer.float()
+                layer.register_forward_pre_hook(partial(_cast_floating, dtype=torch.float32))
+                layer.register_forward_hook(partial(_cast_output, dtype=dtype))
+
+
+def _cast_floating(module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _cast_output(module: nn.Module, inputs: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
+    return output.to(dtype)

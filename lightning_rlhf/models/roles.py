@@ -201,9 +201,14 @@ class RoleModel(Policy):
         """What the critic's does: its adapter and its head."""
         if "critic" not in self.adapters:
             return []
-        adapter = f".{self.adapters['critic']}."
-        own = [p for name, p in self.model.named_parameters() if adapter in name]
+        embeddings: Any = self.transformer.get_input_embeddings()
+        head: Any = self.transformer.get_output_embeddings()  # with rows of the critic's own that nothing reads
+        unread = set(map(id, head.parameters())) - set(map(id, embeddings.parameters()))
+        own = [p for p in self._of_adapter(self.adapters["critic"]) if id(p) not in unread]
         return [*own, *self.value_head.parameters()]
+
+    def _of_adapter(self, adapter: str) -> list[nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if f".{adapter}." in f"{name}."]
 
     # ------------------------------------------------------------------------------------------------- adapters
 
@@ -212,6 +217,15 @@ class RoleModel(Policy):
         peft: Any = self.model
         config = copy.deepcopy(config)
         config.modules_to_save, config.task_type = None, "CAUSAL_LM"
+        # where one adapter has rows of new tokens, peft wants rows of every other
+        policy: dict[str, list[int]] = peft.peft_config[self.adapters["policy"]].trainable_token_indices or {}
+        rows = config.trainable_token_indices or {}
+        if not rows.keys() <= policy.keys():
+            raise ValueError(
+                "A reward model's adapter has rows of new tokens, which the policy's has not: set shared_backbone: "
+                "false."
+            )
+        config.trainable_token_indices = {**policy, **rows} or None
         while role in peft.peft_config:  # the user's own adapter has that name
             role = f"{role}_"
         peft.add_adapter(role, config)
@@ -232,8 +246,11 @@ class RoleModel(Policy):
             raise ValueError(f"The adapter in {directory} has no score head: it is not a reward model's.")
         self._add(role, PeftConfig.from_pretrained(os.fspath(directory)))
         name = self.adapters[role]
+        for key, p in self.model.named_parameters():
+            if key.endswith(f".trainable_tokens_delta.{name}"):  # rows that it did not train are the backbone's
+                weights.setdefault(key.removesuffix(f".{name}"), p.detach())
         outcome: Any = set_peft_model_state_dict(self.model, weights, adapter_name=name)
-        places = sum(f".{name}." in key for key, _ in self.model.named_parameters())
+        places = len(self._of_adapter(name))
         if outcome.unexpected_keys or places != len(weights):
             raise ValueError(
                 f"The adapter in {directory} does not fit this backbone: {len(weights)} tensors there, {places} "

@@ -83,7 +83,10 @@ def save_pretrained(
         if base.can_generate():
             generation = _save_generation_config(base, tokenizer, stop_token_ids, folder)
         if adapter is not None:
-            model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[adapter])  # type: ignore[operator]
+            # not the embeddings where they have rows for new tokens: what is trained of them is the adapter's already
+            layers = (base.get_input_embeddings(), base.get_output_embeddings())
+            options = {} if any(hasattr(layer, "lora_A") for layer in layers) else {"save_embedding_layers": False}
+            model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[adapter], **options)  # type: ignore[operator]
             if adapter != "default":  # peft gives others a directory of their own
                 for file in (folder / adapter).iterdir():
                     file.rename(folder / file.name)
@@ -257,17 +260,20 @@ def merge_adapters(model: Any) -> PreTrainedModel:
                 parameter = nn.Parameter(parameter.data, requires_grad=False)
                 setattr(module, name, parameter)
             seen.add(id(parameter))
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    tied = [c.tie_word_embeddings for c in configs]
+    for config in configs:  # else peft reads off the parted weights that they are tied no more, and warns
+        config.tie_word_embeddings = False
     plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)  # safe: into new tensors, and refuses NaN
     if hasattr(plain, "peft_config"):
         del plain.peft_config
     embeddings: Any = plain.get_input_embeddings()
     head: Any = plain.get_output_embeddings()
-    config = plain.config.get_text_config()
-    if head is not None and config.tie_word_embeddings:
-        if torch.equal(embeddings.weight, head.weight):
+    if head is None or torch.equal(embeddings.weight, head.weight):
+        for config, value in zip(configs, tied, strict=True):
+            config.tie_word_embeddings = value
+        if head is not None and any(tied):
             head.weight = embeddings.weight
-        else:
-            config.tie_word_embeddings = plain.config.tie_word_embeddings = False
     return plain
 
 

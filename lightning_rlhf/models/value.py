@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ def load_value_model(
     quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     vocab_size: int | None = None,
+    new_tokens: Sequence[int] = (),
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A critic's weights: from a causal LM with a head of zeros, from a reward model with that model's own.
@@ -89,6 +91,7 @@ def load_value_model(
         quantization: See :func:`~lightning_rlhf.models.load_causal_lm`.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows.
+        new_tokens: See :func:`~lightning_rlhf.models.load_causal_lm`.
         trust_remote_code: Run model code that comes with the checkpoint.
 
     Returns:
@@ -104,16 +107,19 @@ def load_value_model(
     model = load_reward_model(
         pretrained,
         dtype=dtype,
+        lora=lora,
         quantization=quantization,
         gradient_checkpointing=gradient_checkpointing,
         vocab_size=vocab_size,
+        new_tokens=new_tokens,
         trust_remote_code=trust_remote_code,
     )
     if fresh:
+        head: Any = (model if lora is None else model.get_base_model()).score  # type: ignore[operator]
         with torch.no_grad():
-            for parameter in model.score.parameters():  # type: ignore[union-attr]
+            for parameter in head.parameters():  # under adapters also those of the copy that is trained
                 parameter.zero_()
-    return model if lora is None else lora.wrap(model)  # type: ignore[arg-type]
+    return model
 
 
 def _classifier_of(model: PreTrainedModel) -> PreTrainedModel:

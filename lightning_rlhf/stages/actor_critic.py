@@ -62,6 +62,7 @@ class ActorCriticStage(OnlineStage):
         options: dict[str, Any] = dict(
             dtype=self.dtype_of_weights,
             vocab_size=len(self.tokenizer),
+            new_tokens=self.new_token_ids,
             trust_remote_code=self.trust_remote_code,
         )
         trained: dict[str, Any] = dict(

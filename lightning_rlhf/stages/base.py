@@ -53,6 +53,7 @@ class Stage(L.LightningModule):
 
     Attributes:
         stop_token_ids: Tokens that end an answer.
+        new_token_ids: Tokens that the chat template brought; with adapters their rows are trained too.
 
     Raises:
         ModuleNotFoundError: ``quantization`` without bitsandbytes.
@@ -62,6 +63,7 @@ class Stage(L.LightningModule):
     pretrained: str | os.PathLike[str] | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
+    new_token_ids: tuple[int, ...]
 
     def __init__(
         self,
@@ -93,7 +95,8 @@ class Stage(L.LightningModule):
             self.tokenizer = tokenizer
         else:
             self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
-        set_chat_template(self.tokenizer, chat_template)
+        added = set_chat_template(self.tokenizer, chat_template)
+        self.new_token_ids = tuple(range(len(self.tokenizer) - added, len(self.tokenizer)))
         self.stop_token_ids = stop_token_ids(self.tokenizer)
         object.__setattr__(self, "pretrained", pretrained)  # not a child: a model would be saved under two names
         self.lora, self.quantization = lora, quantization

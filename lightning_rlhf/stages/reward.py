@@ -115,6 +115,7 @@ class RewardModule(Stage):
             quantization=self.quantization,
             gradient_checkpointing=self.gradient_checkpointing,
             vocab_size=len(self.tokenizer),
+            new_tokens=self.new_token_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             seed=self.head_seed,
             trust_remote_code=self.trust_remote_code,

@@ -108,6 +108,7 @@ class SFTModule(Stage):
             quantization=self.quantization,
             gradient_checkpointing=self.gradient_checkpointing,
             vocab_size=len(self.tokenizer),
+            new_tokens=self.new_token_ids,
             trust_remote_code=self.trust_remote_code,
         )
         self.policy = Policy(model, self.layout, z_loss=self.z_loss)
