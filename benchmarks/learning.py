@@ -36,7 +36,6 @@ from lightning_rlhf import (
     PromptDataModule,
     RewardModule,
     Sampling,
-    SaveOnInterrupt,
     SFTModule,
 )
 from lightning_rlhf.models.pretrained import obtain
@@ -367,8 +366,6 @@ def _train(
 
     before = measure()
     trainer.fit(module, data)
-    if any(isinstance(c, SaveOnInterrupt) and c.interrupted for c in trainer.callbacks):
-        raise SystemExit("Interrupted: a run cut short is no result.")
     return trainer.global_step, before, measure()
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.callbacks import (
         EMA,
         HFExport,
+        Interrupted,
         Report,
         SampleCompletions,
         SaveOnInterrupt,
@@ -32,6 +33,7 @@ _HOMES = {
     "ColossalAIStrategy": "strategies",
     "EMA": "callbacks",
     "HFExport": "callbacks",
+    "Interrupted": "callbacks",
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
     "WinRate": "callbacks",
@@ -53,6 +55,7 @@ __all__ = [
     "ColossalAIStrategy",
     "HFExport",
     "InstructionDataModule",
+    "Interrupted",
     "LoRA",
     "PPOModule",
     "Policy",

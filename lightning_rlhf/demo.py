@@ -135,7 +135,7 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
     from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
-    from lightning_rlhf import HFExport, LoRA, SampleCompletions
+    from lightning_rlhf import HFExport, LoRA, SampleCompletions, SaveOnInterrupt
     from lightning_rlhf.callbacks import Report
 
     L.seed_everything(0, verbose=False)
@@ -155,6 +155,7 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
             HFExport(str(folder / "hf"), when="end", adapter_only=stage == "reward"),
             *([] if stage == "reward" else [answers]),  # which answers nothing
             Report(options.output / "report.html", "RLHF of a small model", append=stage != "sft"),
+            SaveOnInterrupt(advice=f"To begin this stage again: {_again(options, stage)}"),
             # Lightning's default bar shows nothing in a file or a pipe
             *([] if sys.stdout.isatty() else [TQDMProgressBar()]),
         ],
@@ -180,6 +181,12 @@ def _left(options: argparse.Namespace, stage: str) -> Path:
     if not (folder / COMPLETE).is_file():
         sys.exit(f"There is no {folder}: run `lightning-rlhf demo {stage}` first, with the same --output.")
     return folder
+
+
+def _again(options: argparse.Namespace, stage: str) -> str:
+    """What runs a stage and those that follow it."""
+    left = [name for name in STAGES[STAGES.index(stage) :] if name in (options.stages or STAGES)]
+    return f"lightning-rlhf demo {' '.join(left)}, with the same options"
 
 
 def _adamw(lr: float) -> Any:

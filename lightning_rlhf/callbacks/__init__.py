@@ -3,7 +3,7 @@
 from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
 from lightning_rlhf.callbacks.ema import EMA, averaged_weights
 from lightning_rlhf.callbacks.export import HFExport
-from lightning_rlhf.callbacks.interrupt import SaveOnInterrupt
+from lightning_rlhf.callbacks.interrupt import Interrupted, SaveOnInterrupt
 from lightning_rlhf.callbacks.predictions import WritePredictions
 from lightning_rlhf.callbacks.report import Report
 from lightning_rlhf.callbacks.samples import SampleCompletions
@@ -13,6 +13,7 @@ __all__ = [
     "EMA",
     "AtomicCheckpointIO",
     "HFExport",
+    "Interrupted",
     "Report",
     "SampleCompletions",
     "SaveOnInterrupt",

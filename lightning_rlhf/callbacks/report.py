@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_rlhf.callbacks.interrupt import Interrupted
 from lightning_rlhf.report import Curve, StageReport, read_report, write_report
 from lightning_rlhf.report.settings import describe, describe_trainer
 
@@ -123,8 +124,7 @@ class Report(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes, after all other callbacks have done what they do at the end of training."""
-        interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
-        self._end(trainer, f"interrupted at step {trainer.global_step}" if interrupted else "finished")
+        self._end(trainer, "finished")
         if trainer.is_global_zero:
             rank_zero_info(f"Report: {self._target(trainer)}")
 
@@ -134,7 +134,10 @@ class Report(L.Callback):
             if trainer.world_size == 1:  # other ranks may be elsewhere, and not take part in computing a metric
                 self._note(trainer, trainer.global_step)
             kind, text = type(exception).__name__, str(exception)
-            self._end(trainer, f"stopped at step {trainer.global_step} by {kind}{': ' if text else ''}{text}")
+            what = f"stopped at step {trainer.global_step} by {kind}{': ' if text else ''}{text}"
+            if isinstance(exception, Interrupted):
+                what = f"interrupted at step {trainer.global_step}"
+            self._end(trainer, what)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the report will say, so that a resumed run's is whole."""

@@ -48,15 +48,15 @@ def short_fit(tiny_model_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def start():
-    """``start(script, model_dir, out, options)``: the script in processes of its own, to its end."""
+    """``start(script, model_dir, out, options, status=0)``: the script in processes of its own, to its end."""
 
-    def run(script, model_dir, out, options):
+    def run(script, model_dir, out, options, status=0):
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(script), str(model_dir), str(out), json.dumps(options)]
         done = subprocess.run(
             command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == status, done.stderr[-3000:]
         return done
 
     return run
