@@ -80,6 +80,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 class _AfterLightning(importlib.abc.MetaPathFinder):
     """Registers the strategies' names when Lightning is imported, which reads no entry points for them.
 

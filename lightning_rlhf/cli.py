@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_rlhf.arguments import meant
+
+COMMANDS = ("fit", "validate", "test", "predict")
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
 TOOLS = {
     "inspect": ("lightning_rlhf.inspection.command:main", "rows as the model will see them, with the options of fit"),
@@ -46,6 +49,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
+    known = (*COMMANDS, *TOOLS)
+    if arguments[0] not in known and not arguments[0].startswith("-"):
+        found = meant(arguments[0], known)
+        print(f"lightning-rlhf: there is no command {arguments[0]}{found} All: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
     if arguments[0] in TOOLS:
         module, function = TOOLS[arguments[0]][0].split(":")
         getattr(importlib.import_module(module), function)(arguments[1:])
@@ -55,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not _told(found := reason(error), found is not error):
             raise
-        sys.exit(f"lightning-rlhf {arguments[0]}: {found}")
+        sys.exit(f"lightning-rlhf {arguments[0]}: {' '.join(str(found).split())}")
 
 
 def _told(error: BaseException, of_settings: bool) -> bool:
@@ -88,10 +96,9 @@ def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
     Args:
         args: Command line, without the program's name; None: the program's own.
         run: Whether it begins with a subcommand, which is run.
-        kind: A subclass of LightningCLI to make instead.
+        kind: A subclass of :class:`~lightning_rlhf.keys.StageCLI` to make instead.
     """
     from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI
 
     # imported so that bare class names work: --model SFTModule
     import lightning_rlhf.callbacks
@@ -99,8 +106,9 @@ def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
     import lightning_rlhf.data.preference
     import lightning_rlhf.data.prompts
     import lightning_rlhf.stages
+    from lightning_rlhf.keys import KeyParser, StageCLI
 
-    return (kind or LightningCLI)(
+    return (kind or StageCLI)(
         LightningModule,
         LightningDataModule,
         trainer_defaults={"callbacks": [lightning_rlhf.callbacks.WritePredictions()]},
@@ -109,12 +117,8 @@ def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        parser_class=KeyParser,
+        parser_kwargs={"prog": "lightning-rlhf"},
         args=None if args is None else list(args),
         run=run,
-        parser_kwargs={"prog": "lightning-rlhf"}
-        if not run
-        else {c: {"prog": f"lightning-rlhf {c}"} for c in _COMMANDS},
     )
-
-
-_COMMANDS = ("fit", "validate", "test", "predict")

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_rlhf.arguments import Parser, meant
+
 STAGES = ("sft", "reward", "ppo")
 PROMPTS = [
     "Classify the sentiment as positive or negative: 'The battery died after two days.'",
@@ -26,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Command line after ``demo``.
     """
-    parser = argparse.ArgumentParser(prog="lightning-rlhf demo", description=main.__doc__)
+    parser = Parser("demo", main.__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="of sft, reward, ppo; default all, in this order")
     parser.add_argument(
         "--model", default="smollm2-135m-instruct", help="hub id or directory; the default needs no hub"
@@ -41,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="most tokens of PPO's completions")
     options = parser.parse_args(args)
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
-        parser.error(f"there is no stage {unknown[0]}: choose from {', '.join(STAGES)}.")
+        parser.error(f"there is no stage {unknown[0]}{meant(unknown[0], STAGES)} All: {', '.join(STAGES)}")
     began = time.perf_counter()
     print(f"Everything goes to {options.output}.")
     stages = {"sft": fine_tune, "reward": train_reward_model, "ppo": reinforce}

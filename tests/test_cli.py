@@ -96,7 +96,7 @@ def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
 
 
 def test_help_of_an_argument_is_not_that_of_an_attribute():
-    """jsonargparse takes a docstring's Attributes for arguments, and the last of one name for its help."""
+    """jsonargparse takes Attributes for arguments: of one name the last holds, that of a class before its base's."""
     clashes = []
     for found in pkgutil.walk_packages(lightning_rlhf.__path__, "lightning_rlhf."):
         if found.name.endswith("__main__"):
@@ -104,14 +104,15 @@ def test_help_of_an_argument_is_not_that_of_an_attribute():
         module = importlib.import_module(found.name)
         for name, cls in inspect.getmembers(module, inspect.isclass):
             if cls.__module__ == module.__name__:
-                entries = [e for c in cls.__mro__ if c.__module__.startswith("lightning_rlhf") for e in _documented(c)]
-                arguments = {name for kind, name in entries if kind == "param"}
-                clashes += [f"{name}.{a}" for kind, a in entries if kind == "attribute" and a in arguments]
+                ours = [c for c in reversed(cls.__mro__) if c.__module__.startswith("lightning_rlhf")]
+                entries = [entry for c in ours for entry in _documented(c)]
+                arguments = {name for name, kind in entries if kind == "param"}
+                clashes += [f"{name}.{a}" for a, kind in dict(entries).items() if a in arguments and kind != "param"]
     assert clashes == []
 
 
 def _documented(cls):
-    return [(e.args[0], name) for e in parse(cls.__doc__ or "").params for name in e.arg_name.split(", ")]
+    return [(name, e.args[0]) for e in parse(cls.__doc__ or "").params for name in e.arg_name.split(", ")]
 
 
 def test_help_of_ppo_says_what_its_arguments_are(capsys):
@@ -183,3 +184,151 @@ def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")
     with pytest.raises(Exception, match=r"(?i)pickle|unpickl|weights_only|zip|load"):
         main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--ckpt_path", str(tmp_path / "broken.ckpt")])
+
+
+# ------------------------------------------------------------------------------------------------- wrong words
+
+SFT = ["--model", "SFTModule", "--model.pretrained", "a/b", "--data", "InstructionDataModule", "--data.train", "c"]
+PPO = ["--model", "PPOModule", "--model.pretrained", "a/b", "--model.reward", "d", "--data", "PromptDataModule"]
+ALL = "All: fit, validate, test, predict, inspect, demo, win-rate, report"
+
+
+@pytest.fixture
+def told(capsys):
+    """Runs a command that must end with the status of wrong usage; the one line that it leaves."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1
+        return error.rstrip("\n")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "word, answer",
+    [
+        ("fitt", f"there is no command fitt; did you mean fit? {ALL}"),
+        ("winrate", f"there is no command winrate; did you mean win-rate? {ALL}"),
+        ("xyz", f"there is no command xyz. {ALL}"),
+    ],
+)
+def test_wrong_commands_are_told_with_all_commands(word, answer, told):
+    assert told(word) == f"lightning-rlhf: {answer}"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "inspect"])
+@pytest.mark.parametrize(
+    "arguments, answer",
+    [
+        ([*SFT, "--trainer.max_step", "5"], "there is no trainer.max_step; did you mean trainer.max_steps?"),
+        ([*SFT, "--modle.lora.r", "5"], "there is no modle.lora.r; did you mean model.lora.r?"),
+        ([*SFT, "--model.loraa.r", "5"], "there is no model.loraa.r; did you mean model.lora.r?"),
+        ([*SFT, "--model.lora.rr", "5"], "there is no model.lora.rr; did you mean model.lora.r?"),
+        ([*SFT, "--data.tain", "x"], "there is no data.tain; did you mean data.train?"),
+        ([*SFT, "--model.kl_coef", "1"], "there is no model.kl_coef; --model.help SFTModule lists all."),
+        ([*SFT, "--nothing", "1"], "there is no nothing; --help lists all."),
+        (
+            [*PPO, "--model.sampling.max_new_token", "3"],  # was taken for max_new_tokens
+            "there is no model.sampling.max_new_token; did you mean model.sampling.max_new_tokens?",
+        ),
+        (
+            [*SFT, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lrr", "1"],
+            "there is no model.optimizer.lrr; did you mean model.optimizer.lr?",
+        ),
+        (
+            [*SFT, "--trainer.callbacks+=EMA", "--trainer.callbacks.decy", "0.9"],
+            "there is no trainer.callbacks.decy; did you mean trainer.callbacks.decay?",
+        ),
+        (["--model", "SFTMod"], "model: there is no class SFTMod; did you mean SFTModule?"),
+        ([*SFT, "--trainer.callbacks+=EMAs"], "trainer.callbacks: there is no class EMAs; did you mean EMA?"),
+        ([*SFT, "--trainer.max_steps", "x"], "trainer.max_steps: x is given where int is expected"),
+        ([*SFT, "--model.dtype", "half"], "model.dtype: half is given where float32, bfloat16, float16 is expected"),
+        (
+            [*SFT, "d.jsonl"],
+            "d.jsonl belongs to no option; quote a pattern ('*.jsonl'), and write several files as "
+            "'[a.jsonl, b.jsonl]'",
+        ),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_told_in_a_line(command, arguments, answer, told):
+    assert told(command, *arguments) == f"lightning-rlhf {command}: {answer}"
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "inspect"])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("seed_everythin: 3", "{}, line 1: there is no seed_everythin; did you mean seed_everything?"),
+        ("trainer:\n  max_step: 3", "{}, line 2: there is no trainer.max_step; did you mean trainer.max_steps?"),
+        ("# a\nmodel:\n  init_args:\n    dtyp: a", "{}, line 4: there is no model.dtyp; did you mean model.dtype?"),
+        (
+            "model:\n  init_args:\n    lora:\n      r: 8\n      rr: 3",
+            "{}, line 5: there is no model.lora.rr; did you mean model.lora.r?",
+        ),
+        (
+            "model: {init_args: {sampling: {max_new_token: 3}}}",
+            "{}, line 1: there is no model.sampling.max_new_token; did you mean model.sampling.max_new_tokens?",
+        ),
+        (
+            "model:\n  init_args:\n    reward:\n    - source: a\n      weigth: 3",
+            "{}, line 5: there is no model.reward.weigth; did you mean model.reward.weight?",
+        ),
+        (
+            "trainer:\n  callbacks:\n  - class_path: EMA\n    init_args:\n      decy: 1",
+            "{}, line 5: there is no trainer.callbacks.decy; did you mean trainer.callbacks.decay?",
+        ),
+        (
+            "data:\n  init_args:\n    batch_size: x",
+            "{}, line 3: data.batch_size: x is given where int is expected",
+        ),
+        ("model: [a", "{}: Problems parsing config: "),
+        ("text", "{}: Unexpected config: text"),
+    ],
+)
+def test_wrong_keys_of_a_file_are_told_with_their_line(command, text, answer, told, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "my.yaml").write_text(text)
+    (tmp_path / "first.yaml").write_text("model:\n  class_path: PPOModule\n  init_args: {pretrained: a/b, reward: c}\n")
+    monkeypatch.chdir(tmp_path)
+    found = told(command, "--config", "first.yaml", "--data", "PromptDataModule", "--config", "own/my.yaml")
+    assert found.startswith(f"lightning-rlhf {command}: {answer.format('own/my.yaml')}")
+
+
+def test_what_must_be_given_is_named(told):
+    assert told("fit") == "lightning-rlhf: give --data and --model, or a --config that has it"
+    assert told("fit", "--model", "SFTModule", "--data", "InstructionDataModule", "--data.train", "a") == (
+        "lightning-rlhf: give --model.pretrained, or a --config that has it"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, answer",
+    [
+        (["demo", "--step", "3"], "there is no option --step; did you mean --steps?"),
+        (["demo", "sftt"], "there is no stage sftt; did you mean sft? All: sft, reward, ppo"),
+        (
+            ["win-rate", "a", "b", "--judge", "c", "--promts", "d"],
+            "there is no option --promts; did you mean --prompts?",
+        ),
+        (["report", "a", "--tittle=b"], "there is no option --tittle; did you mean --title?"),
+        (["report"], "the following arguments are required: RUN"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_options_of_tools_are_told_in_a_line(arguments, answer, told):
+    assert told(*arguments) == f"lightning-rlhf {arguments[0]}: {answer}"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", *TOOLS])
+def test_help_is_for_people(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: lightning-rlhf {'[options] ' if command not in TOOLS else ''}{command} ")
+    assert "Args:" not in out and "args:" not in out and "Raises:" not in out

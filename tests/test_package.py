@@ -59,6 +59,14 @@ def test_public_names_resolve_and_are_listed():
         _ = lightning_rlhf.no_such_name
 
 
+def test_dir_lists_public_names_before_they_are_loaded():
+    out = python(
+        "import sys, lightning_rlhf; names = dir(lightning_rlhf); assert names == sorted(set(names));"
+        "print(set(lightning_rlhf.__all__) <= set(names), 'torch' in sys.modules)"
+    )
+    assert out.split() == ["True", "False"]
+
+
 def test_version_is_the_same_everywhere(setup):
     import lightning_rlhf
 

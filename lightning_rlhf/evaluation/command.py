@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_rlhf.arguments import Parser
+
 if TYPE_CHECKING:
     from lightning_rlhf.data.formats import Message
     from lightning_rlhf.evaluation import Answer, Judge, JudgedPair
@@ -29,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Command line after ``win-rate``.
     """
-    parser = argparse.ArgumentParser(prog="lightning-rlhf win-rate", description=_ABOUT)
+    parser = Parser("win-rate", _ABOUT)
     parser.add_argument("a", metavar="A", help="a model's directory or hub id, or a file of answers")
     parser.add_argument("b", metavar="B", help="the other")
     parser.add_argument(

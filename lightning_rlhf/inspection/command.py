@@ -12,23 +12,25 @@ from typing import Any, get_args
 
 import torch
 from jsonargparse.typing import NonNegativeInt
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_rlhf.cli import cli, reason
 from lightning_rlhf.inspection.page import write_page
 from lightning_rlhf.inspection.rows import Split, inspect_data
 from lightning_rlhf.inspection.terminal import as_text
+from lightning_rlhf.keys import StageCLI
 
 #: What a plan depends on; all else of the Trainer's is parsed and left alone.
 _PLANNED = ("accelerator", "accumulate_grad_batches", "devices", "num_nodes")
 
 
-class InspectCLI(LightningCLI):
+class InspectCLI(StageCLI):
     """The options of ``fit`` and a few more; makes the module and the data module, and no Trainer."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Adds name and description."""
-        return super().init_parser(**{**kwargs, "prog": "lightning-rlhf inspect", "description": main.__doc__})
+        about = (main.__doc__ or "").partition("Args:")[0]
+        return super().init_parser(**{**kwargs, "prog": "lightning-rlhf inspect", "description": about})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the command's own options, and those of ``fit`` that are neither model's, data's nor Trainer's."""
@@ -61,7 +63,6 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[2:] if args is None else args)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             warnings.filterwarnings("ignore", r"(?s).* rows (of .* skipped|were cut)")  # said below, in full
             made = cli(arguments, run=False, kind=InspectCLI)
             config = made.config

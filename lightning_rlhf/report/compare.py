@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_rlhf.arguments import Parser
 from lightning_rlhf.report.charts import MAX_LINES, Line, chart, key, number, running_mean
 from lightning_rlhf.report.page import (
     GENERATOR,
@@ -41,9 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Command line after ``report``.
     """
-    parser = argparse.ArgumentParser(
-        prog="lightning-rlhf report", description=(main.__doc__ or "").partition("Args:")[0]
-    )
+    parser = Parser("report", main.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, its report.html or its metrics.csv")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default report.html")
     parser.add_argument("--title", help="its heading; default the names of the runs")

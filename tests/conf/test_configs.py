@@ -21,12 +21,6 @@ def name(path):
     return str(path.relative_to(CONFIGS))
 
 
-@pytest.fixture(autouse=True)
-def no_command_line(monkeypatch):
-    """Lightning warns where a call has arguments and the process has too."""
-    monkeypatch.setattr(sys, "argv", ["lightning-rlhf"])
-
-
 def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--trainer.precision", "32-true")):
     """What makes a stage's config small enough to run here."""
     few = ["--model.sampling.max_new_tokens", "8", "--model.reward", "lightning_rlhf.rewards.functions.length_window"]
@@ -118,7 +112,7 @@ SPELLINGS = [
     ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
     ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "quantization": "nf4"}}),
     ("sft", {"model": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}}}),
-    ("sft", {"model": {"optimizer": {"class_path": "AdamW", "init_args": {"betas": [0.9, 0.95]}}}}),
+    ("sft", {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95]}}}}),
     ("sft", {"model": {"lr_scheduler": {"class_path": "lightning_rlhf.stages.optim.CosineWarmup",
                                         "init_args": {"warmup": 10, "final": 0.0}}}}),
     ("sft", {"model": {"lr_scheduler": {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
@@ -190,9 +184,9 @@ def test_spelling_is_printed_as_it_was_read(stage, given, printed, tmp_path):
 def test_arguments_of_a_command_line_are_printed_as_they_were_read(printed):
     found = printed(
         "--config", str(CONFIGS / "ppo" / "smollm2_lora.yaml"), "--model.reward", json.dumps(WEIGHTED),
-        "--model.lora.targets", "[q_proj]", "--model.sampling.stop_strings", '["a"]', "--model.optimizer", "SGD",
-        "--model.optimizer.lr", "0.1", "--data.train", "[a.jsonl, b.jsonl]", "--trainer.callbacks+=EMA",
-        "--trainer.callbacks.decay", "0.9",
+        "--model.lora.targets", "[q_proj]", "--model.sampling.stop_strings", '["a"]', "--model.optimizer",
+        "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--data.train", "[a.jsonl, b.jsonl]",
+        "--trainer.callbacks+=EMA", "--trainer.callbacks.decay", "0.9",
     )  # fmt: skip
     model, data = found["model"]["init_args"], found["data"]["init_args"]
     assert_holds(model["reward"], WEIGHTED)

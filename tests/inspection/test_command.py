@@ -18,8 +18,7 @@ STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != 
 
 
 @pytest.fixture(autouse=True)
-def no_command_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-rlhf"])
+def columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
