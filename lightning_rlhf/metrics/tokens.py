@@ -63,6 +63,7 @@ class TokenMean(Metric):
 
     def update(self, values: Tensor, weight: Tensor) -> None:
         """Adds (N,) values with (N,) weights."""
+        weight = weight.to(self.weight.dtype)  # a sum of 513 weights in bf16 would be 512
         # not in place: a reset inside trainer.validate leaves inference tensors, which fit may not write to
         self.total = self.total + (values.detach().to(self.total.dtype) * weight).sum()
         self.weight = self.weight + weight.sum()

@@ -62,6 +62,7 @@ class Backbone(nn.Module):
         self._forest: Forest | None = None
         self._hooks: list[Any] = []
         self._own_attention = tree.attention_of(self.transformer)
+        keep_constants(self.transformer)
         if layout != "padded":
             self._choose_layout(required=layout == "tree")
 
@@ -248,6 +249,38 @@ def evaluating(module: nn.Module, on: bool = True) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def keep_constants(model: PreTrainedModel) -> None:
+    """Has a model run on fp32 constants, such as rotary frequencies, whoever casts it or has cast it.
+
+    ``Module.to``, FSDP and DeepSpeed cast them with the weights. A frequency in bf16 is off by up to 0.4 %, which at
+    token 2,000 is an angle of several radians.
+
+    Args:
+        model: Each of its modules gets its constants back before it runs, where their dtype has changed.
+    """
+    for name, module in model.named_modules():
+        constants = {k: b for k, b in module.named_buffers(recurse=False) if b.is_floating_point()}
+        kept = module.state_dict().keys() if constants else ()
+        constants = {k: b for k, b in constants.items() if k not in kept}
+        if any(b.dtype in (torch.bfloat16, torch.float16) for b in constants.values()):
+            if next(module.parameters(), None) is not None or not hasattr(module, "config"):
+                log.warning("%s is in half precision, and can't be made again: load the model anew.", name)
+                continue
+            again: Any = type(module)(config=module.config)  # rotary embeddings follow from the config
+            constants = {k: getattr(again, k).to(b.device) for k, b in constants.items()}
+            for k, value in constants.items():
+                setattr(module, k, value)
+        if constants:
+            module.register_forward_pre_hook(partial(_restore, {k: b.clone() for k, b in constants.items()}))
+
+
+def _restore(constants: dict[str, Tensor], module: nn.Module, args: Any) -> None:
+    for name, value in constants.items():
+        now: Tensor = getattr(module, name)
+        if now.dtype != value.dtype:
+            setattr(module, name, value.to(now.device))
 
 
 def probe(model: PreTrainedModel) -> PackedBatch:

@@ -246,9 +246,9 @@ def load_reward_model(
                 "directory that training a reward model left (hf/best or hf/last)."
             )
         if "score.weight" in missing:
-            weight = model.score.weight
-            drawn = torch.empty(weight.shape).normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed))
-            weight.data.copy_(drawn)
+            weight = model.score.float().weight
+            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+            weight.data.copy_(drawn.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed)))
     model = quantised(model, quantization)
     if pad_token_id is not None:
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id

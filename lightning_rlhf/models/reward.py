@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.packed import PackedBatch, pad
+from lightning_rlhf.functional.precision import plain, wide
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 
 
@@ -65,14 +66,15 @@ class RewardModel(Backbone):
 
 
 def read_head(head: nn.Module, states: Tensor) -> Tensor:
-    """(M,) outputs of a head of one label, in its own precision (fp32) whatever autocast is in force.
+    """(M,) outputs of a head of one label, in fp32 at least, whatever autocast is in force and whoever cast the head.
 
     Args:
         head: A linear layer to one label, or peft's wrapper around one.
         states: (M, D) hidden states.
     """
+    exact = {name: plain(wide(p)) for name, p in head.named_parameters()}
     with torch.autocast(states.device.type, enabled=False):
-        out: Tensor = head(states.to(next(head.parameters()).dtype))
+        out: Tensor = torch.func.functional_call(head, exact, states.to(next(iter(exact.values())).dtype))
     return out[:, 0]
 
 

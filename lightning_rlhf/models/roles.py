@@ -73,7 +73,7 @@ class RoleModel(Policy):
         width = head_weight(self.transformer)[0].shape[1]  # OPT may project its hidden states
         device = next(model.parameters()).device
         if critic:
-            self.value_head = nn.Linear(width, 1, device=device)
+            self.value_head = nn.Linear(width, 1, device=device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             if critic_from is None:
@@ -86,8 +86,8 @@ class RoleModel(Policy):
         self.score_offset = 0.0
         if reward is not None:
             head, self.score_offset = self._add_reward("reward", reward)
-            self.score_head = nn.Linear(width, 1, bias=False, device=device)
-            self.score_head.weight = nn.Parameter(head.to(device), requires_grad=False)
+            self.score_head = nn.Linear(width, 1, bias=False, device=device, dtype=torch.float32)
+            self.score_head.weight = nn.Parameter(head.to(device, torch.float32), requires_grad=False)
         self._states = {role: self._state(role) for role in ("reference", *self.adapters)}
         peft.set_adapter(own)  # freezes all but the policy's
         critics = {id(p) for p in self.critic_parameters()}

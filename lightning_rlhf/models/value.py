@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.models.backbone import Backbone, Hidden, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, LoRA, load_reward_model, read_config
-from lightning_rlhf.models.quantization import Quantization
+from lightning_rlhf.models.quantization import DTYPE, Quantization
 from lightning_rlhf.models.reward import read_head
 
 
@@ -127,9 +127,9 @@ def _classifier_of(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     with torch.random.fork_rng(devices=()):
-        twin: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+        twin: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, **{DTYPE: model.dtype})
     twin.base_model.load_state_dict(model.base_model.state_dict())
-    return twin.to(model.device, model.dtype)  # type: ignore[arg-type]
+    return twin.to(model.device)  # type: ignore[arg-type]
 
 
 def is_reward_model(pretrained: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool = False) -> bool:

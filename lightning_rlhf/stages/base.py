@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -29,7 +30,7 @@ from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config
 from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
-from lightning_rlhf.strategies import gather_objects, holds_whole_models
+from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, holds_whole_models
 
 
 class Stage(L.LightningModule):
@@ -146,17 +147,46 @@ class Stage(L.LightningModule):
         return [] if given else [SaveOnInterrupt()]
 
     def setup(self, stage: str) -> None:
-        """Refuses, before anything is loaded, strategies that cast or cut weights where these are quantised.
+        """Refuses, before anything is loaded, what would cast weights that must be fp32, or cut quantised ones.
 
         Raises:
             ValueError: It is one.
         """
         strategy = self.trainer.strategy
+        self._check_precision()
         if self.quantization is not None and not holds_whole_models(strategy):
             raise ValueError(
                 f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
                 f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
                 "trainer.strategy to one of these, or quantization to null."
+            )
+
+    def _check_precision(self) -> None:
+        """Heads, adapters, rotary frequencies and sums must stay fp32; Lightning's true half precisions cast all."""
+        plugin = self.trainer.precision_plugin
+        name = str(plugin.precision)
+        if isinstance(plugin, BitsandbytesPrecision):
+            raise ValueError(
+                "BitsandbytesPrecision quantises heads and adapters too, which can't be trained then: leave it out, "
+                "and set model.quantization to nf4 or int8."
+            )
+        if name in ("bf16-true", "16-true") or name.startswith("transformer-engine"):
+            half = "16" if "16" in name.replace("bf16", "") else "bf16"
+            raise ValueError(
+                f"trainer.precision={name!r} casts heads, adapters and rotary frequencies to 16 bits too, where small "
+                f"steps and far positions are lost. Set trainer.precision to {half}-mixed, and model.dtype to "
+                f"{'float16' if half == '16' else 'bfloat16'} for frozen weights of 16 bits."
+            )
+        if torch.get_default_dtype() in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"torch's default dtype is {torch.get_default_dtype()}, in which sums and heads would be rounded: "
+                "leave it float32, and set model.dtype."
+            )
+        whole = not (isinstance(self.trainer.strategy, ColossalAIStrategy) and self.trainer.strategy.sharded)
+        if self.lora is None and self.dtype_of_weights != "float32" and whole:
+            rank_zero_warn(
+                f"model.dtype={self.dtype_of_weights} without lora: the weights are trained in 16 bits, where steps "
+                "below 1/256 of a weight are lost. Set model.dtype to float32 (with trainer.precision=bf16-mixed)."
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

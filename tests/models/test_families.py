@@ -11,7 +11,7 @@ import transformers
 from plain import V, batch, fill, gradient, reference
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_rlhf.data.packed import pad
+from lightning_rlhf.data.packed import Branch, Tree, pack, pad
 from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.value import ValueModel
@@ -211,3 +211,37 @@ def test_router_losses_are_not_added_and_it_is_said(family, caplog):
     compare(policy(packed).logprobs, policy.model, reference(plain, packed), plain, family)
     loss = policy(packed, weights=torch.ones(packed.num_scored)).loss
     torch.testing.assert_close(loss, -reference(plain, packed).sum())
+
+
+#: Families with rotary frequencies that follow from their config.
+ROTARY = ["llama", "qwen2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "mixtral", "deepseek_v3",
+          "olmo2", "cohere", "stablelm", "falcon", "smollm3"]  # fmt: skip
+
+
+def cast_in_place(module):
+    for tensor in (*module.parameters(), *module.buffers()):  # as FSDP and Gemini do
+        tensor.data = tensor.data.bfloat16() if tensor.is_floating_point() else tensor.data
+
+
+CASTS = {"to": lambda m: m.to(torch.bfloat16), "data": cast_in_place}
+
+
+@pytest.mark.parametrize(
+    "family, cast, when",
+    [*((family, "to", "before") for family in ROTARY), ("llama", "to", "after"), ("gemma3_text", "data", "after")],
+)
+def test_far_positions_are_those_of_fp32_frequencies(family, cast, when):
+    """Rounded to bf16, they are turned by an angle that grows with the position."""
+    batch = pack([Tree([5, 6, 7], [Branch([(3 * i) % 90 + 5 for i in range(240)])])])
+    models = [build(family).float() for _ in range(2)]
+    assert any("inv_freq" in name for name, _ in models[0].named_buffers())
+    for p in models[0].parameters():
+        p.data = p.data.bfloat16()
+    want = Policy(models[0], "padded")
+    if when == "before":
+        CASTS[cast](models[1])
+    got = Policy(models[1], "padded")
+    if when == "after":
+        CASTS[cast](got)
+    with torch.no_grad():
+        assert torch.equal(got(batch).logprobs, want(batch).logprobs)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
@@ -159,10 +160,10 @@ def test_two_processes_train_as_one(stage, wide_model_dir, tmp_path):
 def test_strategies_that_cut_or_cast_weights_are_refused(wide_model_dir):
     module = SFTModule(wide_model_dir, lora=LoRA(r=4), quantization="nf4")
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(), ColossalAIStrategy("ddp")):
-        module.trainer = kept = SimpleNamespace(strategy=strategy)
+        module.trainer = kept = SimpleNamespace(strategy=strategy, precision_plugin=Precision())
         module.setup("fit")
     for strategy in (ColossalAIStrategy("zero2"), ColossalAIStrategy("gemini"), FSDPStrategy()):
-        module.trainer = kept = SimpleNamespace(strategy=strategy)
+        module.trainer = kept = SimpleNamespace(strategy=strategy, precision_plugin=Precision())
         with pytest.raises(ValueError, match="runs on one device, under DDP and under colossalai_ddp"):
             module.setup("fit")
     assert kept
