@@ -99,6 +99,14 @@ def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
         kind: A subclass of :class:`~lightning_rlhf.keys.StageCLI` to make instead.
     """
     from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import SaveConfigCallback
+
+    class SaveConfig(SaveConfigCallback):
+        """Writes ``config.yaml`` of a run that trains; an evaluation would put its own in the place of it."""
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if stage == "fit":
+                super().setup(trainer, pl_module, stage)
 
     # imported so that bare class names work: --model SFTModule
     import lightning_rlhf.callbacks
@@ -115,6 +123,7 @@ def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         parser_class=KeyParser,

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.models.saving import check_replaceable, save_pretrained
-from lightning_rlhf.strategies import whole_state_dict
+from lightning_rlhf.strategies import gather_objects, whole_state_dict
 
 
 class HFExport(L.Callback):
@@ -25,7 +25,8 @@ class HFExport(L.Callback):
 
     The module says what is exported: ``exportable.model`` and ``tokenizer``; beside an
     :class:`~lightning_rlhf.callbacks.EMA` its averaged weights. Sharded weights (FSDP) are gathered by
-    all ranks and written by one.
+    all ranks and written by one. Under ``fast_dev_run`` nothing is written, so that a finished run's exports stay.
+    Values that are not finite are an error that names the tensor, and leave the former export in place.
 
     Args:
         dirpath: Parent of both; default ``hf`` under the Trainer's ``default_root_dir``.
@@ -91,7 +92,8 @@ class HFExport(L.Callback):
         """Exports when the metric is better than ever.
 
         Raises:
-            ValueError: ``monitor`` names a metric that was not logged.
+            ValueError: ``monitor`` names a metric that was not logged, or weights that are not finite.
+            RuntimeError: The rank that writes failed; it has the reason.
         """
         if not self._watches or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -99,6 +101,8 @@ class HFExport(L.Callback):
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"HFExport: monitor={self.monitor!r} was not logged. Logged: {known}.")
         own = torch.tensor(float(trainer.callback_metrics[self.monitor]), device=trainer.strategy.root_device)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         value = float(trainer.strategy.reduce(own, reduce_op="mean"))  # all ranks must come to the same decision
         best = self.best if self.best is not None else float("inf" if self.mode == "min" else "-inf")
         if value < best if self.mode == "min" else value > best:  # never a NaN
@@ -106,8 +110,13 @@ class HFExport(L.Callback):
             self._export(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports the last weights and says where they are."""
-        if self.when != "best":
+        """Exports the last weights and says where they are.
+
+        Raises:
+            ValueError: Weights that are not finite.
+            RuntimeError: The rank that writes failed; it has the reason.
+        """
+        if self.when != "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._export(trainer, pl_module, "last")
             rank_zero_info(f"Hugging Face model: {self._path(trainer, 'last')}")
 
@@ -119,9 +128,18 @@ class HFExport(L.Callback):
         return Path(self.dirpath or Path(trainer.default_root_dir) / "hf") / name
 
     def _export(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
+        error: Exception | None = None
         with averaged_weights(trainer):
-            self._write(trainer, pl_module, name, whole_state_dict(trainer.strategy))
-        trainer.strategy.barrier("HFExport")
+            weights = whole_state_dict(trainer.strategy)
+            try:
+                self._write(trainer, pl_module, name, weights)
+            except Exception as problem:  # the other ranks must hear of it, or they would wait for ever
+                error = problem
+        failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if any(failures):
+            raise RuntimeError(f"HFExport: {next(filter(None, failures))}")
 
     def _write(self, trainer: L.Trainer, pl_module: Any, name: str, weights: dict[str, Any]) -> None:
         if trainer.is_global_zero:

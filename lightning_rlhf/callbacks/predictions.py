@@ -18,7 +18,7 @@ class WritePredictions(L.Callback):
 
     For modules whose ``predict_step`` returns records with a ``row``. Each line also says ``where`` its row came from,
     where the data module knows. While it runs each rank keeps what it has in a part file beside the target, which a
-    run that was cut off leaves behind.
+    run that was cut off leaves behind. Under ``fast_dev_run`` nothing is written.
 
     Args:
         path: Of the file; default ``predictions.jsonl`` under the Trainer's ``default_root_dir``.
@@ -33,6 +33,8 @@ class WritePredictions(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens this rank's part."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         target = self._target(trainer)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._part = target.with_name(f"{target.name}.part{trainer.global_rank}").open("w+", encoding="utf-8")
@@ -47,8 +49,9 @@ class WritePredictions(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds a batch's records."""
+        if self._part is None:
+            return
         where = getattr(getattr(trainer, "datamodule", None), "where", None)
-        assert self._part is not None
         for record in outputs:
             place = {"where": where("predict", record["row"])} if where else {}
             self._part.write(json.dumps({**record, **place}, ensure_ascii=False) + "\n")
@@ -56,7 +59,8 @@ class WritePredictions(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Joins the parts of all ranks, in order."""
-        assert self._part is not None
+        if self._part is None:
+            return
         self._part.seek(0)
         lines = [line.rstrip("\n") for line in self._part]
         parts = gather_objects(lines)

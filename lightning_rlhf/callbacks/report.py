@@ -26,7 +26,7 @@ class Report(L.Callback):
     The file needs no network and runs no scripts. It is written when training ends, is interrupted or fails, and again
     after a later ``trainer.validate`` or ``trainer.test``. What these log before training stands at step 0. Answers are
     those of :class:`~lightning_rlhf.callbacks.SampleCompletions`. All of it is kept in checkpoints: the report of a
-    resumed run is whole.
+    resumed run is whole. Under ``fast_dev_run`` nothing is written.
 
     Args:
         path: Of the file; default ``report.html`` under the Trainer's ``default_root_dir``.
@@ -125,7 +125,7 @@ class Report(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes, after all other callbacks have done what they do at the end of training."""
         self._end(trainer, "finished")
-        if trainer.is_global_zero:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(f"Report: {self._target(trainer)}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -204,7 +204,7 @@ class Report(L.Callback):
 
     def _write(self, trainer: L.Trainer) -> None:
         self.report.ended = _now()
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._read_answers()
         target = self._target(trainer)

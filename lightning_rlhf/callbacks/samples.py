@@ -170,8 +170,8 @@ class SampleCompletions(PromptCallback):
     """Shows answers to fixed prompts before training, after each validation or every few steps, and at the end.
 
     They go to the terminal, to loggers that take text (W&B and others with ``log_table`` or ``log_text``, TensorBoard,
-    MLflow, Comet), and always to ``samples.jsonl`` under the Trainer's ``default_root_dir``. Training is not disturbed:
-    sampling has a random generator of its own.
+    MLflow, Comet), and to ``samples.jsonl`` under the Trainer's ``default_root_dir``, but for ``fast_dev_run``, which
+    shows them alone. Training is not disturbed: sampling has a random generator of its own.
 
     The module says what is shown: ``exportable``, which must be able to generate, and ``tokenizer``; and where it has
     ``appraise``, as PPO does, what stands beside the answers: score and KL. Beside an
@@ -261,9 +261,11 @@ class SampleCompletions(PromptCallback):
 
     def _write(self, trainer: L.Trainer, rows: list[dict[str, Any]], step: int) -> None:
         file = Path(trainer.default_root_dir) / "samples.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not dry:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         names = [name for name in rows[0] if name != "step"]
         beside = [", ".join(f"{name} {row[name]:.3g}" for name in names[3:]) for row in rows]
         ends = [
@@ -271,7 +273,8 @@ class SampleCompletions(PromptCallback):
             for row, text in zip(rows, beside, strict=True)
         ]
         cells = [(row["prompt"], row["completion"].strip() + end) for row, end in zip(rows, ends, strict=True)]
-        title = f"Answers at step {step} (… = cut at {self.max_new_tokens} tokens; all in {file})"
+        place = "" if dry else f"; all in {file}"
+        title = f"Answers at step {step} (… = cut at {self.max_new_tokens} tokens{place})"
         text = f"\n{title}\n{table(cells, shutil.get_terminal_size((100, 24)).columns)}"
         encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
         print(text.encode(encoding, "replace").decode(encoding), flush=True)

@@ -44,7 +44,7 @@ class WinRate(PromptCallback):
     interval ``val/win_rate_low`` and ``val/win_rate_high``, and ``val/ties``, the share of pairs. They can be monitored
     (``HFExport(monitor="val/win_rate", mode="max")``). Every pair goes to ``win_rate.jsonl`` under the Trainer's
     ``default_root_dir``, where a resumed run goes on, and a new run begins a new file beside the old one. Under
-    ``trainer.validate`` it is ``win_rate_validate.jsonl``.
+    ``trainer.validate`` it is ``win_rate_validate.jsonl``; under ``fast_dev_run`` nothing is written.
 
     Training is not disturbed. Beside an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Ranks share
     the prompts; where the strategy shards the model (FSDP) all generate all, and share the judging. A judge that fails
@@ -133,7 +133,7 @@ class WinRate(PromptCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Has the baseline answer; puts the file where the run stands."""
         self._prepare(trainer, pl_module)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self._file(trainer)
             if trainer.global_step == 0 and file.exists():
                 number = 1
@@ -265,7 +265,19 @@ class WinRate(PromptCallback):
         if not trainer.is_global_zero:
             return
         step, file = trainer.global_step, self._file(trainer)
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not dry:
+            self._add(file, judged, step, validating=trainer.state.fn == TrainerFn.VALIDATING)
+        found = rates(judged)
+        missing = f", {found.no_verdict:.0f} without a verdict" if found.no_verdict else ""
+        rank_zero_info(
+            f"{self.name or 'Win rate'} at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} "
+            f"to {found.high:.3f}), {found.wins:.0f} won, {found.ties:.0f} tied, {found.losses:.0f} lost{missing}"
+            + ("" if dry else f"; all in {file}")
+        )
+
+    def _add(self, file: Path, judged: Sequence[JudgedPair], step: int, validating: bool) -> None:
+        if validating:
             self._keep(file, -1)
         elif step <= self._written:  # it was judged before the checkpoint from which the run goes on
             self._keep(file, step - 1)
@@ -274,13 +286,6 @@ class WinRate(PromptCallback):
         with file.open("a", encoding="utf-8") as out:
             for pair in judged:
                 out.write(json.dumps({"step": step, **pair.record()}, ensure_ascii=False) + "\n")
-        found = rates(judged)
-        missing = f", {found.no_verdict:.0f} without a verdict" if found.no_verdict else ""
-        rank_zero_info(
-            f"{self.name or 'Win rate'} at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} "
-            f"to {found.high:.3f}), {found.wins:.0f} won, {found.ties:.0f} tied, {found.losses:.0f} lost{missing}; all "
-            f"in {file}"
-        )
 
     @staticmethod
     def _keep(file: Path, step: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from lightning_rlhf.functional.precision import plain
 from lightning_rlhf.models.quantization import dequantised, is_quantised, is_quantised_layer
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def save_pretrained(
 
     Raises:
         FileExistsError: There is a file, or a directory that holds something else.
-        ValueError: Nothing to save alone, or adapters that can't be merged or can't be saved alone.
+        ValueError: Nothing to save alone, or adapters that can't be merged or can't be saved alone; or values that are
+            not finite, which the message names.
     """
     is_peft = hasattr(model, "get_base_model")  # peft leaves peft_config on the inner model too
     adapter = _adapter_alone(model) if adapter_only else None
@@ -79,6 +81,7 @@ def save_pretrained(
             f"Adapters can't be merged into weights quantized by {base.quantization_method} without rounding them: "
             "export with adapter_only=True, and merge them into the model in full precision."
         )
+    _check_finite(model, state_dict or {}, directory)
     with _no_progress_bars(), atomic_directory(directory) as folder:
         if base.can_generate():
             generation = _save_generation_config(base, tokenizer, stop_token_ids, folder)
@@ -93,10 +96,10 @@ def save_pretrained(
                 (folder / adapter).rmdir()
             _save_adapted(base, folder)
         else:
-            plain = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
-            if plain.can_generate():
-                plain.generation_config = generation
-            plain.save_pretrained(folder, max_shard_size=max_shard_size)
+            whole = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
+            if whole.can_generate():
+                whole.generation_config = generation
+            whole.save_pretrained(folder, max_shard_size=max_shard_size)
             _rewrite(folder / "config.json", _portable_config)
         tokenizer.save_pretrained(folder)
         _rewrite(folder / "tokenizer_config.json", _portable_tokenizer_config)
@@ -199,6 +202,21 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------- weights
+
+
+def _check_finite(model: nn.Module, state_dict: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
+    """Refuses weights that a diverged run left; of adapters the active ones count. Buffers may be infinite bounds."""
+    is_peft = hasattr(model, "get_base_model")
+    idle = {*model.peft_config} - {*model.active_adapters} if is_peft else set()  # type: ignore[misc]
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and idle.isdisjoint(name.split(".")):
+            value = plain(state_dict.get(name, parameter).detach())
+            if not value.isfinite().all():
+                what = "NaN" if value.isnan().any() else "infinite values"
+                raise ValueError(
+                    f"{directory} was not written: {name} holds {what}. The run diverged: go back to a checkpoint "
+                    "before it, with a lower learning rate. What was exported before is left as it was."
+                )
 
 
 def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:

@@ -1,0 +1,37 @@
+"""Fits that several tests look at, in this process and in others."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "run_artifacts.py"
+
+
+@pytest.fixture(scope="session")
+def artifacts():
+    """The module of the script."""
+    spec = importlib.util.spec_from_file_location("run_artifacts", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def start():
+    """``start(model_dir, out, runs)``: several fits of several processes, in one start."""
+
+    def run(model_dir, out, runs):
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(SCRIPT), str(model_dir), str(out), json.dumps(runs)]
+        env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=420)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return out
+
+    return run
