@@ -1,17 +1,19 @@
 """Where rewards come from: reward models, Python functions, weighted sums of both."""
 
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import BadScores, Reward, Samples, check_scores
 from lightning_rlhf.rewards.function import FunctionReward
 from lightning_rlhf.rewards.model import RewardModelReward, render
 from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward, names_model
 
 __all__ = [
+    "BadScores",
     "FunctionReward",
     "Reward",
     "RewardModelReward",
     "Samples",
     "WeightedReward",
     "WeightedSum",
+    "check_scores",
     "make_reward",
     "names_model",
     "render",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.data.formats import Message
@@ -46,6 +47,50 @@ class Samples:
                 raise ValueError(f"{name} has {len(values)} entries for {self.batch.num_sequences} completions.")
 
 
+class BadScores(ValueError):
+    """Scores that are no finite numbers; the message names the first one's sample.
+
+    Attributes:
+        scores: (S,) all scores, NaN in the place of those.
+    """
+
+    def __init__(self, message: str, scores: Tensor) -> None:
+        super().__init__(message)
+        self.scores = scores
+
+
+def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[object] | None = None) -> Tensor:
+    """Returns scores that are finite.
+
+    Args:
+        scores: (S,) in fp32.
+        samples: What was scored.
+        who: Made them, for the message.
+        given: (S,) what they were before they became numbers in fp32; default themselves.
+
+    Raises:
+        BadScores: Some are not.
+    """
+    bad = ~scores.isfinite()
+    if not bad.any():
+        return scores
+    i = int(bad.nonzero()[0])
+    rows = [row for row, (_, b) in zip(samples.batch.rows, samples.batch.forest.trees, strict=False) for _ in b]
+    more = f" (and {count} more)" if (count := int(bad.sum()) - 1) else ""
+    raise BadScores(
+        f"{who} returned {shorten(scores[i].item() if given is None else given[i])} for completion {i}"
+        f"{f' (row {rows[i]} of the prompts)' if rows else ''}{more}, which is not a finite number in fp32. Prompt: "
+        f"{shorten(samples.prompts[i])}. Completion: {shorten(samples.completions[i])}.",
+        scores.masked_fill(bad, torch.nan),
+    )
+
+
+def shorten(value: object) -> str:
+    """Its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 class Reward(nn.Module, ABC):
     """Base of the rewards; never trained, so always in eval mode.
 
@@ -79,4 +124,7 @@ class Reward(nn.Module, ABC):
 
         Returns:
             (S,) scores in fp32, on the device of ``samples.batch``.
+
+        Raises:
+            BadScores: Some are no finite numbers; a stage says what becomes of them.
         """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import Reward, Samples, check_scores, shorten
 
 
 class FunctionReward(Reward):
@@ -60,8 +60,8 @@ class FunctionReward(Reward):
             (S,) scores in fp32.
 
         Raises:
-            ValueError: A column that the function needs is not in the data, or the scores are not one finite number a
-                completion.
+            ValueError: A column that the function needs is not in the data, or there is not one score a completion.
+            BadScores: Some scores are no finite numbers.
         """
         given: dict[str, list[Any]] = {"prompts": samples.prompts, "completions": samples.completions}
         if clash := sorted(given.keys() & samples.columns.keys()):
@@ -73,29 +73,20 @@ class FunctionReward(Reward):
                 f"{', '.join(sorted(samples.columns)) or 'no further columns'}."
             )
         passed = {name: list(v) for name, v in given.items() if self.takes_all or name in self.accepts}
-        scores = self._checked(self.function(**passed), samples)
-        return torch.tensor(scores, dtype=torch.float32, device=samples.batch.input_ids.device)
-
-    def _checked(self, result: Any, samples: Samples) -> list[float]:
-        size = len(samples.completions)
+        result, size = self.function(**passed), len(samples.completions)
         try:
             scores = list(result.tolist() if hasattr(result, "tolist") else result)
         except TypeError:
             raise ValueError(
-                f"The reward function {self.name} returned {_short(result)}; return a list of {size} numbers, one a "
+                f"The reward function {self.name} returned {shorten(result)}; return a list of {size} numbers, one a "
                 "completion."
             ) from None
         if len(scores) != size:
             raise ValueError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
-        numbers = [_number(score) for score in scores]
-        for i, number in enumerate(numbers):
-            if not math.isfinite(number):
-                raise ValueError(
-                    f"The reward function {self.name} returned {_short(scores[i])} for completion {i}, which is not a "
-                    f"finite number. Prompt: {_short(samples.prompts[i])}. Completion: "
-                    f"{_short(samples.completions[i])}."
-                )
-        return numbers
+        numbers = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float()
+        return check_scores(
+            numbers.to(samples.batch.input_ids.device), samples, f"The reward function {self.name}", scores
+        )
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -148,10 +139,5 @@ def _number(score: Any) -> float:
     """NaN for what is none."""
     try:
         return math.nan if isinstance(score, (str, bytes)) else float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."

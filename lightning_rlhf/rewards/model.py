@@ -19,7 +19,7 @@ from lightning_rlhf.models import RewardModel, load_reward_model, load_tokenizer
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.models.roles import RoleModel
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import Reward, Samples, check_scores
 
 
 class RewardModelReward(Reward):
@@ -117,6 +117,7 @@ class RewardModelReward(Reward):
             (S,) scores in fp32, less the offset.
 
         Raises:
+            BadScores: Some scores are no finite numbers.
             ValueError: A conversation that is longer than ``max_tokens`` or the model's context, or that its chat
                 template refuses.
         """
@@ -133,7 +134,7 @@ class RewardModelReward(Reward):
         for part in within_budget(trees, self.max_tokens, "the reward's max_tokens"):
             batch = pack(part).to(device)
             scores.append(self.model(batch, normalise=True) if self.shared is None else self.shared(batch, "reward"))
-        return torch.cat(scores)
+        return check_scores(torch.cat(scores), samples, f"The reward model {self.pretrained}")
 
     def _rendered(self, samples: Samples) -> list[Tree]:
         try:

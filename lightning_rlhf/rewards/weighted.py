@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import BadScores, Reward, Samples, check_scores
 from lightning_rlhf.rewards.function import FunctionReward, import_function
 from lightning_rlhf.rewards.model import RewardModelReward
 
@@ -69,11 +69,22 @@ class WeightedSum(Reward):
 
         Returns:
             (S,) sums in fp32.
+
+        Raises:
+            BadScores: Some are no finite numbers, of a part whose weight is not 0.
         """
-        self.last = {name: part(samples) for name, part in zip(self.names, self.parts, strict=True)}
-        return (
-            torch.stack(list(self.last.values()), 1) * torch.tensor(self.weights).to(samples.batch.last.device)
-        ).sum(1)
+        self.last, errors = {}, []
+        for name, part, weight in zip(self.names, self.parts, self.weights, strict=True):
+            try:
+                self.last[name] = part(samples)
+            except BadScores as error:
+                self.last[name] = error.scores
+                errors += [error] if weight else []
+        weights = torch.tensor(self.weights, dtype=torch.float32, device=samples.batch.last.device)
+        sums = torch.where(weights != 0, torch.stack(list(self.last.values()), 1) * weights, 0.0).sum(1)
+        if errors:
+            raise BadScores(str(errors[0]), sums)
+        return check_scores(sums, samples, "The weighted sum of rewards")
 
 
 def make_reward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,12 +25,14 @@ from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
-from lightning_rlhf.rewards import Reward, RewardModelReward, Samples
+from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, check_scores
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import VALIDATION, OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups
 from lightning_rlhf.stages.updates import parameters_of
-from lightning_rlhf.strategies import whole_weights
+from lightning_rlhf.strategies import gather_objects, whole_weights
+
+BadScoresChoice = Literal["stop", "drop"]
 
 
 class ActorCriticStage(OnlineStage):
@@ -39,6 +43,7 @@ class ActorCriticStage(OnlineStage):
         critic: The critic, where it is a model of its own.
         reference: The frozen copy, where no adapter can be switched off.
         reward: What scores.
+        bad_scores: What becomes of a sample whose score is no finite number.
         norms: Gradient norms of policy and critic at their last steps, before clipping.
     """
 
@@ -46,6 +51,7 @@ class ActorCriticStage(OnlineStage):
     critic: ValueModel
     reference: Policy
     reward: Reward
+    bad_scores: BadScoresChoice
     critic_from: str | os.PathLike[str] | PreTrainedModel | None
     critic_lr: float | None
     shared: bool
@@ -145,9 +151,29 @@ class ActorCriticStage(OnlineStage):
                 module.to("cpu")
 
     def score(self, samples: Samples | None) -> Tensor:
-        """(S,) what the reward says of this rank's samples; all ranks must ask, also without any."""
+        """(S,) what the reward says of this rank's samples; all ranks must ask, also without any.
+
+        Returns:
+            Scores; NaN where the reward gave no finite number, and such samples are dropped.
+
+        Raises:
+            ValueError: It gave one, on whichever rank, and they are not.
+        """
         with whole_weights(self.strategy, self.policy), self.present("reward"):
-            return torch.zeros(0) if samples is None else self.reward(samples)
+            scores, why = (torch.zeros(0), "") if samples is None else self._scored(samples)
+        why = next(filter(None, gather_objects(why)), "")
+        if why and self.bad_scores == "stop":
+            raise ValueError(f"{why} Mend the reward, or set model.bad_scores to drop, which leaves such samples out.")
+        if why:
+            rank_zero_warn(f"A sample is left out: {why}")
+        return scores
+
+    def _scored(self, samples: Samples) -> tuple[Tensor, str]:
+        """(S,) scores, NaN where they are no finite numbers, and what is to be said of those."""
+        try:
+            return check_scores(self.reward(samples), samples, f"The reward {type(self.reward).__name__}"), ""
+        except BadScores as error:
+            return error.scores, str(error)
 
     def play(self, role: Role, batch: PackedBatch, **options: Any) -> Any:
         """Runs a role, whichever model has it."""
@@ -187,7 +213,7 @@ class ActorCriticStage(OnlineStage):
         heat = self.sampling.temperature
         with self.present("reward", "reference"):
             now, reference = (self.play(r, samples.batch, temperature=heat).logprobs for r in ("policy", "reference"))
-            scores = {"score": self.reward(samples).tolist()} if self.reward.needs <= samples.columns.keys() else {}
+            scores = {"score": self._scored(samples)[0].tolist()} if self.reward.needs <= samples.columns.keys() else {}
         kl = now.new_zeros(len(samples.completions)).index_add(0, experience.sequence.to(now.device), now - reference)
         return {**scores, "kl": kl.tolist()}
 
@@ -229,16 +255,18 @@ class ActorCriticStage(OnlineStage):
         for name, values in {"score": scores, "length": lengths}.items():
             metric: Any = self.get_submodule(f"{stage}_{name}")
             # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
-            metric.update(values, torch.ones_like(values))
+            known = values.isfinite().float()
+            metric.update(values.nan_to_num(), known)
             self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A record a completion: ``row``, ``completion``, its ``score``, ``truncated``."""
+        """A record a completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``."""
         _, samples = self.rollout(prompts, VALIDATION)
         scores = self.score(samples)
         if samples is None:
             return []
         rows = [row for row in prompts.rows for _ in range(self.samples_per_prompt)]
-        columns = (rows, samples.completions, scores.tolist(), samples.truncated)
+        known = [score if math.isfinite(score) else None for score in scores.tolist()]
+        columns = (rows, samples.completions, known, samples.truncated)
         names = ("row", "completion", "score", "truncated")
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

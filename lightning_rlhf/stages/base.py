@@ -65,6 +65,8 @@ class Stage(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     new_token_ids: tuple[int, ...]
+    max_dropped: int = 5
+    dropped: int = 0
 
     def __init__(
         self,
@@ -194,8 +196,8 @@ class Stage(L.LightningModule):
         optimizer = self.make_optimizer(parameter_groups(self.exportable.parameters()))
         scheduler = self.make_lr_scheduler(optimizer)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config |= {"interval": "epoch", "monitor": "val/loss"}
+        if isinstance(scheduler, ReduceLROnPlateau):  # Lightning's own class says what it goes by, torch's doesn't
+            config |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val/loss")}
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
@@ -228,6 +230,29 @@ class Stage(L.LightningModule):
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
 
+    def count_step(self, dropped: bool, what: str) -> None:
+        """Counts steps in a row that were dropped; all ranks must come to the same.
+
+        Args:
+            dropped: Whether this one was.
+            what: Is counted, for the message.
+
+        Raises:
+            RuntimeError: They are ``max_dropped``.
+        """
+        self.dropped = self.dropped + 1 if dropped else 0
+        if self.dropped >= self.max_dropped:
+            raise RuntimeError(
+                f"{self.dropped} {what} in a row were dropped, since losses or gradients were not finite (step "
+                f"{self.trainer.global_step}). Lower the learning rate, look at the data, or resume from the last "
+                "checkpoint."
+            )
+
+    @property
+    def scaler(self) -> Any:
+        """What scales losses against underflow in fp16, and looks for overflow; None where nothing does."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds RNG states of all ranks; drops frozen weights."""
         if self._mid_step and self.trainer.state.fn == TrainerFn.FITTING:
@@ -237,6 +262,7 @@ class Stage(L.LightningModule):
                 "far are not in it: a run resumed from it will differ."
             )
         checkpoint["rng_states"] = gather_objects(rng_state())
+        checkpoint["dropped"] = self.dropped
         frozen = self._frozen()
         modules = self.named_modules(remove_duplicate=False)
         scales = tuple(f"{name}." for name, module in modules if is_quantised_layer(module))
@@ -246,6 +272,7 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes this rank's RNG state, and completes the weights with the frozen ones."""
         states = checkpoint.get("rng_states", [])
+        self.dropped = checkpoint.get("dropped", 0)
         try:
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint: no run goes on

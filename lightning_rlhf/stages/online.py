@@ -221,7 +221,7 @@ class OnlineStage(ManualStage):
         """What is logged of an iteration's completions, over all ranks.
 
         Args:
-            score: (S,) raw scores.
+            score: (S,) raw scores; NaN where a sample was dropped, whose reward counts nowhere either.
             reward: (S,) sums of tokens' rewards.
             truncated: (S,) whether the length limit cut it.
             sequence: (N,) each token's completion.
@@ -237,7 +237,9 @@ class OnlineStage(ManualStage):
         error = torch.zeros(len(score)).to(drift).scatter_reduce(0, sequence, drift.abs(), "amax")
         table = torch.cat([torch.stack([score, reward, truncated, error], 1).to(by_token), by_sequence], 1)
         every = torch.cat(gather_objects(table))
-        scores, rewards, cut_off, errors, kl, kl_k3, entropy, lengths = every.unbind(1)
+        _, _, cut_off, errors, kl, kl_k3, entropy, lengths = every.unbind(1)
+        kept = every[every[:, 0].isfinite(), :2]
+        scores, rewards = (kept if len(kept) else every[:1, :2] * torch.nan).unbind(1)
         found = {
             "score": scores.mean(),
             "score_std": scores.std(correction=0),
@@ -250,6 +252,7 @@ class OnlineStage(ManualStage):
             "kl": kl.mean(),
             "kl_k3": kl_k3.mean(),
             "entropy": entropy.sum() / lengths.sum(),
+            "dropped_samples": torch.tensor(float(len(every) - len(kept))),
             "length_mean": lengths.mean(),
             "length_min": lengths.min(),
             "length_max": lengths.max(),

@@ -25,7 +25,7 @@ from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.models.quantization import Quantization
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward
 from lightning_rlhf.rollout import CachedEngine, RolloutEngine, Sampling
-from lightning_rlhf.stages.actor_critic import ActorCriticStage
+from lightning_rlhf.stages.actor_critic import ActorCriticStage, BadScoresChoice
 from lightning_rlhf.stages.optim import CosineWarmup, ppo_optimizer
 
 SAMPLING = Sampling()
@@ -76,6 +76,8 @@ class PPOModule(ActorCriticStage):
         whiten_rewards: Bring tokens' rewards to variance 1 over the iteration.
         scale_scores: Divide scores by their standard deviation in the run so far; while all are equal, by 1.
         clip_scores: Bound of a score; None for none.
+        bad_scores: Where a score is NaN or infinite in fp32, its sample is named, and ``stop`` ends the run; ``drop``
+            leaves the sample out: it teaches nothing and is counted.
         missing_stop_penalty: Taken from the score of a completion that its length limit cut.
         value_coef: Weight of the value loss, where critic and policy are clipped and stepped alike.
         entropy_coef: Weight of the entropy bonus.
@@ -86,7 +88,7 @@ class PPOModule(ActorCriticStage):
         reuse_passes: Where an update takes a whole iteration in one micro-batch, the first one goes back through the
             passes that scored it: two forward passes fewer, activations of policy and critic at once.
         max_norm: Gradient norm, of policy and of critic, beyond which they are clipped; None for no bound.
-        max_dropped: Updates in a row that may be dropped for values that are not finite before the run ends.
+        max_dropped: Iterations in a row that may take no update, for values that are not finite, before the run ends.
         dtype: Of the weights; heads are fp32.
         gradient_checkpointing: Trade a second forward pass for activation memory.
         layout: ``auto``: every prompt once where the model can, padded elsewhere.
@@ -134,6 +136,7 @@ class PPOModule(ActorCriticStage):
         whiten_rewards: bool = False,
         scale_scores: bool = False,
         clip_scores: float | None = None,
+        bad_scores: BadScoresChoice = "stop",
         missing_stop_penalty: float = 0.0,
         value_coef: float = 0.1,
         entropy_coef: float = 0.0,
@@ -185,7 +188,7 @@ class PPOModule(ActorCriticStage):
         self.loss_mean, self.target_kl, self.old_logprobs = loss_mean, target_kl, old_logprobs
         self.reuse_passes = reuse_passes
         self.max_norm, self.max_dropped, self.critic_lr, self.seed = max_norm, max_dropped, critic_lr, seed
-        self.offload_frozen = offload_frozen
+        self.offload_frozen, self.bad_scores = offload_frozen, bad_scores
         self.running_scores = RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)
         for stage in ("val", "test"):
@@ -244,12 +247,14 @@ class PPOModule(ActorCriticStage):
             completions = prompts.total * self.samples_per_prompt
             self.kl_coef = adapt_kl_coef(self.kl_coef, found["kl"], self.kl_target, self.kl_horizon, completions)
         self.iteration += 1
-        self.step_schedules()
         for name, start, end in zip(("rollout", "scoring", "learning"), clock, clock[1:], strict=False):
             found[f"{name}_seconds"] = end - start
         found["tokens_per_second"] = found.pop("tokens") / (clock[-1] - clock[0])
-        for name, value in found.items():
-            self.log(f"train/{name}", value, prog_bar=name in ("score", "kl", "length_mean"), batch_size=1)
+        metrics = {f"train/{name}": value for name, value in found.items()}
+        self.step_schedules(metrics)
+        for name, value in metrics.items():
+            bar = name in ("train/score", "train/kl", "train/length_mean")
+            self.log(name, value, prog_bar=bar, batch_size=1)
 
     @torch.no_grad()
     def judge(self, experience: Experience, samples: Samples | None) -> dict[str, float]:
@@ -266,9 +271,11 @@ class PPOModule(ActorCriticStage):
         sampled, sequence = experience.tokens["rollout_logprobs"].to(now), experience.sequence
         log_ratio = now - reference
 
-        scores = raw.to(now) - self.missing_stop_penalty * truncated
+        good = raw.isfinite()  # a sample without a score counts nowhere, and teaches nothing
+        counts, by_token = good.to(now), good.to(now)[sequence]
+        scores = torch.where(good, raw, 0.0).to(now) - self.missing_stop_penalty * truncated
         if self.scale_scores:
-            self.running_scores.update(self.moments(scores))
+            self.running_scores.update(self.moments(scores, counts))
             scores = scores / self.running_scores.scale
         if self.clip_scores is not None:
             scores = scores.clamp(-self.clip_scores, self.clip_scores)
@@ -276,10 +283,10 @@ class PPOModule(ActorCriticStage):
         rewards = token_rewards(penalty, scores, sequence)
         reward = torch.zeros_like(scores).index_add(0, sequence, rewards)
         if self.whiten_rewards:
-            rewards = whiten(rewards, self.moments(rewards), shift_mean=False)
+            rewards = whiten(rewards, self.moments(rewards, by_token), shift_mean=False)
         ends = torch.where(truncated, last_values, 0.0) if self.bootstrap else torch.zeros_like(last_values)
         advantages, returns = gae(rewards, values, ends, sequence, self.gamma, self.lam)
-        spread = self.moments(advantages)
+        spread = self.moments(advantages, by_token)
         lengths = sequence.bincount(minlength=len(scores))
         experience.tokens |= {
             "old_logprobs": now if self.old_logprobs == "recompute" else sampled,
@@ -287,15 +294,16 @@ class PPOModule(ActorCriticStage):
             "values": values,
             "returns": returns,
             "advantages": whiten(advantages, spread) if self.whiten_advantages else advantages,
-            "weight": torch.ones_like(now) if self.loss_mean == "token" else 1 / lengths.to(now)[sequence],
+            "weight": by_token if self.loss_mean == "token" else by_token / lengths.to(now)[sequence],
         }
-        parts = {} if samples is None else self.reward.last
+        explained = variance_explained(self.moments(returns - values, by_token), self.moments(returns, by_token))
+        parts = {name: (raw if samples is None else self.reward.last[name].cpu()) for name in self.reward.names}
         return {
             **self.summary(raw, reward, truncated, sequence, log_ratio, entropies, now - sampled),
-            **{f"score/{name}": self.moments(parts.get(name, raw).cpu())[1].item() for name in self.reward.names},
+            **{f"score/{k}": self.moments(v, (good & v.isfinite()).float())[1].item() for k, v in parts.items()},
             "advantage_mean": spread[1].item(),
             "advantage_std": variance(spread).sqrt().item(),
-            "explained_variance": variance_explained(self.moments(returns - values), self.moments(returns)).item(),
+            "explained_variance": explained.item(),
         }
 
     def learn(self, experience: Experience, ptx: PackedBatch | None) -> dict[str, float]:
@@ -307,6 +315,9 @@ class PPOModule(ActorCriticStage):
         dropped = 0
         for chosen in (chosen for deal in deals for chosen in deal):
             last = self.gradients(experience, chosen, ptx)
+            if not last:
+                self._diverged = self.iteration
+                continue
             if self.target_kl is not None and last["approx_kl"] > self.target_kl:
                 break
             if self.update(parameters, last["loss"], first=not taken):
@@ -326,11 +337,13 @@ class PPOModule(ActorCriticStage):
         """Forward and backward passes of one update: the gradients of a minibatch's mean loss over all ranks.
 
         The loss is the policy's, plus ``value_coef`` times the critic's, less ``entropy_coef`` times the entropy, plus
-        ``ptx_coef`` times the language model's.
+        ``ptx_coef`` times the language model's. Empty, and without gradients, where no sample of it has a score.
         """
         heat, kept = self.sampling.temperature, experience.kept or {}
         local = sum(float(t["weight"].sum()) for _, t in experience.micro_batches(chosen, None, torch.device("cpu")))
         total = self.all_reduce(torch.tensor(float(local))).item()
+        if not total:
+            return {}
         sums, ratio_max, ratio_error = torch.zeros(len(PARTS)), torch.zeros(()), torch.zeros(())
         with self.apart():
             for batch, t in self.micro_batches(experience, chosen):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_rlhf.functional.advantages import merge_moments, moments
 from lightning_rlhf.functional.precision import wide
@@ -32,13 +35,12 @@ class ManualStage(Stage):
 
     Attributes:
         iteration: Iterations done.
-        dropped: Updates in a row that were dropped because something in them was not finite.
+        dropped: Iterations in a row that took no update because something in them was not finite.
     """
 
-    max_dropped: int
     automatic_optimization: ClassVar[bool] = False
     iteration: int = 0
-    dropped: int = 0
+    _diverged: int = -1
 
     @property
     def strategy(self) -> Strategy | None:
@@ -85,9 +87,9 @@ class ManualStage(Stage):
         dist.all_gather(found, values)
         return torch.stack(found).cpu()
 
-    def moments(self, values: Tensor) -> Tensor:
+    def moments(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
         """(3,) moments of values over all ranks; see :func:`~lightning_rlhf.functional.advantages.moments`."""
-        return merge_moments(self.all_gather_rows(moments(values)))
+        return merge_moments(self.all_gather_rows(moments(values, weight)))
 
     # ------------------------------------------------------------------------------------------------- updates
 
@@ -125,6 +127,9 @@ class ManualStage(Stage):
     def update(self, parameters: Sequence[nn.Parameter], loss: float, first: bool) -> bool:
         """Sums gradients over ranks and steps all optimizers, or drops the update, on all ranks alike.
 
+        Where losses are scaled (fp16), all optimizers are unscaled, stepped or dropped, and the scale moved, once and
+        together: a scale that moved between two of them would unscale the second by another factor.
+
         Args:
             parameters: What the optimizers train.
             loss: The whole loss, the same on all ranks.
@@ -132,9 +137,6 @@ class ManualStage(Stage):
 
         Returns:
             Whether it was taken.
-
-        Raises:
-            RuntimeError: ``max_dropped`` updates in a row were dropped.
         """
         if self._ranks() > 1 and not self._sharded:
             for p in parameters:  # ranks whose part was empty
@@ -145,56 +147,119 @@ class ManualStage(Stage):
                 dist.all_reduce(flat)
                 for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                     gradient.copy_(summed.view_as(gradient))
+        scaler, scale = self.scaler, 1.0
+        if scaler is not None:
+            scale = scaler.get_scale()
+            for optimizer in self._optimizers():
+                scaler.unscale_(optimizer.optimizer)
+        elif self._sharded is not None:
+            scale = self._sharded.loss_scale
         norm = self.clip(parameters, None) if self._sharded else gradient_norm(parameters)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # it looks for overflow itself
-        scaled = scaled or (self._sharded is not None and self._sharded.scales_losses)
-        finite = math.isfinite(loss) and (scaled or bool(norm.isfinite()))
+        finite = math.isfinite(loss) and bool(norm.isfinite())
         if finite:
             self._step(count=first)
             self.dropped = 0
-        else:
-            self.dropped += 1
+        elif scale <= 1 or not math.isfinite(loss):  # else the scale is too large, which is no fault of the run's
+            self._diverged = self.iteration
+        if scaler is not None:
+            scaler.update()
+        elif not finite and scale != 1:
+            self._lower_scales()
         self.drop_gradients(parameters)
-        if self.dropped >= self.max_dropped:
-            raise RuntimeError(
-                f"{self.dropped} updates in a row had a loss or gradient that was not finite (iteration "
-                f"{self.iteration}), and were dropped. Lower the learning rate, look at the rewards, or resume from "
-                "the last checkpoint with another seed."
-            )
         return finite
 
+    def _lower_scales(self) -> None:
+        """Has those children whose gradients are not finite skip a step, by which ColossalAI lowers their scales."""
+        assert self._sharded is not None
+        for optimizer in self._optimizers():
+            if self._sharded.clip_grad_norm(parameters_of(optimizer.optimizer), None).isfinite():
+                optimizer.zero_grad()
+        self._step(count=False)
+
     def count_iteration(self, parameters: Sequence[nn.Parameter]) -> None:
-        """A step without gradients, which changes nothing, for an iteration that took no update."""
+        """A step without gradients, which changes nothing, for an iteration that took no update.
+
+        Raises:
+            RuntimeError: ``max_dropped`` iterations in a row took none, because something was not finite.
+        """
         self.drop_gradients(parameters)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # it asserts that there are gradients
-            self._step(count=True)
+        self._step(count=True)
+        if self._diverged == self.iteration:
+            self.count_step(True, "iterations")
+
+    def _optimizers(self) -> list[Any]:
+        found: Any = self.optimizers()
+        return found if isinstance(found, list) else [found]
 
     def _step(self, count: bool) -> None:
-        found: Any = self.optimizers()
-        for i, optimizer in enumerate(found if isinstance(found, list) else [found]):
-            if count and i == 0:
-                optimizer.step()
-            else:
-                self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
+        """Steps all optimizers, by gradients that are unscaled already."""
+        plugin: Any = self.trainer.precision_plugin
+        scaler = self.scaler
+        if scaler is not None:
+            plugin.scaler = None  # it would unscale, and move the scale, for each of them
+        try:
+            for i, optimizer in enumerate(self._optimizers()):
+                if count and i == 0:
+                    optimizer.step()
+                else:
+                    self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
+        finally:
+            if scaler is not None:
+                plugin.scaler = scaler
 
-    def step_schedules(self) -> None:
-        """One step of each schedule, once an iteration."""
+    # ------------------------------------------------------------------------------------------------- schedules
+
+    def step_schedules(self, metrics: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """One step of each schedule, once an iteration; of one by a metric under ``val/``, after each validation.
+
+        Args:
+            metrics: What the iteration logs, by name.
+
+        Raises:
+            ValueError: A schedule goes by a metric that is not there.
+        """
+        for scheduler in self._schedules():
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
+            elif not _monitor(scheduler).startswith("val/"):
+                self._step_plateau(scheduler, metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Steps the schedules that go by validation, before a checkpoint is written of it."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            for scheduler in self._schedules():
+                if isinstance(scheduler, ReduceLROnPlateau) and _monitor(scheduler).startswith("val/"):
+                    self._step_plateau(scheduler, {})
+
+    def _schedules(self) -> list[Any]:
         found: Any = self.lr_schedulers()
-        for scheduler in found if isinstance(found, list) else [found] if found is not None else []:
-            scheduler.step()
+        return found if isinstance(found, list) else [] if found is None else [found]
+
+    def _step_plateau(self, scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:
+        name, known = _monitor(scheduler), {**self.trainer.callback_metrics, **metrics}
+        if name not in known:
+            raise ValueError(
+                f"lr_scheduler goes by {name!r}, which is not logged. Set its monitor (of "
+                f"lightning.pytorch.cli.ReduceLROnPlateau) to one of: {', '.join(sorted(known)) or 'none yet'}."
+            )
+        scheduler.step(float(known[name]))
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the iteration and what it counts."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["online"] = {"iteration": self.iteration, "dropped": self.dropped}
+        checkpoint["online"] = {"iteration": self.iteration}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them back."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["online"]
-        self.iteration, self.dropped = state["iteration"], state["dropped"]
+        self.iteration = checkpoint["online"]["iteration"]
+
+
+def _monitor(scheduler: ReduceLROnPlateau) -> str:
+    """The metric that it goes by; torch's class does not say, Lightning's does."""
+    return getattr(scheduler, "monitor", "train/score" if scheduler.mode == "max" else "train/loss")
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:

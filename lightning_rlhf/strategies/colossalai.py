@@ -184,9 +184,9 @@ class ColossalAIStrategy(DDPStrategy):
         return self.plugin_name != "ddp"
 
     @property
-    def scales_losses(self) -> bool:
-        """Whether a plugin looks for overflow itself, and drops such steps."""
-        return any(boosted.scale != 1 for boosted in self.boosted)
+    def loss_scale(self) -> float:
+        """The largest factor that a plugin multiplies losses by; 1 where none does."""
+        return max((boosted.scale for boosted in self.boosted), default=1.0)
 
     # ------------------------------------------------------------------------------------------------- set-up
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
-from lightning_rlhf.rewards import FunctionReward, Samples
+from lightning_rlhf.rewards import BadScores, FunctionReward, Samples
 
 
 def samples(prompts=("a", "b"), completions=("x", "yy"), **columns):
@@ -69,7 +69,7 @@ def test_a_path_to_no_function():
         FunctionReward("math.pi")
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "good"])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "good", 1e39, -1e39, 10**400, [1.0]])
 def test_a_score_that_is_no_number_shows_its_sample(bad):
     def f(prompts, completions):
         return [1.0, bad]
@@ -101,3 +101,22 @@ def test_an_object_that_is_called():
 
     assert FunctionReward(Judge())(samples()).tolist() == [1.0, 2.0]
     assert FunctionReward(by_length)(samples(z=[1, 2])).tolist() == [1.0, 2.0]
+
+
+def test_bad_scores_bring_the_good_ones_along():
+    def f(prompts, completions):
+        return [math.nan, 2.5]
+
+    with pytest.raises(BadScores, match="returned nan for completion 0, which") as error:
+        FunctionReward(f)(samples())
+    assert error.value.scores.isnan().tolist() == [True, False] and error.value.scores[1] == 2.5
+
+
+def test_a_bad_score_names_the_prompts_row_and_how_many_more_there_are():
+    def f(prompts, completions):
+        return [1.0, math.inf, math.nan]
+
+    given = Samples(pack([Tree([5], [Branch([7])] * 2), Tree([6], [Branch([7])])], rows=[31, 8]), ["a", "a", "b"],
+                    ["x", "y" * 500, "z"], [False] * 3, {})  # fmt: skip
+    with pytest.raises(BadScores, match=r"completion 1 \(row 31 of the prompts\) \(and 1 more\).*'yyy.*yy\.\.\.\.$"):
+        FunctionReward(f)(given)

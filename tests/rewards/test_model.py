@@ -9,7 +9,7 @@ from lightning_rlhf.data.templates import set_chat_template
 from lightning_rlhf.data.tokens import encode_prompt
 from lightning_rlhf.models import LoRA, load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
-from lightning_rlhf.rewards import RewardModelReward, Samples
+from lightning_rlhf.rewards import BadScores, RewardModelReward, Samples
 
 PROMPTS = [[{"role": "user", "content": "Say fox"}], [{"role": "user", "content": "你好"}]]
 
@@ -121,4 +121,12 @@ def test_a_budget_below_one_prompt(reward_dir, tiny_tokenizer):
     reward = RewardModelReward(reward_dir, tiny_tokenizer, max_tokens=5)
     reward.load()
     with pytest.raises(ValueError, match="over the reward's max_tokens=5"):
+        reward(sampled(tiny_tokenizer))
+
+
+def test_a_score_that_is_no_number_names_its_sample(reward_dir, tiny_tokenizer):
+    reward = RewardModelReward(reward_dir, tiny_tokenizer)
+    reward.load()
+    reward.model.transformer.score.weight.data[0, 0] = float("nan")
+    with pytest.raises(BadScores, match=r"reward model .* returned nan for completion 0.* finite number.*Prompt: "):
         reward(sampled(tiny_tokenizer))

@@ -7,6 +7,7 @@ from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import (
+    BadScores,
     FunctionReward,
     Reward,
     RewardModelReward,
@@ -64,3 +65,18 @@ def test_what_is_none_of_them_says_what_was_tried(spec, tiny_tokenizer):
         make_reward(spec, tiny_tokenizer)
     with pytest.raises(ValueError, match="the list is empty"):
         make_reward([], tiny_tokenizer)
+
+
+def test_a_bad_score_of_a_part_is_named_and_the_others_still_score(tiny_tokenizer):
+    def broken(prompts, completions):
+        return [float("nan"), 1.0]
+
+    reward = make_reward([WeightedReward(broken, 2.0), WeightedReward(long)], tiny_tokenizer)
+    with pytest.raises(BadScores, match="function broken returned nan for completion 0") as error:
+        reward(SAMPLES)
+    assert error.value.scores.isnan().tolist() == [True, False] and error.value.scores[1] == 3.0
+    assert reward.last["long"].tolist() == [3.0, 1.0]
+    aside = make_reward([WeightedReward(broken, 0.0), WeightedReward(long)], tiny_tokenizer)
+    assert aside(SAMPLES).tolist() == [3.0, 1.0]  # what is not learned from spoils nothing
+    with pytest.raises(BadScores, match="weighted sum of rewards returned inf"):
+        make_reward([WeightedReward(long, 2e38)], tiny_tokenizer)(SAMPLES)

@@ -30,6 +30,12 @@ def letters(prompts, completions, wanted):
     return [c.count(w) + 0.1 * len(set(c)) for c, w in zip(completions, wanted, strict=True)]
 
 
+def patchy(prompts, completions, wanted):
+    """As :func:`letters`, but for the rows that want an a: their scores are no numbers."""
+    scores = letters(prompts, completions, wanted)
+    return [float("nan") if w == "a" else score for score, w in zip(scores, wanted, strict=True)]
+
+
 def trained(module):
     return {k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad}
 

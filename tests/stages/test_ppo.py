@@ -1,6 +1,7 @@
 """The PPO stage: against a plain padded reference, its invariances, exact resume, and what it refuses."""
 
 import copy
+import csv
 import importlib.util
 import json
 import math
@@ -10,18 +11,22 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Sampling
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
-from lightning_rlhf.rewards import WeightedReward
+from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.stages.online import disable_dropout
 
@@ -66,6 +71,12 @@ def assert_equal(a, b):
     assert a.keys() == b.keys()
     for k in a:
         assert torch.equal(a[k], b[k]), k
+
+
+def logged(out_dir, name):
+    """A metric of each iteration."""
+    with (out_dir / "log" / "version_0" / "metrics.csv").open() as file:
+        return [float(row[f"train/{name}"]) for row in csv.DictReader(file)]
 
 
 def happy(prompts, completions):
@@ -454,12 +465,273 @@ def test_an_update_that_is_not_finite_is_dropped_and_counted(tiny_model_dir, tmp
 
 def test_too_many_dropped_updates_end_the_run(tiny_model_dir, tmp_path):
     trainer, module, data = broken(tiny_model_dir, tmp_path, range(100), 5, max_dropped=3)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(RuntimeError, match="3 iterations in a row were dropped"):
         trainer.fit(module, data)
     start = Broken(tiny_model_dir, letters, lora=LoRA(r=4))
     start.configure_model()
     after = {k: v for k, v in trained(module).items() if "lora_B" in k}
     assert after and not any(v.any() for v in after.values())  # as they began
+
+
+def test_what_is_dropped_is_counted_in_iterations(tiny_model_dir, tmp_path):
+    """One bad iteration has many bad updates: it is one, and a good one after it starts the count again."""
+    trainer, module, data = broken(tiny_model_dir, tmp_path, [*range(8), *range(12, 16)], 4, max_dropped=3)
+    module.epochs, module.parts = 2, 2
+    counts = []
+    module.on_train_batch_end = lambda *_: counts.append(module.dropped)
+    trainer.fit(module, data)
+    assert counts == [1, 2, 0, 1] and trainer.global_step == 4
+
+
+# ------------------------------------------------------------------------------------------------- bad scores
+
+
+class Constant(Reward):
+    """A reward of one's own, that checks nothing."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, samples):
+        scores = torch.arange(float(len(samples.completions)))
+        scores[1] = self.value
+        return scores
+
+
+def reward_of(value):
+    """One bad score among good ones, whatever is asked."""
+    return lambda prompts, completions: [value if i == 1 else float(i) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, None])
+def test_a_bad_score_stops_the_run_and_names_its_sample(tiny_model_dir, tmp_path, value):
+    own = value not in (None, 1e39)
+    for reward in (reward_of(value), *([Constant(value)] if own else []), [WeightedReward(reward_of(value))]):
+        module = PPOModule(tiny_model_dir, reward, lora=LoRA(r=2), sampling=Sampling(max_new_tokens=3))
+        data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, cache_dir=tmp_path / "cache")
+        with pytest.raises(ValueError, match=r"completion 1 \(row \d+ of the prompts\).*Prompt: .*bad_scores to drop"):
+            quiet(tmp_path, max_steps=1).fit(module, data)
+        assert module.trainer.global_step == 0
+
+
+class Without(PPOModule):
+    """Never has the prompts that want an a."""
+
+    def rollout(self, prompts, iteration):
+        keep = [i for i, wanted in enumerate(prompts.columns["wanted"]) if wanted != "a"]
+        pick = lambda values: [values[i] for i in keep]  # noqa: E731
+        columns = {name: pick(values) for name, values in prompts.columns.items()}
+        fewer = replace(prompts, prompts=pick(prompts.prompts), messages=pick(prompts.messages),
+                        rows=tuple(pick(prompts.rows)), columns=columns)  # fmt: skip
+        return super().rollout(fewer, iteration)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(scale_scores=True, whiten_rewards=True),
+        dict(loss_mean="sequence", whiten_advantages=False, clip_scores=2.0, samples_per_prompt=2),
+        dict(reward=[WeightedReward(run_ppo.patchy, 1.0), WeightedReward(happy, 0.5)], shared=False),
+    ],
+    ids=["scaled, whitened", "sequence mean", "weighted list"],
+)
+def test_a_dropped_sample_teaches_nothing(tiny_model_dir, tmp_path, monkeypatch, options):
+    """As if its prompt had not been there: in whitening, in running moments, in means and in gradients."""
+    options = dict(lora=True, max_steps=4, minibatches=1, reward=run_ppo.patchy, batch_size=5) | options
+    with pytest.warns(UserWarning, match=r"left out: .*returned nan for completion \d"):
+        trainer, dropped = run(tiny_model_dir, tmp_path / "dropped", bad_scores="drop", **options)
+    monkeypatch.setattr(run_ppo, "PPOModule", Without)
+    other, without = run(tiny_model_dir, tmp_path / "without", **options)
+    assert difference(trained(dropped), trained(without)) < 1e-5
+    assert dropped.running_scores.state_dict() == pytest.approx(without.running_scores.state_dict())
+    found, want = trainer.callback_metrics, other.callback_metrics
+    counts = [sum(logged(tmp_path / name, "dropped_samples")) for name in ("dropped", "without")]
+    assert counts == [4 * options.get("samples_per_prompt", 1), 0]  # 4 of the epoch's 20 prompts
+    for name in ("score", "score_std", "score_min", "reward_mean", "advantage_mean", "advantage_std", "loss",
+                 "explained_variance", "value_loss"):  # fmt: skip
+        assert found[f"train/{name}"] == pytest.approx(want[f"train/{name}"].item(), rel=1e-3, abs=1e-5), name
+    for name in (k for k in want if k.startswith("train/score/")):
+        assert found[name] == pytest.approx(want[name].item(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_all_ranks_drop_alike(tiny_model_dir, tmp_path):
+    options = dict(lora=True, max_steps=4, reward="run_ppo.patchy", bad_scores="drop", scale_scores=True, batch_size=5)
+    two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
+    one = spawn(tiny_model_dir, tmp_path / "one", **options)
+    assert difference(two, one) < 1e-5
+    assert sum(logged(tmp_path / "two", "dropped_samples")) == 4
+
+
+def test_a_reward_that_never_scores_ends_the_run(tiny_model_dir, tmp_path):
+    options = dict(lora=True, max_steps=9, bad_scores="drop", reward=lambda prompts, completions: [math.nan] * 4)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(RuntimeError, match="2 iterations in a row"):
+        run(tiny_model_dir, tmp_path, max_dropped=2, **options)
+
+
+def test_validation_and_prediction_go_on_without_it(tiny_model_dir, tmp_path):
+    module = PPOModule(tiny_model_dir, run_ppo.patchy, bad_scores="drop", sampling=Sampling(max_new_tokens=3))
+    data = PromptDataModule(run_ppo.prompts(5), val=run_ppo.prompts(5), cache_dir=tmp_path / "cache")
+    with pytest.warns(UserWarning, match="left out"):
+        found = quiet(tmp_path).validate(module, data, verbose=False)[0]
+        records = [record for batch in quiet(tmp_path).predict(module, data) for record in batch]
+    scores = [record["score"] for record in records]
+    assert scores[0] is None and None not in scores[1:]
+    assert found["val/score"] == pytest.approx(sum(scores[1:]) / 4, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- fp16
+
+
+class ScalesOnly(MixedPrecision):
+    """fp16's loss scaling without its autocast, so that results can be compared with fp32's."""
+
+    def __init__(self, **options):
+        super().__init__("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", **options))
+
+    def forward_context(self):
+        return nullcontext()
+
+
+class Scales(PPOModule):
+    """Keeps the scale after each update, and overflows the critic's gradients in chosen ones."""
+
+    overflows = ()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+    def gradients(self, experience, chosen, ptx):
+        found = super().gradients(experience, chosen, ptx)
+        if len(self.seen) in self.overflows:
+            self.trained()[1][0].grad.view(-1)[0] = math.inf
+        return found
+
+    def update(self, parameters, loss, first):
+        before = [p.detach().clone() for p in parameters]
+        taken = super().update(parameters, loss, first)
+        moved = [not torch.equal(p, b) for p, b in zip(parameters, before, strict=True)]
+        policy = len(self.trained()[0])
+        self.seen.append((taken, any(moved[:policy]), any(moved[policy:]), self.scaler and self.scaler.get_scale()))
+        return taken
+
+
+def scaled(model_dir, tmp_path, plugin, max_steps=2, overflows=(), shared=False, **options):
+    torch.manual_seed(0)
+    module = Scales(model_dir, letters, lora=LoRA(r=4), shared_backbone=shared, epochs=2, minibatches=1,
+                    sampling=Sampling(max_new_tokens=6), optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+                    reuse_passes=False, **options)  # fmt: skip
+    module.overflows = overflows
+    trainer = quiet(tmp_path, max_steps=max_steps, plugins=[plugin] if plugin else None)
+    trainer.fit(module, PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0))
+    return trainer, module
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["two optimizers", "one"])
+def test_a_scale_that_moves_leaves_the_steps_as_they_are(tiny_model_dir, tmp_path, shared):
+    """It doubled between two optimizers: the critic's gradients were then half of what they are."""
+    plugin = ScalesOnly(init_scale=4.0, growth_interval=1)
+    trainer, module = scaled(tiny_model_dir, tmp_path, plugin, shared=shared)
+    plain_trainer, plain = scaled(tiny_model_dir, tmp_path, None, shared=shared)
+    assert [scale for *_, scale in module.seen] == [8, 16, 32, 64]  # once an update
+    assert difference(trained(module), trained(plain)) < 1e-6
+    for name in ("policy_grad_norm", "value_grad_norm"):
+        want = plain_trainer.callback_metrics[f"train/{name}"].item()
+        assert trainer.callback_metrics[f"train/{name}"] == pytest.approx(want, rel=1e-4)
+    assert trainer.global_step == 2
+
+
+def test_an_overflow_of_one_optimizer_drops_the_step_of_both(tiny_model_dir, tmp_path):
+    plugin = ScalesOnly(init_scale=2.0**16)
+    trainer, module = scaled(tiny_model_dir, tmp_path, plugin, 3, overflows=(0, 2, 3), max_dropped=1)
+    half = 2.0**15
+    assert module.seen == [
+        (False, False, False, half),
+        (True, True, True, half),
+        (False, False, False, half / 2),  # an iteration without an update: counted, and no divergence
+        (False, False, False, half / 4),
+        (True, True, True, half / 4),
+        (True, True, True, half / 4),
+    ]
+    assert trainer.global_step == module.iteration == 3 and module.dropped == 0
+    assert trainer.callback_metrics["train/dropped_updates"] == 0
+
+
+def test_overflow_at_a_scale_of_one_is_divergence(tiny_model_dir, tmp_path):
+    plugin = ScalesOnly(init_scale=4.0)
+    with pytest.raises(RuntimeError, match="2 iterations in a row were dropped"):
+        scaled(tiny_model_dir, tmp_path, plugin, 9, overflows=range(99), max_dropped=2)
+
+
+def test_fp16_with_two_optimizers_runs(tiny_model_dir, tmp_path):
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    trainer, module = scaled(tiny_model_dir, tmp_path, plugin, 2)
+    assert trainer.global_step == 2 and all(p.isfinite().all() for p in trained(module).values())
+    assert trainer.callback_metrics["train/updates"] == 2
+
+
+# ------------------------------------------------------------------------------------------------- schedules
+
+
+def plateau(monitor=None, **options):
+    """torch's own, or Lightning's, which knows its metric."""
+    if monitor is None:
+        return lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+    return lambda optimizer: ReduceLROnPlateau(optimizer, monitor, **options)
+
+
+class Stepped(L.Callback):
+    """What plateau schedules were stepped by, and what was logged then."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.values = []
+        for config in trainer.lr_scheduler_configs:
+            step = config.scheduler.step
+            config.scheduler.step = lambda value, step=step: (self.values.append(value), step(value))[1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        (plateau(), "train/loss"),
+        (plateau(mode="max"), "train/score"),
+        (plateau("train/kl"), "train/kl"),
+        (plateau("val/score", mode="max"), "val/score"),
+    ],
+)
+def test_a_plateau_schedule_steps_on_a_metric_that_is_logged(tiny_model_dir, tmp_path, schedule, name):
+    values, stepped = [], Stepped()
+
+    class Logged(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            values.append(trainer.callback_metrics.get("train/" + name.split("/")[1]))
+
+        def on_validation_end(self, trainer, *_):
+            if not trainer.sanity_checking and name.startswith("val/"):
+                values[-1] = trainer.callback_metrics[name]
+
+    validates = dict(val_fraction=0.3) if name.startswith("val/") else {}
+    run(tiny_model_dir, tmp_path, lora=True, max_steps=3, callbacks=[stepped, Logged()], lr_scheduler=schedule,
+        shared=False, batch_size=20, **validates)  # fmt: skip
+    assert len(stepped.values) == 2 * 3  # policy's and critic's
+    assert stepped.values[::2] == stepped.values[1::2] == pytest.approx([value.item() for value in values])
+
+
+def test_a_plateau_lowers_the_rate(tiny_model_dir, tmp_path):
+    options = dict(reward=lambda prompts, completions: [1.0] * 4, lr_scheduler=plateau("train/score", mode="max",
+                   patience=1, factor=0.5))  # fmt: skip
+    trainer, _ = run(tiny_model_dir, tmp_path, lora=True, max_steps=5, lr=1e-3, **options)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3 * 0.5**2  # best at the first, 2 x 2 bad ones
+
+
+def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"goes by 'train/socre', which is not logged.*one of: .*train/score, "):
+        run(tiny_model_dir, tmp_path, lora=True, max_steps=3, lr_scheduler=plateau("train/socre"))
+    with pytest.raises(ValueError, match=r"goes by 'val/loss', .*one of: .*val/length, val/score"):
+        run(tiny_model_dir, tmp_path, lora=True, max_steps=9, val_fraction=0.3, lr_scheduler=plateau("val/loss"))
 
 
 def test_an_iteration_stopped_early_counts_once(tiny_model_dir, tmp_path):
@@ -598,16 +870,9 @@ LEARNS = dict(
 )  # fmt: skip
 
 
-def scores(tmp_path):
-    import csv
-
-    with (tmp_path / "log" / "version_0" / "metrics.csv").open() as file:
-        return [float(row["train/score"]) for row in csv.DictReader(file)]
-
-
 def test_the_score_rises(tiny_model_dir, tmp_path):
     run(tiny_model_dir, tmp_path, reward=happy, **LEARNS)
-    found = scores(tmp_path)
+    found = logged(tmp_path, "score")
     assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 0.15
 
 
