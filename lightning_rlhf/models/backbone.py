@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -174,14 +174,17 @@ class Backbone(nn.Module):
                 if layout == "inject":
                     self._install_hooks()
                 try:
-                    difference = ((self._probed(batch) - want).norm() / want.norm()).item()
+                    with tree.noting_windows() as windows:
+                        difference = ((self._probed(batch) - want).norm() / want.norm()).item()
                     self._run_checkpointed(batch)
                 except Exception as error:  # a family may fail anywhere in its own code
                     reasons.append(f"{layout}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 else:
-                    if difference < tolerance(whole):
+                    unseen = untried(whole, windows)
+                    if difference < tolerance(whole) and unseen is None:
                         return
-                    reasons.append(f"{layout}: hidden states differ by {difference:.1e} of their size")
+                    differ = f"hidden states differ by {difference:.1e} of their size"
+                    reasons.append(f"{layout}: {unseen or differ}")
                 self._remove_hooks()
         self.layout = "padded"
         tree.set_attention(whole, self._own_attention)
@@ -295,6 +298,24 @@ def probe(model: PreTrainedModel) -> PackedBatch:
         Tree(ids[26:27], [Branch(ids[27:32])]),
     )
     return pack(rows).to(embeddings.weight.device)
+
+
+def untried(model: PreTrainedModel, windows: Collection[int | None]) -> str | None:
+    """What a small trial can't show of a model, or None: masks that depend on a row's length.
+
+    Args:
+        model: That was tried.
+        windows: What its layers gave as their sliding windows meanwhile.
+    """
+    config: Any = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of the type {min(strange)}"
+    slides = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
+    window = getattr(config, "sliding_window", None) if slides else None
+    if window is not None and window not in windows:  # it may be wider than the trial
+        return f"its layers don't say that they have a window of {window} tokens"
+    return None
 
 
 def tolerance(model: PreTrainedModel) -> float:

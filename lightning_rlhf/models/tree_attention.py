@@ -28,6 +28,7 @@ from lightning_rlhf.models import flex
 
 NAME = "tree"
 _ACTIVE: ContextVar[bool] = ContextVar("a forest is being run", default=False)
+_WINDOWS: ContextVar[set[int | None] | None] = ContextVar("windows of the layers that run", default=None)
 
 
 class ForestNotPassedError(RuntimeError):
@@ -42,6 +43,17 @@ def forest_active() -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+@contextmanager
+def noting_windows() -> Iterator[set[int | None]]:
+    """Yields a set of what layers that run give as their sliding window; None of a layer that gives none."""
+    found: set[int | None] = set()
+    token = _WINDOWS.set(found)
+    try:
+        yield found
+    finally:
+        _WINDOWS.reset(token)
 
 
 def tree_attention(
@@ -79,7 +91,7 @@ def tree_attention(
 
     Raises:
         ForestNotPassedError: A packed row is being run and no forest arrived.
-        ValueError: More than one row.
+        ValueError: More than one row, or a mask that the layer made.
     """
     if forest is None:
         if _ACTIVE.get():
@@ -92,6 +104,10 @@ def tree_attention(
                 "attention (Policy.native_attention) outside packed batches."
             )
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra)
+    if attention_mask is not None and _ASKS_FOR_MASKS:
+        raise ValueError(f"{type(module).__name__} makes a mask of its own, which may depend on a row's length.")
+    if (windows := _WINDOWS.get()) is not None:
+        windows.add(sliding_window)
     if query.shape[0] != 1:
         raise ValueError(f"Tree attention takes one packed row, got a batch of {query.shape[0]}.")
     if _fused(query, key, value, dropout, softcap, s_aux):
@@ -192,8 +208,9 @@ AttentionInterface.register(NAME, tree_attention)
 try:
     from transformers import AttentionMaskInterface
 except ImportError:  # transformers < 4.53 makes a mask without asking; tree_attention ignores it
-    pass
+    _ASKS_FOR_MASKS = False
 else:
+    _ASKS_FOR_MASKS = True
     AttentionMaskInterface.register(NAME, _mask)
 
 

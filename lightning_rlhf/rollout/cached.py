@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.backbone import Backbone
+from lightning_rlhf.models.backbone import Backbone, untried
 from lightning_rlhf.rollout.cache import NAME, Decoder
 from lightning_rlhf.rollout.generate import GenerateEngine
 from lightning_rlhf.rollout.interface import Completion, Request, Sampling
@@ -137,9 +137,7 @@ def _by_config(model: PreTrainedModel) -> str | None:
     types = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())  # by kind of layer in Gemma 3
     if changing := next((name for name in ("dynamic", "longrope") if name in types), None):
         return f"rotary embeddings of the type {changing} depend on the longest row of a batch"
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    strange = set(kinds) - {"full_attention", "sliding_attention"}
-    return f"it has layers of the type {strange.pop()}" if strange else None
+    return None
 
 
 def _by_trying(policy: Backbone) -> str | None:
@@ -173,19 +171,8 @@ def _by_trying(policy: Backbone) -> str | None:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not difference < (0.05 if half else 1e-4):
         return f"logits differ by {difference:.1e} of their size"
-    window = _window(config)
-    if window is not None and window not in decoder.cache.windows:  # it may be wider than the trial
-        return f"its layers don't say that they have a window of {window} tokens"
-    return None
+    return untried(model, decoder.cache.windows)
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
-
-
-def _window(config: Any) -> int | None:
-    """The sliding window that some layer must have, by the config."""
-    kinds = getattr(config, "layer_types", None)
-    if getattr(config, "use_sliding_window", True) is False or (kinds and "sliding_attention" not in kinds):
-        return None
-    return getattr(config, "sliding_window", None)

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.prompts import PromptBatch
-from lightning_rlhf.models import Policy, load_causal_lm
+from lightning_rlhf.models import Policy, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, check_scores
+from lightning_rlhf.rewards.model import first_other_token
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import VALIDATION, OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups
@@ -65,6 +66,7 @@ class ActorCriticStage(OnlineStage):
         """Loads policy, reference, critic and reward model once."""
         if hasattr(self, "policy"):
             return
+        self._check_critic()
         options: dict[str, Any] = dict(
             dtype=self.dtype_of_weights,
             vocab_size=len(self.tokenizer),
@@ -99,6 +101,22 @@ class ActorCriticStage(OnlineStage):
                 same.share(self.policy)  # type: ignore[operator]
         self.reward.load()
         disable_dropout(self)
+
+    def _check_critic(self) -> None:
+        """Refuses a critic that would read the policy's tokens as others; without a tokenizer nobody can tell."""
+        if self.critic_from is None or isinstance(self.critic_from, PreTrainedModel):
+            return
+        try:
+            tokenizer = load_tokenizer(self.critic_from, self.trust_remote_code)
+        except (OSError, ValueError):
+            return
+        if (found := first_other_token(self.tokenizer, tokenizer)) is not None:
+            own, other = found
+            raise ValueError(
+                f"critic={os.fspath(self.critic_from)!r} has another tokenizer than the policy, whose tokens it would "
+                f"read as others: {own!r} is {other!r} there. Give a critic of the policy's family, or null to start "
+                "from the policy's weights."
+            )
 
     def _shares_backbone(self, reward: nn.Module) -> bool:
         """Whether a reward is an adapter of the very weights that the policy starts from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack
@@ -264,14 +266,32 @@ class OnlineStage(ManualStage):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Takes all dropout out of a model, whatever mode it is in: in RL it would make ratios differ from 1.
+    """Takes all that is random in training out of a model, whatever mode it is in: ratios would differ from 1.
 
     Evaluation mode would do so too, but transformers checkpoints activations in training mode only. Dropout is a
-    module, or a number of an attention layer or block, named so by all families.
+    module, or a number of an attention layer, a block or the config that it reads, named so by all families; layerdrop
+    is such a number too. Routers of experts draw by their mode, not by a number alone: they are evaluated as they run.
     """
+    silent: dict[int, Any] = {}  # a config of its own for what reads its config: the model's own is exported
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
+        _set_to_zero(module)
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in silent:
+                silent[id(config)] = copy.deepcopy(config)
+                _set_to_zero(silent[id(config)])
+            module.config = silent[id(config)]
+        if any("jitter" in name for name in vars(module)):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _set_to_zero(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop")):
+            setattr(holder, name, 0.0)
+
+
+def _evaluate(module: nn.Module, args: Any) -> None:
+    module.eval()

@@ -15,6 +15,8 @@ from lightning_rlhf.data.packed import Branch, Tree, pack, pad
 from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.value import ValueModel
+from lightning_rlhf.rollout.cached import reason_against
+from lightning_rlhf.stages.online import disable_dropout
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 BASE = dict(
@@ -116,7 +118,7 @@ TREES = [family for family in FAMILIES if layout(family) in ("tree", "inject")]
 
 
 def build(family, auto=AutoModelForCausalLM, **settings):
-    settings = {k: v for k, v in {**BASE, **FAMILIES[family][0], **settings}.items() if v is not None}
+    settings = {k: v for k, v in {**BASE, **FAMILIES.get(family, ({},))[0], **settings}.items() if v is not None}
     name = family.split(" ")[0]
     if name not in CONFIG_MAPPING:
         assert layout(family) is None  # the table says so too
@@ -245,3 +247,63 @@ def test_far_positions_are_those_of_fp32_frequencies(family, cast, when):
         CASTS[cast](got)
     with torch.no_grad():
         assert torch.equal(got(batch).logprobs, want(batch).logprobs)
+
+
+#: Families with something of their own that is random in training; all others have dropout in attention.
+RANDOM = {
+    "opt": dict(layerdrop=0.4, dropout=0.3, attention_dropout=0.3),
+    "falcon": dict(attention_dropout=0.3, hidden_dropout=0.3),
+    "mixtral": dict(router_jitter_noise=0.3, attention_dropout=0.3),
+    "phimoe": dict(MOE, router_jitter_noise=0.3, input_jitter_noise=0.3, attention_dropout=0.3),
+    "gpt2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3),
+    "gptj": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3),
+    "gpt_neo": dict(resid_dropout=0.3, embed_dropout=0.3, attention_dropout=0.3),
+    "bloom": dict(hidden_dropout=0.3, attention_dropout=0.3),
+    "phi": dict(resid_pdrop=0.3, embd_pdrop=0.3, attention_dropout=0.3),
+}
+QUIET = list({**FAMILIES, **RANDOM})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", QUIET)
+def test_nothing_is_random_in_training_without_dropout(family, checkpointing):
+    """Layerdrop, jitter of routers, dropout that a layer reads off its config: ratios would differ from 1."""
+    if family == "phimoe" and not FIVE:
+        pytest.skip("PhiMoE's attention of 4.51 takes other arguments")
+    settings = RANDOM.get(family, dict(attention_dropout=0.3))
+    model = build(family, **settings)
+    if checkpointing:
+        if not model.supports_gradient_checkpointing:
+            pytest.skip("it can't be checkpointed")
+        enable_checkpointing(model)
+    kept = model.config.to_dict()
+    policy, packed = Policy(model), batch()
+    disable_dropout(policy)
+    torch.manual_seed(0)
+    one, two = (policy.train()(packed).logprobs for _ in range(2))
+    assert torch.equal(one, two)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.eval()(packed).logprobs, one.detach(), atol=1e-6, rtol=0)
+    assert {k: v for k, v in model.config.to_dict().items() if "drop" in k} == {k: kept[k] for k in kept if "drop" in k}
+
+
+@pytest.mark.skipif(not FIVE, reason="4.51 runs them padded, or has none of them")
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("phimoe", dict(MOE, sliding_window=40)),
+        ("doge", dict(keep_window_size=40)),
+        ("doge", dict(sliding_window=40)),
+    ],
+    ids=["phimoe", "doge", "doge window"],
+)
+def test_a_mask_that_depends_on_the_length_is_known_before_it_acts(family, settings):
+    """Their layers don't hand it on, and the trial is shorter than it: long rows would see what they must not."""
+    plain, model = build(family, **settings), build(family, **settings)
+    policy = Policy(model)
+    assert policy.layout == "padded"
+    assert reason_against(policy) is not None  # the engine gives the same answer
+    long = pack([Tree([5, 6, 7], [Branch([(3 * i) % 90 + 5 for i in range(80)])])])
+    disable_dropout(policy.train()), disable_dropout(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(long).logprobs, reference(plain, long), atol=4e-6, rtol=0)

@@ -7,7 +7,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from lightning_rlhf import LoRA
+from lightning_rlhf import LoRA, PPOModule
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 
@@ -129,3 +129,18 @@ def test_weights_of_frozen_models_are_in_the_memory_of_the_cpu(rewards, tiny_mod
                         enable_progress_bar=False, default_root_dir=tmp_path, callbacks=[Places()])  # fmt: skip
     trainer.fit(module, data)
     assert places == {"idle": {"cpu"}, "policy": {"cuda"}, "asked": {"cuda"}}
+
+
+def test_a_critic_with_another_tokenizer_is_refused(tiny_model_dir, assets, rewards):
+    """It would read other words than the policy wrote, and learn values of those."""
+    for lora in (None, LoRA(r=2)):
+        module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), lora=lora,
+                           critic=str(assets / "models" / "stories260K"), shared_backbone=False)  # fmt: skip
+        with pytest.raises(ValueError, match=r"critic='.*stories260K' has another tokenizer than the policy"):
+            module.configure_model()
+        assert not hasattr(module, "critic")
+    # the base of a policy whose template brought tokens knows all others
+    module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), chat_template="llama3",
+                       critic=str(tiny_model_dir))  # fmt: skip
+    module.configure_model()
+    assert module.critic.transformer.config.vocab_size == module.policy.transformer.config.vocab_size
