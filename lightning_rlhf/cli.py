@@ -54,29 +54,39 @@ def main(args: Sequence[str] | None = None) -> None:
         found = meant(arguments[0], known)
         print(f"lightning-rlhf: there is no command {arguments[0]}{found} All: {', '.join(known)}", file=sys.stderr)
         sys.exit(2)
-    if arguments[0] in TOOLS:
-        module, function = TOOLS[arguments[0]][0].split(":")
-        getattr(importlib.import_module(module), function)(arguments[1:])
-        return
+    try:
+        if arguments[0] in TOOLS:
+            module, function = TOOLS[arguments[0]][0].split(":")
+            getattr(importlib.import_module(module), function)(arguments[1:])
+        else:
+            _stage(arguments[0], args)
+    except KeyboardInterrupt:  # where nothing runs that could be saved
+        print("SIGINT: stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _stage(command: str, args: Sequence[str] | None) -> None:
+    """One of the Trainer's methods."""
     try:
         cli(args)
     except Exception as error:
         if not _told(found := reason(error), found is not error):
             raise
-        sys.exit(f"lightning-rlhf {arguments[0]}: {' '.join(str(found).split())}")
+        sys.exit(f"lightning-rlhf {command}: {' '.join(str(found).split())}")
 
 
 def _told(error: BaseException, of_settings: bool) -> bool:
     """Whether an error's message is all that its reader needs: of settings, of a row, of a file that is not there."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from lightning_rlhf.callbacks.atomic import CheckpointError
     from lightning_rlhf.data.sources import BadRowError
 
     if of_settings and isinstance(error, (OSError, ValueError)):
         return True
     if isinstance(error, FileNotFoundError):
         return error.errno is None  # with a number it is the system's, and was not written for people
-    return isinstance(error, (BadRowError, MisconfigurationException))
+    return isinstance(error, (BadRowError, CheckpointError, MisconfigurationException))
 
 
 def reason(error: BaseException) -> BaseException:

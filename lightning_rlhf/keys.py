@@ -161,3 +161,9 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line."""
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Keeps the settings of the command line, where Lightning would put those of the checkpoint, unsaid.
+
+        Even the module would be the checkpoint's. There is no public switch; a test fails where this one moves.
+        """

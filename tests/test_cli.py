@@ -332,3 +332,15 @@ def test_help_is_for_people(command, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"usage: lightning-rlhf {'[options] ' if command not in TOOLS else ''}{command} ")
     assert "Args:" not in out and "args:" not in out and "Raises:" not in out
+
+
+@pytest.mark.parametrize("command", ["fit", "demo"])
+def test_ctrl_c_where_nothing_runs_yet_is_one_line_and_its_status(command, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_rlhf.cli.cli", interrupted)
+    monkeypatch.setattr("lightning_rlhf.demo.main", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main([command])
+    assert end.value.code == 130 and capsys.readouterr().err == "SIGINT: stopped.\n"

@@ -1,6 +1,6 @@
 """Callbacks: Hugging Face export, averaged weights, sample answers, win rates, reports, interrupts, predictions."""
 
-from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
+from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO, CheckpointError
 from lightning_rlhf.callbacks.ema import EMA, averaged_weights
 from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.interrupt import Interrupted, SaveOnInterrupt
@@ -12,6 +12,7 @@ from lightning_rlhf.callbacks.win_rate import WinRate
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "CheckpointError",
     "HFExport",
     "Interrupted",
     "Report",

@@ -18,12 +18,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.callbacks import SaveOnInterrupt
+from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
+from lightning_rlhf.callbacks.atomic import naming
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.models import LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
@@ -31,6 +33,7 @@ from lightning_rlhf.models.loading import Dtype, load_config
 from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, holds_whole_models
+from lightning_rlhf.strategies.sharded import ShardedOptimizer
 
 
 class Stage(L.LightningModule):
@@ -110,21 +113,36 @@ class Stage(L.LightningModule):
         self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
         self.trust_remote_code = trust_remote_code
         self._rng_to_restore: dict[str, Any] | None = None
+        self._makers_to_match: dict[str, list[str]] | None = None
         self._mid_step = False
 
     def keep_hyperparameters(self) -> None:
         """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
 
         Objects among them (a model, a tokenizer, functions) stay out: a checkpoint is loaded without trusting code.
+        It holds their names, and :meth:`load_from_checkpoint` asks for them.
         """
         frame = inspect.currentframe()
-        constructor = None if frame is None else frame.f_back
-        if constructor is not None:
-            settings = {k: v for k, v in constructor.f_locals.items() if k not in ("self", "__class__")}
-            self.save_hyperparameters(ignore=[k for k, v in settings.items() if not _is_data(v)], frame=constructor)
-            paths = {k: os.fspath(v) for k, v in settings.items() if isinstance(v, os.PathLike)}
-            if paths:
-                self.save_hyperparameters(paths)
+        constructor = frame = None if frame is None else frame.f_back
+        settings: dict[str, Any] = {}
+        while frame is not None and frame.f_locals.get("self") is self:  # of subclasses too, as Lightning takes them
+            names, _, further, values = inspect.getargvalues(frame)
+            given = {name: values[name] for name in names[1:]} | (values[further] if further else {})
+            settings = {**settings, **given}
+            frame = frame.f_back
+        objects = {name for name, value in settings.items() if not _is_data(value)}
+        self.save_hyperparameters(ignore=sorted(objects), frame=constructor)
+        if "_instantiator" in self.hparams:  # a LightningCLI brings all settings as its file has them
+            self.save_hyperparameters(frame=constructor)
+            objects = set()
+        elif paths := {k: os.fspath(v) for k, v in settings.items() if isinstance(v, os.PathLike)}:
+            self.save_hyperparameters(paths)
+            objects -= paths.keys()
+        defaults: dict[str, Any] = {}
+        for base in type(self).__mro__:
+            for name, parameter in inspect.signature(base.__init__).parameters.items():  # type: ignore[misc]
+                defaults.setdefault(name, parameter.default)
+        self._objects = {k: _name(settings[k]) for k in sorted(objects) if settings[k] is not defaults.get(k)}
 
     @property
     def exportable(self) -> Backbone:
@@ -221,6 +239,7 @@ class Stage(L.LightningModule):
                 f"trainer.limit_train_batches={limit} is not a multiple of accumulate_grad_batches={k}: the last "
                 f"optimizer step would miss a part. Use {max(k, limit - limit % k)} or {limit - limit % k + k}."
             )
+        self._match_makers()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Puts a resumed run's RNG states back, after all that set-up drew."""
@@ -261,6 +280,7 @@ class Stage(L.LightningModule):
                 "or a val_check_interval that is no multiple of accumulate_grad_batches). The gradients gathered so "
                 "far are not in it: a run resumed from it will differ."
             )
+        checkpoint["stage"] = {"classes": _stages(type(self)), "objects": self._objects, **self._makers()}
         checkpoint["rng_states"] = gather_objects(rng_state())
         checkpoint["dropped"] = self.dropped
         frozen = self._frozen()
@@ -270,13 +290,22 @@ class Stage(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen and not k.startswith(scales)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes this rank's RNG state, and completes the weights with the frozen ones."""
+        """Takes this rank's RNG state, and completes the weights with the frozen ones.
+
+        Raises:
+            CheckpointError: It is another stage's, or its optimizer or schedule is of another kind.
+        """
         states = checkpoint.get("rng_states", [])
         self.dropped = checkpoint.get("dropped", 0)
         try:
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint: no run goes on
             trainer = None
+        _check_stage(type(self), checkpoint, "The checkpoint" if trainer is None else str(trainer.ckpt_path))
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._makers_to_match = {k: checkpoint["stage"][k] for k in ("optimizers", "schedules")}
+            if trainer.optimizers:  # else there are some when fit starts
+                self._match_makers()
         if trainer is not None and len(states) == trainer.world_size:
             self._rng_to_restore = states[trainer.global_rank]
         own = self.state_dict()
@@ -284,9 +313,94 @@ class Stage(L.LightningModule):
         for name in self._frozen() - saved.keys():
             saved[name] = own[name]
 
+    def _makers(self) -> dict[str, list[str]]:
+        """Kinds of optimizers and schedules."""
+        optimizers = [o.boosted.original if isinstance(o, ShardedOptimizer) else o for o in self.trainer.optimizers]
+        return {
+            "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
+            "schedules": [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs],
+        }
+
+    def _match_makers(self) -> None:
+        """Refuses a checkpoint whose optimizers or schedules are of another kind: their states would not fit."""
+        saved, self._makers_to_match = self._makers_to_match, None
+        now = self._makers()
+        for what in now if saved else ():
+            if saved[what] and saved[what] != now[what]:  # type: ignore[index]
+                raise CheckpointError(
+                    f"{self.trainer.ckpt_path} was made with the {what} {', '.join(saved[what])}, and "  # type: ignore[index]
+                    f"{', '.join(now[what]) or 'none'} can't go on from their states. Give the same ones, or start a "
+                    "new run, with what this one exported as pretrained."
+                )
+
+    @_restricted_classmethod  # Lightning's own: not to be called on an object, which it would leave as it is
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Lightning's; what a checkpoint can't hold must be given again.
+
+        Args:
+            checkpoint_path: A file.
+            map_location: As of ``torch.load``.
+            hparams_file: YAML of other settings.
+            strict: Whether names of weights must match.
+            weights_only: As of ``torch.load``.
+            **kwargs: Settings that replace those of the checkpoint, and the objects among them.
+
+        Returns:
+            The module.
+
+        Raises:
+            CheckpointError: It is no checkpoint, another stage's, or was made with objects that are not given.
+        """
+        if isinstance(checkpoint_path, (str, os.PathLike)) and os.path.exists(checkpoint_path):
+            with naming(checkpoint_path):
+                held = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
+            _check_stage(cls, held, os.fspath(checkpoint_path))
+            objects = held["stage"]["objects"]
+            if missing := [name for name in objects if name not in kwargs]:
+                raise CheckpointError(
+                    f"{os.fspath(checkpoint_path)} was made with what no checkpoint can hold: "
+                    f"{', '.join(f'{name} ({objects[name]})' for name in missing)}. Give the same again: "
+                    f"{cls.__name__}.load_from_checkpoint(..., {', '.join(f'{name}=...' for name in missing)})."
+                )
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+
     def _frozen(self) -> set[str]:
         """Names in the state dict that no optimizer changes; buffers are kept."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _stages(kind: type) -> list[str]:
+    """The names of a stage's class and of those that it extends."""
+    return [base.__name__ for base in kind.__mro__ if issubclass(base, Stage) and base is not Stage]
+
+
+def _check_stage(kind: type, checkpoint: dict[str, Any], where: str) -> None:
+    """Refuses a checkpoint of another stage; one of a subclass or of a base will do.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    saved, own = checkpoint.get("stage", {}).get("classes"), _stages(kind)
+    if not saved:
+        raise CheckpointError(f"{where} is no checkpoint of a stage of lightning_rlhf: it doesn't say which stage.")
+    if saved[0] not in own and kind.__name__ not in saved and kind is not Stage:
+        raise CheckpointError(
+            f"{where} is a checkpoint of {saved[0]}, and {kind.__name__} can't go on from it. Give what that run "
+            "exported (its hf/best or hf/last) as pretrained."
+        )
+
+
+def _name(value: object) -> str:
+    """What an object is, in a word."""
+    return str(getattr(value, "__qualname__", None) or type(value).__name__)
 
 
 def _is_data(value: object) -> bool:

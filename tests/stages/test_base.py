@@ -1,6 +1,9 @@
 """What all stages share: what they refuse, what their checkpoints hold."""
 
+import json
 import random
+import re
+from pathlib import Path
 
 import lightning.pytorch as L
 import numpy as np
@@ -8,7 +11,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
-from lightning_rlhf import InstructionDataModule, SFTModule
+from lightning_rlhf import (
+    InstructionDataModule,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    SFTModule,
+)
+from lightning_rlhf.callbacks import CheckpointError
+from lightning_rlhf.cli import main
+from lightning_rlhf.models import load_causal_lm, load_tokenizer
+from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.stages.base import rng_state, set_rng_state
 
 ROWS = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(8)]
@@ -68,3 +82,179 @@ def test_a_fresh_run_does_not_take_the_loaded_checkpoints_rng(tiny_model_dir, tm
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     module = SFTModule.load_from_checkpoint(tmp_path / "x.ckpt")
     assert module._rng_to_restore is None
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.5)
+
+
+def steps(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 3)
+
+
+def brief(prompts, completions):
+    return [-float(len(text)) for text in completions]
+
+
+PAIRS = [{"prompt": f"Say {i}", "chosen": f"{i}", "rejected": f"{i} fox"} for i in range(8)]
+QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+             enable_checkpointing=False)  # fmt: skip
+
+
+def data_of(module, folder):
+    kinds = {SFTModule: InstructionDataModule, RewardModule: PreferenceDataModule, PPOModule: PromptDataModule}
+    kind = next(kinds[base] for base in type(module).__mro__ if base in kinds)
+    rows = PAIRS if kind is PreferenceDataModule else ROWS
+    return kind(rows, val=rows, batch_size=4, cache_dir=folder)
+
+
+def run(module, folder, ckpt=None, steps=1):
+    trainer = L.Trainer(max_steps=steps, default_root_dir=folder, limit_val_batches=0, **QUIET)
+    trainer.fit(module, data_of(module, folder), ckpt_path=ckpt)
+    return trainer
+
+
+def ppo(model_dir, **settings):
+    return PPOModule(model_dir, brief, critic_lr=1e-3, epochs=1, **settings)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model_dir, tmp_path_factory):
+    """A checkpoint of each stage, made with objects."""
+    folder, model_dir = tmp_path_factory.mktemp("saved"), Path(tiny_model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    for module in (
+        SFTModule(model_dir, optimizer=sgd),
+        RewardModule(model_dir, tokenizer, lr_scheduler=steps),
+        ppo(load_causal_lm(model_dir), tokenizer=tokenizer, engine=CachedEngine(max_rows=2)),
+    ):
+        run(module, folder).save_checkpoint(folder / f"{type(module).__name__}.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "objects"),
+    [
+        (SFTModule, dict(optimizer=sgd)),
+        (RewardModule, dict(lr_scheduler=steps, tokenizer=load_tokenizer)),
+        (PPOModule, dict(engine=CachedEngine(), pretrained=load_causal_lm, reward=brief, tokenizer=load_tokenizer)),
+    ],
+)
+def test_objects_that_a_checkpoint_can_not_hold_are_asked_for(kind, objects, saved, tiny_model_dir):
+    path = saved / f"{kind.__name__}.ckpt"
+    given = {k: v(tiny_model_dir) if v in (load_tokenizer, load_causal_lm) else v for k, v in objects.items()}
+    names = ", ".join(f"{k} ({getattr(v, '__qualname__', type(v).__name__)})" for k, v in given.items())
+    again = f"{kind.__name__}.load_from_checkpoint(..., {', '.join(f'{k}=...' for k in given)})."
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{path} was made with what no checkpoint can hold: {names}. ")
+    ):
+        kind.load_from_checkpoint(path)
+    with pytest.raises(CheckpointError, match=re.escape(f"Give the same again: {again}")):
+        kind.load_from_checkpoint(path)
+    *most, last = given
+    with pytest.raises(CheckpointError, match=re.escape(f"can hold: {last} (")):
+        kind.load_from_checkpoint(path, **{name: given[name] for name in most})
+    module = kind.load_from_checkpoint(path, **given)
+    assert kind is not SFTModule or module.make_optimizer is sgd
+    assert kind is not RewardModule or module.make_lr_scheduler is steps
+    held, own = torch.load(path, weights_only=True)["state_dict"], module.state_dict()
+    assert all(torch.equal(own[key], held[key]) for key in held)
+
+
+def test_arguments_of_a_subclass_are_asked_for_too(tiny_model_dir, tmp_path):
+    class Mine(SFTModule):
+        def __init__(self, pretrained, hook, **settings):
+            super().__init__(pretrained, **settings)
+
+    run(Mine(tiny_model_dir, brief, optimizer=sgd), tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=re.escape("hook (brief), optimizer (sgd)")):
+        Mine.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert Mine.load_from_checkpoint(tmp_path / "x.ckpt", hook=None, optimizer=sgd).make_optimizer is sgd
+
+
+def test_a_run_of_the_command_line_comes_back_with_its_optimizer(tiny_model_dir, tmp_path, monkeypatch):
+    """And a further one keeps to its own settings, whatever the checkpoint was made with."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = [
+        "fit", "--model", "SFTModule", "--model.pretrained", str(tiny_model_dir), "--data", "InstructionDataModule",
+        "--data.train", str(tmp_path / "rows.jsonl"), "--data.val_fraction", "0.0", "--data.batch_size", "4",
+        "--data.cache_dir", str(tmp_path), "--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path),
+        "--trainer.enable_progress_bar", "false", "--trainer.callbacks+", "ModelCheckpoint",
+        "--trainer.callbacks.dirpath", str(tmp_path), "--trainer.callbacks.filename", "x",
+    ]  # fmt: skip
+    own = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.25"]
+    main([*command, *own, "--trainer.max_steps", "1"])
+    path = tmp_path / "x.ckpt"
+    parameters = [torch.nn.Parameter(torch.ones(1))]
+    optimizer = SFTModule.load_from_checkpoint(path).make_optimizer(parameters)
+    assert type(optimizer) is torch.optim.SGD and optimizer.param_groups[0]["lr"] == 0.25
+
+    found = []
+    monkeypatch.setattr(SFTModule, "on_train_start", lambda self: found.append(self.z_loss))
+    main([*command, *own, "--trainer.max_steps", "2", "--model.z_loss", "0.5", "--ckpt_path", str(path)])
+    assert found == [0.5]
+    with pytest.raises(SystemExit, match=r"x\.ckpt was made with the optimizers SGD, and AdamW can't go on"):
+        main([*command, "--trainer.max_steps", "2", "--ckpt_path", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("held", "kind"), [(SFTModule, RewardModule), (RewardModule, PPOModule), (PPOModule, SFTModule)]
+)
+def test_a_checkpoint_of_another_stage_is_named(held, kind, saved, tiny_model_dir, tmp_path):
+    path = saved / f"{held.__name__}.ckpt"
+    module = ppo(tiny_model_dir) if kind is PPOModule else kind(tiny_model_dir)
+    message = re.escape(f"{path} is a checkpoint of {held.__name__}, and {kind.__name__} can't go on from it")
+    with pytest.raises(CheckpointError, match=message):
+        run(module, tmp_path, path, steps=2)
+    with pytest.raises(CheckpointError, match=message):
+        L.Trainer(default_root_dir=tmp_path, **QUIET).validate(module, data_of(module, tmp_path), ckpt_path=path)
+    with pytest.raises(CheckpointError, match=message):
+        kind.load_from_checkpoint(path)
+
+
+def test_a_subclass_goes_on_from_its_base_and_back(saved, tiny_model_dir, tmp_path):
+    class Mine(SFTModule):
+        pass
+
+    trainer = run(Mine(tiny_model_dir, optimizer=sgd), tmp_path, saved / "SFTModule.ckpt", steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert SFTModule.load_from_checkpoint(tmp_path / "x.ckpt", optimizer=sgd).make_optimizer is sgd
+
+
+def test_what_is_no_checkpoint_is_named(tiny_model_dir, tmp_path):
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "text.ckpt").write_text("no checkpoint\n" * 99)
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.4"}, tmp_path / "foreign.ckpt")
+    (tmp_path / "half.ckpt").write_bytes((tmp_path / "foreign.ckpt").read_bytes()[:-40])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a.ckpt").touch()
+    messages = {
+        "empty.ckpt": "is empty: no checkpoint was written to it",
+        "text.ckpt": "is no checkpoint, or a damaged one",
+        "half.ckpt": "is no checkpoint, or a damaged one",
+        "foreign.ckpt": "is no checkpoint of a stage of lightning_rlhf",
+        "run": f"is a directory and no checkpoint: give a file, such as {tmp_path / 'run' / 'a.ckpt'}",
+        str(tiny_model_dir): "is a Hugging Face directory and no checkpoint: give it as pretrained",
+    }
+    for name, message in messages.items():
+        with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / name} {message}")):
+            SFTModule.load_from_checkpoint(tmp_path / name)
+        with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / name} {message}")):
+            run(SFTModule(tiny_model_dir), tmp_path, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        SFTModule.load_from_checkpoint(tmp_path / "nothing.ckpt")
+
+
+def test_another_optimizer_or_schedule_is_named_before_the_plan(saved, tiny_model_dir, tmp_path):
+    sft, reward = saved / "SFTModule.ckpt", saved / "RewardModule.ckpt"
+    rows = InstructionDataModule(ROWS[:6], val=ROWS, batch_size=2, cache_dir=tmp_path)  # which is another plan
+    trainer = L.Trainer(max_steps=2, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(CheckpointError, match=re.escape(f"{sft} was made with the optimizers SGD, and AdamW can't")):
+        trainer.fit(SFTModule(tiny_model_dir), rows, ckpt_path=sft)
+    with pytest.raises(CheckpointError, match=r"with the schedules StepLR, and CosineWarmup can't go on"):
+        run(RewardModule(tiny_model_dir), tmp_path, reward, steps=2)
+    with pytest.raises(CheckpointError, match=r"with the optimizers AdamW, AdamW, and SGD, SGD can't go on"):
+        run(ppo(tiny_model_dir, optimizer=sgd), tmp_path, saved / "PPOModule.ckpt", steps=2)
