@@ -180,9 +180,18 @@ def test_lightnings_own_refusals_are_told_in_a_line(tiny_model_dir, rows, tmp_pa
         main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--trainer.profiler", "none such"])
 
 
-def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path):
+def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path, monkeypatch):
+    def broken(self):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr("lightning_rlhf.stages.sft.SFTModule.configure_model", broken)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        main(arguments("fit", tiny_model_dir, rows, tmp_path))
+
+
+def test_a_broken_checkpoint_is_named_in_a_line(tiny_model_dir, rows, tmp_path):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")
-    with pytest.raises(Exception, match=r"(?i)pickle|unpickl|weights_only|zip|load"):
+    with pytest.raises(SystemExit, match=r"^lightning-rlhf fit: .*broken.ckpt is no checkpoint, or a damaged one: .*$"):
         main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--ckpt_path", str(tmp_path / "broken.ckpt")])
 
 
