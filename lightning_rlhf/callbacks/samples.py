@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,9 +23,19 @@ from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, read_rows
+from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.evaluation.answers import Refuse, complete, room, shown
-from lightning_rlhf.rollout import CachedEngine, Completion, GenerateEngine, RolloutEngine, Sampling, sample_key
+from lightning_rlhf.models.saving import own_stop_token_ids
+from lightning_rlhf.rollout import (
+    CachedEngine,
+    Completion,
+    GenerateEngine,
+    RolloutEngine,
+    Sampling,
+    as_answers,
+    sample_key,
+)
 from lightning_rlhf.strategies import runs_alone, whole_weights
 
 
@@ -146,13 +156,15 @@ class PromptCallback(L.Callback):
         return not runs_alone(trainer.strategy)
 
     def _complete(
-        self, trainer: L.Trainer, module: Any, batches: Iterable[Sequence[int]], *key: int
+        self, trainer: L.Trainer, module: Any, batches: Sequence[Sequence[int]], *key: int
     ) -> list[Completion]:
         """Completes prompts, given by their numbers; those of a batch are in the making at a time."""
         tokenizer = module.tokenizer
-        stops = tuple(getattr(module, "stop_token_ids", ())) or (tokenizer.eos_token_id,)
+        stops = getattr(module, "stop_token_ids", ())
+        stops = stops or stop_token_ids(tokenizer, own_stop_token_ids(module.exportable.transformer))
         engine: RolloutEngine = GenerateEngine(synced_gpus=True) if self._together(trainer) else CachedEngine()
-        sampling = Sampling(self.max_new_tokens, temperature=self.temperature)
+        strings = getattr(getattr(module, "sampling", None), "stop_strings", ())  # what ends them in training
+        sampling = Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
         gathered: AbstractContextManager[None] = nullcontext()
         root = trainer.strategy.model
         if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
@@ -163,7 +175,8 @@ class PromptCallback(L.Callback):
                 ids = [self._prompts.prompts[i] for i in batch]
                 keys = [sample_key(self.seed, *key, i) for i in batch]
                 found += complete(engine, module.exportable, tokenizer, ids, keys, sampling, stops)
-        return found
+        asked = [self._prompts.messages[i] for batch in batches for i in batch]
+        return [c for (c,) in as_answers(tokenizer, asked, [[c] for c in found])]
 
 
 class SampleCompletions(PromptCallback):

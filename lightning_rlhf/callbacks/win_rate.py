@@ -177,13 +177,14 @@ class WinRate(PromptCallback):
         if self._saved.get("of") == self._asked():
             self._baseline = [Answer(*answer) for answer in self._saved["answers"]]
             return
-        source, tokenizer = self.against, None
+        source, tokenizer, stops = self.against, None, ()
         if source == "start":
             if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
                 found = self._answers(trainer, module)
                 self._baseline = [found[i] for i in range(len(prompts))]
                 return
             source, tokenizer = getattr(module, "pretrained", None), module.tokenizer  # type: ignore[assignment]
+            stops = getattr(module, "stop_token_ids", ())
             if not isinstance(source, (str, os.PathLike)):
                 raise ValueError(
                     "WinRate: the model that the run began with is no longer there. Give against: a directory or a "
@@ -193,9 +194,11 @@ class WinRate(PromptCallback):
             self._baseline = read_answers(source, prompts)
             return
         mine = {i: prompts[i] for i in self._share(trainer)}
-        sampling = Sampling(self.max_new_tokens, temperature=self.temperature)
+        strings = getattr(getattr(module, "sampling", None), "stop_strings", ())
+        sampling = Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
         options: dict[str, Any] = dict(
             tokenizer=tokenizer,
+            stop_ids=stops,
             dtype=getattr(module, "dtype_of_weights", "float32"),
             device=trainer.strategy.root_device,
             batch_size=_BATCH,

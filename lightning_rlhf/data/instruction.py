@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -123,7 +123,8 @@ class InstructionDataModule(TreeDataModule[Conversation]):
 
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
         """:func:`encode_instruction` with the loss's reach and the length limit."""
-        return encode_instruction, {"loss_on": self.loss_on, "limit": limit, "cut": self.truncate}
+        arguments = {"loss_on": self.loss_on, "limit": limit, "cut": self.truncate, "stop_ids": self.stop_ids}
+        return encode_instruction, arguments
 
     def messages(self, item: Conversation) -> list[dict[str, str]] | None:
         """The messages before the last answer."""
@@ -133,7 +134,12 @@ class InstructionDataModule(TreeDataModule[Conversation]):
 
 
 def encode_instruction(
-    row: list[Any], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, limit: int, cut: bool
+    row: list[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    limit: int,
+    cut: bool,
+    stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One row's tokens, or why it has none; runs in worker processes."""
     messages, text = row
@@ -141,7 +147,7 @@ def encode_instruction(
     sizes = {"num_tokens": 0, "num_scored": 0, "num_sequences": 1, "pair_weight": 0.0}
     empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False, **sizes}
     try:
-        tokens = encode(tokenizer, conversation, loss_on)
+        tokens = encode(tokenizer, conversation, loss_on, stop_ids)
     except TokenizeError as error:
         return {**empty, "kind": error.kind, "reason": str(error)}
     length = len(tokens.input_ids)

@@ -437,6 +437,12 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             raise ValueError(f"{type(self).__name__} has no tokenizer: give one, or use it with a module that has one.")
         return tokenizer
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer by the module's ``stop_token_ids``; none where it has none."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return list(getattr(module, "stop_token_ids", ()))
+
     def _limit(self) -> int:
         """Most tokens of a row: the argument, else the model's context, else what the tokenizer says."""
         if self.max_length is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -165,7 +165,7 @@ class PreferenceDataModule(TreeDataModule[Preference]):
 
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
         """:func:`encode_preference` with the length limit."""
-        return encode_preference, {"limit": limit}
+        return encode_preference, {"limit": limit, "stop_ids": self.stop_ids}
 
     def messages(self, item: Preference) -> list[dict[str, str]]:
         """The prompt."""
@@ -181,7 +181,9 @@ def _is_preference(row: Mapping[str, Any]) -> bool:
     return any(not entry.missing(row) for name, entry in PREFERENCE_FORMATS.items() if name != "unpaired")
 
 
-def encode_preference(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, Any]:
+def encode_preference(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, stop_ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """One row's tokens, or why it has none; runs in worker processes.
 
     An answer ends with its stop token, as a completion does when it is sampled: what a template writes behind that
@@ -197,7 +199,7 @@ def encode_preference(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
         for answer in row["answers"]:
             # turns of the prompt are not scored here: a template may write them otherwise than when they were new
             loss_on: LossOn = "last" if len(answer) == 1 else "assistant"
-            tokens = encode(tokenizer, Conversation((*messages, *answer)), loss_on)
+            tokens = encode(tokenizer, Conversation((*messages, *answer)), loss_on, stop_ids)
             end = max(i for i, read in enumerate(tokens.scored) if read) + 1
             if tokens.input_ids[: len(prompt)] != prompt:
                 reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"

@@ -8,6 +8,7 @@ tokens along.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -130,12 +131,12 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | os.PathLike[str] | None) -> int:
     """Give a tokenizer a chat template, with the tokens that it needs. Save the tokenizer beside the model.
 
-    A preset does two things more, so that what was trained is what later tools see:
+    Two things more, so that what was trained is what later tools see:
 
-    - Where it ends turns with a token of its own, that token becomes ``tokenizer.eos_token``, and a line in the log
-      says so: exported models and generation stop at it.
-    - Where the tokenizer begins every text with BOS, the template does so too: chat templates write their BOS
-      themselves, and such models have never read a text without it.
+    - Where the new template ends turns with a special token other than the eos, that token becomes
+      ``tokenizer.eos_token``, and a line in the log says so: some tools stop at nothing else.
+    - Where the tokenizer begins every text with BOS, a preset does so too: chat templates write their BOS themselves,
+      and such models have never read a text without it.
 
     Args:
         tokenizer: The tokenizer, which is changed.
@@ -147,7 +148,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | o
 
     Raises:
         ValueError: If there is no such preset or file, if None is given and the tokenizer has no template, or if the
-            preset needs an eos that the tokenizer lacks.
+            preset needs an eos that the tokenizer lacks, or if the file's template refuses a user turn with its answer.
     """
     presets = ", ".join(CHAT_TEMPLATES)
     if chat_template is None:
@@ -163,6 +164,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | o
         if not path.is_file():
             raise ValueError(f"The chat template {str(path)!r} is neither a preset ({presets}) nor a file.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+        _stop_at_turn_end(tokenizer, path.name)
         return 0
     if preset.stop is None and tokenizer.eos_token is None:
         raise ValueError(
@@ -170,26 +172,35 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | o
             "Set tokenizer.eos_token, or choose 'chatml' or 'llama3', which bring one."
         )
     added = _add_special_tokens(tokenizer, preset.special_tokens)
-    if preset.stop not in (None, tokenizer.eos_token):
-        rank_zero_info(
-            f"The chat template {preset.name!r} ends turns with {preset.stop!r}: it replaces {tokenizer.eos_token!r} "
-            "as the tokenizer's eos token."
-        )
-        tokenizer.eos_token = preset.stop
     begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     writes_bos = "bos_token" in preset.template
     tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos and not writes_bos else "") + preset.template
+    _stop_at_turn_end(tokenizer, preset.name)
     return added
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tell which tokens end an assistant turn: the eos, and the one that the chat template writes there.
+def _stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Makes the token that ends turns the eos."""
+    end = turn_end(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
+        token = str(tokenizer.convert_ids_to_tokens(end))
+        rank_zero_info(
+            f"The chat template {name!r} ends turns with {token!r}: it replaces {tokenizer.eos_token!r} as the "
+            "tokenizer's eos token."
+        )
+        tokenizer.eos_token = token
 
-    The two differ in many published models. The template's is read off a short conversation: the special token that
-    follows the assistant's text.
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, further: Iterable[int | None] = ()) -> tuple[int, ...]:
+    """Tell which tokens end an assistant turn: the eos, the one that the chat template writes there, and further ones.
+
+    The first two differ in many published models. The template's is read off a short conversation: the special token
+    that follows the assistant's text.
 
     Args:
         tokenizer: The tokenizer, with or without a chat template.
+        further: Such as those of the model's generation config
+            (:func:`~lightning_rlhf.models.loading.load_stop_token_ids`); those that the tokenizer has not are left out.
 
     Returns:
         The ids, the eos first.
@@ -197,23 +208,44 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     Raises:
         ValueError: If there is no such token, or if the template refuses a user turn with its answer.
     """
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        answer = "stop token probe"
-        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        try:
-            text = cast(str, tokenizer.apply_chat_template(probe, tokenize=False))
-        except TemplateError as error:
-            raise ValueError(f"The chat template refuses a user turn with its answer: {error}") from error
-        rest = text.rpartition(answer)[2].lstrip()
-        written = [(len(str(t)), i) for i, t in tokenizer.added_tokens_decoder.items() if rest.startswith(str(t))]
-        stops += [i for _, i in sorted(written)[-1:] if i not in stops]
+    known = range(len(tokenizer))
+    stops = [i for i in (tokenizer.eos_token_id, turn_end(tokenizer), *further) if i in known]
     if not stops:
         raise ValueError(
             "No token ends an assistant turn: the tokenizer has no eos token, and its chat template, if it has one, "
             "writes no special token after the assistant's text. Set tokenizer.eos_token."
         )
-    return tuple(stops)
+    return tuple(dict.fromkeys(stops))
+
+
+def answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The blank, if any, that the chat template writes between the generation prompt and an answer.
+
+    The model writes it, and it is no part of the answer's content: rendered with it, an answer would have it twice.
+    """
+    whole = _rendered_probe(tokenizer)
+    prompt = tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True)
+    lead = whole.removeprefix(cast(str, prompt)).partition(_PROBE[1]["content"])[0]
+    return lead if lead.isspace() else ""
+
+
+_PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "stop token probe"}]
+
+
+def _rendered_probe(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return cast(str, tokenizer.apply_chat_template(_PROBE, tokenize=False))
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses a user turn with its answer: {error}") from error
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after an answer."""
+    if not tokenizer.chat_template:
+        return None
+    rest = _rendered_probe(tokenizer).rpartition(_PROBE[1]["content"])[2].lstrip()
+    written = [(len(str(t)), i) for i, t in tokenizer.added_tokens_decoder.items() if rest.startswith(str(t))]
+    return max(written, default=(0, None))[1]
 
 
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> int:

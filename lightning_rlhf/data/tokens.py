@@ -60,7 +60,12 @@ class _Span(NamedTuple):
     stopped: bool
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_on: LossOn = "assistant") -> Tokens:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    loss_on: LossOn = "assistant",
+    stop_ids: Sequence[int] = (),
+) -> Tokens:
     """Tokenise a conversation and mark what the loss reads.
 
     Which characters are the assistant's, the template says itself where it has ``{% generation %}`` markers; a stop
@@ -74,6 +79,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_
         tokenizer: The tokenizer, with a chat template if the conversation has messages.
         conversation: The conversation.
         loss_on: ``"assistant"`` scores every assistant turn, ``"last"`` the last one, ``"all"`` every token.
+        stop_ids: Tokens that end a turn where the template writes them there, besides those of the tokenizer: the
+            module's ``stop_token_ids``.
 
     Returns:
         The tokens, untruncated.
@@ -98,8 +105,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, loss_
     borders = sorted({len(prompt) for prompt in prompts.values() if text.startswith(prompt)})
     # Where all tokens are scored, only the end of the last turn is of interest.
     read = turns if loss_on == "assistant" else turns[-1:]
-    stops = stop_token_ids(tokenizer)
-    stop = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in stops)
+    stops = stop_token_ids(tokenizer, stop_ids)
+    told = [i for i in stops if i == stops[0] or i in tokenizer.added_tokens_decoder]  # others spell ordinary text
+    stop = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in told)
     spans = _marked_spans(tokenizer, messages, text, borders, stop, only_last=loss_on != "assistant") or [
         _rendered_span(tokenizer, messages, text, turn, prompts.get(turn), stop) for turn in read
     ]
@@ -301,13 +309,13 @@ def _tokenize(
     start, rest = 0, _ids(tokenizer, text)
     joint = rest
     for point in sorted({*borders, *points}):
-        head = _continued_ids(tokenizer, text[start:point]) if start else _ids(tokenizer, text[:point])
+        head = continued_ids(tokenizer, text[start:point]) if start else _ids(tokenizer, text[:point])
         shared = next(
             (i for i, (a, b) in enumerate(zip(head, rest, strict=False)) if a != b), min(len(head), len(rest))
         )
         if shared < len(head) and point in borders:
             ids += head
-            start, rest, shared = point, _continued_ids(tokenizer, text[point:]), 0
+            start, rest, shared = point, continued_ids(tokenizer, text[point:]), 0
         index[point] = len(ids) + shared
     ids += rest
     if start and spell(tokenizer, ids) != spell(tokenizer, joint):
@@ -323,7 +331,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
-def _continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenises text that follows other text: without the blank that SentencePiece puts before a text."""
     before = _ids(tokenizer, "\n")
     both = _ids(tokenizer, "\n" + text)

@@ -21,8 +21,8 @@ from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.evaluation.judges import Answer
 from lightning_rlhf.models import Policy, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
-from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.rollout import CachedEngine, Completion, Request, RolloutEngine, Sampling, sample_key
+from lightning_rlhf.models.loading import Dtype, load_stop_token_ids
+from lightning_rlhf.rollout import CachedEngine, Completion, Request, RolloutEngine, Sampling, as_answers, sample_key
 
 #: Columns in which a file may have an answer, in the order in which they are tried.
 COLUMNS = ("completion", "answer", "response", "output")
@@ -68,12 +68,19 @@ def complete(
 
     Returns:
         One a prompt, in order.
+
+    Raises:
+        ValueError: A prompt that fills the context.
     """
     by_limit: dict[int, list[int]] = {}
     for i, ids in enumerate(prompts):
         by_limit.setdefault(room(policy, ids, sampling.max_new_tokens), []).append(i)
     found: dict[int, Completion] = {}
     for limit, rows in by_limit.items():
+        if limit < 1:
+            raise ValueError(
+                f"Prompt {rows[0]} has {len(prompts[rows[0]])} tokens and fills the model's context: shorten it."
+            )
         requests = [Request(prompts[i], [keys[i]]) for i in rows]
         limited = replace(sampling, max_new_tokens=limit)
         groups = engine.generate(policy, tokenizer, requests, limited, stop_token_ids)
@@ -88,6 +95,7 @@ def generate_answers(
     seed: int = 0,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_ids: Sequence[int] = (),
     chat_template: str | None = None,
     dtype: Dtype = "float32",
     device: torch.device | str = "cpu",
@@ -105,6 +113,7 @@ def generate_answers(
         sampling: How to draw.
         seed: Of the sampling.
         tokenizer: Default: the model's.
+        stop_ids: Tokens that end an answer besides those of the tokenizer and of the model.
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         dtype: Of the weights.
         device: Where the model runs.
@@ -121,6 +130,7 @@ def generate_answers(
     try:
         if tokenizer is None:
             tokenizer = load_tokenizer(pretrained, trust_remote_code)
+            stop_ids = [*stop_ids, tokenizer.eos_token_id]  # which a template may replace
             needed = chat_template is not None or not all(isinstance(prompt, str) for prompt in prompts.values())
             if needed and set_chat_template(tokenizer, chat_template):
                 raise ValueError(f"the model does not know the tokens of chat_template={chat_template!r}.")
@@ -140,14 +150,16 @@ def generate_answers(
             raise ValueError(
                 f"The prompt {shown(prompt)[:40]!r} has {len(encoded[i])} tokens and fills the context of {pretrained}."
             )
-    stops, engine = stop_token_ids(tokenizer), CachedEngine()
+    further = [*stop_ids, *load_stop_token_ids(pretrained, trust_remote_code)]
+    stops, engine = stop_token_ids(tokenizer, further), CachedEngine()
     numbers = list(encoded)
     for start in range(0, len(numbers), batch_size):
         part = numbers[start : start + batch_size]
         keys = [sample_key(seed, i) for i in part]
         with torch.no_grad():  # not around what is yielded to
             found = complete(engine, policy, tokenizer, [encoded[i] for i in part], keys, sampling, stops)
-        yield from ((i, Answer(c.text, c.truncated)) for i, c in zip(part, found, strict=True))
+        answers = as_answers(tokenizer, [prompts[i] for i in part], [[c] for c in found])
+        yield from ((i, Answer(c.text, c.truncated)) for i, (c,) in zip(part, answers, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,7 +33,7 @@ from transformers.utils import cached_file, find_adapter_config_file, has_file
 from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.quantization import DTYPE, Quantization, quantised, quantization_arguments
-from lightning_rlhf.models.saving import ADAPTED, merge_adapters
+from lightning_rlhf.models.saving import ADAPTED, merge_adapters, own_stop_token_ids, stops_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -144,6 +145,37 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
     config = load_config(base, trust_remote_code)
     for name, value in settings.items():
         setattr(config.get_text_config() if name == "vocab_size" else config, name, value)
+    return config
+
+
+def load_stop_token_ids(
+    pretrained: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """Tokens at which a model's own settings end a generation: those of its generation config, then of its config.
+
+    No weights are read. Of adapters it is what was saved with them, then what their base has.
+
+    Raises:
+        OSError: Nothing is there, or adapters without the model that they change.
+    """
+    if isinstance(pretrained, PreTrainedModel):
+        return own_stop_token_ids(pretrained)
+    own, adapters = _generation_config(pretrained), _adapters(pretrained)
+    if adapters is None:
+        return stops_of(own, read_config(pretrained, trust_remote_code))
+    return tuple(dict.fromkeys([*stops_of(own), *load_stop_token_ids(adapters[0], trust_remote_code)]))
+
+
+def _generation_config(name_or_path: str | os.PathLike[str]) -> GenerationConfig | None:
+    """None where there is none, or none that can be read, as transformers has it."""
+    try:
+        file = Path(str(cached_file(os.fspath(name_or_path), "generation_config.json")))
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    config = GenerationConfig()
+    for name, value in settings.items():  # transformers' own way warns of combinations that were meant to be sampled
+        setattr(config, name, value)
     return config
 
 
@@ -332,6 +364,8 @@ def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -
         model = merge_adapters(PeftModel.from_pretrained(model, name, config=config))
     model.requires_grad_(True)
     model.name_or_path = name  # what further adapters are adapters of
+    if model.can_generate():
+        model.generation_config = _generation_config(name) or model.generation_config
     for key in settings.keys() - {"vocab_size"}:
         setattr(model.config, key, settings[key])
     whole = set(config.modules_to_save or ())

@@ -59,7 +59,8 @@ def save_pretrained(
         model: A transformers model, or a peft model around one, whose active adapters are merged.
         tokenizer: Saved with its chat template.
         directory: Where to.
-        stop_token_ids: What ends a generation; none: the tokenizer's eos token.
+        stop_token_ids: What ends a generation, the first of them first; none: the tokenizer's eos token. Those that the
+            model has of its own come behind.
         state_dict: Full weights by the model's own names, where the model's tensors are shards.
         adapter_only: Save the active adapter alone, for ``PeftModel.from_pretrained`` over the original model; what
             changed in the config, such as a reward model's ``score_offset``, is written to :data:`ADAPTED`.
@@ -83,8 +84,11 @@ def save_pretrained(
         )
     _check_finite(model, state_dict or {}, directory)
     with _no_progress_bars(), atomic_directory(directory) as folder:
+        given = stop_token_ids or [tokenizer.eos_token_id]
+        every = [*given, tokenizer.eos_token_id, *own_stop_token_ids(base)]
+        stops = list(dict.fromkeys(i for i in every if i is not None))
         if base.can_generate():
-            generation = _save_generation_config(base, tokenizer, stop_token_ids, folder)
+            generation = _save_generation_config(base, tokenizer, stops, folder)
         if adapter is not None:
             # not the embeddings where they have rows for new tokens: what is trained of them is the adapter's already
             layers = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -99,6 +103,7 @@ def save_pretrained(
             whole = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
             if whole.can_generate():
                 whole.generation_config = generation
+            _set_stop_token_ids(whole.config, stops)
             whole.save_pretrained(folder, max_shard_size=max_shard_size)
             _rewrite(folder / "config.json", _portable_config)
         tokenizer.save_pretrained(folder)
@@ -318,19 +323,45 @@ def _adapter_alone(model: nn.Module) -> str:
 # ------------------------------------------------------------------------------------------------- configs
 
 
+def own_stop_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens at which a model's own settings end a generation: its generation config's, then its config's."""
+    return stops_of(getattr(model, "generation_config", None), model.config)  # a classifier has no generation config
+
+
+def stops_of(*configs: Any) -> tuple[int, ...]:
+    """The same, of configs, or None; each may have one token, several or none."""
+    found: list[int | None] = []
+    for part in chain.from_iterable((c, c.get_text_config() if hasattr(c, "get_text_config") else c) for c in configs):
+        ids = getattr(part, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [ids]
+    return tuple(dict.fromkeys(i for i in found if i is not None and i >= 0))
+
+
+def _set_stop_token_ids(config: Any, stops: list[int]) -> None:
+    """Writes into a config what ends a generation; the first alone where its family takes no list."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        try:
+            part.eos_token_id = _one_or_list(stops)
+        except Exception:  # transformers 5 checks types, by an error of huggingface_hub's newer versions
+            part.eos_token_id = stops[0]
+
+
+def _one_or_list(stops: list[int]) -> int | list[int] | None:
+    return stops if len(stops) > 1 else next(iter(stops), None)
+
+
 def _save_generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], folder: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int], folder: Path
 ) -> GenerationConfig:
     """Writes the model's generation config with this tokenizer's tokens.
 
     Published models carry combinations that transformers refuses to save, such as a temperature without
     ``do_sample``: they were meant to be sampled from.
     """
-    stop = list(dict.fromkeys(stops or [tokenizer.eos_token_id]))
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": stop[0] if len(stop) == 1 else stop,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0],
+        "eos_token_id": _one_or_list(stops),
+        "pad_token_id": next(iter(stops), None) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
     config = copy.deepcopy(model.generation_config or GenerationConfig())
     for name, value in tokens.items():  # update() would validate

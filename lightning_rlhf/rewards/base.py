@@ -22,7 +22,8 @@ class Samples:
     """Completions to score: S of them, in the order of the batch's branches.
 
     Attributes:
-        batch: The prompts' tokens with the completions' as branches: exactly those that were sampled.
+        batch: The prompts' tokens with the completions' as branches: exactly those that were sampled; of a completion
+            that a stop string ended, those before it and then the stop token, as its text would have been ended.
         prompts: (S,) what each completion answers: messages, or a plain text.
         completions: (S,) their texts.
         truncated: (S,) whether the length limit ended them.

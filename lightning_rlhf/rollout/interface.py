@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data.templates import answer_lead
 from lightning_rlhf.models.backbone import Backbone
 
 
@@ -23,7 +25,8 @@ class Sampling:
         top_k: Draw from so many of the likeliest tokens; 0: off.
         top_p: Draw from the fewest tokens whose probabilities reach this sum, after ``top_k``; 1: off.
         repetition_penalty: Of tokens that the prompt or the completion has already, as transformers defines it; 1: off.
-        stop_strings: Texts that end a completion, and are not part of its text.
+        stop_strings: Texts that end a completion, and are not part of its text. They may hold special tokens, as
+            written: ``<|im_end|>``.
 
     Raises:
         ValueError: A setting is out of range; the message says which.
@@ -75,7 +78,8 @@ class Completion(NamedTuple):
         input_ids: The sampled tokens, stop token included.
         logprobs: Of each of them, log-softmax of ``logits / temperature`` (temperature 1 when greedy), in fp32, before
             top-k, top-p, penalty and minimum length.
-        text: Decoded without special tokens and without the stop token, cut before a stop string.
+        text: What the tokens add to the prompt's text: without special tokens and the stop token, cut before a stop
+            string.
         finish_reason: ``stop`` for a stop token or string, ``length`` at the limit.
     """
 
@@ -88,6 +92,29 @@ class Completion(NamedTuple):
     def truncated(self) -> bool:
         """Whether the completion was cut at its length limit."""
         return self.finish_reason == "length"
+
+
+def as_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message] | str],
+    found: Sequence[Sequence[Completion]],
+) -> list[list[Completion]]:
+    """Completions whose text is an answer's content.
+
+    Behind messages the model itself writes the blank that some chat templates have between the generation prompt and
+    the answer; it is the template's, and is taken off. Behind plain texts nothing changes.
+
+    Args:
+        tokenizer: The model's.
+        prompts: Messages or plain texts.
+        found: Completions of each.
+    """
+    chats = not all(isinstance(prompt, str) for prompt in prompts)
+    lead = answer_lead(tokenizer) if chats and tokenizer.chat_template else ""
+    return [
+        [c if isinstance(prompt, str) else c._replace(text=c.text.removeprefix(lead)) for c in completions]
+        for prompt, completions in zip(prompts, found, strict=True)
+    ]
 
 
 class RolloutEngine(Protocol):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.rollout.interface import Completion, Request, Sampling, sample_key
-from lightning_rlhf.rollout.text import TextStream, decode
+from lightning_rlhf.rollout.text import TextStream, decode, tail
 
 OnToken = Callable[[int, str], None]
 """Receives each token, and the text that can be shown since the last; the texts add up to the completion's."""
@@ -50,7 +50,7 @@ class Row:
         self.future.add_done_callback(self._end)
         self._tokenizer, self._on_token = tokenizer, on_token
         streams = on_token is not None or sampling.stop_strings
-        self._stream = TextStream(tokenizer, sampling.stop_strings) if streams else None
+        self._stream = TextStream(tokenizer, sampling.stop_strings, tail(tokenizer, prompt)) if streams else None
 
     @property
     def position(self) -> int:
@@ -105,8 +105,10 @@ class Row:
             if len(ids) < self.sampling.max_new_tokens:
                 return None
             reason = "length"
-        text = stream.finish() if stream is not None else decode(self._tokenizer, ids[:-1] if stopped else ids)
-        return Completion(ids, self.logprobs, text, reason)
+        if stream is not None:
+            return Completion(ids, self.logprobs, stream.finish(), reason)
+        shown, after = ids[:-1] if stopped else ids, tail(self._tokenizer, self.prompt)
+        return Completion(ids, self.logprobs, decode(self._tokenizer, shown, after), reason)
 
 
 def make_rows(
@@ -135,7 +137,7 @@ def make_rows(
     Raises:
         ValueError: It can't; the message says why.
     """
-    prompt, stops = tuple(request.prompt), frozenset(stop_token_ids)
+    prompt = tuple(request.prompt)
     if not prompt:
         raise ValueError(f"{name}: the prompt has no tokens.")
     embeddings: Any = model.get_input_embeddings()
@@ -143,6 +145,7 @@ def make_rows(
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         strange = next(t for t in prompt if not 0 <= t < vocabulary)
         raise ValueError(f"{name}: the prompt has token {strange}, and the model's vocabulary {vocabulary} entries.")
+    stops = frozenset(i for i in stop_token_ids if 0 <= i < vocabulary)  # configs may name more than there are
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and len(prompt) + sampling.max_new_tokens > context:
         raise ValueError(

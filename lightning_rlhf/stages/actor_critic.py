@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_rlhf.data.experience import Experience
-from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data.packed import PackedBatch, pack
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.models import Policy, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.backbone import is_checkpointing
@@ -228,9 +228,9 @@ class ActorCriticStage(OnlineStage):
             ``kl``, the sum over its tokens of log-probs less the reference's, at the sampling temperature.
         """
         experience, samples = self.collect(prompts, completions)
-        heat = self.sampling.temperature
+        heat, batch = self.sampling.temperature, pack(experience.trees).to(self.device)
         with self.present("reward", "reference"):
-            now, reference = (self.play(r, samples.batch, temperature=heat).logprobs for r in ("policy", "reference"))
+            now, reference = (self.play(r, batch, temperature=heat).logprobs for r in ("policy", "reference"))
             scores = {"score": self._scored(samples)[0].tolist()} if self.reward.needs <= samples.columns.keys() else {}
         kl = now.new_zeros(len(samples.completions)).index_add(0, experience.sequence.to(now.device), now - reference)
         return {**scores, "kl": kl.tolist()}
@@ -267,9 +267,9 @@ class ActorCriticStage(OnlineStage):
         self._evaluate("test", prompts)
 
     def _evaluate(self, stage: str, prompts: PromptBatch) -> None:
-        _, samples = self.rollout(prompts, VALIDATION)
+        experience, samples = self.rollout(prompts, VALIDATION)
         scores = self.score(samples)
-        lengths = torch.zeros(0) if samples is None else samples.batch.lengths.float()
+        lengths = experience.sequence.bincount(minlength=len(scores)).float()
         for name, values in {"score": scores, "length": lengths}.items():
             metric: Any = self.get_submodule(f"{stage}_{name}")
             # a rank without prompts logs as the others do: they add up their metrics at the epoch's end

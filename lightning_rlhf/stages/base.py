@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,11 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
 from lightning_rlhf.callbacks.atomic import naming
+from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
+from lightning_rlhf.data.tokens import encode_prompt
+from lightning_rlhf.evaluation import complete
 from lightning_rlhf.models import LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
-from lightning_rlhf.models.loading import Dtype, load_config
+from lightning_rlhf.models.loading import Dtype, load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
+from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, holds_whole_models
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
@@ -56,12 +60,16 @@ class Stage(L.LightningModule):
         quantization: Hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``): QLoRA.
 
     Attributes:
-        stop_token_ids: Tokens that end an answer.
+        tokenizer: With the chat template that data modules render by.
+        stop_token_ids: Tokens that end an answer: the eos, what the chat template ends turns with, the eos that it
+            replaced, and those of the model's generation config and config.
         new_token_ids: Tokens that the chat template brought; with adapters their rows are trained too.
 
     Raises:
         ModuleNotFoundError: ``quantization`` without bitsandbytes.
-        ValueError: A model object without its tokenizer, or quantised weights without adapters to train.
+        OSError: Nothing is at ``pretrained`` or ``tokenizer``.
+        ValueError: ``pretrained`` is none of these, a model object without its tokenizer, or quantised weights without
+            adapters to train.
     """
 
     pretrained: str | os.PathLike[str] | PreTrainedModel
@@ -86,6 +94,11 @@ class Stage(L.LightningModule):
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(pretrained, (str, os.PathLike, PreTrainedModel)):
+            raise ValueError(
+                f"pretrained is a {type(pretrained).__name__}: give a directory, a hub id, or a transformers model (of "
+                "one under adapters, its merge_and_unload())."
+            )
         if quantization is not None:
             require_bitsandbytes()
             if lora is None:
@@ -101,9 +114,11 @@ class Stage(L.LightningModule):
             self.tokenizer = tokenizer
         else:
             self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
+        replaced = self.tokenizer.eos_token_id
         added = set_chat_template(self.tokenizer, chat_template)
         self.new_token_ids = tuple(range(len(self.tokenizer) - added, len(self.tokenizer)))
-        self.stop_token_ids = stop_token_ids(self.tokenizer)
+        further = [replaced, *load_stop_token_ids(pretrained, trust_remote_code)]
+        self.stop_token_ids = stop_token_ids(self.tokenizer, further)
         object.__setattr__(self, "pretrained", pretrained)  # not a child: a model would be saved under two names
         self.lora, self.quantization = lora, quantization
         self.dtype_of_weights = dtype
@@ -148,6 +163,49 @@ class Stage(L.LightningModule):
     def exportable(self) -> Backbone:
         """The model that callbacks export and show."""
         raise NotImplementedError
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[Mapping[str, str]]] | Sequence[Mapping[str, str]],
+        sampling: Sampling | None = None,
+        *,
+        as_text: bool = False,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """Completions of prompts by the model as it stands, in this process alone.
+
+        Args:
+            prompts: User turns, or messages ``{"role": ..., "content": ...}``; several in a list, or one.
+            sampling: How to draw; default the module's own ``sampling`` where it has one (PPO), else greedy, at most
+                128 tokens. An answer ends where the model's context does.
+            as_text: Texts are no user turns but go on as they are, without a chat template.
+            seed: Of the sampling: the same prompts and seed give the same completions.
+
+        Returns:
+            A completion each, whose ``text`` is the answer.
+
+        Raises:
+            ValueError: A model that can't generate, a prompt that the chat template refuses or that fills the context.
+
+        Example::
+
+            module = SFTModule("runs/sft/hf/best")
+            print(module.generate("Name a city.")[0].text)
+        """
+        self.configure_model()
+        if not self.exportable.transformer.can_generate():
+            raise ValueError(f"{type(self).__name__}: {type(self.exportable.transformer).__name__} can't generate.")
+        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
+        asked: list[Any] = [
+            [Message(role="user", content=p)] if isinstance(p, str) and not as_text else p
+            for p in ([prompts] if one else prompts)
+        ]
+        own = getattr(self, "sampling", None) or Sampling(temperature=0.0)
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in asked]
+        keys = [sample_key(seed, i) for i in range(len(asked))]
+        engine = getattr(self, "engine", None) or CachedEngine()
+        found = complete(engine, self.exportable, self.tokenizer, ids, keys, sampling or own, self.stop_token_ids)
+        return [completion for (completion,) in as_answers(self.tokenizer, asked, [[c] for c in found])]
 
     @cached_property
     def context_length(self) -> int | None:

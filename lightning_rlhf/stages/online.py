@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_rlhf.data.experience import Experience
+from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack
 from lightning_rlhf.data.planner import generator
 from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
+from lightning_rlhf.data.templates import turn_end
 from lightning_rlhf.functional.kl import k1, k3
 from lightning_rlhf.rewards import Samples
-from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, sample_key
+from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers, sample_key
+from lightning_rlhf.rollout.text import tail, tokens_of
 from lightning_rlhf.stages.updates import ManualStage
 from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, whole_weights
 
@@ -117,22 +121,35 @@ class OnlineStage(ManualStage):
 
         Args:
             prompts: B prompts, possibly none.
-            iteration: Decides the samples, with the module's seed and the prompts' rows.
+            iteration: Decides the samples, with the module's seed and the prompts' rows. All ranks must call, but for
+                :data:`VALIDATION`.
 
         Returns:
             The experience, without columns yet, and what rewards read; None where there is no prompt.
         """
+        before = self._times_before(prompts.rows, iteration)
         if not prompts.prompts:
             with whole_weights(self.strategy, self.exportable):  # the other ranks enter it
                 return Experience([], (), {"rollout_logprobs": torch.zeros(0)}), None
-        numbers = range(self.samples_per_prompt)
+        count = self.samples_per_prompt
         requests = [
-            Request(ids, [sample_key(self.seed, iteration, row, i) for i in numbers])
-            for ids, row in zip(prompts.prompts, prompts.rows, strict=True)
+            Request(ids, [sample_key(self.seed, iteration, row, i) for i in range(times * count, (times + 1) * count)])
+            for ids, row, times in zip(prompts.prompts, prompts.rows, before, strict=True)
         ]
         with whole_weights(self.strategy, self.exportable):
             found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
-        return self.collect(prompts, found)
+        return self.collect(prompts, as_answers(self.tokenizer, prompts.messages, found))
+
+    def _times_before(self, rows: Sequence[int], iteration: int) -> list[int]:
+        """How often each row stands before its place among those of all ranks: a row's copies get unlike samples."""
+        everyone = gather_objects(tuple(rows)) if iteration != VALIDATION else [tuple(rows)]
+        rank = self.global_rank if len(everyone) > 1 else 0
+        seen = Counter(row for earlier in everyone[:rank] for row in earlier)
+        times = []
+        for row in rows:
+            times.append(seen[row])
+            seen[row] += 1
+        return times
 
     def collect(self, prompts: PromptBatch, found: Sequence[Sequence[Completion]]) -> tuple[Experience, Samples]:
         """Prompts with their completions, as the losses and as rewards read them.
@@ -144,10 +161,10 @@ class OnlineStage(ManualStage):
         Returns:
             The experience, without columns yet, and the samples.
         """
-        trees = [
-            Tree(ids, [Branch(c.input_ids) for c in completions])
-            for ids, completions in zip(prompts.prompts, found, strict=True)
-        ]
+        trees, read = [], []
+        for ids, prompt, completions in zip(prompts.prompts, prompts.messages, found, strict=True):
+            trees.append(Tree(ids, [Branch(c.input_ids) for c in completions]))
+            read.append(Tree(ids, [Branch(self._read(ids, prompt, c)) for c in completions]))
         every = [completion for completions in found for completion in completions]
         logprobs = torch.tensor([logprob for completion in every for logprob in completion.logprobs])
 
@@ -155,13 +172,21 @@ class OnlineStage(ManualStage):
             return [v for v, completions in zip(values, found, strict=True) for _ in completions]
 
         samples = Samples(
-            batch=pack(trees, rows=prompts.rows).to(self.device),
+            batch=pack(read, rows=prompts.rows).to(self.device),
             prompts=each(prompts.messages),
             completions=[completion.text for completion in every],
             truncated=[completion.truncated for completion in every],
             columns={name: each(column) for name, column in prompts.columns.items()},
         )
         return Experience(trees, prompts.rows, {"rollout_logprobs": logprobs}), samples
+
+    def _read(self, ids: list[int], prompt: list[Message] | str, completion: Completion) -> list[int]:
+        """A completion's tokens for who scores it: one that a stop string ended ends before it, by a stop token."""
+        if completion.truncated or completion.input_ids[-1] in self.stop_token_ids:
+            return completion.input_ids
+        end = None if isinstance(prompt, str) else turn_end(self.tokenizer)
+        text = tokens_of(self.tokenizer, completion.input_ids, completion.text, tail(self.tokenizer, ids))
+        return [*text, self.stop_token_ids[0] if end is None else end]
 
     # ------------------------------------------------------------------------------------------------- minibatches
 

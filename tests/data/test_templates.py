@@ -2,7 +2,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lightning_rlhf.data import templates
-from lightning_rlhf.data.templates import CHAT_TEMPLATES, set_chat_template, stop_token_ids
+from lightning_rlhf.data.templates import CHAT_TEMPLATES, answer_lead, set_chat_template, stop_token_ids
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -138,6 +138,36 @@ def test_stop_becomes_eos_and_it_is_said(tiny_tokenizer, monkeypatch):
     assert tiny_tokenizer.eos_token == "<|eot_id|>"
     assert len(said) == 1
     assert all(word in said[0] for word in ("llama3", "'<|eot_id|>'", "'<|im_end|>'"))
+
+
+def test_a_files_turn_end_becomes_eos_too(tiny_tokenizer, tmp_path, monkeypatch):
+    """Tools that read no generation config stop at the eos alone."""
+    said = []
+    monkeypatch.setattr(templates, "rank_zero_info", said.append)
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
+    set_chat_template(tiny_tokenizer, tmp_path / "own.jinja")
+    assert tiny_tokenizer.eos_token == "</s>" and stop_token_ids(tiny_tokenizer) == (2,)
+    assert len(said) == 1 and all(word in said[0] for word in ("own.jinja", "'</s>'", "'<|im_end|>'"))
+
+
+def test_further_stop_tokens_come_behind(tiny_tokenizer):
+    assert stop_token_ids(tiny_tokenizer, [7, 4, None, 2, 7, -1, 10**6]) == (4, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "lead"), [("vicuna", " "), ("chatml", ""), ("llama3", ""), ("alpaca", ""), ("zephyr", ""), ("plain", "")]
+)
+def test_the_blank_before_an_answer_is_the_templates(tiny_tokenizer, name, lead):
+    set_chat_template(tiny_tokenizer, name)
+    assert answer_lead(tiny_tokenizer) == lead
+
+
+def test_what_is_no_blank_is_part_of_the_answer(tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + ('<think></think> ' if m['role'] == 'assistant' else '') }}"
+        "{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    assert answer_lead(tiny_tokenizer) == ""
 
 
 def test_eos_presets_leave_the_eos(tiny_tokenizer):

@@ -5,7 +5,7 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lightning_rlhf.rollout.text import TextStream, decode
+from lightning_rlhf.rollout.text import TextStream, decode, tail, tokens_of
 
 TEXT = "The quick 狐狸 jumps 🦊🦊 over. 你好，请问北京在哪里？ naïve e\u0301 <end>"
 
@@ -59,6 +59,63 @@ def test_a_stop_string_is_found_across_tokens(stop, tokenizer):
     # it ends with the first token that completes the string, and not later
     fewest = next(n for n in range(len(ids) + 1) if stop in decode(tokenizer, ids[:n]))
     assert len(pieces) == fewest
+
+
+@pytest.mark.parametrize("prompt", ["The dog", "今天", "🦊"])
+def test_text_is_what_tokens_add_to_the_prompts(prompt, tokenizer):
+    """Some decoders drop the blank that begins a text; a special token before it is not there for them."""
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    whole = tokenizer(prompt + " was 你 here 🦊", add_special_tokens=False).input_ids
+    assert whole[: len(before)] == before
+    after = tail(tokenizer, before)
+    want = decode(tokenizer, whole)[len(decode(tokenizer, before)) :]
+    assert want == " was 你 here 🦊" and decode(tokenizer, whole[len(before) :], after) == want
+    text = TextStream(tokenizer, ["never"], after)
+    for token in whole[len(before) :]:
+        text.push(token)
+    assert text.finish() == want
+
+
+def test_a_special_token_at_the_prompts_end_is_looked_past(tokenizer):
+    whole = tokenizer("the fox was", add_special_tokens=False).input_ids
+    border = len(tokenizer("the fox", add_special_tokens=False).input_ids)
+    for prompt in ([*whole[:border], 2], [*whole[:border], 2, 2, 1]):
+        assert decode(tokenizer, whole[border:], tail(tokenizer, prompt)) == " was"
+    assert decode(tokenizer, whole, tail(tokenizer, [1])) == "the fox was"
+
+
+@pytest.mark.parametrize(
+    ("stop", "want", "read"),
+    [("</s>", "the fox", 1), ("fox</s>", "the ", 1), ("fo", "the ", 0), ("</s> was", "the fox", 3),
+     ("/s", "the fox", 1), ("x</", "the fo", 1), ("</s></s>", "the fox", 2), ("<|im_end|>", "the fox was", None)],
+)  # fmt: skip
+def test_a_stop_string_may_hold_special_tokens(stop, want, read, tokenizer):
+    """As written; the text has none of them. What may become a stop string is held back."""
+    whole = tokenizer("the fox was", add_special_tokens=False).input_ids
+    border = len(tokenizer("the fox", add_special_tokens=False).input_ids)
+    ids = [*whole[:border], 2, 2, *whole[border:]]
+    pieces, text = stream(tokenizer, ids, ["never", stop])
+    assert text.finish() == "".join(pieces) == want
+    assert (text.stop is None) == (read is None)
+    if read in (1, 2):  # and no token later
+        assert len(pieces) == border + read
+
+
+def test_a_blank_behind_a_special_token_is_kept(tokenizer):
+    whole = tokenizer("the fox was", add_special_tokens=False).input_ids
+    border = len(tokenizer("the fox", add_special_tokens=False).input_ids)
+    ids = [*whole[:border], 2, *whole[border:]]
+    pieces, _ = stream(tokenizer, ids)
+    assert "".join(pieces) == "the fox was" == decode(tokenizer, ids)
+
+
+@pytest.mark.parametrize("end", ["", "th", "the fo", "the fox 狐", "the fox 狐 ru"])
+def test_tokens_of_a_text_that_a_completion_begins_with(end, tokenizer):
+    ids = tokenizer("the fox 狐 runs", add_special_tokens=False).input_ids
+    kept = tokens_of(tokenizer, [*ids, 2], end)
+    assert decode(tokenizer, kept) == end and 2 not in kept
+    shared = next((i for i, (a, b) in enumerate(zip(kept, ids, strict=False)) if a != b), len(kept))
+    assert decode(tokenizer, ids[: shared + 1]).startswith(end)  # all that lie wholly before the end are the same
 
 
 def test_the_first_of_several_stop_strings_counts(tiny_tokenizer):
