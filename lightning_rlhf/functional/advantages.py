@@ -42,12 +42,14 @@ def token_rewards(kl_penalty: Tensor, scores: Tensor, sequence: Tensor) -> Tenso
         (N,) rewards in at least fp32.
 
     Raises:
-        ValueError: A sequence without tokens, whose score would be lost, or tokens that are not sorted.
+        ValueError: A sequence without tokens, whose score would be lost, tokens that are not sorted, or tensors of
+            other shapes, such as (B, T).
 
     Example:
         >>> token_rewards(torch.tensor([0.5, 0.0, 0.25]), torch.tensor([2.0, -1.0]), torch.tensor([0, 0, 1]))
         tensor([-0.5000,  2.0000, -1.2500])
     """
+    _check_packed(sequence, scores, kl_penalty=kl_penalty)
     rewards = -wide(kl_penalty)
     scores = scores.to(rewards.dtype)
     return rewards.index_add(0, _last_tokens(sequence, len(scores)), scores)
@@ -74,7 +76,7 @@ def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, 
         Advantages and returns, in at least fp32.
 
     Raises:
-        ValueError: A sequence without tokens, or tokens that are not sorted.
+        ValueError: A sequence without tokens, tokens that are not sorted, or tensors of other shapes, such as (B, T).
 
     Example:
         >>> gae(
@@ -83,6 +85,7 @@ def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, 
         ... ).advantages
         tensor([0.1250, 0.2500, 0.5000])
     """
+    _check_packed(sequence, last_values, rewards=rewards, values=values)
     rewards, values = wide(rewards), wide(values)
     last = _last_tokens(sequence, len(last_values))
     after = values.roll(-1).index_copy(0, last, last_values.to(values.dtype))
@@ -94,6 +97,19 @@ def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, 
         advantages = advantages + pad(torch.where(same, decay * advantages[reach:], 0), (0, reach))
         reach, decay = 2 * reach, decay * decay
     return Advantages(advantages, advantages + values)
+
+
+def _check_packed(sequence: Tensor, by_sequence: Tensor, **by_token: Tensor) -> None:
+    """Refuses padded rectangles, which would be taken for something else."""
+    for name, tensor in by_token.items():
+        if tensor.ndim != 1 or tensor.shape != sequence.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)} and sequence {tuple(sequence.shape)}: both must be (N,), "
+                "the tokens of all sequences in one row, without padding. Of (B, T) tensors with a mask of what is no "
+                f"padding, give {name}[mask] and sequence=mask.nonzero()[:, 0]."
+            )
+    if by_sequence.ndim != 1:
+        raise ValueError(f"Scores and last values must be (S,), one a sequence; got {tuple(by_sequence.shape)}.")
 
 
 def _last_tokens(sequence: Tensor, sequences: int) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, check_scores
@@ -25,7 +29,7 @@ class WeightedReward:
     Attributes:
         source: Directory or hub id of a reward model, or a function or its import path.
         weight: Its share of the sum.
-        name: What it is logged as; default the last part of ``source``.
+        name: What it is logged as; default the last part of ``source``, and as many before it as tell it from others.
     """
 
     source: str | Callable[..., Any]
@@ -88,7 +92,7 @@ class WeightedSum(Reward):
 
 
 def make_reward(
-    spec: str | os.PathLike[str] | Callable[..., Any] | Sequence[WeightedReward] | Reward,
+    spec: str | os.PathLike[str] | Callable[..., Any] | Sequence[WeightedReward | Mapping[str, Any]] | Reward,
     tokenizer: PreTrainedTokenizerBase,
     dtype: Dtype = "float32",
     trust_remote_code: bool = False,
@@ -96,7 +100,8 @@ def make_reward(
     """What a stage's argument ``reward`` means.
 
     Args:
-        spec: A directory, a hub id (``org/name``), a function or its import path, a list of weighted ones, or a reward.
+        spec: A directory, a hub id (``org/name``), a function or its import path, a list of weighted ones (as
+            :class:`WeightedReward` or as a dict of its settings), or a reward.
         tokenizer: The policy's.
         dtype: Of reward models' weights.
         trust_remote_code: Run code that comes with reward models.
@@ -117,17 +122,21 @@ def make_reward(
             f"reward: {name!r} is no directory here ({os.getcwd()}), no hub id (org/name) and no import path "
             "(package.module.function)."
         )
-    if not callable(spec):
-        parts: dict[str, Reward] = {}
-        for part in spec:
-            name = part.name or _short(part.source)
-            while name in parts:
-                name = f"{name}_"
-            parts[name] = make_reward(part.source, tokenizer, dtype, trust_remote_code)
+    if isinstance(spec, (WeightedReward, Mapping)):
+        spec = [spec]
+    if isinstance(spec, Sequence):
+        parts = [_part(part) for part in spec]
         if not parts:
             raise ValueError("reward: the list is empty. Give at least one {source: ..., weight: ...}.")
-        return WeightedSum(parts, [part.weight for part in spec])
-    return FunctionReward(spec)
+        rewards = [make_reward(part.source, tokenizer, dtype, trust_remote_code) for part in parts]
+        return WeightedSum(dict(zip(_names(parts), rewards, strict=True)), [part.weight for part in parts])
+    if callable(spec) and not isinstance(spec, PreTrainedModel):
+        return FunctionReward(spec)
+    raise ValueError(
+        f"reward: an object of type {type(spec).__name__} is none. Give the directory or hub id of a reward model, a "
+        "function f(prompts, completions, **columns) -> scores or its import path, or a list of "
+        "{source: ..., weight: ...}."
+    )
 
 
 def names_model(name: str) -> bool:
@@ -135,7 +144,48 @@ def names_model(name: str) -> bool:
     return os.path.isdir(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
-def _short(source: str | Callable[..., Any]) -> str:
-    if isinstance(source, str):
-        return re.split(r"[/.:]", source.rstrip("/"))[-1]
-    return getattr(source, "__name__", type(source).__name__)
+def _part(given: Any) -> WeightedReward:
+    """A part of a list: as it is, of a dict of its settings, or of a source that weighs 1."""
+    if isinstance(given, Mapping):
+        known = [field.name for field in fields(WeightedReward)]
+        if strange := sorted(map(str, given.keys() - {*known})):
+            raise ValueError(f"reward: a part has the key {strange[0]!r}. Its keys are {', '.join(known)}.")
+        if "source" not in given:
+            raise ValueError("reward: a part has no source. Write {source: ..., weight: ...}.")
+        given = WeightedReward(**given)
+    part = given if isinstance(given, WeightedReward) else WeightedReward(given)
+    if not isinstance(part.weight, (int, float)) or not math.isfinite(part.weight):
+        raise ValueError(f"reward: the weight of {part.source!r} is {part.weight!r}, and must be a finite number.")
+    return part
+
+
+def _names(parts: Sequence[WeightedReward]) -> list[str]:
+    """What parts are logged as: the last pieces of their sources, as many as tell one from the others."""
+    given = Counter(part.name for part in parts if part.name)
+    if twice := [name for name, count in given.items() if count > 1]:
+        raise ValueError(f"reward: {given[twice[0]]} parts have the name {twice[0]!r}. Give each its own.")
+    pieces = [[part.name] if part.name else _pieces(part.source) for part in parts]
+    taken = [1] * len(parts)
+    while True:
+        names = ["".join(p[-2 * k + 1 :]) for p, k in zip(pieces, taken, strict=True)]
+        counts = Counter(names)
+        longer = [i for i, p in enumerate(pieces) if counts[names[i]] > 1 and 2 * taken[i] < len(p)]
+        if not longer:
+            break
+        for i in longer:
+            taken[i] += 1
+    found: dict[str, None] = {}
+    for name in names:  # the same source twice: numbered
+        numbered = (f"{name}_{number}" for number in count(2))
+        found[name if name not in found else next(n for n in numbered if n not in counts and n not in found)] = None
+    return list(found)
+
+
+def _pieces(source: object) -> list[str]:
+    """A source's name, cut where a path or an import path has its parts, with what stands between them."""
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source).rstrip("/")
+        return re.split("(/)" if "/" in path or os.path.isdir(path) else r"([.:])", path)
+    while isinstance(source, partial):
+        source = source.func
+    return [getattr(source, "__name__", type(source).__name__)]

@@ -467,6 +467,8 @@ def _is_data(value: object) -> bool:
         return all(_is_data(getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, (list, tuple)):
         return all(map(_is_data, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_data(entry) for key, entry in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -95,6 +96,15 @@ class OnlineStage(ManualStage):
         """
         super().on_fit_start()
         self.check_lengths("train", "val")
+        off = Sampling()
+        names = ("top_k", "top_p", "repetition_penalty", "min_new_tokens")
+        if changed := [name for name in names if getattr(self.sampling, name) != getattr(off, name)]:
+            given = ", ".join(f"sampling.{name}={getattr(self.sampling, name)}" for name in changed)
+            rank_zero_warn(
+                f"{given}: completions are drawn from another distribution than log-probs, ratios and KL are of, so "
+                "that gradients and the KL are biased (docs/ppo.md, Sampling). To train without bias leave "
+                f"{'it' if len(changed) == 1 else 'them'} out."
+            )
         if isinstance(self.strategy, ColossalAIStrategy) and self.strategy.placement == "auto":
             raise ValueError(
                 f"{type(self).__name__} samples before its first training step, which Gemini's placement='auto' can't "

@@ -265,3 +265,23 @@ def test_what_the_controller_refuses(settings, message):
 def test_doctests():
     result = doctest.testmod(lightning_rlhf.functional.advantages, extraglobs={"torch": torch})
     assert result.attempted and not result.failed
+
+
+def test_padded_rectangles_are_refused_with_the_way_to_pack_them():
+    """As other libraries have them; read as rows of tokens they would give numbers that mean nothing."""
+    rewards, values, last, sequence = rollout([3, 2])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    padded_rewards, padded_values = torch.zeros(2, 2, 3, dtype=torch.float64).unbind()
+    padded_rewards[mask], padded_values[mask] = rewards, values
+    for wrong in (
+        lambda: gae(padded_rewards, padded_values, last, sequence, 1.0, 0.95),
+        lambda: gae(padded_rewards, padded_values, last, mask, 1.0, 0.95),
+        lambda: token_rewards(padded_rewards, last, sequence),
+        lambda: gae(rewards[:-1], values, last, sequence, 1.0, 0.95),
+    ):
+        with pytest.raises(ValueError, match=r"must be \(N,\).*sequence=mask.nonzero\(\)\[:, 0\]"):
+            wrong()
+    with pytest.raises(ValueError, match=r"must be \(S,\), one a sequence; got \(2, 1\)"):
+        gae(rewards, values, last[:, None], sequence, 1.0, 0.95)
+    packed = gae(padded_rewards[mask], padded_values[mask], last, mask.nonzero()[:, 0], 1.0, 0.95)
+    torch.testing.assert_close(packed.advantages, gae(rewards, values, last, sequence, 1.0, 0.95).advantages)

@@ -1,5 +1,7 @@
 """What a config's ``reward`` means."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -43,9 +45,48 @@ def test_a_weighted_list_of_functions_and_models(tiny_model_dir, tiny_tokenizer,
     assert reward.last["long"].tolist() == [3.0, 1.0]
 
 
-def test_parts_of_one_name_stay_apart(tiny_tokenizer):
-    reward = make_reward([WeightedReward(long), WeightedReward(long)], tiny_tokenizer)
-    assert isinstance(reward, WeightedSum) and len(set(reward.names)) == 2
+def test_parts_of_one_name_stay_apart(tiny_model_dir, tiny_tokenizer, tmp_path):
+    """By as much of their paths as tells them apart."""
+    for name in ("helpful/hf/last", "harmless/hf/last", "v1.5"):
+        tokenizer_and_config = tmp_path / name
+        tokenizer_and_config.mkdir(parents=True)
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            (tokenizer_and_config / file).write_bytes((tiny_model_dir / file).read_bytes())
+    sources = [tmp_path / "helpful/hf/last", f"{tmp_path}/harmless/hf/last/", str(tmp_path / "v1.5"), long, long, ones,
+               "lightning_rlhf.rewards.functions.length_window", partial(ones)]  # fmt: skip
+    reward = make_reward([*sources, WeightedReward(long, name="last")], tiny_tokenizer)
+    assert isinstance(reward, WeightedSum)
+    assert reward.names == ["helpful/hf/last", "harmless/hf/last", "v1.5", "long", "long_2", "ones", "length_window",
+                            "ones_2", "last"]  # fmt: skip
+    with pytest.raises(ValueError, match="reward: 2 parts have the name 'x'"):
+        make_reward([WeightedReward(long, name="x"), WeightedReward(ones, name="x")], tiny_tokenizer)
+
+
+def test_dicts_as_in_a_config(tiny_tokenizer):
+    """As docs/ppo.md writes them, in Python; an entry without weight counts once."""
+    path = "lightning_rlhf.rewards.functions.length_window"
+    reward = make_reward([{"source": long, "weight": 2.0}, {"source": path, "name": "window"}, ones], tiny_tokenizer)
+    assert isinstance(reward, WeightedSum)
+    assert (reward.names, reward.weights) == (["long", "window", "ones"], [2.0, 1.0, 1.0])
+    assert reward(SAMPLES).tolist() == [6 + 1 + 1, 2 + 1 + 1]
+    assert make_reward({"source": long, "weight": 2.0}, tiny_tokenizer)(SAMPLES).tolist() == [6, 2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [(3, r"reward: an object of type int is none\. Give the directory"), ([3], "type int is none"),
+     (torch.nn.Linear, "function"), ([{"sorce": long}], "has the key 'sorce'"), ([{"weight": 1.0}], "has no source"),
+     ([{"source": long, "weight": "much"}], "is 'much', and must be a finite number"),
+     ([WeightedReward(long, float("nan"))], "is nan, and must be a finite number")],
+)  # fmt: skip
+def test_what_can_be_no_reward_is_named(spec, words, tiny_tokenizer):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make_reward(spec, tiny_tokenizer)
+
+
+def test_a_model_object_is_no_reward(tiny_model_dir, tiny_tokenizer):
+    with pytest.raises(ValueError, match="type LlamaForSequenceClassification is none"):
+        make_reward(load_reward_model(str(tiny_model_dir)), tiny_tokenizer)
 
 
 def test_each_kind(tiny_model_dir, tiny_tokenizer):

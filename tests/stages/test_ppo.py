@@ -992,6 +992,24 @@ def test_what_is_refused(tiny_model_dir):
         PPOModule(tiny_model_dir, letters, sampling=Sampling(temperature=0.0))
     with pytest.raises(ValueError, match="k1 can't be a loss"):
         PPOModule(tiny_model_dir, letters, kl_penalty="k1")
+    with pytest.raises(ValueError, match="critic: an object of type Linear is none"):
+        PPOModule(tiny_model_dir, letters, critic=torch.nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="reward: an object of type int is none"):
+        PPOModule(tiny_model_dir, 3)
+    with pytest.raises(ValueError, match=r"pretrained is a Linear: .*merge_and_unload\(\)"):
+        PPOModule(torch.nn.Linear(2, 1), letters, tokenizer=tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [({"top_p": 0.9}, "sampling.top_p=0.9: completions"), ({"top_k": 5, "min_new_tokens": 2}, "top_k=5, sampling.min"),
+     ({"temperature": 0.7}, None)],
+)  # fmt: skip
+def test_samples_from_another_distribution_are_warned_of_once(tiny_model_dir, tmp_path, recwarn, sampling, said):
+    """Log-probs are of the whole distribution, samples of its top."""
+    run(tiny_model_dir, tmp_path, lora=True, max_steps=2, sampling={"max_new_tokens": 4, **sampling})
+    found = [str(w.message) for w in recwarn if "gradients and the KL are biased" in str(w.message)]
+    assert len(found) == (said is not None) and all(said in message for message in found)
 
 
 def test_a_reward_adapter_of_the_same_weights_shares_the_backbone(tiny_model_dir, tiny_tokenizer, tmp_path):

@@ -185,6 +185,39 @@ def test_every_stop_token_ends_rollouts_samples_and_answers(base, tmp_path):
     assert sum(row["ended"] for row in rows) > 24  # of 48: more than one token of 400 ends them
 
 
+def test_generate_answers_as_plain_transformers(tiny_model_dir):
+    """Messages, user turns and plain texts, one or several; greedy unless it is said otherwise."""
+    module = SFTModule(str(tiny_model_dir))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+
+    def plain(prompt, **options):
+        if isinstance(prompt, list):
+            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)[0, ids.shape[1] :]
+        return out.tolist(), tokenizer.decode(out, skip_special_tokens=True)
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "fox"}]
+    found = module.generate(["fox", turns])
+    wants = [plain(turns[1:], max_new_tokens=128), plain(turns, max_new_tokens=128)]
+    assert [(c.input_ids, c.text) for c in found] == wants
+    assert module.generate("fox")[0].text == found[0].text and module.generate(turns)[0].text == found[1].text
+    [text] = module.generate("the quick", Sampling(9, temperature=0.0), as_text=True)
+    assert (text.input_ids, text.text) == plain("the quick", max_new_tokens=9)
+    assert module.policy.model.training
+    sampling = Sampling(max_new_tokens=9)
+    drawn = [module.generate(["fox"], sampling, seed=seed)[0].input_ids for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_is_refused_in_words(tiny_model_dir):
+    with pytest.raises(ValueError, match=r"Prompt 1 has \d+ tokens and fills the model's context"):
+        SFTModule(str(tiny_model_dir)).generate(["fox", "fox " * 500])
+    with pytest.raises(ValueError, match="RewardModule: LlamaForSequenceClassification can't generate"):
+        RewardModule(str(tiny_model_dir)).generate("fox")
+
+
 def test_an_exported_reward_models_pad_token_ends_no_answer(tiny_model_dir, tmp_path):
     """transformers' classifiers read the last token that is no pad token: never a stop token of the language model."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
