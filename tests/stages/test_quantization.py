@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import HFExport, LoRA, PPOModule, RewardModule, SFTModule
@@ -78,7 +79,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, kind, wide
 def test_a_checkpoint_loads_by_itself(kind, wide_model_dir, tmp_path):
     trainer, module = run("sft", wide_model_dir, tmp_path, kind, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    again = SFTModule.load_from_checkpoint(tmp_path / "one.ckpt", pretrained=wide_model_dir, strict=True)
+    settings = dict(pretrained=wide_model_dir, optimizer=AdamW)
+    again = SFTModule.load_from_checkpoint(tmp_path / "one.ckpt", strict=True, **settings)
     assert again.quantization == kind and is_quantised(again)
     assert_equal(trained(again), trained(module))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import LoRA, PreferenceDataModule, RewardModule
@@ -290,7 +291,7 @@ def test_the_offset_of_a_checkpoint_comes_back(tiny_model_dir, tmp_path):
     kept = torch.load(path, weights_only=True)["score_offset"]
     _, resumed = run(tiny_model_dir, tmp_path / "b", ckpt=str(path), seed=7, **options)
     assert resumed.reward_model.score_offset == whole.reward_model.score_offset != kept != 0.0
-    assert RewardModule.load_from_checkpoint(path).reward_model.score_offset == kept
+    assert RewardModule.load_from_checkpoint(path, optimizer=AdamW).reward_model.score_offset == kept
 
 
 @pytest.mark.distributed
@@ -379,7 +380,7 @@ def test_a_negative_penalty_is_refused(tiny_model_dir):
 def test_settings_are_kept_and_a_checkpoint_loads_by_itself(tiny_model_dir, tmp_path):
     trainer, module = run(tiny_model_dir, tmp_path, center=0.1, max_steps=5, layout="padded")
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = RewardModule.load_from_checkpoint(tmp_path / "x.ckpt", head_seed=3)
+    again = RewardModule.load_from_checkpoint(tmp_path / "x.ckpt", head_seed=3, optimizer=AdamW)
     assert_equal(weights(again), weights(module))
     settings = dict(again.hparams)
     assert not settings.keys() & {"optimizer", "lr_scheduler"}
@@ -396,7 +397,8 @@ def test_a_lora_checkpoint_holds_adapters_and_the_head_alone(tiny_model_dir, tmp
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
     names = [k for k in saved if k.startswith("reward_model.")]
     assert all("lora_" in k or "modules_to_save" in k for k in names) and any("score" in k for k in names)
-    again = RewardModule.load_from_checkpoint(tmp_path / "x.ckpt", lora=LoRA(r=4), strict=True, head_seed=5)
+    settings = dict(lora=LoRA(r=4), head_seed=5, optimizer=AdamW)
+    again = RewardModule.load_from_checkpoint(tmp_path / "x.ckpt", strict=True, **settings)
     trained = {k: v for k, v in weights(module).items() if "original_module" not in k}  # the head before training
     assert_equal({k: weights(again)[k] for k in trained}, trained)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
@@ -136,7 +137,8 @@ def test_lora_checkpoint_holds_no_frozen_weights_and_loads(tiny_model_dir, tmp_p
     trainer.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert saved and all("lora_" in k or "modules_to_save" in k for k in saved if k.startswith("policy."))
-    again = SFTModule.load_from_checkpoint(path, pretrained=tiny_model_dir, lora=LoRA(r=4), strict=True)
+    settings = dict(pretrained=tiny_model_dir, lora=LoRA(r=4), optimizer=AdamW)
+    again = SFTModule.load_from_checkpoint(path, strict=True, **settings)
     assert_equal(weights(again), weights(module))
 
 
