@@ -29,8 +29,7 @@ from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples
 from lightning_rlhf.rewards.model import first_other_token
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import VALIDATION, OnlineStage, disable_dropout
-from lightning_rlhf.stages.optim import parameter_groups
-from lightning_rlhf.stages.updates import parameters_of
+from lightning_rlhf.stages.optim import parameter_groups, parameters_of
 from lightning_rlhf.strategies import gather_objects, whole_weights
 
 BadScoresChoice = Literal["stop", "drop"]

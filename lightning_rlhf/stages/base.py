@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,15 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
@@ -35,7 +39,7 @@ from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
-from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
+from lightning_rlhf.stages.optim import fit_schedules, gradient_norm, parameter_groups, parameters_of
 from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, holds_whole_models
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
 
@@ -129,7 +133,7 @@ class Stage(L.LightningModule):
         self.trust_remote_code = trust_remote_code
         self._rng_to_restore: dict[str, Any] | None = None
         self._makers_to_match: dict[str, list[str]] | None = None
-        self._mid_step = False
+        self._mid_step = self._diverges = False
 
     def keep_hyperparameters(self) -> None:
         """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
@@ -232,12 +236,21 @@ class Stage(L.LightningModule):
         """
         strategy = self.trainer.strategy
         self._check_precision()
+        if stage == "fit":
+            self.forget()
         if self.quantization is not None and not holds_whole_models(strategy):
             raise ValueError(
                 f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
                 f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
                 "trainer.strategy to one of these, or quantization to null."
             )
+
+    def forget(self) -> None:
+        """Forgets what is of an earlier run alone; one that is resumed takes its own back afterwards."""
+        self.dropped, self._rng_to_restore = 0, None
+        for metric in self.children():
+            if isinstance(metric, Metric):
+                metric.reset()
 
     def _check_precision(self) -> None:
         """Heads, adapters, rotary frequencies and sums must stay fp32; Lightning's true half precisions cast all."""
@@ -277,7 +290,14 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
-        """Tells the schedule how long the run is."""
+        """Tells the schedule how long the run is, now that the data are known.
+
+        Raises:
+            ValueError: ``limit_train_batches``, as a share, cuts a step in two.
+        """
+        limit, n = self.trainer.limit_train_batches, self.trainer.num_training_batches
+        if isinstance(limit, float) and limit < 1 and n % self.trainer.accumulate_grad_batches:
+            self._refuse_limit(int(n), f" of an epoch takes {n} micro-batches, which")
         fit_schedules(self.trainer)
 
     def on_fit_start(self) -> None:
@@ -293,11 +313,15 @@ class Stage(L.LightningModule):
             )
         k, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
         if isinstance(limit, int) and limit % k:
-            raise ValueError(
-                f"trainer.limit_train_batches={limit} is not a multiple of accumulate_grad_batches={k}: the last "
-                f"optimizer step would miss a part. Use {max(k, limit - limit % k)} or {limit - limit % k + k}."
-            )
+            self._refuse_limit(limit, "")
         self._match_makers()
+
+    def _refuse_limit(self, n: int, what: str) -> None:
+        k, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
+        raise ValueError(
+            f"trainer.limit_train_batches={limit}{what} is not a multiple of accumulate_grad_batches={k}: the last "
+            f"optimizer step would miss a part. Use {max(k, n - n % k)} or {n - n % k + k}."
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Puts a resumed run's RNG states back, after all that set-up drew."""
@@ -307,8 +331,76 @@ class Stage(L.LightningModule):
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
 
-    def count_step(self, dropped: bool, what: str) -> None:
-        """Counts steps in a row that were dropped; all ranks must come to the same.
+    @property
+    def strategy(self) -> Strategy | None:
+        """The Trainer's; None without a Trainer, where rollouts and scores serve a project's own loop."""
+        try:
+            return self.trainer.strategy
+        except RuntimeError:  # the one public way to ask
+            return None
+
+    @property
+    def _sharded(self) -> ColossalAIStrategy | None:
+        """The strategy, where ranks hold parts of gradients."""
+        strategy = self.strategy
+        return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_``, wherever the gradients are; None only measures."""
+        if self._sharded:
+            return self._sharded.clip_grad_norm(list(parameters), max_norm)
+        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+
+    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sets gradients to none."""
+        for p in parameters:
+            p.grad = None
+        if self._sharded:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+
+    @property
+    def scaler(self) -> Any:
+        """What scales losses against underflow in fp16, and looks for overflow; None where nothing does."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by, whoever does it; 1 for nothing."""
+        if self.scaler is not None:
+            return float(self.scaler.get_scale())
+        return 1.0 if self._sharded is None else self._sharded.loss_scale
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drops a step whose gradients are not finite, on all ranks alike; whoever scales losses drops its own.
+
+        The one number that is waited for is the gradients' norm, behind the whole backward pass.
+        """
+        if not self.automatic_optimization:
+            return
+        parameters, scale = parameters_of(optimizer), self.loss_scale
+        norm = self.clip(parameters, None) if self._sharded else gradient_norm(parameters)
+        finite = self.trainer.strategy.reduce_boolean_decision(bool(norm.isfinite()))
+        self._diverges = not finite and scale <= 1  # else the scale is too large, which is no fault of the run's
+        if self._diverges:
+            rank_zero_warn(f"Optimizer step {self.trainer.global_step} is dropped: its gradients are not finite.")
+            self.drop_gradients(parameters)
+
+    def count_step(self, loss: Tensor) -> None:
+        """Counts, at the end of an optimizer step, those in a row that were dropped or had a loss that is not finite.
+
+        Args:
+            loss: The step's, the same on all ranks.
+
+        Raises:
+            RuntimeError: They are ``max_dropped``.
+        """
+        bad = self._diverges or not math.isfinite(loss)
+        self._diverges = False
+        self.count_dropped(bad, "optimizer steps")
+
+    def count_dropped(self, dropped: bool, what: str) -> None:
+        """Counts what was dropped in a row; all ranks must come to the same.
 
         Args:
             dropped: Whether this one was.
@@ -318,17 +410,27 @@ class Stage(L.LightningModule):
             RuntimeError: They are ``max_dropped``.
         """
         self.dropped = self.dropped + 1 if dropped else 0
+        self._dropping = what
         if self.dropped >= self.max_dropped:
-            raise RuntimeError(
-                f"{self.dropped} {what} in a row were dropped, since losses or gradients were not finite (step "
-                f"{self.trainer.global_step}). Lower the learning rate, look at the data, or resume from the last "
-                "checkpoint."
-            )
+            raise RuntimeError(self._diverged_run())
 
-    @property
-    def scaler(self) -> Any:
-        """What scales losses against underflow in fp16, and looks for overflow; None where nothing does."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
+    def _diverged_run(self) -> str:
+        return (
+            f"{self.dropped} {self._dropping} in a row were dropped, since losses or gradients were not finite (step "
+            f"{self.trainer.global_step}). Lower the learning rate, look at the data, or resume from the last "
+            "checkpoint."
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Tells a run that diverged, and was too short for ``max_dropped``, from one that is done.
+
+        Raises:
+            RuntimeError: The run ends in several steps that were dropped.
+        """
+        trainer = self.trainer
+        ends = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends and self.dropped > 1:
+            raise RuntimeError(f"The run ends here. {self._diverged_run()}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds RNG states of all ranks; drops frozen weights."""

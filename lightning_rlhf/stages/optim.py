@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_rlhf.functional.precision import wide
+from lightning_rlhf.strategies.sharded import ShardedOptimizer
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, object]]:
@@ -90,3 +95,18 @@ def fit_schedules(trainer: Trainer) -> None:
                     "lr_scheduler its total_steps."
                 )
             scheduler.set_total_steps(int(steps))
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's own parameters that an optimizer trains, also where it steps shards of them."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer.parameters
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """2-norm of all gradients that this rank holds, in fp32 at least."""
+    # a rank's own part of a gradient that is cut over ranks
+    mine = [g.to_local() if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
+    norms = [wide(gradient).norm() for gradient in mine]
+    return torch.stack([norm.float() for norm in norms]).norm() if norms else torch.zeros(())

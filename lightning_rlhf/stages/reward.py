@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,6 +49,8 @@ class RewardModule(Stage):
         layout: ``auto``: every prompt once where the model can, padded elsewhere.
         optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
         lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
+        max_dropped: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite, before
+            the run ends.
         head_seed: Of a new head.
         trust_remote_code: Run code that comes with the model.
 
@@ -75,6 +78,7 @@ class RewardModule(Stage):
         layout: LayoutChoice = "auto",
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        max_dropped: int = 5,
         head_seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -94,7 +98,7 @@ class RewardModule(Stage):
         self.keep_hyperparameters()
         if center < 0:
             raise ValueError(f"center must be at least 0, got {center}.")
-        self.center, self.head_seed = center, head_seed
+        self.center, self.head_seed, self.max_dropped = center, head_seed, max_dropped
         set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
         for name in TRAINED:
             self.add_module(f"train_{name}", TokenMean())
@@ -103,6 +107,11 @@ class RewardModule(Stage):
             self.add_module(f"{stage}_preference", PreferenceAccuracy())
         self.reference_score = TokenMean()
         self._offset_step: int | None = None
+
+    def forget(self) -> None:
+        """As the base, and when the offset was measured: steps are counted anew."""
+        super().forget()
+        self._offset_step = None
 
     def configure_model(self) -> None:
         """Loads the model once, when Lightning or a caller first needs it."""
@@ -147,10 +156,13 @@ class RewardModule(Stage):
         """Logs once an optimizer step, over its micro-batches and all ranks."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
+        found: dict[str, Tensor] = {}
         for name in TRAINED:
             metric: Any = self.get_submodule(f"train_{name}")
-            self.log(f"train/{name}", metric.compute(), prog_bar=name in ("loss", "accuracy"), batch_size=1)
+            found[name] = metric.compute()
+            self.log(f"train/{name}", found[name], prog_bar=name in ("loss", "accuracy"), batch_size=1)
             metric.reset()
+        self.count_step(found["loss"])
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -184,6 +196,7 @@ class RewardModule(Stage):
 
     def on_train_epoch_end(self) -> None:
         """Measures the offset where the epoch ended without a validation, so that no export has an old one."""
+        super().on_train_epoch_end()
         if self._offset_step == self.trainer.global_step:
             return
         loop: Any = self.trainer.fit_loop.epoch_loop.val_loop
@@ -191,6 +204,11 @@ class RewardModule(Stage):
         loader: Any = self.trainer.val_dataloaders
         batches = int(sum(self.trainer.num_val_batches))
         if not batches:
+            if self.reward_model.score_offset:
+                rank_zero_warn(
+                    f"score_offset={self.reward_model.score_offset:.4g} is kept, but was measured on earlier weights: "
+                    "no validation measures it anew. Give validation data."
+                )
             return
         # of the weights that are exported
         averaged, precision = averaged_weights(self.trainer), self.trainer.precision_plugin.val_step_context()

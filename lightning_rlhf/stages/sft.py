@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data.packed import PackedBatch
@@ -40,6 +41,8 @@ class SFTModule(Stage):
         z_loss: Weight of the z-loss, which keeps the softmax's denominator near 1 (PaLM: 1e-4); 0 for none.
         optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
         lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
+        max_dropped: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite, before
+            the run ends.
         trust_remote_code: Run code that comes with the model.
 
     Attributes:
@@ -70,6 +73,7 @@ class SFTModule(Stage):
         z_loss: float = 0.0,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        max_dropped: int = 5,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
@@ -88,7 +92,7 @@ class SFTModule(Stage):
         self.keep_hyperparameters()
         if z_loss < 0 or (neftune_alpha is not None and neftune_alpha < 0):
             raise ValueError(f"Neither may be negative: z_loss={z_loss}, neftune_alpha={neftune_alpha}.")
-        self.neftune_alpha, self.z_loss = neftune_alpha, z_loss
+        self.neftune_alpha, self.z_loss, self.max_dropped = neftune_alpha, z_loss, max_dropped
         for stage in ("train", "val", "test"):
             self.add_module(f"{stage}_loss", TokenMean())
             self.add_module(f"{stage}_perplexity", Perplexity())
@@ -134,14 +138,17 @@ class SFTModule(Stage):
         """Logs once an optimizer step, over its micro-batches and all ranks."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
+        found: dict[str, Tensor] = {}
         for name in ("loss", "perplexity", "token_accuracy", *(["z_loss"] if self.z_loss else [])):
-            metric = self.get_submodule(f"train_{name}")
-            self.log(f"train/{name}", metric.compute(), prog_bar=name == "loss", batch_size=1)  # type: ignore[operator]
-            metric.reset()  # type: ignore[operator]
+            metric: Any = self.get_submodule(f"train_{name}")
+            found[name] = metric.compute()
+            self.log(f"train/{name}", found[name], prog_bar=name == "loss", batch_size=1)
+            metric.reset()
         now = time.perf_counter()
         self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)
         self.log("train/scored_share", self._scored / self._tokens, batch_size=1)
         self._since, self._tokens, self._scored = now, 0, 0
+        self.count_step(found["loss"])
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Held-out loss, perplexity, accuracy."""
@@ -164,7 +171,7 @@ class SFTModule(Stage):
     def on_train_start(self) -> None:
         """Starts the first step's clock."""
         super().on_train_start()
-        self._since = time.perf_counter()
+        self._since, self._tokens, self._scored = time.perf_counter(), 0, 0
 
     def _update(self, stage: str, batch: PackedBatch, out: ScoredTokens) -> None:
         weight = batch.weight

@@ -11,17 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_rlhf.functional.advantages import merge_moments, moments
-from lightning_rlhf.functional.precision import wide
 from lightning_rlhf.stages.base import Stage
-from lightning_rlhf.strategies import ColossalAIStrategy
-from lightning_rlhf.strategies.sharded import ShardedOptimizer
+from lightning_rlhf.stages.optim import gradient_norm, parameters_of
 
 
 class ManualStage(Stage):
@@ -41,14 +38,6 @@ class ManualStage(Stage):
     automatic_optimization: ClassVar[bool] = False
     iteration: int = 0
     _diverged: int = -1
-
-    @property
-    def strategy(self) -> Strategy | None:
-        """The Trainer's; None without a Trainer, where rollouts and scores serve a project's own loop."""
-        try:
-            return self.trainer.strategy
-        except RuntimeError:  # the one public way to ask
-            return None
 
     def on_fit_start(self) -> None:
         """Refuses strategies that would not sum gradients as this stage does; silences a warning that misleads.
@@ -93,12 +82,6 @@ class ManualStage(Stage):
 
     # ------------------------------------------------------------------------------------------------- updates
 
-    @property
-    def _sharded(self) -> ColossalAIStrategy | None:
-        """The strategy, where ranks hold parts of gradients."""
-        strategy = self.strategy
-        return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
-
     def apart(self) -> AbstractContextManager[None]:
         """Within it backward passes leave gradients to this rank, unless the strategy shards them."""
         strategy = self.strategy
@@ -109,20 +92,6 @@ class ManualStage(Stage):
     def accumulate(self, loss: Tensor) -> None:
         """A backward pass: adds a part of a minibatch's loss to its gradients."""
         self.manual_backward(loss * self._ranks() if self._sharded else loss)  # those that shard them average
-
-    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-        """As ``torch.nn.utils.clip_grad_norm_``, wherever the gradients are; None only measures."""
-        if self._sharded:
-            return self._sharded.clip_grad_norm(list(parameters), max_norm)
-        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
-
-    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sets gradients to none."""
-        for p in parameters:
-            p.grad = None
-        if self._sharded:
-            for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad()
 
     def update(self, parameters: Sequence[nn.Parameter], loss: float, first: bool) -> bool:
         """Sums gradients over ranks and steps all optimizers, or drops the update, on all ranks alike.
@@ -147,13 +116,10 @@ class ManualStage(Stage):
                 dist.all_reduce(flat)
                 for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                     gradient.copy_(summed.view_as(gradient))
-        scaler, scale = self.scaler, 1.0
+        scaler, scale = self.scaler, self.loss_scale
         if scaler is not None:
-            scale = scaler.get_scale()
             for optimizer in self._optimizers():
                 scaler.unscale_(optimizer.optimizer)
-        elif self._sharded is not None:
-            scale = self._sharded.loss_scale
         norm = self.clip(parameters, None) if self._sharded else gradient_norm(parameters)
         finite = math.isfinite(loss) and bool(norm.isfinite())
         if finite:
@@ -185,7 +151,7 @@ class ManualStage(Stage):
         self.drop_gradients(parameters)
         self._step(count=True)
         if self._diverged == self.iteration:
-            self.count_step(True, "iterations")
+            self.count_dropped(True, "iterations")
 
     def _optimizers(self) -> list[Any]:
         found: Any = self.optimizers()
@@ -260,16 +226,3 @@ class ManualStage(Stage):
 def _monitor(scheduler: ReduceLROnPlateau) -> str:
     """The metric that it goes by; torch's class does not say, Lightning's does."""
     return getattr(scheduler, "monitor", "train/score" if scheduler.mode == "max" else "train/loss")
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's own parameters that an optimizer trains, also where it steps shards of them."""
-    if isinstance(optimizer, ShardedOptimizer):
-        return optimizer.parameters
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """2-norm of all gradients, in fp32 at least."""
-    norms = [wide(p.grad).norm() for p in parameters if p.grad is not None]
-    return torch.stack([norm.float() for norm in norms]).norm() if norms else torch.zeros(())

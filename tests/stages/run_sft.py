@@ -43,9 +43,20 @@ class FirstGradients(L.Callback):
             self.gradients = {k: p.grad.clone() for k, p in pl_module.policy.named_parameters() if p.grad is not None}
 
 
+class Spoiled(L.Callback):
+    """One rank's loss is no number in chosen steps."""
+
+    def __init__(self, rank, steps):
+        self.rank, self.steps = rank, steps
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_rank == self.rank and trainer.global_step in self.steps:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+
+
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=6, seed=0, dropout=0.0, order=0, lr=1e-2, val_fraction=0.2,
-        callbacks=(), quantization=None, ema=None, **options):  # fmt: skip
+        callbacks=(), quantization=None, ema=None, spoiled=None, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = SFTModule(
@@ -64,7 +75,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         cache_dir=Path(out_dir) / "cache",
     )
     first = FirstGradients()
-    callbacks = [*callbacks, first]
+    callbacks = [*callbacks, first, *([Spoiled(*spoiled)] if spoiled else [])]
     if ema is not None:
         callbacks.append(EMA(ema))
     if save_every:

@@ -1,8 +1,12 @@
 """What all stages share: what they refuse, what their checkpoints hold."""
 
+import itertools
 import json
+import math
 import random
 import re
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -10,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_rlhf import (
+    HFExport,
     InstructionDataModule,
+    LoRA,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -258,3 +266,170 @@ def test_another_optimizer_or_schedule_is_named_before_the_plan(saved, tiny_mode
         run(RewardModule(tiny_model_dir), tmp_path, reward, steps=2)
     with pytest.raises(CheckpointError, match=r"with the optimizers AdamW, AdamW, and SGD, SGD can't go on"):
         run(ppo(tiny_model_dir, optimizer=sgd), tmp_path, saved / "PPOModule.ckpt", steps=2)
+
+
+# ------------------------------------------------------------------------------------------------- divergence
+
+
+class Broken(L.Callback):
+    """Spoils the gradients, or the loss, of chosen optimizer steps."""
+
+    def __init__(self, steps, loss=False):
+        self.steps, self.loss, self.weights, self.seen = set(steps), loss, None, []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self.loss and trainer.global_step in self.steps:
+            loss.data.mul_(math.nan)
+            loss.register_hook(lambda gradient: gradient * math.nan)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step in self.steps and not self.loss:
+            next(p for p in pl_module.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(pl_module.dropped)
+
+    def on_train_batch_start(self, *_):
+        pass
+
+
+def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=None, steps=6, lora=None, max_dropped=3,
+          callbacks=(), **options):  # fmt: skip
+    torch.manual_seed(0)
+    given = dict(lora=lora, max_dropped=max_dropped, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **options)
+    if stage == "sft":
+        module, data = SFTModule(model_dir, **given), InstructionDataModule
+    else:
+        module, data = RewardModule(model_dir, **given), PreferenceDataModule
+    watch = Broken(broken, loss)
+    trainer = quiet(tmp_path, max_steps=steps, callbacks=[watch, *callbacks], plugins=plugins)
+    rows = ROWS if stage == "sft" else PAIRS
+    size = 4 if stage == "sft" else 8
+    trainer.fit(module, data(rows, batch_size=size, val_fraction=0.0, cache_dir=tmp_path / "cache"))
+    return module, watch
+
+
+def quiet(tmp_path, **options):
+    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    return L.Trainer(**settings, **options)
+
+
+def weights(module):
+    return {k: p.detach().clone() for k, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("loss", [False, True], ids=["gradients", "loss"])
+def test_a_step_that_is_not_finite_is_dropped(tiny_model_dir, tmp_path, stage, loss):
+    """Neither by Adam's momentum nor by weight decay does a weight move."""
+    before = []
+
+    class Before(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            before.append(weights(pl_module))
+
+    with pytest.warns(UserWarning, match="Optimizer step 4 is dropped: its gradients are not finite"):
+        module, watch = learn(stage, tiny_model_dir, tmp_path, (1, 2, 4), loss, callbacks=[Before()])
+    assert watch.seen == [0, 0, 1, 2, 0, 1]  # of the step before
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise([*before, weights(module)])]
+    assert moved == [True, False, False, True, False, True]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_run_that_diverged_ends_with_an_error(tiny_model_dir, tmp_path, stage):
+    """It went on to its end and exported NaN."""
+    export = dict(callbacks=[HFExport(tmp_path / "hf", when="end")])
+    with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row were dropped.*\(step 5\)"):
+        learn(stage, tiny_model_dir, tmp_path, range(2, 99), steps=50, **export)
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(RuntimeError, match=r"The run ends here. 2 optimizer steps in a row"):  # too short for three
+        learn(stage, tiny_model_dir, tmp_path, (4, 5), **export)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=4)], ids=["full", "lora"])
+def test_a_learning_rate_that_is_too_large_is_told(tiny_model_dir, tmp_path, lora):
+    with pytest.raises(RuntimeError, match="in a row were dropped"):
+        learn("sft", tiny_model_dir, tmp_path, lr=1e12, steps=5, lora=lora, max_dropped=5,
+              lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0))  # fmt: skip
+
+
+class ScalesOnly(MixedPrecision):
+    def forward_context(self):
+        return nullcontext()
+
+
+def test_overflow_in_fp16_is_no_divergence_until_the_scale_is_one(tiny_model_dir, tmp_path):
+    def plugin(scale):
+        return [ScalesOnly("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))]
+
+    class Overflow(Broken):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step in self.steps:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+
+        def on_before_optimizer_step(self, *_):
+            pass
+
+    watch = Overflow(range(5))
+    module, _ = learn("sft", tiny_model_dir, tmp_path, plugins=plugin(2.0**16), callbacks=[watch])
+    assert watch.seen == [0] * 6 and module.scaler.get_scale() == 2.0**11
+    with pytest.raises(RuntimeError, match="3 optimizer steps in a row"):
+        learn("sft", tiny_model_dir, tmp_path, plugins=plugin(4.0), callbacks=[Overflow(range(99))], steps=50)
+
+
+def test_a_checkpoint_keeps_the_count_and_a_second_fit_starts_anew(tiny_model_dir, tmp_path):
+    module, _ = learn("sft", tiny_model_dir, tmp_path, (5,))
+    assert module.dropped == 1
+    module.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    data = InstructionDataModule(ROWS, batch_size=4, val_fraction=0.0, cache_dir=tmp_path / "cache")
+    counts = []
+    module.on_train_start = lambda: counts.append(module.dropped)
+    quiet(tmp_path, max_steps=7).fit(module, data, ckpt_path=tmp_path / "x.ckpt")
+    module.dropped = 2
+    quiet(tmp_path, max_steps=1).fit(module, data)
+    assert counts == [1, 0]
+
+
+# ------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("monitor", ["train/loss", "val/loss", None])
+def test_a_plateau_schedule_goes_by_its_own_metric(tiny_model_dir, tmp_path, stage, monitor):
+    """``val/loss`` was always asked for."""
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau
+    make = scheduler if monitor is None else partial(ReduceLROnPlateau, monitor=monitor)
+    kind, rows = (SFTModule, ROWS) if stage == "sft" else (RewardModule, PAIRS)
+    data = InstructionDataModule if stage == "sft" else PreferenceDataModule
+    module, seen, want = kind(tiny_model_dir, lr_scheduler=make), [], []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, _):
+            one = trainer.lr_scheduler_configs[0].scheduler
+            step = one.step
+            one.step = lambda metrics, epoch=None: (seen.append(float(metrics)), step(metrics))[1]
+
+        def on_train_epoch_end(self, trainer, _):
+            want.append(trainer.callback_metrics[monitor or "val/loss"].item())
+
+    trainer = quiet(tmp_path, max_epochs=2, callbacks=[Watch()])
+    trainer.fit(module, data(rows, val=None if monitor == "train/loss" else rows, batch_size=4,
+                             val_fraction=0.0, cache_dir=tmp_path / "cache"))  # fmt: skip
+    assert seen == pytest.approx(want) and len(seen) == 2
+
+
+# ------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("limits", [dict(limit_train_batches=0.7), dict(overfit_batches=0.7)])
+def test_a_share_of_batches_that_cuts_a_step_is_refused(tiny_model_dir, tmp_path, limits):
+    """8 rows, 4 a step, 3 micro-batches: 0.7 of 6 batches are 4."""
+    with pytest.raises(ValueError, match=r"limit_train_batches=0.7 of an epoch takes 4 micro-batches.*Use 3 or 6"):
+        fit(tiny_model_dir, tmp_path, accumulate_grad_batches=3, **limits)
+    trainer, _ = fit(tiny_model_dir, tmp_path, accumulate_grad_batches=3, limit_train_batches=0.5)
+    assert trainer.global_step == 1
+    trainer, _ = fit(tiny_model_dir, tmp_path, accumulate_grad_batches=3, limit_train_batches=1.0)
+    assert trainer.global_step == 2

@@ -416,3 +416,19 @@ def test_the_head_is_new_by_its_seed_and_a_saved_one_is_kept(tiny_model_dir, tmp
     again.configure_model()
     assert torch.equal(again.reward_model.transformer.score.weight, heads[2])
     assert again.reward_model.score_offset == 0.5
+
+
+def test_a_second_fit_measures_its_own_offset(tiny_model_dir, tmp_path):
+    """Of as many steps as the first, and without a validation at its end: it kept the first one's."""
+    module = RewardModule(tiny_model_dir, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    data = PreferenceDataModule(rows(8), val=rows(8), batch_size=4, cache_dir=tmp_path / "cache")
+    offsets = []
+    for options in (dict(), dict(check_val_every_n_epoch=2)):
+        quiet(tmp_path, max_epochs=1, **options).fit(module, data)
+        offsets.append(module.reward_model.score_offset)
+        found = quiet(tmp_path).validate(module, data, verbose=False)[0]["val/chosen_score"]
+        assert offsets[-1] == pytest.approx(found, rel=1e-4)
+    assert offsets[0] != pytest.approx(offsets[1], rel=1e-2)
+    with pytest.warns(UserWarning, match="is kept, but was measured on earlier weights"):
+        quiet(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, data)
+    assert module.reward_model.score_offset == offsets[1]
