@@ -51,8 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     known = (*COMMANDS, *TOOLS)
     if arguments[0] not in known and not arguments[0].startswith("-"):
-        found = meant(arguments[0], known)
-        print(f"lightning-rlhf: there is no command {arguments[0]}{found} All: {', '.join(known)}", file=sys.stderr)
+        near = meant(arguments[0], known)
+        print(f"lightning-rlhf: there is no command {arguments[0]}{near} All: {', '.join(known)}", file=sys.stderr)
         sys.exit(2)
     try:
         if arguments[0] in TOOLS:

@@ -9,11 +9,12 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
 from lightning_rlhf.callbacks.atomic import naming
 from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import encode_prompt
 from lightning_rlhf.evaluation import complete
@@ -39,6 +41,7 @@ from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
+from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, gradient_norm, parameter_groups, parameters_of
 from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, holds_whole_models
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
@@ -82,6 +85,8 @@ class Stage(L.LightningModule):
     new_token_ids: tuple[int, ...]
     max_dropped: int = 5
     dropped: int = 0
+    #: The kind of data that it works on; None: whatever a stage of one's own takes.
+    works_on: ClassVar[Kind | None] = None
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class Stage(L.LightningModule):
         self._rng_to_restore: dict[str, Any] | None = None
         self._makers_to_match: dict[str, list[str]] | None = None
         self._mid_step = self._diverges = False
+        self._counted = 0
 
     def keep_hyperparameters(self) -> None:
         """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
@@ -223,8 +229,11 @@ class Stage(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step.
 
-        A ``SaveOnInterrupt`` that the Trainer was given stays in its place.
+        A ``SaveOnInterrupt`` that the Trainer was given stays in its place. This is the first hook of a run, so another
+        stage's data is refused here, before rows are read and models loaded.
         """
+        if self.works_on is not None:
+            check_data(type(self).__name__, self.works_on, self.trainer)
         given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if given else [SaveOnInterrupt()]
 
@@ -280,6 +289,39 @@ class Stage(L.LightningModule):
                 "below 1/256 of a weight are lost. Set model.dtype to float32 (with trainer.precision=bf16-mixed)."
             )
 
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuses batches of another kind."""
+        self._check(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuses batches of another kind."""
+        self._check(batch)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuses batches of another kind."""
+        self._check(batch)
+
+    def _check(self, batch: Any) -> None:
+        if self.works_on is not None:
+            predicts = self.trainer.state.fn == TrainerFn.PREDICTING
+            check_batch(type(self).__name__, self.works_on, batch, predicts)
+
+    def on_predict_start(self) -> None:
+        """Rows that have no number are counted from 0."""
+        self._counted = 0
+
+    def places(self, batch: PackedBatch) -> list[tuple[int, int]]:
+        """The row of each branch of a batch that is predicted, and its number among the row's branches.
+
+        A batch that no planner made does not know its rows. They are counted, over ranks as Lightning deals them.
+        """
+        trees = batch.forest.trees
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        rows = batch.rows or tuple(self.global_rank + ranks * (self._counted + i) for i in range(len(trees)))
+        self._counted += len(trees)
+        fills = batch.num_scored > 0 and not batch.weight.any()  # a planner's empty bin
+        return [] if fills else [(row, i) for row, (_, b) in zip(rows, trees, strict=True) for i in range(len(b))]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule by optimizer steps."""
         optimizer = self.make_optimizer(parameter_groups(self.exportable.parameters()))
@@ -324,7 +366,8 @@ class Stage(L.LightningModule):
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Puts a resumed run's RNG states back, after all that set-up drew."""
+        """Refuses batches of another kind; puts a resumed run's RNG states back, after all that set-up drew."""
+        self._check(batch)
         last = self.trainer.num_training_batches
         self._mid_step = bool((batch_idx + 1) % self.trainer.accumulate_grad_batches) and batch_idx + 1 != last
         if self._rng_to_restore is not None:

@@ -35,6 +35,7 @@ VALIDATION = -1
 class OnlineStage(ManualStage):
     """Base of the stages whose data are samples of the policy: an iteration is a rollout and its updates."""
 
+    works_on = "prompts"
     sampling: Sampling
     samples_per_prompt: int
     engine: RolloutEngine

@@ -64,6 +64,7 @@ class RewardModule(Stage):
     """
 
     reward_model: RewardModel
+    works_on = "preferences"
 
     def __init__(
         self,
@@ -187,17 +188,17 @@ class RewardModule(Stage):
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record an answer: ``row`` and ``answer`` (from 0), raw ``score``, ``normalised`` score, ``tokens``."""
         scores, lengths = self.reward_model(batch).tolist(), batch.lengths.tolist()
-        places = [(row, i) for row, (_, b) in zip(batch.rows, batch.forest.trees, strict=False) for i in range(len(b))]
         offset = self.reward_model.score_offset
         return [
             {"row": row, "answer": answer, "score": score, "normalised": score - offset, "tokens": length}
-            for (row, answer), score, length in zip(places, scores, lengths, strict=False)  # a filler has no place
+            for (row, answer), score, length in zip(self.places(batch), scores, lengths, strict=False)
+            # a filler has no place
         ]
 
     def on_train_epoch_end(self) -> None:
         """Measures the offset where the epoch ended without a validation, so that no export has an old one."""
         super().on_train_epoch_end()
-        if self._offset_step == self.trainer.global_step:
+        if self._offset_step == self.trainer.global_step or not self.trainer.enable_validation:
             return
         loop: Any = self.trainer.fit_loop.epoch_loop.val_loop
         loop.setup_data()  # a resumed run, or one that validates later, has no loader yet

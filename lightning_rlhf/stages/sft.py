@@ -58,6 +58,7 @@ class SFTModule(Stage):
     """
 
     policy: Policy
+    works_on = "instructions"
 
     def __init__(
         self,
@@ -159,13 +160,14 @@ class SFTModule(Stage):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A record a row: ``row``, summed ``logprob`` of its scored tokens in nats, and their number ``tokens``."""
+        """A record an answer: ``row``, ``answer`` (from 0), summed ``logprob`` of its scored ``tokens`` in nats."""
         logprobs = self.policy(batch).logprobs
         sums = logprobs.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, logprobs).tolist()
         counts = batch.sequence.bincount(minlength=batch.num_sequences).tolist()
         return [
-            {"row": row, "logprob": logprob, "tokens": tokens}
-            for row, logprob, tokens in zip(batch.rows, sums, counts, strict=False)  # a filler is no row
+            {"row": row, "answer": answer, "logprob": logprob, "tokens": tokens}
+            for (row, answer), logprob, tokens in zip(self.places(batch), sums, counts, strict=False)
+            # a filler has no place
         ]
 
     def on_train_start(self) -> None:
