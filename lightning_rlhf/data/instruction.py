@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import check_arguments
 from lightning_rlhf.data.formats import Conversation, to_conversation
 from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.oasst import instruction_rows
@@ -83,6 +84,7 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         streaming: bool = False,
         window_rows: int = 65_536,
     ) -> None:
+        check_arguments(InstructionDataModule.__init__, locals())
         super().__init__(
             train,
             val,

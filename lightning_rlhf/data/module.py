@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees
 from lightning_rlhf.data.planner import PlannedLoader, Planner, Size
@@ -177,15 +178,18 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         format: str,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("window_rows", window_rows),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_arguments(
+            TreeDataModule.__init__,
+            locals(),
+            max_length=Range(1),
+            batch_size=Range(1),
+            max_tokens=Range(1),
+            eval_batch_size=Range(1),
+            val_fraction=Range(0, 1, below=True),
+            num_proc=Range(0),
+            num_workers=Range(0),
+            window_rows=Range(1),
+        )
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self._weighted = {part: weighted_sources(s) for part, s in self.sources.items() if s is not None}
         for part, sources in self._weighted.items():

@@ -6,10 +6,11 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import check_arguments
 from lightning_rlhf.data.formats import Conversation, Message, to_conversation
 from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.oasst import preference_rows
@@ -106,6 +107,7 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         streaming: bool = False,
         window_rows: int = 65_536,
     ) -> None:
+        check_arguments(PreferenceDataModule.__init__, locals())
         super().__init__(
             train,
             val,
@@ -126,8 +128,6 @@ class PreferenceDataModule(TreeDataModule[Preference]):
             window_rows,
             format,
         )
-        if pair_weight not in get_args(PairWeight):
-            raise ValueError(f"pair_weight is {pair_weight!r}. Choose one of: {', '.join(get_args(PairWeight))}.")
         self.system = system
         self.pair_weight, self.use_margin = pair_weight, use_margin
         self.origins: dict[str, list[tuple[str, ...]]] = {}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.formats import (
     FORMATS,
     Conversation,
@@ -373,6 +374,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
         streaming: bool = False,
         window_rows: int = 65_536,
     ) -> None:
+        check_arguments(PromptDataModule.__init__, locals(), ptx_batch_size=Range(1), ptx_max_length=Range(1))
         super().__init__(
             train,
             val,
@@ -393,8 +395,6 @@ class PromptDataModule(TreeDataModule[Prompt]):
             window_rows,
             format,
         )
-        if ptx_batch_size < 1:
-            raise ValueError(f"ptx_batch_size must be at least 1, got {ptx_batch_size}.")
         if as_text and system is not None:
             raise ValueError(
                 "With as_text prompts are plain texts, which have no system prompt. Leave one of them out."

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import check_arguments
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.templates import answer_lead
 from lightning_rlhf.models.backbone import Backbone
@@ -44,6 +45,7 @@ class Sampling:
         if isinstance(self.stop_strings, str):
             raise ValueError(f"sampling.stop_strings must be a list of texts; write [{self.stop_strings!r}].")
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))  # YAML brings a list
+        check_arguments(Sampling, vars(self), "sampling.")
         positive = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
         for name, right, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.functional.precision import wide
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
 
@@ -50,11 +51,15 @@ class CosineWarmup(LambdaLR):
         warmup: Steps of warm-up where at least 1, else the share of ``total_steps``.
         final: Share of the rate at the end.
         total_steps: Length of the run; None takes it from the Trainer when training starts.
+
+    Raises:
+        ValueError: One of them is out of its range.
     """
 
     def __init__(
         self, optimizer: Optimizer, warmup: float = 0.03, final: float = 0.1, total_steps: int | None = None
     ) -> None:
+        check_arguments(CosineWarmup.__init__, locals(), warmup=Range(0), final=Range(0, 1), total_steps=Range(1))
         self.warmup, self.final, self.total_steps = warmup, final, total_steps
         self.fitted = total_steps is None
         super().__init__(optimizer, self._factor)

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.packed import PackedBatch, split
 from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
@@ -104,6 +105,9 @@ class PPOModule(ActorCriticStage):
         policy: The policy, from ``configure_model`` on.
 
     Logged: see ``docs/ppo.md``.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -157,6 +161,35 @@ class PPOModule(ActorCriticStage):
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
+        if kl_penalty == "k1":  # type: ignore[comparison-overlap]
+            kl_loss(torch.zeros(0), kl_penalty)  # says why it is none
+        check_arguments(
+            PPOModule.__init__,
+            locals(),
+            samples_per_prompt=Range(1),
+            epochs=Range(1),
+            minibatches=Range(1),
+            micro_batch_tokens=Range(1),
+            kl_coef=Range(0),
+            kl_target=Range(0, above=True),
+            kl_horizon=Range(0, above=True),
+            clip_low=Range(0, 1),
+            clip_high=Range(0),
+            clip_value=Range(0, above=True),
+            gamma=Range(0, 1),
+            lam=Range(0, 1),
+            clip_scores=Range(0, above=True),
+            missing_stop_penalty=Range(0),
+            value_coef=Range(0),
+            entropy_coef=Range(0),
+            ptx_coef=Range(0),
+            target_kl=Range(0, above=True),
+            max_norm=Range(0, above=True),
+            max_dropped=Range(1),
+            critic_lr=Range(0),
+        )
+        if kl_target is not None and not kl_coef:
+            raise ValueError("kl_target adapts kl_coef by a factor, and a factor of 0 is 0: set kl_coef above 0.")
         super().__init__(
             pretrained,
             tokenizer,
@@ -173,13 +206,6 @@ class PPOModule(ActorCriticStage):
         self.keep_hyperparameters()
         if sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be above 0: greedy completions teach PPO nothing.")
-        if kl_penalty not in ("reward", "k2", "k3"):
-            kl_loss(torch.zeros(0), kl_penalty)  # type: ignore[arg-type]  # says why k1 is none
-        if not isinstance(critic, (str, os.PathLike, PreTrainedModel, type(None))):
-            raise ValueError(
-                f"critic: an object of type {type(critic).__name__} is none. Give the directory or hub id of a reward "
-                "model or of a language model, a transformers model, or null for the policy's start."
-            )
         object.__setattr__(self, "critic_from", critic)  # not a child twice, where it is a model
         self.shared = shared_backbone and lora is not None
         self.sampling, self.samples_per_prompt, self.engine = sampling, samples_per_prompt, engine or CachedEngine()

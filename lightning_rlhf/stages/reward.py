@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import averaged_weights
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
@@ -83,6 +84,7 @@ class RewardModule(Stage):
         head_seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
+        check_arguments(RewardModule.__init__, locals(), center=Range(0), max_dropped=Range(1))
         super().__init__(
             pretrained,
             tokenizer,
@@ -97,8 +99,6 @@ class RewardModule(Stage):
             quantization,
         )
         self.keep_hyperparameters()
-        if center < 0:
-            raise ValueError(f"center must be at least 0, got {center}.")
         self.center, self.head_seed, self.max_dropped = center, head_seed, max_dropped
         set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
         for name in TRAINED:

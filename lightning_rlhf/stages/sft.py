@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.logprobs import ScoredTokens
 from lightning_rlhf.metrics import Perplexity, TokenMean
@@ -54,7 +55,7 @@ class SFTModule(Stage):
     ``train/z_loss``: what it adds to the minimised loss. ``train/loss`` is without it, and under NEFTune's noise.
 
     Raises:
-        ValueError: A negative ``neftune_alpha`` or ``z_loss``.
+        ValueError: An argument is out of its range.
     """
 
     policy: Policy
@@ -77,6 +78,7 @@ class SFTModule(Stage):
         max_dropped: int = 5,
         trust_remote_code: bool = False,
     ) -> None:
+        check_arguments(SFTModule.__init__, locals(), max_dropped=Range(1))
         super().__init__(
             pretrained,
             tokenizer,

@@ -1,0 +1,125 @@
+"""What a command line refuses is refused in Python too: every choice, every number, every bool of what users make."""
+
+import inspect
+import math
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+
+from lightning_rlhf import (
+    InstructionDataModule,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    Sampling,
+    SFTModule,
+)
+from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.stages.optim import CosineWarmup
+
+
+def score(prompts, completions):
+    return [0.0] * len(completions)
+
+
+ROWS = [{"prompt": "a", "completion": "b"}]
+OWNERS = {
+    SFTModule: dict(pretrained="nowhere"),
+    RewardModule: dict(pretrained="nowhere"),
+    PPOModule: dict(pretrained="nowhere", reward=score),
+    InstructionDataModule: dict(train=ROWS),
+    PreferenceDataModule: dict(train=ROWS),
+    PromptDataModule: dict(train=ROWS),
+    Sampling: dict(),
+}
+LEAST = {  # the last that is right, and the first that is wrong
+    "at least 1": (1, 0),
+    "at least 0": (0, -1),
+    "above 0": (1e-9, 0.0),
+    "at least 0 and at most 1": (1, 1.5),
+    "at least 0 and below 1": (0.5, 1.0),
+}
+
+
+def arguments():
+    """Each argument of a known kind: its owner, name, kinds and whether it may be None."""
+    for owner in OWNERS:
+        for name, hint in inspect.get_annotations(owner.__init__, eval_str=True).items():
+            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+            if get_origin(hint) is Literal:
+                kinds = [hint]
+            if len(kinds) == 1 and (kinds[0] in (int, float, bool) or get_origin(kinds[0]) is Literal):
+                yield pytest.param(owner, name, kinds[0], id=f"{owner.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("owner", "name", "kind"), arguments())
+def test_no_argument_takes_what_is_none_of_its_kind(owner, name, kind):
+    wrong = {int: [2.5, "3", True, math.nan], float: ["0.1", math.nan, True], bool: ["no", 1, None]}
+    for value in wrong.get(kind, ["tokens", 0, True]):
+        with pytest.raises(ValueError, match=rf"\b{name} (must be|is) "):
+            owner(**{**OWNERS[owner], name: value})
+
+
+RANGES = [
+    (PPOModule, "at least 1", ["samples_per_prompt", "epochs", "minibatches", "micro_batch_tokens", "max_dropped"]),
+    (PPOModule, "at least 0", ["kl_coef", "clip_high", "missing_stop_penalty", "value_coef", "entropy_coef", "ptx_coef",
+                               "critic_lr"]),
+    (PPOModule, "above 0", ["kl_target", "kl_horizon", "clip_value", "clip_scores", "target_kl", "max_norm"]),
+    (PPOModule, "at least 0 and at most 1", ["clip_low", "gamma", "lam"]),
+    (SFTModule, "at least 1", ["max_dropped"]),
+    (RewardModule, "at least 1", ["max_dropped"]),
+    (RewardModule, "at least 0", ["center"]),
+    *(
+        (kind, rule, names)
+        for kind in (InstructionDataModule, PreferenceDataModule, PromptDataModule)
+        for rule, names in {
+            "at least 1": ["batch_size", "eval_batch_size", "max_length", "window_rows"],
+            "at least 0": ["num_proc"],
+            "at least 0 and below 1": ["val_fraction"],
+        }.items()
+    ),
+    (InstructionDataModule, "at least 1", ["max_tokens"]),
+    (PreferenceDataModule, "at least 0", ["num_workers"]),
+    (PromptDataModule, "at least 1", ["ptx_batch_size", "ptx_max_length"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "rule"),
+    [pytest.param(owner, name, rule, id=f"{owner.__name__}.{name}") for owner, rule, names in RANGES for name in names],
+)
+def test_every_number_has_its_range(owner, name, rule, tiny_model_dir):
+    given = {**OWNERS[owner], **({"pretrained": tiny_model_dir} if "pretrained" in OWNERS[owner] else {})}
+    right, wrong = LEAST[rule]
+    with pytest.raises(ValueError, match=f"^{name} must be {rule}, got {wrong}"):
+        owner(**{**given, name: wrong})
+    owner(**{**given, name: right})
+
+
+def test_words_name_the_choices():
+    with pytest.raises(ValueError, match=r"loss_mean is 'tokens'. Choose one of: token, sequence"):
+        PPOModule("nowhere", score, loss_mean="tokens")
+    with pytest.raises(ValueError, match=r"sampling\.max_new_tokens must be a whole number, got 2.5"):
+        Sampling(max_new_tokens=2.5)
+    with pytest.raises(ValueError, match="k1 can't be a loss"):
+        PPOModule("nowhere", score, kl_penalty="k1")
+    with pytest.raises(ValueError, match="set kl_coef above 0"):
+        PPOModule("nowhere", score, kl_coef=0.0, kl_target=6.0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    def f(a: int, b: float, c: bool = True, d: float | None = None) -> None: ...
+
+    check_arguments(f, dict(a=np.int64(3), b=np.float32(0.5), c=np.bool_(False), d=None), a=Range(3), b=Range(0, 1))
+    check_arguments(f, dict(a=3, b=1))
+
+
+@pytest.mark.parametrize("wrong", [dict(warmup=-0.1), dict(final=1.5), dict(total_steps=0), dict(final=math.nan)])
+def test_a_schedule_has_ranges_too(wrong):
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        CosineWarmup(optimizer, **wrong)
