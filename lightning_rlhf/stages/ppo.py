@@ -206,6 +206,11 @@ class PPOModule(ActorCriticStage):
         self.keep_hyperparameters()
         if sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be above 0: greedy completions teach PPO nothing.")
+        if not isinstance(critic, (str, os.PathLike, PreTrainedModel, type(None))):
+            raise ValueError(
+                f"critic: an object of type {type(critic).__name__} is none. Give the directory or hub id of a reward "
+                "model or of a language model, a transformers model, or null for the policy's start."
+            )
         object.__setattr__(self, "critic_from", critic)  # not a child twice, where it is a model
         self.shared = shared_backbone and lora is not None
         self.sampling, self.samples_per_prompt, self.engine = sampling, samples_per_prompt, engine or CachedEngine()
