@@ -198,12 +198,14 @@ class RewardModule(Stage):
     def on_train_epoch_end(self) -> None:
         """Measures the offset where the epoch ended without a validation, so that no export has an old one."""
         super().on_train_epoch_end()
-        if self._offset_step == self.trainer.global_step or not self.trainer.enable_validation:
+        if self._offset_step == self.trainer.global_step:
             return
-        loop: Any = self.trainer.fit_loop.epoch_loop.val_loop
-        loop.setup_data()  # a resumed run, or one that validates later, has no loader yet
-        loader: Any = self.trainer.val_dataloaders
-        batches = int(sum(self.trainer.num_val_batches))
+        loader: Any = None
+        batches = 0
+        if self.trainer.enable_validation:
+            loop: Any = self.trainer.fit_loop.epoch_loop.val_loop
+            loop.setup_data()  # a resumed run, or one that validates later, has no loader yet
+            loader, batches = self.trainer.val_dataloaders, int(sum(self.trainer.num_val_batches))
         if not batches:
             if self.reward_model.score_offset:
                 rank_zero_warn(
