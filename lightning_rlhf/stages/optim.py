@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.functional.precision import wide
-from lightning_rlhf.strategies.sharded import ShardedOptimizer
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, object]]:
@@ -103,9 +102,7 @@ def fit_schedules(trainer: Trainer) -> None:
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's own parameters that an optimizer trains, also where it steps shards of them."""
-    if isinstance(optimizer, ShardedOptimizer):
-        return optimizer.parameters
+    """The model's own parameters that an optimizer trains."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

@@ -321,6 +321,7 @@ def whole_weights(boosted: Boosted, exact: bool) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     names = aliases(boosted)
+    boosted.adopt()
     for slot in boosted.slots:
         value = boosted.collect(slot, lambda piece: piece.weight)
         if value is not None:

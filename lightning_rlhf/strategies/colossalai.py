@@ -1,8 +1,9 @@
-"""ColossalAI's DDP, ZeRO and Gemini as a Lightning strategy that boosts the children of a module one by one."""
+"""ColossalAI's ZeRO and Gemini as a Lightning strategy that boosts the children of a module one by one; and DDP."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,16 +18,25 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_rlhf.strategies import checkpoints
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
-from lightning_rlhf.strategies.sharded import Boosted, GeminiBoosted, ShardedOptimizer, ZeroBoosted
+from lightning_rlhf.strategies.sharded import (
+    Boosted,
+    GeminiBoosted,
+    ShardedOptimizer,
+    ZeroBoosted,
+    is_kept,
+    named_buffers,
+)
 
 #: What Lightning registers, with the arguments each stands for.
 NAMES: dict[str, dict[str, Any]] = {
@@ -49,15 +59,16 @@ INSTALL = (
 class ColossalAIStrategy(DDPStrategy):
     """Shards what training keeps of a model over ranks, by ColossalAI, for any LightningModule.
 
-    Each optimizer must train parameters of one child module, and each such child has one optimizer; children that
-    none trains (references, metrics) are whole on every rank. The module itself is not wrapped: a boosted child keeps
-    its class, its names and its place, and its forward passes run through the plugin. After ``fit`` all is an ordinary
-    module again, whole on every rank.
-
-    * ``ddp`` splits nothing, and takes all of Lightning's precisions; gradients are exchanged once a step.
+    * ``ddp`` splits nothing: it is Lightning's own DDP, around the whole module, with all of its precisions; gradients
+      are exchanged once a step.
     * ``zero1`` splits optimizer states; 32-true, bf16, 16-mixed; once a step.
     * ``zero2`` splits gradients too; they are exchanged after each backward pass.
     * ``gemini`` splits weights too, by chunks that each pass gathers; bf16 and 16-mixed.
+
+    Under all but ``ddp`` each optimizer must train parameters of one child module, and each such child has one
+    optimizer; children that none trains (references, metrics) are whole on every rank. The module itself is not
+    wrapped: a boosted child keeps its class, its names and its place, and its forward passes run through the plugin.
+    After ``fit`` all is an ordinary module again, whole on every rank.
 
     Args:
         plugin: What is split. See ``docs/strategies.md`` for how to choose.
@@ -80,7 +91,8 @@ class ColossalAIStrategy(DDPStrategy):
         pin_memory: Gemini: lock the CPU's copies, which copies faster and leaves that memory to nobody else.
         max_prefetch: Gemini: chunks gathered ahead of their use; each costs its size.
         min_chunk_elements: Gemini: smallest chunk, in elements. Small models need small ones to be split at all.
-        find_unused_parameters: ddp: look for parameters that a pass left out.
+        find_unused_parameters: ddp: look for parameters that a pass left out, as modules that step by hand always have
+            it: their passes differ.
         initial_scale: 16-mixed: first factor against underflow.
         accelerator: Lightning's own, as the following.
         parallel_devices: One a process.
@@ -155,7 +167,6 @@ class ColossalAIStrategy(DDPStrategy):
             steady_cuda_cap_ratio,
         )
         self.pin_memory, self.max_prefetch, self.min_chunk_elements = pin_memory, max_prefetch, min_chunk_elements
-        self.find_unused_parameters = find_unused_parameters
         self.boosted: list[Boosted] = []
         self._last: list[Boosted] = []  # whom the last backward pass reached
         self._failed = False
@@ -169,6 +180,7 @@ class ColossalAIStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            find_unused_parameters=find_unused_parameters,
         )
 
     @classmethod
@@ -205,15 +217,15 @@ class ColossalAIStrategy(DDPStrategy):
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Pieces are there to be filled only then."""
-        return True
+        return self.sharded or super().restore_checkpoint_after_setup
 
     def setup_environment(self) -> None:
-        """Starts the process group, where ColossalAI is installed.
+        """Starts the process group.
 
         Raises:
-            ModuleNotFoundError: It isn't.
+            ModuleNotFoundError: ColossalAI isn't installed, and the plugin needs it.
         """
-        if importlib.util.find_spec("colossalai") is None:
+        if self.sharded and importlib.util.find_spec("colossalai") is None:
             raise ModuleNotFoundError(
                 f"strategy='colossalai_...' needs ColossalAI: {INSTALL} (docs/strategies.md has other environments)",
                 name="colossalai",
@@ -224,31 +236,52 @@ class ColossalAIStrategy(DDPStrategy):
         """Builds the plugin and boosts the children that optimizers train; outside ``fit`` only moves the module.
 
         Raises:
-            ValueError: Optimizers and children that don't match, or a module that overrides ``backward``.
+            ValueError: Optimizers and children that don't match, a module that overrides ``backward``, or a callback
+                that reads weights that are in pieces.
         """
-        assert self.accelerator is not None
-        self.accelerator.setup(trainer)
         module = self.lightning_module
-        assert module is not None
+        assert self.accelerator is not None and module is not None
         self._failed = False
+        if trainer.state.fn != TrainerFn.FITTING or not self.sharded:
+            super().setup(trainer)
+            return
+        if is_overridden("backward", module):
+            raise ValueError(f"{type(module).__name__} overrides backward, which ColossalAI makes itself.")
+        self._refuse_callbacks(trainer)
+        self.accelerator.setup(trainer)
+        if self._layer_sync:  # Trainer(sync_batchnorm=True)
+            self.model = self._layer_sync.apply(module)
         self.precision_plugin.convert_module(module)
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and self.sharded:
-            if is_overridden("backward", module):
-                raise ValueError(f"{type(module).__name__} overrides backward, which ColossalAI makes itself.")
-            self._as_on_rank_zero(module)
-            self.setup_optimizers(trainer)
-            pairs = trained_children(module, self.optimizers)
-            self._move_others(module, [child for _, child in pairs])
-            self._boost(pairs)
-            self.optimizers = [ShardedOptimizer(b) for b in self.boosted]
-        else:
-            self.model_to_device()
-            self._as_on_rank_zero(module)
-            if fitting:
-                self.setup_optimizers(trainer)
-                self._boost(trained_children(module, self.optimizers))
+        self._as_on_rank_zero(module)
+        self.setup_optimizers(trainer)
+        pairs = trained_children(module, self.optimizers)
+        self._move_others(module, [child for _, child in pairs])
+        self._boost(pairs)
+        self.optimizers = [ShardedOptimizer(b) for b in self.boosted]
         self.setup_precision_plugin()
+
+    def configure_ddp(self) -> None:
+        """Under ddp: wraps the module."""
+        assert self.lightning_module is not None
+        if not self.lightning_module.automatic_optimization:  # a loss may be one network's of several
+            self._ddp_kwargs["find_unused_parameters"] = True  # what it hands to torch's DDP; nothing public changes it
+        super().configure_ddp()
+
+    def _refuse_callbacks(self, trainer: Trainer) -> None:
+        """Refuses Lightning's own callbacks that would fail later, when compute is spent.
+
+        Raises:
+            ValueError: There is one.
+        """
+        refused: dict[type, str] = {BackboneFinetuning: "has more parameters train than ColossalAI split at the start"}
+        if self.plugin_name == "gemini":
+            reads = "reads whole weights while training, and Gemini holds them in pieces"
+            refused |= {StochasticWeightAveraging: reads, WeightAveraging: reads}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for kind, reason in refused.items():
+                if isinstance(callback, kind):
+                    other = "zero2 or ddp" if kind is not BackboneFinetuning else "ddp"
+                    raise ValueError(f"{type(callback).__name__} {reason}: use {other}, or leave the callback out.")
 
     def _as_on_rank_zero(self, module: nn.Module) -> None:
         """What was drawn at random on each rank becomes the same."""
@@ -256,6 +289,29 @@ class ColossalAIStrategy(DDPStrategy):
             value = tensor.data.to(self.root_device)
             dist.broadcast(value, 0)
             tensor.data.copy_(value)
+
+    def _share_buffers(self) -> None:
+        """All ranks get rank 0's buffers, such as running statistics, as under DDP; those that a checkpoint keeps."""
+        assert self.lightning_module is not None
+        kept = [b for part, name, b in named_buffers(self.lightning_module) if is_kept(part, name) and b.numel()]
+        for dtype in {b.dtype: None for b in kept}:  # in their order, which a set would not keep on all ranks
+            alike = [b for b in kept if b.dtype == dtype]
+            flat = torch.cat([b.detach().reshape(-1).to(self.root_device) for b in alike])
+            dist.broadcast(flat, 0)
+            for buffer, value in zip(alike, flat.split([b.numel() for b in alike]), strict=True):
+                buffer.data.copy_(value.view_as(buffer))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Each step begins with the same buffers."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.boosted:
+            self._share_buffers()
+
+    def on_validation_start(self) -> None:
+        """Validation has the same buffers; not batch by batch, of which ranks may have unlike numbers."""
+        super().on_validation_start()
+        if self.boosted:
+            self._share_buffers()
 
     def _move_others(self, module: nn.Module, children: list[nn.Module]) -> None:
         """Trained children go to the device piece by piece, by the plugin: whole they might not fit."""
@@ -273,21 +329,18 @@ class ColossalAIStrategy(DDPStrategy):
 
             cpu.enable()
         plugin = self._make_plugin()
-        kind = {"ddp": Boosted, "gemini": GeminiBoosted}.get(self.plugin_name, ZeroBoosted)
-        precision: Any = self.precision_plugin if self.sharded else ColossalAIPrecision()
+        kind = GeminiBoosted if self.plugin_name == "gemini" else ZeroBoosted
+        precision: Any = self.precision_plugin
         for (place, child), optimizer in zip(pairs, self.optimizers, strict=True):
             boosted = kind(place, child, optimizer, plugin, precision.dtype, precision.master_weights)
             self.boosted.append(boosted)
-        if isinstance(self.precision_plugin, ColossalAIPrecision):
-            self.precision_plugin.boosted = True
+        precision.boosted = True
 
     def _make_plugin(self) -> Any:
-        from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+        from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin
 
         precision: Any = self.precision_plugin
         on_cpu = self.root_device.type == "cpu"
-        if self.plugin_name == "ddp":
-            return TorchDDPPlugin(find_unused_parameters=self.find_unused_parameters)
         common = dict(precision=precision.name, master_weights=precision.master_weights, max_norm=0.0)
         if self.plugin_name == "gemini":
             return GeminiPlugin(
@@ -318,8 +371,11 @@ class ColossalAIStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Makes the children ordinary modules again."""
+        trained = self.boosted or isinstance(self.model, DistributedDataParallel)
+        if trained and not self._failed:
+            self._share_buffers()
         for boosted in self.boosted:
-            boosted.release(weights=self.sharded and not self._failed)
+            boosted.release(weights=not self._failed)
         self.boosted, self._last = [], []
         if isinstance(self.precision_plugin, ColossalAIPrecision):
             self.precision_plugin.boosted = False
@@ -347,11 +403,12 @@ class ColossalAIStrategy(DDPStrategy):
         if len(used) > 1 and (self.plugin_name == "gemini" or used[0].scale != 1):
             raise RuntimeError(
                 f"One backward pass reached {', '.join(b.place for b in used)}: Gemini and 16-mixed take one child "
-                "at a time. Make the loss hang on one of them (detach the others' outputs, or run them under no_grad), "
+                "at a time. Make the loss hang on one of them and run the others under no_grad, "
                 "or use zero2 with another precision."
             )
         for b in used:
             b.used = False
+            b.check_trained()
         self._last = used
         if isinstance(used[0], GeminiBoosted):
             if args or any(kwargs.values()):
@@ -376,12 +433,16 @@ class ColossalAIStrategy(DDPStrategy):
         Returns:
             Scalar norm.
         """
+        if not self.sharded:
+            return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
         return clip_grad_norm(self.boosted, parameters, max_norm)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Within it gradients stay on their rank, where the plugin can (ddp, zero1)."""
         with ExitStack() as stack:
+            if not self.sharded:
+                stack.enter_context(super().block_backward_sync())
             for boosted in self.boosted:
                 stack.enter_context(boosted.no_sync())
             yield
@@ -405,11 +466,13 @@ class ColossalAIStrategy(DDPStrategy):
         """
         module = self.lightning_module
         assert module is not None
-        if not self.boosted or not self.sharded:
+        if not self.boosted:
             return module.state_dict()
         trained: dict[str, Tensor] = {}
         for boosted in self.boosted:
             found = checkpoints.whole_weights(boosted, exact)
+            if self.is_global_zero:
+                found |= boosted.frozen()
             trained |= {f"{boosted.place}.{name}": value for name, value in found.items()}
         return {**module.state_dict(), **trained} if self.is_global_zero else {}
 
@@ -470,7 +533,7 @@ class ColossalAIStrategy(DDPStrategy):
                 f"{self._shards.directory} is a sharded checkpoint, which only fit under ColossalAI's strategy reads: "
                 "lightning_rlhf.strategies.checkpoints.consolidate(directory, file) makes an ordinary one of it."
             )
-        if not self.boosted or not self.sharded:
+        if not self.boosted:
             super().load_model_state_dict(checkpoint, strict)
             return
         trained = self._trained_names()

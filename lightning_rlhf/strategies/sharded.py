@@ -12,15 +12,17 @@ single process, and fails where a new version moves them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from lightning_rlhf.functional.precision import plain
 
@@ -87,11 +89,15 @@ class _Inner(nn.Module):
         return self._forward(*args, **kwargs)
 
 
-class Boosted:
-    """A child of the LightningModule that one optimizer trains, boosted by a plugin; this class by ``TorchDDPPlugin``.
+class Boosted(ABC):
+    """A child of the LightningModule that one optimizer trains, boosted by a plugin that splits it.
 
     The child stays where it is, under its own class and names: calls of it go through the plugin's wrapper, which the
     module never sees. :meth:`release` gives all back.
+
+    Attributes:
+        can_freeze: Whether a parameter may stop training in between.
+        splits_weights: Whether passes gather what they read.
 
     Args:
         place: The child's name in the LightningModule.
@@ -101,6 +107,9 @@ class Boosted:
         dtype: That forward passes compute in, where the plugin casts weights; None: as they are.
         master_weights: Whether the optimizer steps fp32 weights beside those.
     """
+
+    can_freeze: ClassVar[bool] = True
+    splits_weights: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -114,6 +123,7 @@ class Boosted:
         from colossalai.booster import Booster
 
         self.place, self.child, self.master_weights = place, child, master_weights
+        self._dtype, self._inside = dtype, False
         self.original = optimizer
         self.used = False  # whether a graph hangs on a forward pass
         self.alone = False  # whether calls pass the wrapper by
@@ -123,30 +133,112 @@ class Boosted:
         self.slots = [
             Slot(names[id(p)], i, g, p, p.shape, p.dtype) for i, (g, p) in enumerate(every) if p.requires_grad
         ]
+        self._trains = {id(p): p.requires_grad for p in child.parameters()}
         edges = itertools.accumulate((len(group["params"]) for group in optimizer.param_groups), initial=0)
+        self.members = [list(group["params"]) for group in optimizer.param_groups]  # ColossalAI puts pieces there
         self.indices = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
         constants = _constants(child) if dtype is not None else {}
+        # the plugins cast all of a child; references only: they put new tensors in their place
+        self._types = [(module, name, buffer.dtype) for module, name, buffer in named_buffers(child)]
+        self._given = {id(p): p.data for p in child.parameters()}
         self.booster = Booster(plugin=plugin)
         self.model, self.wrapped, *_ = self.booster.boost(_Inner(child, dtype), self.prepare(optimizer))
+        self.attach()
         for (module, name), buffer in constants.items():
             module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+        for slot in self.slots:
+            given = self._given.pop(id(slot.parameter))
+            if master_weights:  # ColossalAI makes them of the 16-bit ones
+                self.fill(slot, partial(given.reshape(-1).narrow, 0))
+        cast = {id(p) for p in child.parameters() if p.dtype != self._given.get(id(p), p).dtype}
+        self._given = {i: weight for i, weight in self._given.items() if i in cast}
         own = child.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.alone:
-                return own(*args, **kwargs)
+                return tree_map_only(Tensor, plain, own(*args, **kwargs))
             self.used = self.used or torch.is_grad_enabled()
             self.check()
-            return tree_map_only(Tensor, plain, self.model(_Call(args, kwargs)))
+            with self.inside():
+                return tree_map_only(Tensor, plain, self.model(_Call(args, kwargs)))
 
         child.forward = forward
+        parts = [part for part in child.modules() if part is not child and any(True for _ in part.parameters(False))]
+        # functions, not methods: who copies the module must not copy this
+        self._guards = [part.register_forward_pre_hook(lambda *call: self._refuse_part(*call)) for part in parts]
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer in a form that the plugin takes."""
         return optimizer
 
+    def attach(self) -> None:
+        """Notes what the plugin made, once it is there."""
+        return
+
     def check(self) -> None:
         """Refuses a forward pass that the plugin can't make."""
+        return
+
+    def check_trained(self) -> None:
+        """Refuses a backward pass where other parameters train than when the child was split.
+
+        Raises:
+            RuntimeError: They do.
+        """
+        changed = [
+            (name, p.requires_grad)
+            for name, p in self.child.named_parameters()
+            if p.requires_grad != self._trains.get(id(p)) and (p.requires_grad or not self.can_freeze)
+        ]
+        if changed:
+            name, trains = changed[0]
+            now, then = ("trains", "was frozen") if trains else ("is frozen", "trained")
+            raise RuntimeError(
+                f"{self.place}.{name} {now} now and {then} when fit began, when ColossalAI splits what trains "
+                f"({len(changed)} such parameters): set requires_grad before fit, or use ddp."
+            )
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Within it parts of the child may run: a pass of the whole is under way."""
+        former, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = former
+
+    def _refuse_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before each pass of a part of the child.
+
+        Raises:
+            RuntimeError: It is called by itself, where weights are in pieces or of another number type.
+        """
+        if self._inside or self.alone:
+            return
+        cast = self._dtype is not None and any(
+            isinstance(t, Tensor) and t.is_floating_point() and t.dtype != self._dtype for t in args
+        )
+        if cast or self.splits_weights:
+            raise RuntimeError(
+                f"{type(part).__name__}, a part of {self.place}, was called by itself: under ColossalAI weights are "
+                f"cast, and split under Gemini, for passes of the child alone. Call self.{self.place}(...), or use ddp."
+            )
+
+    def adopt(self) -> None:
+        """Takes over what others wrote to the weights since the last step, such as averages or bounds.
+
+        Where the optimizer steps fp32 weights, those are roundings of them.
+        """
+        for slot in self.slots if self.master_weights else ():
+            piece = self.piece(slot)
+            if piece is not None and piece.size:
+                stepped = piece.weight[: piece.size]
+                stepped.copy_(_finer(stepped, self.working(slot, piece)))
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What does not train, as it was given, by all its names, where passes read it in fewer digits."""
+        named = self.child.named_parameters(remove_duplicate=False)
+        return {name: _finer(self._given[id(p)], p.data).cpu() for name, p in named if id(p) in self._given}
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +255,7 @@ class Boosted:
     def step(self) -> None:
         """One optimizer step; none where no backward pass came before."""
         if self.stepping:
+            self.adopt()
             self.wrapped.step()
         self.stepping = False
 
@@ -173,18 +266,17 @@ class Boosted:
 
     # ------------------------------------------------------------------------------------------------- pieces
 
+    @abstractmethod
     def piece(self, slot: Slot) -> Piece | None:
         """What this rank holds of it; None: nothing."""
-        flat = slot.parameter.data.view(-1)
-        return Piece(0, flat.numel(), flat, slot.parameter, replicated=True)
 
+    @abstractmethod
     def gradient(self, slot: Slot, piece: Piece) -> Tensor | None:
         """(size or more,) the piece's reduced gradient, times :attr:`scale`; None where there is none."""
-        return None if slot.parameter.grad is None else slot.parameter.grad.view(-1)
 
+    @abstractmethod
     def working(self, slot: Slot, piece: Piece) -> Tensor:
         """What forward passes read of the piece, on this rank; shares its memory."""
-        return piece.weight
 
     @property
     def scale(self) -> float:
@@ -276,13 +368,24 @@ class Boosted:
             weights: Collect them from all ranks; False where a rank may be gone, and they are lost.
         """
         del self.child.forward
+        for guard in self._guards:
+            guard.remove()
         self.detach()
         if weights:
+            self.adopt()
             for slot in self.slots:
                 value = self.collect(slot, lambda piece: piece.weight, everywhere=True)
                 slot.parameter.data = value.to(slot.dtype)  # type: ignore[union-attr]
                 slot.parameter.grad = None
+        for p in self.child.parameters():
+            if id(p) in self._given:
+                p.data = _finer(self._given[id(p)], p.data)
+        for module, name, dtype in self._types:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.dtype != dtype:
+                module._buffers[name] = buffer.to(dtype)
 
+    @abstractmethod
     def detach(self) -> None:
         """Takes the plugin's hooks off the child."""
 
@@ -333,12 +436,17 @@ class ZeroBoosted(Boosted):
 class GeminiBoosted(Boosted):
     """Under Gemini: parameters lie one behind the other in chunks, and each chunk is cut into one part a rank."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    can_freeze = False
+    splits_weights = True
+
+    def attach(self) -> None:
+        """Notes the chunks, and has passes note what they read."""
         self.chunks = self.model.chunk_manager
         self._fake = {id(self.wrapped.id_to_real_params[i]): p for i, p in self.wrapped.id_to_fake_params.items()}
         self._seen = _seen()
         self.model.hooks.append(self._seen)
+        for slot in self.slots:
+            slot.parameter.__class__ = _held()
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """Gemini steps by ColossalAI's own Adams: torch's are translated, over the same parameter groups."""
@@ -377,7 +485,8 @@ class GeminiBoosted(Boosted):
         if left_out:
             with ColoParamOpHookManager.use_hooks(*self.model.hooks):
                 loss = loss + 0.0 * sum((p.flatten()[0] for p in left_out), loss.new_zeros(()))
-        self.wrapped.backward(loss)
+        with self.inside():  # layers that are checkpointed run again
+            self.wrapped.backward(loss)
         self._seen.ids.clear()  # of what a checkpointed layer read again
 
     def step(self) -> None:
@@ -450,20 +559,12 @@ class GeminiBoosted(Boosted):
         super().release(weights)
         for parameter in self.child.parameters():
             parameter.__class__ = nn.Parameter
+            vars(parameter).pop("_ddp_to_ignore", None)  # Gemini's note that it was frozen; the next fit may train it
 
     def detach(self) -> None:
         """Takes the hooks off that reduce gradients."""
         self.model.remove_hooks()
-        # it removes them once more when it is collected, and finds that they are gone
-        for slot in self.slots:
-            slot.parameter._grad_handle = _Removed()  # type: ignore[attr-defined]
-
-
-class _Removed:
-    """A hook that is gone already."""
-
-    def remove(self) -> None:
-        """Nothing to do."""
+        self.model.remove_hooks = lambda: None  # it calls it once more when it is collected; by then another may serve
 
 
 def _seen() -> Any:
@@ -490,14 +591,116 @@ def _seen() -> Any:
     return Seen()
 
 
+#: What can be asked of a tensor whose memory was given back: nothing that reads or writes it.
+_METADATA = {
+    *("__get__", "__set__", "__delete__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device"),
+    *("is_complex", "is_contiguous", "is_floating_point", "ndimension", "nelement", "numel", "register_hook"),
+    *("register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "size", "storage", "storage_offset"),
+    *("stride", "type", "untyped_storage"),
+}
+_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+_VIEWS: tuple[Any, ...] = tuple(
+    vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
+)
+
+
+def _refuse_read(func: Any) -> NoReturn:
+    raise RuntimeError(
+        f"Something reads or writes weights ({getattr(func, '__name__', func)}) while Gemini has them in pieces, such "
+        "as a callback, or a part of a module that was called by itself. Do it within "
+        "lightning_rlhf.strategies.whole_weights(strategy, child), which all ranks enter; or use zero2."
+    )
+
+
+class _Released(Tensor):
+    """What ``data`` and ``detach()`` give of such a weight: state dicts hold it, but nobody reads its memory."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in _METADATA and func not in _VIEWS:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        _refuse_read(func)
+
+
+@cache
+def _held() -> Any:
+    """A class of Gemini's parameters that refuses to be read while others have its parts, which would end the process.
+
+    ColossalAI's own gathers for each operation of a pass but those whose names begin with ``__``.
+    """
+    from colossalai.tensor.colo_parameter import ColoParameter
+    from colossalai.tensor.param_op_hook import ColoParamOpHookManager
+
+    class Held(ColoParameter):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            gathers = ColoParamOpHookManager.has_hook() and (not name.startswith("__") or name == "__getitem__")
+            if gathers or (name in _METADATA and func not in (*_VIEWS, _DATA)) or not _any_released(args):
+                return super().__torch_function__(func, types, args, kwargs or {})
+            if func in (Tensor.detach, _DATA):
+                with torch._C.DisableTorchFunction():
+                    return Tensor._make_subclass(_Released, args[0])
+            _refuse_read(func)
+
+    def _any_released(args: Any) -> bool:
+        with torch._C.DisableTorchFunction():
+            return any(isinstance(t, Held) and t.numel() and not t.untyped_storage().size() for t in tree_iter(args))
+
+    return Held
+
+
+def named_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Each buffer with the module that has it and its name there."""
+    for part in module.modules():
+        yield from ((part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None)
+
+
+def is_kept(module: nn.Module, name: str) -> bool:
+    """Whether a checkpoint keeps a module's buffer."""
+    return name not in module._non_persistent_buffers_set
+
+
 def _constants(child: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
     """Buffers that no checkpoint keeps: constants such as rotary frequencies, which a cast would spoil."""
     return {
-        (module, name): module._buffers[name].clone()  # type: ignore[union-attr]
-        for module in child.modules()
-        for name in module._non_persistent_buffers_set
-        if module._buffers.get(name) is not None and module._buffers[name].is_floating_point()  # type: ignore[union-attr]
+        (module, name): buffer.clone()
+        for module, name, buffer in named_buffers(child)
+        if buffer.is_floating_point() and not is_kept(module, name)
     }
+
+
+def _finer(exact: Tensor, rough: Tensor) -> Tensor:
+    """Weights where ``rough`` is ``exact`` rounded, with all digits; elsewhere someone wrote to ``rough``."""
+    exact = exact.to(rough.device)
+    return torch.where(rough == exact.to(rough.dtype), exact, rough.to(exact.dtype))
+
+
+class Group(MutableMapping[str, Any]):
+    """A parameter group as a module sees it: the live settings, but its own parameters, which may be frozen or named.
+
+    Args:
+        live: What the optimizer steps by.
+        parameters: The child's own.
+    """
+
+    def __init__(self, live: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        self._live, self._parameters = live, parameters
+
+    def __getitem__(self, name: str) -> Any:
+        return self._parameters if name == "params" else self._live[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._live[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._live[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live)
+
+    def __len__(self) -> int:
+        return len(self._live)
 
 
 class ShardedOptimizer(Optimizer):
@@ -517,14 +720,9 @@ class ShardedOptimizer(Optimizer):
         self.defaults = boosted.original.defaults
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Live ones: a learning rate written here holds. Their ``params`` are this rank's shards."""
-        return self.boosted.groups
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The child's own parameters that it trains."""
-        return [slot.parameter for slot in self.boosted.slots]
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """Live ones: a learning rate written here holds."""
+        return [Group(*both) for both in zip(self.boosted.groups, self.boosted.members, strict=True)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs the closure, then steps."""
@@ -535,6 +733,17 @@ class ShardedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients."""
         self.boosted.zero_grad()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuses it.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "A parameter group is added while training, as BackboneFinetuning does, and ColossalAI splits what trains "
+            "when fit begins: give the optimizer all groups in configure_optimizers, or use ddp."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in torch's own form, on rank 0; all ranks must call."""

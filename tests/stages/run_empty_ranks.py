@@ -37,6 +37,7 @@ from lightning_rlhf import (
     WritePredictions,
 )
 from lightning_rlhf.callbacks import SaveOnInterrupt
+from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.strategies import ColossalAIStrategy
 
 torch.set_num_threads(1)
@@ -73,33 +74,30 @@ class Interrupt(L.Callback):
 
 def make(stage, model_dir, out, n):
     """A module, its data, and the metric to watch."""
-    # sequences of a step: of pairs there are two a row
-    data, files = rows(n), dict(batch_size=2 * n if stage == "reward" else n, cache_dir=out / "cache", num_proc=1)
+    data = rows(n)
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
+    prompts = [{"prompt": row["prompt"]} for row in data]
     common = dict(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3))
+    files = dict(batch_size=n, eval_batch_size=1, cache_dir=out / "cache")
     if stage == "sft":
-        data = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in data]
-        return SFTModule(model_dir, **common), InstructionDataModule(data, val=data, **files), "val/loss"
+        return SFTModule(model_dir, **common), InstructionDataModule(texts, val=texts, **files), "val/loss"
     if stage == "reward":
-        return (
-            RewardModule(model_dir, lora=LoRA(r=4), **common),
-            PreferenceDataModule(data, val=data, **files),
-            "val/loss",
-        )
+        files["batch_size"] = 2 * n  # sequences: a pair has two
+        module = RewardModule(model_dir, lora=LoRA(r=4), **common)
+        return module, PreferenceDataModule(data, val=data, **files), "val/loss"
     kind = stage.removeprefix("ppo ")
-    trained = str(out.parent / "reward model")
-    reward = {"function": letters, "model": trained, "adapter": f"{trained} adapter"}.get(
-        kind, [{"source": letters, "weight": 1.0}, {"source": length, "weight": 0.5}]
-    )
-    if kind == "parts":
-        from lightning_rlhf.rewards import WeightedReward
-
-        reward = [WeightedReward(**part) for part in reward]
+    reward = {
+        "function": letters,
+        "model": str(out.parent / "reward model"),
+        "adapter": str(out.parent / "reward model adapter"),
+        "parts": [WeightedReward(letters, 1.0), WeightedReward(length, 0.5)],
+    }[kind]
+    ptx = texts if kind == "parts" else None
     module = PPOModule(
         model_dir, reward, lora=LoRA(r=4) if kind == "adapter" else None, epochs=2, minibatches=2, scale_scores=n > 1,
-        sampling=Sampling(max_new_tokens=6, temperature=0.7), kl_target=1.0, **common,
+        sampling=Sampling(max_new_tokens=6, temperature=0.7), kl_target=1.0, ptx_coef=0.5 if ptx else 0.0, **common,
     )  # fmt: skip
-    data = [{"prompt": r["prompt"]} for r in data]
-    return module, PromptDataModule(data, val=data, **files), "val/score"
+    return module, PromptDataModule(prompts, val=prompts, ptx=ptx, ptx_batch_size=n, **files), "val/score"
 
 
 def case(stage, strategy, model_dir, out, n):

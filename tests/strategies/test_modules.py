@@ -1,0 +1,121 @@
+"""Foreign modules and callbacks under every plugin: right, as under ddp, or refused in words on all ranks."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "modules.py"
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
+
+#: What is refused, and in what words; else the result is ddp's.
+SPLITS = {
+    "several": "trains head, net, and ColossalAI takes whole children",
+    "own": "parameters of the module itself",
+    "shared": "Two optimizers of Shared train one child",
+    "thawed": "net.0.weight trains now and was frozen when fit began",
+    "group": "A parameter group is added while training",
+    "backbone": "BackboneFinetuning has more parameters train than ColossalAI split at the start",
+}
+REFUSED = {
+    "colossalai_ddp": {"unused": "parameters that were not used", "cooled": "parameters that were not used"},
+    "zero1": {},
+    "zero2": {**SPLITS, "parts": "A loss hangs on no child that an optimizer trains"},
+    "zero2 half": {**SPLITS, "parts": "a part of net, was called by itself"},
+    "gemini": {
+        **SPLITS,
+        "parts": "a part of net, was called by itself",
+        "group": "while Gemini has them in pieces",
+        "sgd": "Gemini steps by Adam or AdamW alone",
+        "clipping by value": "Gemini steps by Adam or AdamW alone",
+        "two by hand": "One backward pass reached net, other",
+        "toggled": "One backward pass reached net, other",
+        "bounded": "while Gemini has them in pieces",
+        "reads": "while Gemini has them in pieces",
+        "cooled": "net.0.weight is frozen now and trained when fit began",
+        "swa": "StochasticWeightAveraging reads whole weights",
+        "swa, norm": "StochasticWeightAveraging reads whole weights",
+        "ema": "EMAWeightAveraging reads whole weights",
+    },
+}
+#: How far weights and metrics may be from ddp's, on average: in bf16 Adam makes whole steps of gradients near 0.
+BOUNDS = {"zero2 half": 1e-2, "gemini": 1e-2}
+KINDS = {
+    "colossalai_ddp": ("norm", "parts", "several", "own", "unused", "toggled", "cooled", "twice"),
+    "zero1": ("plain", "accumulation", "norm", "toggled", "twice"),
+    "zero2": None,  # all
+    "zero2 half": ("parts", "frozen", "norm", "bounded", "twice", "thawed between", "swa", "ema"),
+    "gemini": None,
+}
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    spec = importlib.util.spec_from_file_location("modules", SCRIPT)
+    modules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(modules)
+    return list(modules.KINDS)
+
+
+@pytest.fixture(scope="module")
+def found(kinds, tmp_path_factory):
+    """What each rank found, by case, in one start of two processes."""
+    out = tmp_path_factory.mktemp("modules")
+    chosen = {plugin: wanted or kinds for plugin, wanted in KINDS.items()}
+    half = {kind for plugin in BOUNDS for kind in chosen[plugin] if kind not in REFUSED[plugin]}
+    cases = {f"ddp {kind}": dict(kind=kind, plugin="ddp_find_unused_parameters_true") for kind in kinds}
+    cases |= {f"ddp half {kind}": {**cases[f"ddp {kind}"], "precision": "bf16-mixed"} for kind in kinds if kind in half}
+    for plugin, wanted in chosen.items():
+        precision = "bf16-mixed" if plugin in BOUNDS else "32-true"
+        options = dict(plugin=plugin.removesuffix(" half"), precision=precision)
+        cases |= {f"{plugin} {kind}": dict(kind=kind, **options) for kind in wanted}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
+    command = [sys.executable, str(SCRIPT), str(out), json.dumps(cases)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, env={**env, "LOCAL_RANK": str(rank)}, **pipes) for rank in range(2)]
+    try:
+        errors = [process.communicate(timeout=800)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, process in enumerate(processes):
+        where = (out / f"rank{rank}.txt").read_text()[-4000:]
+        assert process.returncode == 0, f"rank {rank} ended at: {where}\n{errors[rank][-2000:]}"
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("plugin", KINDS)
+def test_foreign_modules_are_as_under_ddp_or_refused_on_all_ranks(found, kinds, plugin):
+    wrong = []
+    for kind in KINDS[plugin] or kinds:
+        here, there = (rank[f"{plugin} {kind}"] for rank in found)
+        like = found[0][f"ddp half {kind}" if plugin in BOUNDS and kind not in REFUSED[plugin] else f"ddp {kind}"]
+        assert not isinstance(like, str), like
+        if words := REFUSED[plugin].get(kind):
+            if not (isinstance(here, str) and words in here and here == there):
+                wrong.append((kind, "is not refused", here, there))
+        elif isinstance(here, str) or isinstance(there, str):
+            wrong.append((kind, here if isinstance(here, str) else there))
+        elif here.keys() != like.keys():
+            wrong.append((kind, here.keys() ^ like.keys()))
+        else:
+            for name, value in like.items():
+                apart = (here[name].double() - value.double()).abs()
+                apart = apart.mean() if plugin in BOUNDS else apart.max()
+                if not apart <= BOUNDS.get(plugin, 1e-6):
+                    wrong.append((kind, name, apart.item()))
+                if not name.startswith("saved") and not torch.equal(here[name], there[name]):
+                    wrong.append((kind, name, "differs by rank"))
+                if not name.startswith(("saved", "logged")) and here[name].dtype != value.dtype:
+                    wrong.append((kind, name, here[name].dtype, value.dtype))
+    assert not wrong, "\n".join(map(str, wrong))
