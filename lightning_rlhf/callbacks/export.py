@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,7 +30,8 @@ class HFExport(L.Callback):
     Args:
         dirpath: Parent of both; default ``hf`` under the Trainer's ``default_root_dir``.
         when: ``best``, ``end`` or ``both``; ``best`` needs ``monitor``.
-        monitor: Metric that decides what is best, such as ``val/loss``. Where it differs by rank, their mean decides.
+        monitor: Metric that decides what is best, such as ``val/loss``. Where it differs by rank, the mean
+            decides, of those that have it.
         mode: Whether less or more of it is better.
         adapter_only: Save adapters alone rather than merged weights.
         max_shard_size: Most bytes of a weights file.
@@ -97,13 +97,14 @@ class HFExport(L.Callback):
         """
         if not self._watches or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        if self.monitor not in trainer.callback_metrics:
+        own = trainer.callback_metrics.get(self.monitor)  # type: ignore[arg-type]
+        found = [value for value in gather_objects(None if own is None else float(own)) if value is not None]
+        if not found:
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"HFExport: monitor={self.monitor!r} was not logged. Logged: {known}.")
-        own = torch.tensor(float(trainer.callback_metrics[self.monitor]), device=trainer.strategy.root_device)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        value = float(trainer.strategy.reduce(own, reduce_op="mean"))  # all ranks must come to the same decision
+        value = sum(found) / len(found)  # all ranks must come to the same decision
         best = self.best if self.best is not None else float("inf" if self.mode == "min" else "-inf")
         if value < best if self.mode == "min" else value > best:  # never a NaN
             self.best = value

@@ -1,9 +1,9 @@
 """Every stage, evaluation and callback, where some rank has no row, one after the other in one start of processes.
 
     MASTER_ADDR=127.0.0.1 MASTER_PORT=... WORLD_SIZE=3 NODE_RANK=0 LOCAL_RANK=1 python run_empty_ranks.py \
-        MODEL_DIR OUT_DIR '["ddp"]' '[1, 4]'
+        MODEL_DIR OUT_DIR '[["ddp", 1], ["ddp", 4]]'
 
-The strategies and the numbers of rows are given. A rank writes to OUT_DIR/rankN.json what it came to know by case, and
+Strategies and numbers of rows are given. A rank writes to OUT_DIR/rankN.json what it came to know by case, and
 to OUT_DIR/rankN.txt where it is; a case that takes longer than PATIENCE ends it with its stacks in that file.
 """
 
@@ -41,7 +41,7 @@ from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.strategies import ColossalAIStrategy
 
 torch.set_num_threads(1)
-PATIENCE = 90
+PATIENCE = 120
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # Lightning takes the variable away after a run
 STRATEGIES = {
     "colossalai_ddp": {"plugin": "ddp", "find_unused_parameters": True},
@@ -70,6 +70,14 @@ class Interrupt(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class OnRankZero(L.Callback):
+    """Logs a metric on the first rank alone, which is to be monitored."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.log("zero", 2.0, rank_zero_only=True)
 
 
 def make(stage, model_dir, out, n):
@@ -108,6 +116,8 @@ def case(stage, strategy, model_dir, out, n):
     settings = STRATEGIES.get(strategy)
     callbacks = [
         HFExport(str(out / "hf"), monitor=monitor),
+        OnRankZero(),
+        HFExport(str(out / "zero"), when="best", monitor="zero"),
         ModelCheckpoint(out / "best", monitor=monitor, save_top_k=1),
         EarlyStopping(monitor, patience=9),
         Report(),
@@ -133,7 +143,7 @@ def case(stage, strategy, model_dir, out, n):
     at(f"{stage}, {strategy}, {n} rows: fit")
     run.fit(module, data)
     found["fit"] = numbers(run.callback_metrics)
-    found["best"] = next(c.best for c in callbacks if isinstance(c, HFExport))
+    found["best"] = [c.best for c in callbacks if isinstance(c, HFExport)]
     for name in ("validate", "test"):
         at(f"{stage}, {strategy}, {n} rows: {name}")
         found[name] = numbers(getattr(run, name)(module, data, verbose=False)[0])
@@ -173,22 +183,19 @@ def at(place):
     faulthandler.dump_traceback_later(PATIENCE, exit=True, file=log)
 
 
-def run_all(model_dir, out, strategies, counts, stages=("sft", "reward", *(f"ppo {kind}" for kind in PPO))):
-    """What came of each case by name."""
-    found = {}
-    for strategy in strategies:
-        for n in counts:
-            for stage in stages:
-                name = f"{stage}, {strategy}, {n}"
-                found[name] = case(stage, strategy, model_dir, out / name.replace(" ", "_"), n)
+def run_all(model_dir, out, runs):
+    """What came of each stage under each strategy with so many rows, by name."""
+    stages = ["sft", "reward", *(f"ppo {kind}" for kind in PPO)]
+    names = {f"{stage}, {strategy}, {n}": (stage, strategy, n) for strategy, n in runs for stage in stages}
+    place = {name: out / f"{name.replace(' ', '_')} of {WORLD}" for name in names}
+    found = {name: case(stage, strategy, model_dir, place[name], n) for name, (stage, strategy, n) in names.items()}
+    faulthandler.cancel_dump_traceback_later()  # it would end the tests, which call this too
     return found
 
 
-def main(model_dir, out, strategies, counts):
-    strategies, counts = json.loads(strategies), json.loads(counts)
-    found = run_all(model_dir, Path(out), strategies, counts)
-    if "ddp" in strategies:
-        found["interrupt"] = interrupted("ddp", model_dir, Path(out) / "interrupt", 1)
+def main(model_dir, out, runs):
+    found = run_all(model_dir, Path(out), json.loads(runs))
+    found["interrupt"] = interrupted("ddp", model_dir, Path(out) / f"interrupt of {WORLD}", 1)
     faulthandler.cancel_dump_traceback_later()
     (Path(out) / f"rank{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found))
 

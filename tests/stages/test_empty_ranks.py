@@ -42,17 +42,17 @@ def one(place, tiny_model_dir):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     with open(os.devnull, "w") as script.log:
-        return script.run_all(tiny_model_dir, place, ["one"], [1, 3])
+        return script.run_all(tiny_model_dir, place, [("one", n) for n in (1, 3, 4)])
 
 
-def start(place, model_dir, ranks, strategies, counts):
+def start(place, model_dir, ranks, runs):
     """What each rank found; where one ended early, the message says at what, with its stacks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-    command = [sys.executable, str(SCRIPT), str(model_dir), str(place), json.dumps(strategies), json.dumps(counts)]
+    command = [sys.executable, str(SCRIPT), str(model_dir), str(place), json.dumps(runs)]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     processes = [
         subprocess.Popen(command, env={**os.environ, **common, "LOCAL_RANK": str(rank)}, **pipes)
@@ -74,8 +74,9 @@ def shared(metrics):
     return {name: value for name, value in metrics.items() if name.startswith(("val/", "test/"))}
 
 
-def compare(found, wanted, place, exact=True):
-    assert found.keys() == wanted.keys()
+def compare(found, wanted, place):
+    """All that one process found, to 1e-4; under Gemini, in bf16, that it is there."""
+    exact = "gemini" not in place
     for part in ("fit", "validate", "test"):
         have, want = shared(found[part]), shared(wanted[part])
         assert have.keys() == want.keys() and have, (place, part)
@@ -84,22 +85,38 @@ def compare(found, wanted, place, exact=True):
     assert len(found["predict"]) == len(wanted["predict"]), place
     for mine, other in zip(found["predict"], wanted["predict"], strict=True) if exact else ():
         assert mine == pytest.approx(other, abs=1e-4), place
+    assert not exact or found["best"] == pytest.approx(wanted["best"], abs=1e-4)
+
+
+def check(ranks, one):
+    for name, found in ranks[0].items():
+        if name == "interrupt":
+            continue
+        for other in ranks[1:]:
+            for part in ("fit", "validate", "test"):
+                assert shared(found[part]) == shared(other[name][part]), (name, part)
+        stage, _, n = name.rsplit(", ", 2)
+        compare(found, one[f"{stage}, one, {n}"], name)
 
 
 @pytest.fixture(scope="module")
 def two(place, tiny_model_dir):
-    return start(place, tiny_model_dir, 2, ["ddp"], [1, 3])
+    runs = [("ddp", 1), ("ddp", 3), ("colossalai_ddp", 1), ("colossalai_zero2", 3), ("colossalai_gemini", 1)]
+    return start(place, tiny_model_dir, 2, runs)
 
 
-def test_no_rank_waits_and_all_find_what_one_process_finds_under_ddp(one, two):
-    for name, found in two[0].items():
-        if name != "interrupt":
-            stage, _, n = name.rsplit(", ", 2)
-            assert {key: shared(value) for key, value in found.items() if key in ("fit", "validate", "test")} == {
-                key: shared(value) for key, value in two[1][name].items() if key in ("fit", "validate", "test")
-            }
-            compare(found, one[f"{stage}, one, {n}"], name)
+@pytest.fixture(scope="module")
+def three(place, tiny_model_dir):
+    return start(place, tiny_model_dir, 3, [("ddp", 4)])
 
 
-def test_a_signal_on_an_empty_rank_has_all_save(two):
-    assert all(found["interrupt"] == {"step": 2, "saved": True} for found in two)
+def test_two_ranks_find_what_one_process_finds(one, two):
+    check(two, one)
+
+
+def test_three_ranks_find_what_one_process_finds(one, three):
+    check(three, one)
+
+
+def test_a_signal_on_an_empty_rank_has_all_save(two, three):
+    assert all(found["interrupt"] == {"step": 2, "saved": True} for found in (*two, *three))

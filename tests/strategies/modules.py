@@ -35,7 +35,7 @@ from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore")
-PATIENCE = 90
+PATIENCE = 120
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
