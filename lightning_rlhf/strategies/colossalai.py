@@ -410,16 +410,19 @@ class ColossalAIStrategy(DDPStrategy):
             b.used = False
             b.check_trained()
         self._last = used
-        if isinstance(used[0], GeminiBoosted):
-            if args or any(kwargs.values()):
-                raise RuntimeError(f"Gemini's backward pass takes the loss alone, not {args or kwargs}.")
-            used[0].backward(loss)
-        else:
-            if (mixin := getattr(used[0].wrapped, "mixed_precision_mixin", None)) is not None:
-                loss = mixin.pre_backward(loss)
-            loss.backward(*args, **kwargs)
-            for b in self.boosted:
-                b.flush()  # type: ignore[attr-defined]
+        with ExitStack() as stack:
+            for b in used:
+                stack.enter_context(b.inside())  # layers that are checkpointed run again
+            if isinstance(used[0], GeminiBoosted):
+                if args or any(kwargs.values()):
+                    raise RuntimeError(f"Gemini's backward pass takes the loss alone, not {args or kwargs}.")
+                used[0].backward(loss)
+            else:
+                if (mixin := getattr(used[0].wrapped, "mixed_precision_mixin", None)) is not None:
+                    loss = mixin.pre_backward(loss)
+                loss.backward(*args, **kwargs)
+                for b in self.boosted:
+                    b.flush()  # type: ignore[attr-defined]
         for b in used:
             b.stepping = True
 

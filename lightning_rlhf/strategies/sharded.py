@@ -485,8 +485,7 @@ class GeminiBoosted(Boosted):
         if left_out:
             with ColoParamOpHookManager.use_hooks(*self.model.hooks):
                 loss = loss + 0.0 * sum((p.flatten()[0] for p in left_out), loss.new_zeros(()))
-        with self.inside():  # layers that are checkpointed run again
-            self.wrapped.backward(loss)
+        self.wrapped.backward(loss)
         self._seen.ids.clear()  # of what a checkpointed layer read again
 
     def step(self) -> None:
@@ -596,7 +595,7 @@ _METADATA = {
     *("__get__", "__set__", "__delete__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device"),
     *("is_complex", "is_contiguous", "is_floating_point", "ndimension", "nelement", "numel", "register_hook"),
     *("register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "size", "storage", "storage_offset"),
-    *("stride", "type", "untyped_storage"),
+    *("stride", "untyped_storage"),
 }
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 _VIEWS: tuple[Any, ...] = tuple(
