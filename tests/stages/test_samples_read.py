@@ -5,7 +5,7 @@ import json
 import lightning.pytorch as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lightning_rlhf import PPOModule, PromptDataModule, Sampling
 from lightning_rlhf.callbacks import SampleCompletions
@@ -33,7 +33,8 @@ class Read(Reward):
 
 
 def module_of(model_dir, reward, **options):
-    module = PPOModule(str(model_dir), reward, **options)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)  # transformers 4 does not know the class of 5
+    module = PPOModule(str(model_dir), reward, tokenizer=tokenizer, **options)
     module.configure_model()
     return module
 
@@ -122,14 +123,16 @@ def test_texts_go_on_where_plain_prompts_end(model, tiny_model_dir, assets, tmp_
     """What rewards and samples see is what prompt and completion are as decoded together."""
     model_dir = tiny_model_dir if model == "bytes" else assets / "models" / "stories260K"
     reward, callback = Read(), SampleCompletions(["Once upon a time", "The dog"], max_new_tokens=12)
-    module = PPOModule(str(model_dir), reward, sampling=Sampling(max_new_tokens=12), samples_per_prompt=4)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    options = dict(sampling=Sampling(max_new_tokens=12), samples_per_prompt=4)
+    module = PPOModule(str(model_dir), reward, tokenizer=tokenizer, **options)
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback],
                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     rows = [{"prompt": p} for p in ("Once upon a time", "The dog was", "One day a boy", "Mom said to")]
     data = PromptDataModule(rows, batch_size=4, val_fraction=0.0, as_text=True, cache_dir=tmp_path / "cache")
     trainer.fit(module, data)
     samples = reward.given[-1] if len(reward.given[-1].prompts) == 16 else reward.given[1]
-    tokenizer, i = module.tokenizer, 0
+    i = 0
     for tree in unpack(samples.batch):
         for branch in tree.branches:
             whole = tokenizer.decode([*tree.prompt, *branch.input_ids], skip_special_tokens=True)

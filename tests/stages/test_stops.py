@@ -5,14 +5,15 @@ import json
 import lightning.pytorch as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_rlhf import HFExport, InstructionDataModule, LoRA, PPOModule, RewardModule, Sampling, SFTModule
 from lightning_rlhf.callbacks import SampleCompletions
 from lightning_rlhf.evaluation import generate_answers
-from lightning_rlhf.models import load_causal_lm
+from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.loading import load_stop_token_ids
 from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request
 
 ROWS = [{"prompt": f"Say {i}", "completion": f"fox {i}"} for i in range(4)]
 # a template of the user's own that ends turns with a token of the vocabulary that is not the eos
@@ -183,6 +184,20 @@ def test_every_stop_token_ends_rollouts_samples_and_answers(base, tmp_path):
     quiet(tmp_path, callbacks=[callback]).fit(sft, data)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert sum(row["ended"] for row in rows) > 24  # of 48: more than one token of 400 ends them
+
+
+@pytest.mark.parametrize("stop", ["<s>", '"<s>'])
+def test_a_special_token_as_a_stop_string_ends_a_rollout(stop, assets):
+    """The text has neither it nor what decoding leaves out anyway; both engines alike."""
+    path = assets / "models" / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), PreTrainedTokenizerFast.from_pretrained(path)
+    prompt = tokenizer("Once upon a time").input_ids
+    sampling = Sampling(max_new_tokens=400, temperature=0, stop_strings=[stop])
+    for engine in (CachedEngine(), GenerateEngine()):
+        [[found]] = engine.generate(Policy(model), tokenizer, [Request(prompt, [0])], sampling, [])
+        assert found.finish_reason == "stop" and found.input_ids.index(1) == len(found.input_ids) - 1
+        whole = tokenizer.decode([*prompt, *found.input_ids], skip_special_tokens=True)
+        assert "Once upon a time" + found.text == (whole if stop == "<s>" else whole.removesuffix('"'))
 
 
 def test_generate_answers_as_plain_transformers(tiny_model_dir):
