@@ -35,6 +35,24 @@ def test_sft_and_ppo_run_on_two_ranks(tiny_model_dir, tmp_path):
         assert len(json.loads((tmp_path / name / "curve.json").read_text())) == 2
 
 
+@pytest.mark.distributed
+def test_an_overflow_of_the_critic_drops_the_policys_step_too(tiny_model_dir, tmp_path):
+    """Each child has a scale of its own; ColossalAI lowers one at the second overflow in a row."""
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    command = [sys.executable, str(HERE / "run_overflow.py"), str(tiny_model_dir), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen, steps, dropped = json.loads((tmp_path / "seen.json").read_text())
+    assert seen == [
+        [True, True, True, 256, 256],
+        [False, False, False, 256, 256],
+        [False, False, False, 256, 128],
+        [True, True, True, 256, 128],
+    ]
+    assert (steps, dropped) == (1, 0)
+
+
 @pytest.mark.parametrize(
     "imports",
     [
