@@ -80,13 +80,13 @@ def _told(error: BaseException, of_settings: bool) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_rlhf.callbacks.atomic import CheckpointError
-    from lightning_rlhf.data.sources import BadRowError
+    from lightning_rlhf.data.errors import DataError
 
     if of_settings and isinstance(error, (OSError, ValueError)):
         return True
     if isinstance(error, FileNotFoundError):
         return error.errno is None  # with a number it is the system's, and was not written for people
-    return isinstance(error, (BadRowError, CheckpointError, MisconfigurationException))
+    return isinstance(error, (DataError, CheckpointError, MisconfigurationException))
 
 
 def reason(error: BaseException) -> BaseException:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
+from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.models.saving import check_replaceable, save_pretrained
 from lightning_rlhf.strategies import gather_objects, whole_state_dict
 
@@ -88,6 +89,20 @@ class HFExport(L.Callback):
         for name in [*(["best"] if self._watches else []), *(["last"] if self.when != "best" else [])]:
             check_replaceable(self._path(trainer, name))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says what will not be written, as soon as it is known.
+
+        Raises:
+            DataError: ``when: best``, and nothing is validated.
+        """
+        validates = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
+        if validates or not self._watches:
+            return
+        reason = f"HFExport: nothing is validated, so that {self.monitor} never comes and no 'best' is written"
+        if self.when == "best":
+            raise DataError(f"{reason}. Give validation data, or set when: end.")
+        rank_zero_warn(f"{reason}: 'last' alone will be, at the end.")
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports when the metric is better than ever.
 
@@ -120,6 +135,8 @@ class HFExport(L.Callback):
         if self.when != "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._export(trainer, pl_module, "last")
             rank_zero_info(f"Hugging Face model: {self._path(trainer, 'last')}")
+        if self._watches and self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(f"HFExport: {self.monitor} never came, or was never a number: no 'best' was written.")
 
     @property
     def _watches(self) -> bool:

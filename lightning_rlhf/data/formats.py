@@ -2,13 +2,16 @@
 
 Each format is a line of :data:`FORMATS`: how a row of it is recognised, and one small function that converts it. What
 makes a conversation fit for training is checked once, for all of them, in :func:`check_conversation`.
+
+What other trainers give a meaning is honored or refused by name: a key that changes what should be learnt is never
+passed over. All else that a row brings is noted in ``unread``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypedDict, cast
 
 from lightning_rlhf.data.sources import read_json
 
@@ -18,6 +21,45 @@ ROLES = {
     **dict.fromkeys(["user", "human", "prompter"], "user"),
     **dict.fromkeys(["assistant", "gpt", "chatgpt", "bot", "chatbot", "bing", "bard", "model"], "assistant"),
 }
+
+#: Columns that hold a conversation's system turn.
+SYSTEM = ("system", "system_prompt")
+#: Columns that reach the chat template beside the messages.
+_OPTIONS = ("tools", "chat_template_kwargs")
+#: Keys of a turn that chat templates may write; those of them that hold words of the model's are never passed over.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_FOR_TEMPLATE = (*REASONING, "name")
+#: Keys by which trainers say that a turn is learnt (1, true) or not (0, false).
+_WEIGHTS = ("weight", "train", "training", "trainable", "loss")
+
+_MEDIA = dict.fromkeys(
+    ("image", "images", "video", "videos", "audio", "audios"), "Only text can be learnt from: remove it, or the row"
+)
+_TOKENS = "Tokens can't be chosen one by one: remove it, and give turns a 'weight' of 0 or 1"
+_MASKS = dict.fromkeys(("mask", "masked", "loss_mask", "train_detail", "training_detail", "loss_weight"), _TOKENS)
+#: What else other trainers give a meaning, in a turn and in a row, with what to do.
+_REFUSED_IN_TURNS = {
+    **_MEDIA,
+    **_MASKS,
+    **dict.fromkeys(("tool_calls", "function_call"), "It would be lost: make it text, or remove the row"),
+}
+_REFUSED = {
+    **_MEDIA,
+    **_MASKS,
+    **dict.fromkeys(("completion_mask", "assistant_mask", "assistant_masks"), _TOKENS),
+    **dict.fromkeys(("mask_history", "train_on_prompt"), "What is learnt is the setting 'loss_on': remove it"),
+    **dict.fromkeys(("functions", "function_call"), "Write the functions as 'tools', or remove it"),
+}
+#: Those with which a row can't be a prompt: samples are shown and scored by its messages alone.
+REFUSED_IN_PROMPTS = {
+    **_MEDIA,
+    **dict.fromkeys(("functions", *_OPTIONS), "Prompts are messages alone: write it into a system turn, or remove it"),
+}
+#: Columns that every format of conversations and preferences reads.
+SHARED = (*SYSTEM, *_OPTIONS, "lang", "language")
+#: Columns that say whether an answer is good (KTO), and whether a row is learnt.
+_LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
+_TURN = {"role", "from", "content", "value", *_FOR_TEMPLATE, *_WEIGHTS, *_REFUSED_IN_TURNS}
 
 
 class UnfitRowError(ValueError):
@@ -41,11 +83,22 @@ class FormatError(UnfitRowError):
     """A row that isn't a conversation or a preference to learn from."""
 
 
-class Message(TypedDict):
-    """One turn. ``role`` is system, user or assistant."""
-
+class _Turn(TypedDict):
     role: str
     content: str
+
+
+class Message(_Turn, total=False):
+    """One turn. ``role`` is system, user or assistant; a turn of ``weight`` 0 is not learnt.
+
+    The others are for chat templates that write them.
+    """
+
+    weight: int
+    reasoning_content: str
+    reasoning: str
+    thinking: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -55,10 +108,14 @@ class Conversation:
     Attributes:
         messages: The turns in order, or None.
         text: The plain text, or None.
+        options: What the chat template gets beside the messages: ``tools``, and what a row asks of it.
+        unread: Keys of the row and of its turns that nothing reads.
     """
 
     messages: tuple[Message, ...] | None = None
     text: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
@@ -82,6 +139,8 @@ class Format:
         columns: The columns it needs.
         convert: Makes the conversation of such a row, unchecked and without the ``system`` column.
         also: What a row needs besides the columns to be recognised.
+        further: Columns that it reads too, where they are there.
+        other: Another name of a column that it needs.
         user_first: Whether the first turn after the system turn must be the user's.
     """
 
@@ -89,19 +148,28 @@ class Format:
     columns: tuple[str, ...]
     convert: Callable[[Mapping[str, Any]], Conversation]
     also: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    further: tuple[str, ...] = ()
+    other: Mapping[str, str] = field(default_factory=dict)
     user_first: bool = True
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is of this shape."""
-        return has_columns(row, *self.columns) and self.also(row)
+        return not self.missing(row) and self.also(row)
+
+    def missing(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns that a row lacks."""
+        return [
+            name for name in self.columns if not has_columns(row, name) and row.get(self.other.get(name, name)) is None
+        ]
 
 
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:
     """Make a row a conversation.
 
     Columns that are None count as absent, since CSV, Parquet and Arrow fill up with them. A list may be written as
-    JSON, as a CSV cell has it. Of the conversation formats a column ``system``, where it holds text, is the system turn
-    of a conversation that brings none.
+    JSON, as a CSV cell has it. Of the conversation formats a column ``system`` or ``system_prompt``, where it holds
+    text, is the system turn of a conversation that brings none, and ``tools`` and ``chat_template_kwargs`` are for the
+    chat template.
 
     Args:
         row: The columns of the row.
@@ -112,26 +180,143 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
         The conversation, checked.
 
     Raises:
-        FormatError: If the row can't be learnt from.
+        FormatError: If the row can't be learnt from, or asks for what can't be done.
         ValueError: If ``format`` is no known name: that is no fault of a row.
     """
     chosen = _choose(row, format)
+    check_columns(row)
+    for column in _LABELS:
+        if str(row.get(column)).strip().lower() == "false":
+            reason = f"the column {column!r} says that this answer is bad, and it would be learnt. Remove the row"
+            raise FormatError("bad answer", f"{reason}; pairs of 'chosen' and 'rejected' train a reward model")
     conversation = chosen.convert(row)
     if conversation.messages is None:
         if not (conversation.text or "").strip():
             raise FormatError("empty text", "the column 'text' is empty. Write the text or remove the row")
-        return conversation
+        return replace(conversation, unread=unread_keys(row, ("lang", "language", *chosen.columns)))
     check_conversation(conversation.messages, chosen.user_first)
-    own = read_text(row["system"], "the column 'system'") if has_columns(row, "system") else ""
+    unread = unread_keys(row, (*SHARED, *chosen.columns, *chosen.other.values(), *chosen.further))
+    made = replace(conversation, options=_read_options(row), unread=unread)
+    own = read_system(row)
     if conversation.messages[0]["role"] == "system":
-        if own.strip() and own != conversation.messages[0]["content"]:
+        if own and own != conversation.messages[0]["content"]:
             reason = "the column 'system' and the system turn differ. Remove one of them"
             raise FormatError("two system prompts", reason)
-        return conversation
-    prompt = own if own.strip() else system
+        return made
+    prompt = own or system
     if prompt is None:
-        return conversation
-    return Conversation(messages=(Message(role="system", content=prompt), *conversation.messages))
+        return made
+    return replace(made, messages=(Message(role="system", content=prompt), *conversation.messages))
+
+
+def check_columns(row: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED) -> None:
+    """Refuse a row that asks for what can't be done.
+
+    Args:
+        row: Its columns.
+        refused: Columns that may not be filled, with what to do.
+
+    Raises:
+        FormatError: It is one.
+    """
+    _refuse(row, refused, "the row")
+    if refused is not _REFUSED:
+        return
+    for column in _ROW_WEIGHTS:
+        value = row.get(column)
+        if value is not None and _weight(value) != 1 and (column == "weight" or _weight(value) == 0):
+            reason = f"the column {column!r} is {value!r}, and every row weighs 1. Remove it, or a row not to be learnt"
+            raise FormatError("weight", f"{reason}; a source as a whole has a weight in 'train'")
+
+
+def _refuse(found: Mapping[str, Any], refused: Mapping[str, str], what: str) -> None:
+    for key in found.keys() & refused.keys():
+        value = found[key]
+        empty = value is None or (isinstance(value, (str, list, tuple, Mapping, int, float)) and not value)
+        if not empty and str(value).strip().lower() not in ("[]", "false"):
+            raise FormatError("tool call" if "call" in key else f"'{key}'", f"{what} has {key!r}. {refused[key]}")
+
+
+def _weight(value: object) -> int | None:
+    """1 or 0, however it is written; None for any other weight."""
+    text = str(value).strip().lower()
+    return {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}.get(text)
+
+
+def read_system(row: Mapping[str, Any]) -> str:
+    """The system prompt that a row's columns hold, or an empty text.
+
+    Raises:
+        FormatError: It is no text, or two columns hold different ones.
+    """
+    texts = [read_text(row[column], f"the column {column!r}") for column in SYSTEM if has_columns(row, column)]
+    found = list(dict.fromkeys(text for text in texts if text.strip()))
+    if len(found) > 1:
+        reason = f"the columns {_quoted(SYSTEM)} differ. Remove one of them"
+        raise FormatError("two system prompts", reason)
+    return found[0] if found else ""
+
+
+def _read_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is for the chat template, as JSON holds it."""
+    options: dict[str, Any] = {}
+    if row.get("chat_template_kwargs"):
+        asked = _plain(read_written(row["chat_template_kwargs"], dict), "the column 'chat_template_kwargs'")
+        if not isinstance(asked, dict):
+            wrong_type("the column 'chat_template_kwargs'", asked, "an object")
+        options |= asked
+    if row.get("tools"):
+        tools = _plain(read_list(row, "tools", "a list of JSON schemas"), "the column 'tools'")
+        for number, tool in enumerate(tools, 1):
+            if not isinstance(tool, dict):
+                wrong_type(f"tool {number}", tool, "a JSON schema")
+        if tools:
+            options["tools"] = tools
+    return options
+
+
+def _plain(value: Any, what: str) -> Any:
+    """A value as JSON gives it back, without the keys that are None, with which Arrow fills up structs."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, what) for key, entry in value.items() if entry is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, what) for entry in value]
+    if not isinstance(value, (str, int, float, bool)):
+        wrong_type(f"a value in {what}", value, "what JSON can hold")
+    return value
+
+
+def unread_keys(row: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
+    """The filled keys of a row, and of the turns in it, that nothing reads.
+
+    Args:
+        row: Its columns.
+        read: Those of them that are read.
+    """
+    read = {name for name in (*read, *_REFUSED) if name in row}
+    unread = [
+        str(name) for name, value in row.items() if value is not None and not (name in read or _agrees(name, value))
+    ]
+    turns = (turn for name in read for turn in _turns_in(row[name]))
+    within = {f"{key} of a turn": None for turn in turns for key in turn if key not in _TURN and turn[key] is not None}
+    return (*unread, *within)
+
+
+def _agrees(name: object, value: object) -> bool:
+    """Whether a column says that its row is to be learnt, as every row is."""
+    return name in (*_ROW_WEIGHTS, *_LABELS) and (
+        _weight(value) == 1 if name in _ROW_WEIGHTS else str(value).lower() == "true"
+    )
+
+
+def _turns_in(value: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value = read_json(value)
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, (list, tuple)):
+            yield from _turns_in(item)
+        elif isinstance(item, Mapping) and {"role", "from"} & item.keys():
+            yield item
 
 
 def check_conversation(messages: Sequence[Message], user_first: bool = True) -> None:
@@ -175,14 +360,19 @@ def _choose(row: Mapping[str, Any], name: str) -> Format:
                 return candidate
         known = "; ".join(f"{entry.name}: {', '.join(entry.columns)}" for entry in FORMATS.values())
         reason = f"no known format has the columns of this row: {column_names(row)}. Known are {known}"
-        raise FormatError("unknown format", reason)
+        raise FormatError("unknown format", f"{reason}{turn_advice(row)}")
     if name not in FORMATS:
         raise ValueError(f"The format {name!r} is not known. Choose 'auto' or one of: {', '.join(FORMATS)}.")
-    missing = [column for column in FORMATS[name].columns if not has_columns(row, column)]
-    if missing:
+    if missing := FORMATS[name].missing(row):
         lacks = f"the format {name!r} needs the column {_quoted(missing)}, and the row has {column_names(row)}"
         raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
     return FORMATS[name]
+
+
+def turn_advice(row: Mapping[str, Any]) -> str:
+    """What to do about a row that is a turn."""
+    turn = row.keys() & {"role", "from"} and row.keys() & {"content", "value"}
+    return ". A turn is no row: put all turns of a conversation into a list 'messages'" if turn else ""
 
 
 def has_columns(row: Mapping[str, Any], *columns: str) -> bool:
@@ -222,68 +412,79 @@ def read_text(value: object, what: str) -> str:
     return value
 
 
+def read_written(value: object, kind: type) -> object:
+    """A value that a text may spell as JSON, where that is of this kind and not empty."""
+    written = read_json(value) if isinstance(value, str) else None
+    return written if isinstance(written, kind) and written else value
+
+
 def read_list(row: Mapping[str, Any], column: str, wanted: str) -> Sequence[Any]:
     """The list of a column, which may be written as JSON.
 
     Raises:
         FormatError: It holds something else.
     """
-    value = row[column]
-    if isinstance(value, str) and isinstance(written := read_json(value), list) and written:
-        value = written
+    value = read_written(row[column], list)
     if not isinstance(value, (list, tuple)):
         wrong_type(f"the column {column!r}", value, wanted)
     return value
 
 
-def read_turns(row: Mapping[str, Any], column: str, role_key: str, content_key: str) -> tuple[Message, ...]:
+def read_turns(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
     """The turns of a column.
 
     Raises:
         FormatError: It holds something else.
     """
-    turns = read_list(row, column, f"a list of {{{role_key}: ..., {content_key}: ...}}")
-    return tuple(
-        read_turn(turn, f"turn {number} of {column!r}", role_key, content_key) for number, turn in enumerate(turns, 1)
-    )
+    turns = read_list(row, column, "a list of {role: ..., content: ...}")
+    return tuple(read_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1))
 
 
-def read_turn(turn: object, what: str, role_key: str, content_key: str) -> Message:
-    """One turn, its role by its common name.
+def read_turn(turn: object, what: str) -> Message:
+    """One turn of ``role`` or ``from`` and ``content`` or ``value``, its role by its common name.
 
     Raises:
-        FormatError: It is none, its role is unknown, or it calls a tool.
+        FormatError: It is none, its role is unknown, or it asks for what can't be done, such as a call of a tool.
     """
     if not isinstance(turn, Mapping):
-        wrong_type(what, turn, f"{{{role_key}: ..., {content_key}: ...}}")
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            raise FormatError("tool call", f"{what} has {key!r}, which would be lost. Make it text or remove the row")
-    for key in (role_key, content_key):
-        if turn.get(key) is None:
-            raise FormatError("wrong type", f"{what} lacks {key!r}, it has {column_names(turn)}. Add it")
+        wrong_type(what, turn, "{role: ..., content: ...}")
+    _refuse(turn, _REFUSED_IN_TURNS, what)
+    role_key = next((key for key in ("role", "from") if turn.get(key) is not None), None)
+    content_key = next((key for key in ("content", "value") if turn.get(key) is not None), None)
+    if role_key is None or content_key is None:
+        lacks = (
+            {"role": "content", "from": "value"}[role_key] if role_key else "from" if content_key == "value" else "role"
+        )
+        raise FormatError("wrong type", f"{what} lacks {lacks!r}, it has {column_names(turn)}. Add it")
     name = read_text(turn[role_key], f"{role_key!r} in {what}")
     role = ROLES.get(name.strip().lower())
     if role is None:
         reason = f"{what} has the role {name[:40]!r}. Known roles are {', '.join(ROLES)}"
         raise FormatError("unknown role", reason)
-    return Message(role=role, content=read_text(turn[content_key], f"{content_key!r} in {what}"))
+    message = Message(role=role, content=read_text(turn[content_key], f"{content_key!r} in {what}"))
+    weights = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
+    for key, value in weights.items():
+        if _weight(value) is None:
+            reason = f"{what} has the {key} {str(value)[:40]}, and a turn is learnt or not. Make it 1 or 0"
+            raise FormatError("weight", reason)
+        message["weight"] = cast(int, _weight(value))
+    if len({_weight(value) for value in weights.values()}) > 1:
+        raise FormatError("weight", f"{what} has {_quoted(list(weights))}, which differ. Keep one of them")
+    further = {key: read_text(turn[key], f"{key!r} in {what}") for key in _FOR_TEMPLATE if turn.get(key) is not None}
+    message.update(cast(Message, {key: text for key, text in further.items() if text.strip()}))
+    return message
 
 
 def _from_messages(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(read_turns(row, "messages", "role", "content"))
-
-
-def _from_colossalchat(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(read_turns(row, "messages", "from", "content"))
+    return Conversation(read_turns(row, "messages"))
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(read_turns(row, "conversations", "from", "value"))
+    return Conversation(read_turns(row, "conversations"))
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
-    """Earlier exchanges, then the instruction, with its input after a blank line, and the output."""
+    """Earlier exchanges, then the instruction, with its input or context after a blank line, and the output."""
     wanted = "a list of [instruction, output] pairs"
     history = read_list(row, "history", wanted) if has_columns(row, "history") else []
     texts: list[str] = []
@@ -294,11 +495,12 @@ def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
         texts += [read_text(text, f"entry {number} of 'history'") for text in pair]
     asked = [
         read_text(row[column], f"the column {column!r}")
-        for column in ("instruction", "input")
+        for column in ("instruction", "input", "context")
         if has_columns(row, column)
     ]
     texts.append("\n\n".join(text for text in asked if text.strip()))
-    texts.append(read_text(row["output"], "the column 'output'"))
+    output = "output" if has_columns(row, "output") else "response"
+    texts.append(read_text(row[output], f"the column {output!r}"))
     return Conversation(
         tuple(Message(role="assistant" if i % 2 else "user", content=text) for i, text in enumerate(texts))
     )
@@ -310,7 +512,9 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> Conversation:
 
 def _side(row: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:
     if isinstance(row[column], (list, tuple)):
-        return read_turns(row, column, "role", "content")
+        return read_turns(row, column)
+    if isinstance(row[column], Mapping):
+        return (read_turn(row[column], f"the column {column!r}"),)
     return (Message(role=role, content=read_text(row[column], f"the column {column!r}")),)
 
 
@@ -319,21 +523,18 @@ def _from_text(row: Mapping[str, Any]) -> Conversation:
 
 
 def _says_from(row: Mapping[str, Any]) -> bool:
-    turns = row.get("messages")
-    turns = read_json(turns) if isinstance(turns, str) else turns
-    return isinstance(turns, (list, tuple)) and any(
-        isinstance(turn, Mapping) and has_columns(turn, "from") for turn in turns
-    )
+    return any("from" in turn for turn in _turns_in(row.get("messages")))
 
 
+_BESIDE = ("input", "context", "history")
 #: The known formats, in the order in which they are tried.
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
-        Format("colossalchat", ("messages",), _from_colossalchat, also=_says_from),
+        Format("colossalchat", ("messages",), _from_messages, also=_says_from),
         Format("messages", ("messages",), _from_messages),
         Format("sharegpt", ("conversations",), _from_sharegpt),
-        Format("alpaca", ("instruction", "output"), _from_alpaca),
+        Format("alpaca", ("instruction", "output"), _from_alpaca, further=_BESIDE, other={"output": "response"}),
         Format("prompt_completion", ("prompt", "completion"), _from_prompt_completion, user_first=False),
         Format("text", ("text",), _from_text),
     )

@@ -120,8 +120,8 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         return item.first_user_turn
 
     def dump(self, item: Conversation) -> list[Any]:
-        """Messages and text."""
-        return [item.messages, item.text]
+        """Messages, text, and what the template gets beside them."""
+        return [item.messages, item.text, item.options]
 
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
         """:func:`encode_instruction` with the loss's reach and the length limit."""
@@ -144,8 +144,8 @@ def encode_instruction(
     stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One row's tokens, or why it has none; runs in worker processes."""
-    messages, text = row
-    conversation = Conversation(None if messages is None else tuple(messages), text)
+    messages, text, options = row
+    conversation = Conversation(None if messages is None else tuple(messages), text, options)
     sizes = {"num_tokens": 0, "num_scored": 0, "num_sequences": 1, "pair_weight": 0.0}
     empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False, **sizes}
     try:
@@ -172,4 +172,6 @@ def encode_instruction(
         "kind": "",
         "reason": "",
         "cut": length > limit,
+        "unread": tokens.unread,
+        "doubled": tokens.doubled,
     }

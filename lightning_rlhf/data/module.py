@@ -10,9 +10,10 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -21,14 +22,17 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 import lightning.pytorch as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees
 from lightning_rlhf.data.planner import PlannedLoader, Planner, Size
+from lightning_rlhf.data.preference_formats import read_name
 from lightning_rlhf.data.sources import (
     BadRows,
     Row,
@@ -39,7 +43,7 @@ from lightning_rlhf.data.sources import (
 )
 
 #: Changes whenever the same rows would be read, tokenised or stored otherwise.
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 #: Rows that a process tokenises at a time, and how often as many are written at once.
 _ROWS, _BLOCK = 256, 64
 #: Faults that an empty cell may be behind.
@@ -59,6 +63,7 @@ class TokenRows:
         sizes: (rows, 4) the numbers of :class:`~lightning_rlhf.data.planner.Size`.
         sources: Number of rows and weight of each source, in order.
         blocks: For each source, the number of rows of every batch in its Arrow file.
+        content: A hash of the rows and their order.
     """
 
     def __init__(
@@ -68,8 +73,9 @@ class TokenRows:
         sizes: NDArray[np.float64],
         sources: list[tuple[int, float]],
         blocks: Sequence[Sequence[int]],
+        content: str,
     ) -> None:
-        self.tree, self.sizes, self.sources = tree, sizes, sources
+        self.tree, self.sizes, self.sources, self.content = tree, sizes, sources, content
         self._files = [str(path / "tokens.arrow") for path in stores]
         self._blocks = [(file, block) for file, counts in enumerate(blocks) for block in range(len(counts))]
         self._ends = list(accumulate(chain.from_iterable(blocks)))
@@ -143,6 +149,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     Attributes:
         bad_rows: By part, the rows that reading and tokenising it left out.
+        unread: By part, the keys that its rows bring and no setting reads, each with the number of rows.
+        doubled: By part, the number of rows whose answers brought a stop token of their own, which was left out.
     """
 
     #: Files of the package that ``bundled`` stands for.
@@ -155,6 +163,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     tree_rows: TreeRows
     #: What to note of a tokenised row, once for all rows that have it: a function of a module.
     facts: Callable[[Mapping[str, Any]], Iterable[Any]] = staticmethod(lambda row: ())
+    #: What the rows are called where they are not a Trainer's own.
+    name = ""
 
     def __init__(
         self,
@@ -206,11 +216,14 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         default = os.environ.get("LIGHTNING_RLHF_CACHE", Path.home() / ".cache" / "lightning_rlhf")
         self.cache_dir = Path(cache_dir or default) / "tokens"
         self.bad_rows: dict[str, list[BadRows]] = {}
+        self.unread: dict[str, Counter[str]] = {}
+        self.doubled: dict[str, int] = {}
         self._tokenizer = tokenizer
         self.streaming, self.window_rows, self.format = streaming, window_rows, format
         self._items: dict[str, list[list[tuple[str, Item]]]] = {}
         self._rows: dict[str, TokenRows] = {}
         self._reported: set[tuple[str, int]] = set()
+        self._usual: dict[str, str | None] = {}
 
     # ------------------------------------------------------------------------------------------------- subclasses
 
@@ -239,7 +252,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """A function of a module, called with ``dump``'s value, the tokenizer and these further arguments.
 
         It returns the columns that ``tree`` reads and those of ``SIZE_COLUMNS``, ``kind`` and ``reason`` (empty
-        where the row is good), and ``cut``, whether it was shortened. The arguments are part of the cache's key.
+        where the row is good), and ``cut``, whether it was shortened; where it tells of them, also ``unread``, keys
+        that it had no use for, and ``doubled``, whether a stop token was left out. The arguments are part of the
+        cache's key.
         """
 
     @abstractmethod
@@ -263,8 +278,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """The languages of rows by their places, where a column ``lang`` or ``language`` says; reads the source."""
         sources = self._weighted[self._side(part)[0]]
         rows = (row for source in sources for row in self._open(source.source, BadRows("skip")))
-        named = ((row.where, row.value.get("lang") or row.value.get("language")) for row in rows)
-        return {where: language for where, language in named if isinstance(language, str)}
+        return {row.where: name for row in rows if (name := read_name(row.value, "lang", "language"))}
 
     # ------------------------------------------------------------------------------------------------- Lightning
 
@@ -274,10 +288,19 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             self._stores(part)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there."""
-        for part in self._parts(stage):
-            if part not in self._rows:
-                self._rows[part] = self._tokenised(part)
+        """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there.
+
+        Raises:
+            DataError: There is no row to train on, or to validate, test or predict where that is the stage.
+        """
+        new = [part for part in self._parts(stage) if part not in self._rows]
+        for part in new:
+            self._rows[part] = self._tokenised(part)
+        self._tell_of_keys(new)
+        if stage in ("fit", None):
+            self._tell_of_validation()
+        elif not len(self._rows[part := self._parts(stage)[0]]):
+            raise DataError(f"There are no {part} rows. {self._none_held_out()} Give data.{part}.")
 
     def train_dataloader(self) -> PlannedLoader:
         """Shuffled batches, each optimizer step dealt over ranks and micro-batches."""
@@ -337,6 +360,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             self.seed,
             sources=rows.sources,
             window=self._window(),
+            content=rows.content,
         )
         return PlannedLoader(rows, planner, rank, self.num_workers, pin_memory=torch.cuda.is_available())
 
@@ -362,10 +386,38 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """(where, row) of a part's rows in one of its sources; where rows are streamed, bad ones are passed over."""
         origin, held_out = self._side(part)
         rows = self._convert(origin, i, BadRows("skip")) if self.streaming else self._read(origin)[i]
-        return self._of_side(rows, held_out)
+        return self._of_side(rows, origin, held_out)
 
-    def _of_side(self, rows: Iterable[tuple[str, Item]], held_out: bool | None) -> Iterator[tuple[str, Item]]:
-        return (row for row in rows if held_out is None or self._held_out(row[1]) == held_out)
+    def _of_side(
+        self, rows: Iterable[tuple[str, Item]], origin: str, held_out: bool | None
+    ) -> Iterator[tuple[str, Item]]:
+        if held_out is None:
+            yield from rows
+            return
+        usual = self._usual_opening(origin) if self.val_fraction else None
+        for where, item in rows:
+            if held_out == (self._held_out(item) and self.first_user_turn(item) != usual):
+                yield where, item
+
+    def _usual_opening(self, origin: str) -> str | None:
+        """What more than half of the rows open with, if anything: held out, they would be most of the data."""
+        if origin not in self._usual:
+            found, ahead = None, 0
+            for item in self._all_items(origin):  # Boyer and Moore's vote: what has the majority is left
+                opening = self.first_user_turn(item)
+                if not ahead:
+                    found = opening
+                ahead += 1 if opening == found else -1
+            alike: Counter[bool] = Counter()
+            if found is not None and self._drawn(found):  # else it is learnt anyway
+                alike.update(self.first_user_turn(item) == found for item in self._all_items(origin))
+            self._usual[origin] = found if alike[True] > alike[False] else None
+        return self._usual[origin]
+
+    def _all_items(self, origin: str) -> Iterator[Item]:
+        for i in range(len(self._weighted[origin])):
+            rows = self._convert(origin, i, BadRows(self.on_bad_row)) if self.streaming else self._read(origin)[i]
+            yield from (item for _, item in rows)
 
     def _read(self, origin: str) -> list[list[tuple[str, Item]]]:
         """(where, row) of each source's rows, held in memory; bad ones raised or counted."""
@@ -375,6 +427,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 bad = BadRows(self.on_bad_row)
                 found.append(list(self._convert(origin, i, bad)))
                 self._report(origin, i, bad, len(found[-1]))
+            self._check_any(origin, sum(map(len, found)))
             self._items[origin] = found
         return self._items[origin]
 
@@ -384,15 +437,25 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             self._reported.add((origin, i))
             self.bad_rows.setdefault(origin, []).append(bad)
             bad.report(good + bad.total, self._called(origin, i))
+            if not good and not bad.total:
+                rank_zero_warn(f"{self._called(origin, i)}: {self._weighted[origin][i].name} has no row.")
+
+    def _check_any(self, origin: str, good: int) -> None:
         if not good:
-            name = self._weighted[origin][i].name
-            why = f": {bad.reasons}" if bad.total else "."
-            raise ValueError(f"No usable row in the {origin} data ({name}); {bad.total} were skipped{why}")
+            sources = ", ".join(source.name for source in self._weighted[origin])
+            bad = self.bad_rows.get(origin, [])
+            reasons = ", ".join(b.reasons for b in bad if b.total)
+            skipped = f"{sum(b.total for b in bad)} were skipped{f': {reasons}' if reasons else '.'}"
+            raise DataError(f"No usable row in the {self._part(origin)} data ({sources}); {skipped}")
+
+    def _part(self, part: str) -> str:
+        """A part, for messages."""
+        return f"{self.name} {part}".strip()
 
     def _called(self, part: str, i: int) -> str:
         """A source of a part, for messages."""
         sources = self._weighted[self._side(part)[0]]
-        return part if len(sources) == 1 else f"{part} ({sources[i].name})"
+        return self._part(part) if len(sources) == 1 else f"{self._part(part)} ({sources[i].name})"
 
     def _convert(self, origin: str, i: int, bad: BadRows) -> Iterator[tuple[str, Item]]:
         source = self._weighted[origin][i]
@@ -423,7 +486,10 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def _held_out(self, item: Item) -> bool:
         """By a hash of the first user turn and the seed: stable when rows are added, moved or repeated."""
-        key = f"{self.seed}\0{self.first_user_turn(item)}".encode()
+        return self._drawn(self.first_user_turn(item))
+
+    def _drawn(self, opening: str) -> bool:
+        key = f"{self.seed}\0{opening}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 < self.val_fraction
 
     # ------------------------------------------------------------------------------------------------- tokens
@@ -458,13 +524,15 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def _tokenised(self, part: str) -> TokenRows:
         stores = self._stores(part)
         notes = [json.loads((path / "notes.json").read_text(encoding="utf-8")) for path in stores]
-        origin, _ = self._side(part)
+        origin, held_out = self._side(part)
+        every = BadRows("skip")
         for i, note in enumerate(notes):
             read, refused = BadRows(self.on_bad_row), BadRows(self.on_bad_row)
             if note["read"] is not None:
                 read.merge(note["read"])
                 self._report(origin, i, read, note["parsed"])
             refused.merge(note["refused"])
+            every.merge(note["refused"])
             total = note["rows"] + refused.total
             self.bad_rows.setdefault(part, []).append(refused)
             refused.report(total, self._called(part, i))
@@ -473,10 +541,17 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                     f"{self._called(part, i)}: {note['cut']} of {total} rows were cut at max_length; the loss never "
                     "reads their stop token."
                 )
-            if total and not note["rows"]:
-                raise ValueError(
-                    f"No usable row in the {self._called(part, i)} data: all {total} were skipped: {refused.reasons}"
-                )
+        parsed = sum(note["parsed"] for note in notes) if self.streaming else sum(map(len, self._read(origin)))
+        self._check_any(origin, parsed)
+        if not any(note["rows"] for note in notes) and not held_out:
+            split = f"; {parsed - every.total} of {parsed} are held out for validation" if held_out is False else ""
+            skipped = f"all {every.total} were skipped: {every.reasons}" if every.total else "there is none"
+            more = ". Give data.val, or lower data.val_fraction" if parsed > every.total else ""
+            raise DataError(f"No usable row in the {self._part(part)} data: {skipped}{split}{more}")
+        self.unread[part] = Counter()
+        for note in notes:
+            self.unread[part].update(note["unread"])
+        self.doubled[part] = sum(note["doubled"] for note in notes)
         sources = [
             (note["rows"], source.weight if part == "train" else 1.0)
             for note, source in zip(notes, self._weighted[origin], strict=True)
@@ -486,7 +561,57 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 rank_zero_info(f"{source.name}: {count:,} rows x {float(weight)}")
         tree = self.finish(list(_distinct(_hashable(fact) for note in notes for fact in note["facts"])), part)
         blocks = [note["blocks"] for note in notes]
-        return TokenRows(stores, tree, _map_sizes(self._sizes(stores)), sources, blocks)
+        content = hashlib.sha256("".join(note["content"] for note in notes).encode()).hexdigest()[:16]
+        return TokenRows(stores, tree, _map_sizes(self._sizes(stores)), sources, blocks, content)
+
+    # ------------------------------------------------------------------------------------------------- what is told
+
+    def _tell_of_keys(self, parts: Sequence[str]) -> None:
+        """Says in a line each which keys nothing reads, and how many answers brought a stop token."""
+        once = {self._side(part): part for part in reversed(parts)}.values()
+        unread = sum((self.unread[part] for part in once), Counter())
+        start = f"{self.name}: " if self.name else ""
+        if unread:
+            rank_zero_info(f"{start}keys that no setting reads: {count_keys(unread)}")
+        if doubled := sum(self.doubled[part] for part in once):
+            rank_zero_info(f"{start}{doubled} rows bring stop tokens of their own; each answer is learnt with one.")
+
+    def _tell_of_validation(self) -> None:
+        """Says in a warning that there will be no validation, where it was asked for or something waits for it."""
+        off = getattr(self.trainer, "limit_val_batches", None) == 0
+        if self.name or not (off or not len(self._rows["val"])):
+            return
+        waiting = [
+            c for c in getattr(self.trainer, "callbacks", ()) if str(getattr(c, "monitor", "")).startswith("val/")
+        ]
+        why = "trainer.limit_val_batches is 0." if off else self._none_held_out()
+        remedy = "Raise it" if off else "Give data.val"
+        for callback in waiting:
+            if isinstance(callback, EarlyStopping) and callback.strict:
+                raise DataError(
+                    f"{why} EarlyStopping would wait for {callback.monitor} in vain. {remedy}, or leave it out."
+                )
+        if waiting:
+            names = ", ".join(f"{type(callback).__name__} ({callback.monitor})" for callback in waiting)
+            why += f" Nothing is validated, so that these wait in vain: {names}."
+        if waiting or (self.val_fraction and not off):
+            rank_zero_warn(f"{why} {remedy}.")
+
+    def _none_held_out(self) -> str:
+        """Why there are no validation rows."""
+        if not self.val_fraction:
+            return "No row is held out for validation: val_fraction is 0."
+        if skipped := sum(bad.total for bad in self.bad_rows.get("val", ())):
+            return f"All {skipped} rows held out for validation were skipped."
+        rows, openings = 0, set()
+        for item in self._all_items("train"):
+            rows += 1
+            openings.add(self.first_user_turn(item))
+        ways = "1 way" if len(openings) == 1 else f"{len(openings):,} ways"
+        return (
+            f"None of the {rows:,} rows is held out for validation by val_fraction={self.val_fraction}: rows that open "
+            f"alike stay on one side, and these open in {ways}."
+        )
 
     def _stores(self, part: str) -> list[Path]:
         """Where the tokenised rows of each of the part's sources lie, made if need be."""
@@ -507,33 +632,40 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 key = self._key(arguments, [json.dumps([*what, self.reading()])])
             else:
                 texts = chain.from_iterable(self._records(self._rows_of(part, i)))
+                if self.streaming:  # what is noted counts the rows of both sides
+                    texts = chain([str(sum(1 for _ in self._all_items(origin)))], texts)
                 key = self._key({**arguments, "streaming": self.streaming}, texts)
             path = self.cache_dir / key
             if not path.exists():
-                self.cache_dir.mkdir(parents=True, exist_ok=True)
                 bad = BadRows(self.on_bad_row)
                 all_rows = _Counted(self._convert(origin, i, bad) if self.streaming else self._read(origin)[i])
-                rows = self._of_side(all_rows, held_out)
+                rows = self._of_side(all_rows, origin, held_out)
                 work = partial(
                     _encode_rows, encode=partial(encode, tokenizer=self.tokenizer, **arguments),
                     columns={**self.columns, **SIZE_TYPES}, facts=type(self).facts,
                 )  # fmt: skip
-                temporary = Path(tempfile.mkdtemp(dir=self.cache_dir))
+                with _writable(self.cache_dir):
+                    self.cache_dir.mkdir(parents=True, exist_ok=True)
+                    temporary = Path(tempfile.mkdtemp(dir=self.cache_dir))
                 try:
-                    notes = _write(temporary, self._records(rows), work, self.num_proc, self.on_bad_row)
+                    records = self._records(rows, source.source != BUNDLED)
+                    notes = _write(temporary, records, work, self.num_proc, self.on_bad_row)
                     notes |= {"read": bad.summary() if self.streaming else None, "parsed": all_rows.count}
-                    (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-                    _move(temporary, path)
+                    with _writable(self.cache_dir):
+                        (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+                        _move(temporary, path)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
                 rank_zero_info(f"{self._called(part, i)}: tokenised rows are kept in {path}")
             paths.append(path)
         return paths
 
-    def _records(self, rows: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, str]]:
-        """(where, text) as they are tokenised; a file's name may hold bytes that are no text."""
+    def _records(self, rows: Iterable[tuple[str, Item]], of_user: bool = True) -> Iterator[_Record]:
+        """Rows as they are tokenised; a file's name may hold bytes that are no text."""
         for where, item in rows:
-            yield where.encode(errors="backslashreplace").decode(), json.dumps(self.dump(item), ensure_ascii=False)
+            unread = getattr(item, "unread", ()) if of_user else ()
+            place = where.encode(errors="backslashreplace").decode()
+            yield _Record(place, json.dumps(self.dump(item), ensure_ascii=False), json.dumps(unread))
 
     def _sizes(self, stores: list[Path]) -> Path:
         """The file of all sizes; of several sources, they are joined in one."""
@@ -542,7 +674,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             return files[0]
         path = self.cache_dir / (hashlib.sha256("\0".join(map(str, stores)).encode()).hexdigest()[:40] + ".sizes")
         if not path.exists():
-            with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as joined:
+            with _writable(self.cache_dir), tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as joined:
                 for file in files:
                     with open(file, "rb") as part:
                         shutil.copyfileobj(part, joined)
@@ -565,17 +697,28 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 # ---------------------------------------------------------------------------------------------------------- the store
 
 
+class _Record(NamedTuple):
+    """A row to be tokenised: its place, all that its tokens depend on, and a list of what nothing reads, as JSON."""
+
+    where: str
+    text: str
+    unread: str
+
+
 class _Encoded(NamedTuple):
-    """What became of some rows: those with tokens as an Arrow batch, how many were cut, and those without."""
+    """What became of some rows: those with tokens as an Arrow batch and what is to be noted of them, and the others."""
 
     good: Any
-    cut: int
     refused: list[tuple[str, str, str]]
     facts: list[Any]
+    cut: int
+    doubled: int
+    unread: Counter[str]
+    content: str
 
 
 def _encode_rows(
-    records: Sequence[tuple[str, str]],
+    records: Sequence[_Record],
     encode: Callable[..., dict[str, Any]],
     columns: Mapping[str, Any],
     facts: Callable[[Mapping[str, Any]], Iterable[Any]],
@@ -585,20 +728,31 @@ def _encode_rows(
 
     good: list[dict[str, Any]] = []
     refused = []
-    for where, text in records:
+    unread: Counter[str] = Counter()
+    content = hashlib.sha256()
+    for where, text, keys in records:
         row = encode(json.loads(text))
         if row["kind"]:
             refused.append((where, row["kind"], row["reason"]))
         else:
             good.append({**row, "where": where})
-    noted = list(_distinct(_hashable(fact) for row in good for fact in facts(row)))
-    return _Encoded(pa.RecordBatch.from_pylist(good, _schema(columns)), sum(r["cut"] for r in good), refused, noted)
+            unread.update({*json.loads(keys), *row.get("unread", ())})
+            content.update(text.encode() + b"\0")
+    return _Encoded(
+        good=pa.RecordBatch.from_pylist(good, _schema(columns)),
+        refused=refused,
+        facts=list(_distinct(_hashable(fact) for row in good for fact in facts(row))),
+        cut=sum(row["cut"] for row in good),
+        doubled=sum(row.get("doubled", False) for row in good),
+        unread=unread,
+        content=content.hexdigest(),
+    )
 
 
 def _write(
     folder: Path,
-    records: Iterator[tuple[str, str]],
-    work: Callable[[Sequence[tuple[str, str]]], _Encoded],
+    records: Iterator[_Record],
+    work: Callable[[Sequence[_Record]], _Encoded],
     num_proc: int | None,
     on_bad_row: OnBadRow,
 ) -> dict[str, Any]:
@@ -606,9 +760,11 @@ def _write(
     import pyarrow as pa
 
     bad = BadRows(on_bad_row)
-    cut = 0
+    cut = doubled = 0
     blocks: list[int] = []
     facts: dict[Any, None] = {}
+    unread: Counter[str] = Counter()
+    content = hashlib.sha256()
     schema = _schema(work.keywords["columns"])  # type: ignore[attr-defined]
     parts = _mapped(work, _batched(records, _ROWS), num_proc)
     with (
@@ -621,15 +777,45 @@ def _write(
                 for where, kind, reason in part.refused:
                     bad.add(where, kind, reason)
                 cut += part.cut
+                doubled += part.doubled
+                unread.update(part.unread)
                 facts.update(dict.fromkeys(part.facts))
+                content.update(part.content.encode())
             table = pa.Table.from_batches([part.good for part in block], schema).combine_chunks()
             if not len(table):
                 continue
-            writer.write_table(table)  # as one batch
             blocks.append(len(table))
             numbers = [table[name].to_numpy().astype(np.float64) for name in SIZE_COLUMNS]
-            sizes.write(np.stack(numbers, axis=1).tobytes())
-    return {"rows": sum(blocks), "blocks": blocks, "cut": cut, "refused": bad.summary(), "facts": list(facts)}
+            with _writable(folder.parent):
+                writer.write_table(table)  # as one batch
+                sizes.write(np.stack(numbers, axis=1).tobytes())
+    return {
+        "rows": sum(blocks),
+        "blocks": blocks,
+        "cut": cut,
+        "doubled": doubled,
+        "unread": unread,
+        "refused": bad.summary(),
+        "facts": list(facts),
+        "content": content.hexdigest(),
+    }
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Says what to do where the cache can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"The token cache {folder} can't be written: {error.strerror or error}. Set data.cache_dir, or "
+            "LIGHTNING_RLHF_CACHE in the environment, to a folder that can."
+        ) from error
+
+
+def count_keys(counts: Counter[str]) -> str:
+    """Keys with the number of rows that bring them, in words."""
+    return ", ".join(f"{key} ({n:,} row{'' if n == 1 else 's'})" for key, n in counts.most_common())
 
 
 def _schema(columns: Mapping[str, Any]) -> Any:

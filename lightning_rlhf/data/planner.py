@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.packed import Branch, PackedBatch, StepTotals, Tree, pack
 
 
@@ -64,6 +65,7 @@ class Planner:
         window: Shuffle and plan about this many trees at a time, and hold no more; None for all. A window joins
             stretches of neighbouring trees, which files are read well by, from 64 random places.
         overhead: Tokens that every tree costs besides its own.
+        content: A hash of the trees and their order, which a checkpoint keeps; empty where it isn't known.
     """
 
     sizes: Sequence[Size] | NDArray[np.float64]
@@ -77,6 +79,7 @@ class Planner:
     sources: Sequence[tuple[int, float]] | None = None
     window: int | None = None
     overhead: int = 0
+    content: str = ""
 
     def steps(self, epoch: int) -> list[list[Bin]]:
         """The epoch's steps, each ``micro_batches * ranks`` bins; rank r's k-th is number ``k * ranks + r``.
@@ -235,6 +238,8 @@ class Planner:
             "ranks": self.ranks,
             "seed": self.seed,
         }
+        if self.content:
+            found["content"] = self.content
         if self.sources and any(weight != 1 for _, weight in self.sources):
             found["sources"] = [[count, float(weight)] for count, weight in self.sources]
         return found if self.window is None else {**found, "window": self.window}
@@ -385,14 +390,17 @@ class PlannedLoader:
         """Goes on from a saved place.
 
         Raises:
-            ValueError: The plan is another one: other data, batch size, accumulation, ranks or seed.
+            DataError: The plan is another one: other data or in another order, batch size, accumulation, ranks or seed.
         """
-        plan = self.planner.fingerprint()
-        if state.get("plan") != plan:
-            raise ValueError(
-                f"The checkpoint was made with another plan: {state.get('plan')}, now {plan}. Resume with the same "
-                "data, weights, batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from "
-                "the model it holds."
+        plan, saved = self.planner.fingerprint(), state.get("plan") or {}
+        if saved != plan:
+            names = [name for name in {**saved, **plan} if saved.get(name) != plan.get(name)]
+            changes = ", ".join(f"{name!r}: {saved.get(name)}, now {plan.get(name)}" for name in names)
+            rows = " (the rows are others, or in another order)" if names == ["content"] else ""
+            raise DataError(
+                f"The checkpoint was made with another plan: {changes}{rows}. Resume with the same data, weights, "
+                "batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from the model it "
+                "holds."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume = self.position < len(self)

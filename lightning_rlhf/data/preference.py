@@ -17,7 +17,7 @@ from lightning_rlhf.data.oasst import preference_rows
 from lightning_rlhf.data.packed import Branch, Pair, Tree
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
 from lightning_rlhf.data.sources import Source
-from lightning_rlhf.data.tokens import LossOn, TokenizeError, encode, encode_prompt
+from lightning_rlhf.data.tokens import LAST_ALONE, LossOn, TokenizeError, encode, encode_prompt
 
 PairWeight = Literal["pair", "prompt"]
 
@@ -135,9 +135,10 @@ class PreferenceDataModule(TreeDataModule[Preference]):
     def parse(self, row: Mapping[str, Any], part: str, format: str) -> Preference:
         """A preference; to predict, a conversation does too, as one answer that is compared with none."""
         if part == "predict" and format == "auto" and not _is_preference(row):
-            messages = to_conversation(row, system=self.system).messages
-            if messages is not None:
-                return Preference(messages[:-1], (messages[-1:],), ())
+            found = to_conversation(row, system=self.system)
+            if found.messages is not None:
+                prompt, answer = found.messages[:-1], found.messages[-1:]
+                return Preference(prompt, (answer,), (), options=found.options, unread=found.unread)
         return to_preference(row, format, self.system)
 
     def reading(self) -> dict[str, Any]:
@@ -156,6 +157,7 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         return {
             "prompt": item.prompt,
             "answers": item.answers,
+            "options": item.options,
             "better": [better for better, _ in item.pairs],
             "worse": [worse for _, worse in item.pairs],
             "margin": list(margins) if self.use_margin else [0.0] * len(item.pairs),
@@ -193,13 +195,18 @@ def encode_preference(
     pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
     empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs, **sizes}
     messages: list[Message] = row["prompt"]
+    unread: dict[str, None] = {}
+    doubled = False
     try:
-        prompt = encode_prompt(tokenizer, messages)
+        prompt = encode_prompt(tokenizer, messages, row["options"])
         answers, scored = [], []
         for answer in row["answers"]:
             # turns of the prompt are not scored here: a template may write them otherwise than when they were new
             loss_on: LossOn = "last" if len(answer) == 1 else "assistant"
-            tokens = encode(tokenizer, Conversation((*messages, *answer)), loss_on, stop_ids)
+            conversation = Conversation((*messages, *answer), options=row["options"])
+            tokens = encode(tokenizer, conversation, loss_on, stop_ids)
+            unread.update(dict.fromkeys(tokens.unread))
+            doubled = doubled or tokens.doubled
             end = max(i for i, read in enumerate(tokens.scored) if read) + 1
             if tokens.input_ids[: len(prompt)] != prompt:
                 reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"
@@ -207,7 +214,12 @@ def encode_preference(
             answers.append(tokens.input_ids[len(prompt) : end])
             scored.append(tokens.scored[len(prompt) : end])
     except TokenizeError as error:
-        return {**empty, "kind": error.kind, "reason": str(error)}
+        return {**empty, "kind": error.kind, "reason": str(error).replace(LAST_ALONE, "")}
+    for better, worse in zip(row["better"], row["worse"], strict=True):
+        if answers[better] == answers[worse]:
+            reason = "the chat template writes two answers that form a pair as the same tokens: they differ in what it "
+            reason += "trims, or in a stop token. Remove one of them, or the row"
+            return {**empty, "kind": "no difference", "reason": reason}
     longest = len(prompt) + max(map(len, answers))
     if longest > limit:
         reason = f"{longest} tokens are over max_length={limit}; raise it, or shorten the row"
@@ -221,4 +233,6 @@ def encode_preference(
         "num_scored": sum(itertools.chain.from_iterable(scored)),
         "kind": "",
         "reason": "",
+        "unread": list(unread),
+        "doubled": doubled,
     }

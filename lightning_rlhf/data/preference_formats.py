@@ -10,28 +10,34 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
 from typing import Any, NoReturn
 
 from lightning_rlhf.data.formats import (
     ROLES,
+    SHARED,
+    Conversation,
     FormatError,
     Message,
+    check_columns,
     column_names,
     has_columns,
     read_list,
     read_text,
     read_turn,
-    read_turns,
     to_conversation,
+    turn_advice,
+    unread_keys,
     wrong_type,
 )
 
 _MARKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
+#: The same where no empty line stands before the markers, or blanks are in it.
+_LOOSE_MARKER = re.compile(r"(?:\A\s*|\n)(Human|Assistant):")
 #: What tells a transcript from a text beside a prompt; stricter than the marker, since any text may begin "Human:".
-_TRANSCRIPT = re.compile(r"\r?\n\r?\nHuman:")
+_TRANSCRIPT = re.compile(r"\s*\nHuman:")
 _ANSWERS = ("ranked", "answers", "responses", "completions")
 
 
@@ -47,6 +53,8 @@ class Preference:
         scores: What graders gave, one an answer, or None.
         source: Where the row comes from, or empty.
         lang: Its language, or empty.
+        options: What the chat template gets beside the messages.
+        unread: Keys of the row and of its turns that nothing reads.
     """
 
     prompt: tuple[Message, ...]
@@ -56,6 +64,8 @@ class Preference:
     scores: tuple[float, ...] | None = None
     source: str = ""
     lang: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def first_user_turn(self) -> str:
@@ -88,11 +98,13 @@ class PreferenceFormat:
         name: Its name in configurations.
         columns: What it needs: one column out of each of these groups.
         convert: Makes the candidates of such a row, without the ``system`` column.
+        further: Columns that it reads too, where they are there.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...]
     convert: Callable[[Mapping[str, Any]], list[Candidate]]
+    further: tuple[str, ...] = ()
 
     def missing(self, row: Mapping[str, Any]) -> str:
         """The columns a row lacks, in words; empty if it is of this shape."""
@@ -104,12 +116,13 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
 
     The prompt is the longest run of messages that all answers begin with, so the prompt may be repeated in the answers,
     or be found in them alone. Strings that begin with ``"\n\nHuman:"`` are read as transcripts, whose turns lose the
-    white space around them. Columns that are None count as absent. All numbers may be written as strings and lists as
+    white space around them; where no empty line stands before an assistant's marker, lines that begin with markers
+    begin turns. Columns that are None count as absent. All numbers may be written as strings and lists as
     JSON, as CSV does.
 
     Columns ``margin`` (of rows with one pair), ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
-    ``score_rejected``), ``source``, and ``lang`` or ``language`` are taken over; ``system`` works as in
-    :func:`~lightning_rlhf.data.formats.to_conversation`.
+    ``score_rejected``), ``source``, and ``lang`` or ``language`` are taken over; ``system``, ``system_prompt``,
+    ``tools`` and ``chat_template_kwargs`` work as in :func:`~lightning_rlhf.data.formats.to_conversation`.
 
     Args:
         row: The columns of the row.
@@ -125,22 +138,40 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
             answer the same turn, or no answer is better than another.
         ValueError: If ``format`` is no known name: that is no fault of a row.
     """
-    candidates = sorted(_choose(row, format).convert(row), key=lambda candidate: candidate.rank)
+    chosen = _choose(row, format)
+    check_columns(row)
+    candidates = sorted(chosen.convert(row), key=lambda candidate: candidate.rank)
     conversations = [_checked(candidate, row, system) for candidate in candidates]
-    shared = _shared(candidates, conversations)
-    answers = tuple(messages[shared:] for messages in conversations)
+    made = [conversation.messages or () for conversation in conversations]
+    shared = _shared(candidates, made)
+    answers = tuple(messages[shared:] for messages in made)
     pairs = _pairs(candidates, answers)
     scores = tuple(candidate.score for candidate in candidates if candidate.score is not None)
-    lang = _filled(row, "lang", "language")
+    read = (*SHARED, "margin", "source", *itertools.chain.from_iterable(chosen.columns), *chosen.further)
     return Preference(
-        prompt=conversations[0][:shared],
+        prompt=made[0][:shared],
         answers=answers,
         pairs=pairs,
         margins=_margins(row, len(pairs)),
         scores=scores or None,
-        source=read_text(row["source"], "the column 'source'") if has_columns(row, "source") else "",
-        lang=read_text(row[lang], f"the column {lang!r}") if lang else "",
+        source=read_name(row, "source"),
+        lang=read_name(row, "lang", "language"),
+        options=conversations[0].options,
+        unread=unread_keys(row, read),
     )
+
+
+def read_name(row: Mapping[str, Any], *columns: str) -> str:
+    """What names a row's group, by the first of these columns that is filled; or an empty text.
+
+    A number stands for itself, a list for its entries.
+    """
+    column = _filled(row, *columns)
+    value = row[column] if column else ""
+    if isinstance(value, Mapping):
+        wrong_type(f"the column {column!r}", value, "a text")
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return read_text(", ".join(map(str, texts)), f"the column {column!r}")
 
 
 def _choose(row: Mapping[str, Any], name: str) -> PreferenceFormat:
@@ -150,7 +181,7 @@ def _choose(row: Mapping[str, Any], name: str) -> PreferenceFormat:
                 return candidate
         known = "; ".join(f"{entry.name}: {entry.missing({})}" for entry in PREFERENCE_FORMATS.values())
         reason = f"no known preference format has the columns of this row: {column_names(row)}. Known are {known}"
-        raise FormatError("unknown format", reason)
+        raise FormatError("unknown format", f"{reason}{turn_advice(row)}")
     if name not in PREFERENCE_FORMATS:
         names = ", ".join(PREFERENCE_FORMATS)
         raise ValueError(f"The preference format {name!r} is not known. Choose 'auto' or one of: {names}.")
@@ -160,16 +191,13 @@ def _choose(row: Mapping[str, Any], name: str) -> PreferenceFormat:
     return PREFERENCE_FORMATS[name]
 
 
-def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> tuple[Message, ...]:
+def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> Conversation:
     """The whole conversation, fit to learn from, with its system turn."""
+    whole = {**{column: row.get(column) for column in SHARED}, "messages": candidate.messages}
     try:
-        conversation = to_conversation(
-            {"messages": candidate.messages, "system": row.get("system")}, "messages", system
-        )
+        return to_conversation(whole, "messages", system)
     except FormatError as error:
         raise FormatError(error.kind, f"in the conversation with {candidate.name}, {error.reason}") from error
-    assert conversation.messages is not None  # the format 'messages' makes no plain text
-    return conversation.messages
 
 
 def _shared(candidates: Sequence[Candidate], conversations: Sequence[tuple[Message, ...]]) -> int:
@@ -250,26 +278,38 @@ def _numbers(row: Mapping[str, Any], column: str, count: int) -> list[float]:
     return [read_number(value, f"number {i} of {column!r}") for i, value in enumerate(values, 1)]
 
 
-def _messages(
-    value: object, what: str, role: str, role_key: str = "role", content_key: str = "content"
-) -> tuple[Message, ...]:
+def _messages(value: object, what: str, role: str) -> tuple[Message, ...]:
     """Messages that are written as a list of turns, one turn, a transcript, or the text of the given role's turn."""
-    if isinstance(value, Mapping):
-        return (read_turn(value, what, role_key, content_key),)
-    if isinstance(value, (list, tuple)):
-        return tuple(read_turn(turn, f"turn {i} of {what}", role_key, content_key) for i, turn in enumerate(value, 1))
+    if isinstance(value, (Mapping, list, tuple)):
+        listed = [(value, what)] if isinstance(value, Mapping) else _numbered(value, what)
+        turns = [read_turn(turn, name) for turn, name in listed]
+        if turns and turns[-1]["role"] == "assistant" and turns[-1].get("weight") == 0:
+            reason = f"the last turn of {what} has the weight 0, and it is the answer that is judged"
+            raise FormatError("weight", f"{reason}. Remove the weight, or the row")
+        for turn in turns:
+            turn.pop("weight", None)  # a judgement is of the whole answer
+        return tuple(turns)
     if not isinstance(value, str):
-        wrong_type(what, value, f"a string or a list of {{{role_key}: ..., {content_key}: ...}}")
+        wrong_type(what, value, "a string or a list of {role: ..., content: ...}")
     text = read_text(value, what)
     return _transcript(text, what) if _TRANSCRIPT.match(text) else (Message(role=role, content=text),)
 
 
+def _numbered(turns: Sequence[Any], what: str) -> list[tuple[Any, str]]:
+    return [(turn, f"turn {i} of {what}") for i, turn in enumerate(turns, 1)]
+
+
 def _transcript(text: str, what: str) -> tuple[Message, ...]:
-    r"""The turns of ``"\n\nHuman: ...\n\nAssistant: ..."``. Only the start or a blank line makes a marker."""
+    r"""The turns of ``"\n\nHuman: ...\n\nAssistant: ..."``. The start or a blank line makes a marker.
+
+    Where no blank line makes a marker of the assistant's, the start of any line does.
+    """
     if not _MARKER.match(text):
         form = "does not begin with 'Human:', so it is no transcript"
         raise FormatError("no transcript", f"{what} {form}. If the prompt has a column of its own, name it 'prompt'")
     _, *parts = _MARKER.split(text)
+    if "Assistant" not in parts[::2]:
+        _, *parts = _LOOSE_MARKER.split(text)
     return tuple(
         Message(role=ROLES[name.lower()], content=content.strip())
         for name, content in zip(parts[::2], parts[1::2], strict=True)
@@ -319,13 +359,16 @@ def _from_pair(row: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _from_colossalchat(row: Mapping[str, Any]) -> list[Candidate]:
-    prompt = read_turns(row, "context", "from", "content")
-    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant", "from", "content"), prompt)
+    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), _prompt_in(row, "context"))
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> list[Candidate]:
-    prompt = read_turns(row, "conversations", "from", "value")
-    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant", "from", "value"), prompt)
+    prompt = _prompt_in(row, "conversations")
+    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), prompt)
+
+
+def _prompt_in(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+    return _messages(read_list(row, column, "a list of {role: ..., content: ...}"), repr(column), "user")
 
 
 def _from_transcripts(row: Mapping[str, Any]) -> list[Candidate]:
@@ -371,15 +414,16 @@ def _from_unpaired(row: Mapping[str, Any]) -> NoReturn:
 
 
 _PAIR = (("chosen",), ("rejected",))
+_PAIR_SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
 #: The known preference formats, in the order in which they are tried.
 PREFERENCE_FORMATS: dict[str, PreferenceFormat] = {
     entry.name: entry
     for entry in (
-        PreferenceFormat("pair", (("prompt",), *_PAIR), _from_pair),
-        PreferenceFormat("colossalchat", (("context",), *_PAIR), _from_colossalchat),
-        PreferenceFormat("sharegpt_preference", (("conversations",), *_PAIR), _from_sharegpt),
-        PreferenceFormat("transcripts", _PAIR, _from_transcripts),
-        PreferenceFormat("ranking", (("prompt",), _ANSWERS), _from_ranking),
+        PreferenceFormat("pair", (("prompt",), *_PAIR), _from_pair, _PAIR_SCORES),
+        PreferenceFormat("colossalchat", (("context",), *_PAIR), _from_colossalchat, _PAIR_SCORES),
+        PreferenceFormat("sharegpt_preference", (("conversations",), *_PAIR), _from_sharegpt, _PAIR_SCORES),
+        PreferenceFormat("transcripts", _PAIR, _from_transcripts, _PAIR_SCORES),
+        PreferenceFormat("ranking", (("prompt",), _ANSWERS), _from_ranking, ("ranks", "rank", "scores")),
         PreferenceFormat("unpaired", (("prompt",), ("completion", "response"), ("label",)), _from_unpaired),
     )
 }

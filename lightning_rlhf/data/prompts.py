@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -13,16 +13,23 @@ from typing import Any, ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import (
     FORMATS,
+    REFUSED_IN_PROMPTS,
+    SYSTEM,
     Conversation,
     FormatError,
     Message,
+    check_columns,
     column_names,
     has_columns,
+    read_system,
     read_text,
     read_turns,
     to_conversation,
+    turn_advice,
+    unread_keys,
 )
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
@@ -43,10 +50,12 @@ class Prompt:
     Attributes:
         prompt: The messages, of which the last is the user's; or a plain text that no template touches.
         columns: The row's further columns.
+        unread: Keys of its turns that nothing reads.
     """
 
     prompt: tuple[Message, ...] | str
     columns: Mapping[str, Any]
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(eq=False)
@@ -127,11 +136,11 @@ PROMPT_FORMATS: dict[str, PromptFormat] = {
     "messages": PromptFormat(("messages",), partial(_from_conversation, name="messages")),
     "colossalchat_preference": PromptFormat(
         ("context",),
-        lambda row: read_turns(row, "context", "from", "content"),
+        lambda row: read_turns(row, "context"),
         also=lambda row: not isinstance(row["context"], str) or isinstance(read_json(row["context"]), list),
     ),
     "sharegpt": PromptFormat(("conversations",), partial(_from_conversation, name="sharegpt")),
-    "alpaca": PromptFormat(("instruction",), _from_alpaca, further=("input", "history")),
+    "alpaca": PromptFormat(("instruction",), _from_alpaca, further=FORMATS["alpaca"].further),
     "question": PromptFormat(("question",), partial(_column, name="question")),
     "transcripts": PromptFormat(("chosen", "rejected"), _from_preference),
     "text": PromptFormat(("text",), partial(_column, name="text")),
@@ -141,8 +150,9 @@ PROMPT_FORMATS: dict[str, PromptFormat] = {
 def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None = None, as_text: bool = False) -> Prompt:
     """Make a row a prompt.
 
-    A last answer of a conversation is left out. Columns that are None count as absent. A column ``system``, where it
-    holds text, is the system turn of a prompt that brings none. All that the prompt isn't made of is kept.
+    A last answer of a conversation is left out. Columns that are None count as absent. A column ``system`` or
+    ``system_prompt``, where it holds text, is the system turn of a prompt that brings none. All that the prompt isn't
+    made of is kept.
 
     Args:
         row: The columns of the row.
@@ -158,14 +168,15 @@ def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None =
         ValueError: If ``format`` is no known name: that is no fault of a row.
     """
     chosen = _choose(row, format)
+    check_columns(row, REFUSED_IN_PROMPTS)
     made = chosen.convert(row)
     if as_text:
         prompt: tuple[Message, ...] | str = _text(made, row)
     else:
         turns = _turns(made)
-        whole = {"messages": (*turns, _ANSWER), "system": row.get("system")}
+        whole = {"messages": (*turns, _ANSWER), **{column: row.get(column) for column in SYSTEM}}
         prompt = (to_conversation(whole, "messages", system).messages or ())[:-1]
-    used = {*chosen.columns, *chosen.further, "system"}
+    used = {*chosen.columns, *chosen.further, *SYSTEM}
     columns = {str(name): value for name, value in row.items() if name not in used}
     for name, value in columns.items():
         try:
@@ -173,7 +184,7 @@ def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None =
         except (TypeError, ValueError, RecursionError) as error:
             reason = f"the column {name!r} rides along for reward functions, and can't be written as JSON: {error}"
             raise FormatError("no JSON", f"{reason}. Make it text or numbers, or remove it") from error
-    return Prompt(prompt, columns)
+    return Prompt(prompt, columns, unread_keys({name: row[name] for name in row if name in used}, used))
 
 
 def _choose(row: Mapping[str, Any], name: str) -> PromptFormat:
@@ -183,7 +194,7 @@ def _choose(row: Mapping[str, Any], name: str) -> PromptFormat:
                 return candidate
         known = "; ".join(f"{name}: {', '.join(entry.columns)}" for name, entry in PROMPT_FORMATS.items())
         reason = f"no known prompt format has the columns of this row: {column_names(row)}. Known are {known}"
-        raise FormatError("unknown format", reason)
+        raise FormatError("unknown format", f"{reason}{turn_advice(row)}")
     if name not in PROMPT_FORMATS:
         raise ValueError(
             f"The prompt format {name!r} is not known. Choose 'auto' or one of: {', '.join(PROMPT_FORMATS)}."
@@ -200,6 +211,8 @@ def _turns(made: tuple[Message, ...] | str) -> tuple[Message, ...]:
     if isinstance(made, str):
         made = read_prompt({"prompt": made})  # a transcript, or the text of one turn
     turns = made[:-1] if made and made[-1]["role"] == "assistant" else made
+    for turn in turns:
+        turn.pop("weight", None)  # nothing of a prompt is learnt
     if not turns or turns[-1]["role"] != "user":
         reason = "the prompt doesn't end with a turn of the user's, to be answered. Add one or remove the row"
         raise FormatError("no user turn", reason)
@@ -207,7 +220,7 @@ def _turns(made: tuple[Message, ...] | str) -> tuple[Message, ...]:
 
 
 def _text(made: tuple[Message, ...] | str, row: Mapping[str, Any]) -> str:
-    if isinstance(made, tuple) or (has_columns(row, "system") and row["system"]):
+    if isinstance(made, tuple) or read_system(row):
         reason = "with as_text the prompt is a plain text, and the row holds messages or a system prompt"
         raise FormatError("no plain text", f"{reason}. Give it a text in the column 'prompt', or set as_text: false")
     text = read_text(made, "the prompt")
@@ -416,6 +429,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
                 streaming=streaming,
                 window_rows=window_rows,
             )
+            self.ptx.name = "ptx"
         self._names: dict[str, tuple[str, ...]] = {}
 
     # ------------------------------------------------------------------------------------------------- rows
@@ -469,6 +483,11 @@ class PromptDataModule(TreeDataModule[Prompt]):
         room = getattr(module, "prompt_limit", None)
         if room is None:
             return super()._limit()
+        if room < 1:
+            raise DataError(
+                f"max_new_tokens leaves no room for a prompt: it is {1 - room} too many for the model's context. Lower "
+                "model.sampling.max_new_tokens."
+            )
         return int(room if self.max_length is None else min(room, self.max_length))
 
     # ------------------------------------------------------------------------------------------------- Lightning
@@ -515,6 +534,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
             sources=rows.sources,
             window=self._window(),
             overhead=self.longest(part),
+            content=rows.content,
         )
         if drops and planner.num_trees < batch_size:
             raise ValueError(

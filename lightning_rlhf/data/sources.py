@@ -28,6 +28,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_rlhf.data.errors import DataError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -110,10 +112,6 @@ class Row:
 
 class _Cells(dict[str, Any]):
     """A record of a CSV file."""
-
-
-class DataError(ValueError):
-    """Data that can't be used, in words that need no traceback."""
 
 
 class BadRowError(DataError):

@@ -6,14 +6,16 @@ What holds for every chat template and tokenizer:
   writes it.
 - A prompt's ids are those that inference gets for it alone. Where the text, tokenised in one piece, has a token that
   reaches from the prompt into the completion, it is tokenised in two pieces.
-- Every turn that is scored ends with a stop token that is scored too. Padding plays no part: nothing is read off ids.
+- Every turn that is scored ends with a stop token that is scored too, and with one: a text that brings its own loses
+  it before it is rendered. Padding plays no part: nothing is read off ids.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -24,11 +26,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lightning_rlhf.data.formats import Conversation, Message, UnfitRowError
+from lightning_rlhf.data.formats import REASONING, Conversation, Message, UnfitRowError
 from lightning_rlhf.data.templates import CHAT_TEMPLATES, stop_token_ids
 
 #: What the loss reads: every assistant turn, the last of them, or all tokens.
 LossOn = Literal["assistant", "last", "all"]
+
+#: Advice where turns before the last are at fault, for those who have this setting.
+LAST_ALONE = "Set loss_on to 'last'. Or: "
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -45,11 +50,15 @@ class Tokens:
         input_ids: The ids.
         scored: For each of them, whether the loss reads it. Never the first, which nothing predicts.
         cut: Whether scored tokens were cut off the end, the stop token of the last turn among them.
+        unread: Keys of turns that the template doesn't write.
+        doubled: Whether an answer brought a stop token of its own, which was left out.
     """
 
     input_ids: list[int]
     scored: list[bool]
     cut: bool = False
+    unread: tuple[str, ...] = ()
+    doubled: bool = False
 
 
 class _Span(NamedTuple):
@@ -71,7 +80,7 @@ def encode(
     Which characters are the assistant's, the template says itself where it has ``{% generation %}`` markers; a stop
     token that they leave out is scored all the same. Without markers they are found by rendering turn by turn: a turn
     starts where the generation prompt ends, and ends with its stop token. Where the template writes no stop token after
-    the last assistant turn, the eos is added there.
+    the last assistant turn, the eos is added there. A turn of weight 0 is not scored.
 
     Plain text gets BOS if the tokenizer begins texts with it, and one eos; all of it is scored, whatever `loss_on` is.
 
@@ -93,43 +102,50 @@ def encode(
         raise ValueError(f"loss_on is {loss_on!r}. Choose one of: {', '.join(get_args(LossOn))}.")
     if conversation.messages is None:
         return _encode_text(tokenizer, conversation.text or "")
-    messages = conversation.messages
-    text = _render(tokenizer, messages)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns and loss_on != "all":
-        raise TokenizeError(
-            "no assistant turn", "no turn is the assistant's: there is nothing to learn. Add the answer"
-        )
-    met = turns[-1:] if loss_on == "last" else turns  # the turns that inference may meet
-    prompts = {i: _render(tokenizer, messages[:i], add_generation_prompt=True) for i in met if i > 0}
-    borders = sorted({len(prompt) for prompt in prompts.values() if text.startswith(prompt)})
-    # Where all tokens are scored, only the end of the last turn is of interest.
-    read = turns if loss_on == "assistant" else turns[-1:]
+    options = conversation.options
     stops = stop_token_ids(tokenizer, stop_ids)
-    told = [i for i in stops if i == stops[0] or i in tokenizer.added_tokens_decoder]  # others spell ordinary text
-    stop = "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in told)
-    spans = _marked_spans(tokenizer, messages, text, borders, stop, only_last=loss_on != "assistant") or [
-        _rendered_span(tokenizer, messages, text, turn, prompts.get(turn), stop) for turn in read
-    ]
+    stop = _pattern(tokenizer, stops)
+    messages = _stopped_once(conversation.messages, stop)
+    unread = _check_template(tokenizer, messages, options)
+    text = _render(tokenizer, messages, options)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learnt = _learnt(messages, turns, loss_on)
+    met = turns[-1:] if loss_on == "last" else turns  # the turns that inference may meet
+    prompts = {i: _render(tokenizer, messages[:i], options, add_generation_prompt=True) for i in met if i > 0}
+    borders = {i: len(prompt) for i, prompt in prompts.items() if text.startswith(prompt)}
+    # Where all tokens are scored, only the end of the last turn is of interest, and those turns that are not learnt.
+    read = learnt if loss_on != "all" else [i for i in turns if i == turns[-1] or i not in learnt]
+    marked = _marked_spans(tokenizer, messages, options, text, stop)
+    if marked and read and read[-1] in prompts:
+        _check_opening(tokenizer, messages, options, read[-1], prompts[read[-1]], text)
+    spans = _by_turn(marked, turns, learnt, read, borders) or {
+        i: [_rendered_span(tokenizer, messages, options, text, i, prompts.get(i), stop, loss_on)] for i in read
+    }
 
-    ids, index = _tokenize(tokenizer, text, borders, {point for span in spans for point in span[:2]})
+    points = {point for found in spans.values() for span in found for point in span[:2]}
+    ids, index = _tokenize(tokenizer, text, borders.values(), points)
     scored = [loss_on == "all"] * len(ids)
-    for span in spans:
-        for i in range(index[span.start], index[span.end]):
-            scored[i] = True
-    if spans and not spans[-1].stopped:
-        end = index[spans[-1].end]
+    for turn, found in spans.items():
+        for span in found:
+            for i in range(index[span.start], index[span.end]):
+                scored[i] = turn in learnt
+    last = spans.get(turns[-1]) if turns else None
+    if last and not last[-1].stopped:
+        end = index[last[-1].end]
         ids.insert(end, stops[0])
-        scored.insert(end, True)
-    return _tokens(ids, scored)
+        scored.insert(end, turns[-1] in learnt)
+    return replace(_tokens(ids, scored), unread=unread, doubled=messages != list(conversation.messages))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str, options: Mapping[str, Any] | None = None
+) -> list[int]:
     """Tokenise a prompt as inference does. Rollouts start from it.
 
     Args:
         tokenizer: The tokenizer, with a chat template if the prompt has messages.
         prompt: Messages, which are rendered with the generation prompt, or a plain text, which no template touches.
+        options: What the template gets beside the messages.
 
     Returns:
         The ids.
@@ -141,7 +157,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] 
     if isinstance(prompt, str):
         ids = _plain_ids(tokenizer, prompt)
     else:
-        ids = _ids(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
+        _check_template(tokenizer, prompt, options or {})
+        if any(message["role"] == "assistant" for message in prompt):
+            prompt = _stopped_once(prompt, _pattern(tokenizer, stop_token_ids(tokenizer)))
+        ids = _ids(tokenizer, _render(tokenizer, prompt, options or {}, add_generation_prompt=True))
     if not ids:
         raise TokenizeError("empty prompt", "the prompt has no tokens. Write its text or remove the row")
     return ids
@@ -162,7 +181,8 @@ def truncate(tokens: Tokens, max_length: int) -> Tokens | None:
     scored = tokens.scored[:max_length]
     if not any(scored):
         return None
-    return Tokens(tokens.input_ids[:max_length], scored, cut=tokens.cut or any(tokens.scored[max_length:]))
+    cut = tokens.cut or any(tokens.scored[max_length:])
+    return replace(tokens, input_ids=tokens.input_ids[:max_length], scored=scored, cut=cut)
 
 
 def _tokens(ids: list[int], scored: list[bool]) -> Tokens:
@@ -190,12 +210,79 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _chat(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _pattern(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:
+    """A regular expression of these tokens, those left out that spell ordinary text."""
+    told = [i for i in stops if i == stops[0] or i in tokenizer.added_tokens_decoder]
+    return "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in told)
+
+
+def _stopped_once(messages: Sequence[Message], stop: str) -> list[Message]:
+    """The messages, without stop tokens that the assistant's texts end with: the template writes one."""
+    at_end = re.compile(rf"(?:(?:{stop})\s*)+\Z")
+    found = []
+    for number, message in enumerate(messages, 1):
+        text = at_end.sub("", message["content"]) if message["role"] == "assistant" else message["content"]
+        if not text.strip() and text != message["content"]:
+            reason = f"turn {number} (assistant) is a stop token alone. Write its text or remove the row"
+            raise TokenizeError("empty turn", reason)
+        found.append(message if text == message["content"] else cast(Message, {**message, "content": text}))
+    return found
+
+
+def _learnt(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn) -> list[int]:
+    """Those of the assistant's turns that the loss reads."""
+    if not turns and loss_on != "all":
+        raise TokenizeError(
+            "no assistant turn", "no turn is the assistant's: there is nothing to learn. Add the answer"
+        )
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant" and message.get("weight", loss_on == "all") != (loss_on == "all"):
+            reason = f"turn {number} ({message['role']}) has the weight {message['weight']}, which loss_on={loss_on!r} "
+            raise TokenizeError("weight", f"{reason}overrules for all but the assistant's turns. Remove it")
+    learnt = [i for i in (turns[-1:] if loss_on == "last" else turns) if messages[i].get("weight", 1)]
+    if not learnt and loss_on != "all":
+        reason = f"every turn that loss_on={loss_on!r} reads has the weight 0: there is nothing to learn"
+        raise TokenizeError("nothing to learn", f"{reason}. Remove the row")
+    return learnt
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What of the messages the template doesn't write. Words of the model's, and tools, may not be among it."""
+    keys = sorted({key for message in messages for key in message} - {"role", "content", "weight"})
+    if not keys and "tools" not in options:
+        return ()
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    plain = _render(tokenizer, cast("list[Message]", probe), {})
+    if "tools" in options and _render(tokenizer, cast("list[Message]", probe), {"tools": options["tools"]}) == plain:
+        reason = "the row has 'tools', and the chat template doesn't write them. Remove them or the row"
+        raise TokenizeError("tools", f"{reason}, or set chat_template to one that does")
+    unread = []
+    for key in keys:
+        if _render(tokenizer, cast("list[Message]", [{**turn, key: "probe"} for turn in probe]), {}) != plain:
+            continue
+        if key in REASONING:
+            number = next(i for i, message in enumerate(messages, 1) if key in message)
+            reason = f"turn {number} has {key!r}, and the chat template doesn't write it. Write it into the content"
+            raise TokenizeError("reasoning", f"{reason}, remove it, or set chat_template to one that does")
+        unread.append(f"{key} of a turn")
+    return tuple(unread)
+
+
+def _chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+#: What is not a row's to say.
+_OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"tools", "documents"}
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+    add_generation_prompt: bool = False,
 ) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
@@ -204,24 +291,52 @@ def _render(
         )
     if not messages:
         raise TokenizeError("no messages", "the conversation has no turns. Add turns or remove the row")
+    if own := sorted(options.keys() & _OWN):
+        raise TokenizeError("chat_template_kwargs", f"{own[0]!r} can't be said by a row. Remove it")
     try:
         return cast(
             str,
-            tokenizer.apply_chat_template(_chat(messages), tokenize=False, add_generation_prompt=add_generation_prompt),
+            tokenizer.apply_chat_template(
+                _chat(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            ),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template may also add what is no text, such as what a tool lacks
         raise TokenizeError(
             "template refused the conversation", f"the chat template refused the conversation: {error}"
         ) from error
 
 
+def _check_opening(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+    turn: int,
+    prompt: str,
+    whole: str,
+) -> None:
+    """Refuses a template whose generation prompt opens what its rendering of an answer lacks, as R1's opens a block."""
+    if whole.startswith(prompt) or not whole.startswith(_render(tokenizer, messages[:turn], options)):
+        return
+    raise TokenizeError(
+        "template rewrites turns",
+        f"the chat template's generation prompt ends with {prompt[_shared(prompt, whole) :]!r}, which its rendering of "
+        f"turn {turn + 1} (assistant) lacks: inference would feed another text than is learnt. Set chat_template to a "
+        "preset, or to a FILE with this template in which both begin an answer alike",
+    )
+
+
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _marked_spans(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
+    options: Mapping[str, Any],
     text: str,
-    borders: Sequence[int],
     stop: str,
-    only_last: bool,
 ) -> list[_Span]:
     """What generation markers enclose, if the template has them."""
     template = tokenizer.get_chat_template()
@@ -232,15 +347,40 @@ def _marked_spans(
         chat_template=template,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        **cast(dict[str, Any], tokenizer.special_tokens_map),
+        **{**cast(dict[str, Any], tokenizer.special_tokens_map), **options},
     )
     mask: list[int] = cast(BatchEncoding, marked)["assistant_masks"]
     changes = (i for i in range(1, len(mask)) if mask[i] != mask[i - 1])
     edges = [0, *changes, len(mask)]
-    spans = [_close(text, start, end, stop) for start, end in pairwise(edges) if any(mask[start:end])]
-    if not only_last:
-        return spans
-    return [span for span in spans if span.start >= borders[-1]] if borders else spans[-1:]
+    return [_close(text, start, end, stop) for start, end in pairwise(edges) if any(mask[start:end])]
+
+
+def _by_turn(
+    spans: Sequence[_Span],
+    turns: Sequence[int],
+    learnt: Sequence[int],
+    read: Sequence[int],
+    borders: Mapping[int, int],
+) -> dict[int, Sequence[_Span]]:
+    """The marked stretches of those turns that are read, which lie behind their prompts; none where they don't tell."""
+    if not spans or not read:
+        return {}
+    if learnt == turns == read:
+        return {turns[-1]: spans}
+    if any(span.start < border < span.end for span in spans for border in borders.values()):
+        return {}  # turns that touch
+    if read == turns[-1:]:
+        start = borders.get(turns[-1])
+        return {turns[-1]: spans[-1:] if start is None else [span for span in spans if span.start >= start]}
+    if missing := [turn for turn in turns if turn > 0 and turn not in borders]:
+        reason = f"the chat template writes what is before turn {missing[0] + 1} (assistant) otherwise later on"
+        raise TokenizeError("weight", f"{reason}, so a weight can't tell the turns apart. Remove the weights")
+    found: dict[int, list[_Span]] = {turn: [] for turn in read}
+    for span in spans:
+        turn = max(turn for turn in turns if borders.get(turn, 0) <= span.start)
+        if turn in found:
+            found[turn].append(span)
+    return dict(found)
 
 
 @lru_cache(maxsize=1)
@@ -263,10 +403,12 @@ def _close(text: str, start: int, end: int, stop: str) -> _Span:
 def _rendered_span(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
+    options: Mapping[str, Any],
     text: str,
     turn: int,
     prompt: str | None,
     stop: str,
+    loss_on: LossOn,
 ) -> _Span:
     """What inference would write after the prompt, up to the stop token. The whole rendering must have it as well."""
     if prompt is None:
@@ -275,7 +417,8 @@ def _rendered_span(
             "the assistant's turn is the first, and the chat template doesn't mark where it starts. Put a user turn "
             "before it, or use a chat template with generation markers",
         )
-    whole = _render(tokenizer, messages[: turn + 1])
+    whole = _render(tokenizer, messages[: turn + 1], options)
+    _check_opening(tokenizer, messages, options, turn, prompt, whole)
     content = messages[turn]["content"].strip()
     found = whole.find(content, len(prompt))  # a stop token that the content spells doesn't end the turn
     stopped = re.compile(stop).search(whole, len(prompt) if found < 0 else found + len(content))
@@ -284,8 +427,8 @@ def _rendered_span(
         raise TokenizeError(
             "template rewrites turns",
             f"the chat template renders turn {turn + 1} (assistant) otherwise in the whole conversation than when it "
-            "is generated, as templates do that strip the thinking of earlier turns. Set loss_on to 'last', or use a "
-            "chat template with generation markers",
+            "is generated, as templates do that strip the thinking of earlier turns. "
+            f"{LAST_ALONE if loss_on != 'last' else ''}Use a chat template with generation markers",
         )
     return _Span(len(prompt), end, stopped is not None)
 
@@ -310,9 +453,7 @@ def _tokenize(
     joint = rest
     for point in sorted({*borders, *points}):
         head = continued_ids(tokenizer, text[start:point]) if start else _ids(tokenizer, text[:point])
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(head, rest, strict=False)) if a != b), min(len(head), len(rest))
-        )
+        shared = _shared(head, rest)
         if shared < len(head) and point in borders:
             ids += head
             start, rest, shared = point, continued_ids(tokenizer, text[point:]), 0

@@ -129,8 +129,7 @@ def inspect_data(
     with _attached(module, data, split, micro_batches, ranks):
         data.setup(STAGES[split])
         loader = getattr(data, f"{split}_dataloader")()
-        if isinstance(loader, list):
-            raise ValueError(f"There are no {split} rows: nothing was given or held out. See val_fraction.")
+        assert not isinstance(loader, list)  # setup refuses a split without rows
         parts: list[tuple[str, TreeDataModule[Any], PlannedLoader]] = [("", data, loader)]
         if isinstance(loader, PromptsWithPtx):
             assert data.ptx is not None  # type: ignore[attr-defined]

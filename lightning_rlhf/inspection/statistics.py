@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 
-from lightning_rlhf.data.module import TokenRows, TreeDataModule
+from lightning_rlhf.data.module import TokenRows, TreeDataModule, count_keys
 from lightning_rlhf.data.packed import Tree
 from lightning_rlhf.data.planner import PlannedLoader
 from lightning_rlhf.data.prompts import PromptDataModule
@@ -81,6 +81,10 @@ def measure(
     facts.append(("tokens of a prompt" if prompts else "tokens of a sequence", spread))
     facts += _languages(rows, languages)
     facts += _left_out(data, rows, split)
+    if data.unread[split]:
+        facts.append(("keys that no setting reads", count_keys(data.unread[split])))
+    if data.doubled[split]:
+        facts.append(("stop tokens that answers brought", f"{data.doubled[split]:,} rows: learnt once"))
     samples = getattr(module, "samples_per_prompt", 1) if prompts else 1
     planned, problems = _plan(loader, tokens, [row * samples for row in lengths], samples, prompts)
     return Statistics(facts + planned, histogram(every), problems)

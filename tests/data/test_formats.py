@@ -176,7 +176,7 @@ UNFIT = [
     (
         "wrong type",
         "turn 2 of 'messages' lacks 'from'",
-        {"messages": [{"from": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"value": "b"}]},
     ),
     ("wrong type", "part 2 of 'content' in turn 1", chat(("u", [{"type": "text", "text": "a"}, {"type": "image"}]))),
     ("wrong type", "part 1 of 'content' in turn 1", chat(("u", ["a"]), ("a", "b"))),
@@ -185,7 +185,7 @@ UNFIT = [
     ("wrong type", "the column 'history' is a str", {"instruction": "a", "output": "b", "history": "c"}),
     ("wrong type", "entry 2 of 'history'", {"instruction": "a", "output": "b", "history": [["c", "d"], ["e"]]}),
     ("wrong type", "entry 1 of 'history' is a NoneType", {"instruction": "a", "output": "b", "history": [["c", None]]}),
-    ("wrong type", "the column 'prompt' is a dict", {"prompt": {"role": "user"}, "completion": "b"}),
+    ("wrong type", "the column 'prompt' lacks 'content'", {"prompt": {"role": "user"}, "completion": "b"}),
     ("wrong type", "turn 1 of 'completion' lacks 'role'", {"prompt": "a", "completion": [{"content": "b"}]}),
     ("wrong type", "the column 'text' is a int", {"text": 5}),
     ("wrong type", "the column 'system' is a int", chat(("u", "a"), ("a", "b")) | {"system": 5}),
@@ -253,9 +253,15 @@ def test_named_format_that_does_not_fit(name, row, message):
     assert caught.value.kind == "missing column"
 
 
-def test_named_format_with_other_turns():
-    with pytest.raises(FormatError, match="turn 1 of 'messages' lacks 'role', it has 'from', 'content'"):
-        to_conversation(in_format("colossalchat", EN), "messages")
+def test_every_column_takes_turns_of_either_spelling():
+    spelt = [[{who: role, what: text} for role, text in (("user", "a"), ("assistant", "b"))]
+             for who in ("role", "from") for what in ("content", "value")]  # fmt: skip
+    want = Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    for turns in spelt:
+        for row in ({"messages": turns}, {"conversations": turns}, {"prompt": turns[:1], "completion": turns[1]}):
+            assert to_conversation(row) == want
+    mixed = [spelt[0][0], spelt[3][1]]
+    assert to_conversation({"messages": mixed}) == to_conversation({"messages": mixed}, "messages") == want
 
 
 def test_unknown_format_name_is_no_fault_of_a_row():
@@ -386,3 +392,78 @@ def test_any_row_is_a_fit_conversation_or_a_format_error(row, name, system):
     assert all(a != b for a, b in itertools.pairwise(roles))
     assert all(set(message) == {"role", "content"} and isinstance(message["content"], str) for message in messages)
     assert all(message["content"].strip() for message in messages if message["role"] != "system")
+
+
+# What other trainers give a meaning
+
+ASKED = chat(("u", "a"), ("a", "b"))
+
+
+def turn(**keys) -> dict:
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **keys}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        *((ASKED | {name: ["a.jpg"]}, f"the row has '{name}'") for name in ("images", "audio", "videos", "image")),
+        (turn(images=["a.jpg"]), "turn 2 of 'messages' has 'images'. Only text"),
+        (turn(tool_calls=[{}]), "turn 2 of 'messages' has 'tool_calls'"),
+        (turn(weight=0.5), "turn 2 of 'messages' has the weight 0.5.*Make it 1 or 0"),
+        (turn(weight=0, train=True), "'weight', 'train', which differ"),
+        (turn(train_detail=[{}]), "turn 2 of 'messages' has 'train_detail'"),
+        (ASKED | {"functions": [{}]}, "the row has 'functions'. Write the functions as 'tools'"),
+        (ASKED | {"completion_mask": [1]}, "the row has 'completion_mask'"),
+        (ASKED | {"loss_mask": [0, 1]}, "the row has 'loss_mask'"),
+        (ASKED | {"weight": 0.3}, "the column 'weight' is 0.3"),
+        (ASKED | {"train": False}, "the column 'train' is False"),
+        (ASKED | {"label": False}, "the column 'label' says that this answer is bad"),
+        (ASKED | {"kto_tag": "false"}, "the column 'kto_tag' says"),
+        (ASKED | {"tools": "search"}, "the column 'tools' is a str"),
+        (ASKED | {"tools": ["search"]}, "tool 1 is a str"),
+        (ASKED | {"system": "a", "system_prompt": "b"}, "'system', 'system_prompt' differ"),
+        ({"role": "user", "content": "a"}, "put all turns of a conversation into a list 'messages'"),
+    ],
+)
+def test_what_cant_be_done_is_refused_by_name(row, message):
+    with pytest.raises(FormatError, match=message):
+        to_conversation(row)
+
+
+def test_keys_of_other_trainers_are_honored():
+    tools = [{"type": "function", "function": {"name": "f", "strict": None}}]
+    plain = [{"type": "function", "function": {"name": "f"}}]
+    for spelt in (tools, json.dumps(plain)):
+        row = turn(weight=0.0, reasoning_content="so", name=None) | {"tools": spelt, "system_prompt": "Be brief."}
+        made = to_conversation(row, system="other")
+        assert [m["role"] for m in made.messages] == ["system", "user", "assistant"]
+        assert made.messages[0]["content"] == "Be brief."
+        assert made.messages[2] == {"role": "assistant", "content": "b", "weight": 0, "reasoning_content": "so"}
+        assert made.options == {"tools": plain} and made.unread == ()
+    for keys in ({"train": False}, {"weight": "0"}, {"loss": 0}):
+        assert to_conversation(turn(**keys)).messages[1]["weight"] == 0
+    asked = ASKED | {"chat_template_kwargs": {"enable_thinking": False, "x": None}, "tools": []}
+    assert to_conversation(asked).options == {"enable_thinking": False}
+
+
+def test_passages_of_dolly_belong_to_the_question():
+    row = {"instruction": "Who?", "context": "By Ann.", "response": "Ann", "category": "qa"}
+    made = to_conversation(row)
+    assert [m["content"] for m in made.messages] == ["Who?\n\nBy Ann.", "Ann"] and made.unread == ("category",)
+    assert [m["content"] for m in to_conversation(row | {"context": ""}).messages] == ["Who?", "Ann"]
+
+
+def test_unread_keys_are_noted():
+    row = ASKED | {
+        "id": 3,
+        "source": None,
+        "label": True,
+        "weight": 1,
+        "images": [],
+        "lang": "en",
+        "mask_history": False,
+    }
+    row["messages"][0]["timestamp"] = 5
+    assert to_conversation(row).unread == ("id", "timestamp of a turn")
+    assert to_conversation({"text": "a", "system": "b", "tools": [{}]}).unread == ("system", "tools")
+    assert to_conversation(ASKED | {"label": 3}).unread == ("label", "timestamp of a turn")

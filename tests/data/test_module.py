@@ -12,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_rlhf.data.module as home
+from lightning_rlhf import HFExport, SFTModule
 from lightning_rlhf.data import InstructionDataModule, PreferenceDataModule, PromptDataModule, WeightedSource
+from lightning_rlhf.data.errors import DataError
+from lightning_rlhf.data.formats import Conversation
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.data.planner import Planner
 from lightning_rlhf.data.sources import BadRowError
@@ -489,3 +492,161 @@ def test_tables_fill_columns_that_a_row_has_not(kind, tiny_tokenizer, tmp_path):
 
     assert content("my.jsonl") == content("my.csv") == content("my.parquet")
     assert len(content("my.csv")) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- empty sides
+
+
+def talk(question, answer="fox", **columns):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **columns}
+
+
+def seed_that_holds_out(question, fraction=0.1):
+    data = InstructionDataModule([talk(question)], val_fraction=fraction)
+    for data.seed in range(1000):
+        if data._held_out(Conversation(tuple(talk(question)["messages"]))):
+            return data.seed
+    raise AssertionError
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("others", [0, 20])
+def test_a_usual_opening_is_never_held_out(tiny_tokenizer, tmp_path, streaming, others):
+    rows = [talk("Hello", f"friend {i}") for i in range(50)] + [talk(f"Hi {i}") for i in range(others)]
+    seed = seed_that_holds_out("Hello")
+    source = write(tmp_path / "a.jsonl", rows)
+    data = InstructionDataModule(source, tokenizer=tiny_tokenizer, max_length=200, seed=seed, streaming=streaming)
+    if others:
+        data.setup("fit")
+        openings = [{tuple(data._rows[p].row(i)["input_ids"][:12]) for i in range(len(data._rows[p]))} for p in PARTS]
+        assert not openings[0] & openings[1]  # what opens alike is on one side
+    else:
+        with pytest.warns(UserWarning, match="None of the 50 rows is held out.*open in 1 way.*Give data.val"):
+            data.setup("fit")
+    assert len(data._rows["train"]) + len(data._rows["val"]) == len(rows) and len(data._rows["train"]) >= 50
+
+
+PARTS = ("train", "val")
+
+
+def test_a_side_without_rows_to_train_on_is_an_error_with_the_counts(tiny_tokenizer, tmp_path):
+    rows = [talk(f"{i}") for i in range(2)]
+    data = InstructionDataModule(rows, tokenizer=tiny_tokenizer, max_length=200, val_fraction=0.9)
+    for data.seed in range(100):
+        if all(data._held_out(Conversation(tuple(r["messages"]))) for r in rows):
+            break
+    with pytest.raises(DataError, match=r"No usable row in the train data.*2 of 2 are held out.*Give data\.val"):
+        data.setup("fit")
+    long = InstructionDataModule(rows, tokenizer=tiny_tokenizer, max_length=3, val_fraction=0.0, on_bad_row="skip")
+    with (
+        pytest.warns(UserWarning, match="2 of 2 rows"),
+        pytest.raises(DataError, match="train data: all 2 were skipped: 2 x too long"),
+    ):
+        long.setup("fit")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_without_rows_is_an_error(tiny_tokenizer, stage):
+    data = InstructionDataModule([talk("a"), talk("b")], tokenizer=tiny_tokenizer, max_length=200, val_fraction=0.0)
+    part = {"validate": "val"}.get(stage, stage)
+    with pytest.raises(DataError, match=rf"no {part} rows\. No row is held out.*is 0\. Give data.{part}"):
+        data.setup(stage)
+
+
+def test_an_empty_source_among_several_is_one_line(tiny_tokenizer, tmp_path):
+    empty = str(tmp_path / "b.jsonl")
+    open(empty, "w").close()
+    for nothing in ([], empty):
+        sources = [WeightedSource([talk("a"), talk("b")]), WeightedSource(nothing, 2.0)]
+        data = InstructionDataModule(sources, tokenizer=tiny_tokenizer, max_length=200, val_fraction=0.0)
+        with pytest.warns(UserWarning, match="has no row"):
+            data.setup("fit")
+        assert [len(b.rows) for b in data.train_dataloader()] == [2]
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="No usable row in the train data"):
+        InstructionDataModule([WeightedSource([]), WeightedSource(empty)], tokenizer=tiny_tokenizer).setup("fit")
+
+
+def test_texts_beside_prompts_may_not_be_empty(tiny_tokenizer, tmp_path):
+    data = PromptDataModule([{"prompt": "a"}], ptx=[talk("a" * 300)], tokenizer=tiny_tokenizer, max_length=50,
+                            ptx_max_length=5, val_fraction=0.0, on_bad_row="skip")  # fmt: skip
+    with pytest.warns(UserWarning, match="rows of ptx train"), pytest.raises(DataError, match="the ptx train data"):
+        data.setup("fit")
+
+
+def fit(tiny_model_dir, tmp_path, data, callbacks=(), **options):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), max_steps=1,
+                        default_root_dir=tmp_path, callbacks=list(callbacks), **options)  # fmt: skip
+    trainer.fit(SFTModule(str(tiny_model_dir)), data)
+    return trainer
+
+
+def test_what_waits_for_validation_in_vain_is_told_at_the_start(tiny_model_dir, tmp_path):
+    def data():
+        return InstructionDataModule([talk("a"), talk("b")], val_fraction=0.0, max_length=200)
+
+    checkpoint = ModelCheckpoint(tmp_path / "c", monitor="val/loss")
+    with pytest.warns(UserWarning) as caught:
+        fit(tiny_model_dir, tmp_path, data(), [HFExport(monitor="val/loss"), checkpoint])
+    told = [str(w.message) for w in caught]
+    assert any("HFExport (val/loss), ModelCheckpoint (val/loss)" in t and "Give data.val" in t for t in told)
+    assert any(t.startswith("HFExport: nothing is validated") for t in told)
+    assert (tmp_path / "hf" / "last").is_dir() and not (tmp_path / "hf" / "best").exists()
+    with pytest.raises(ValueError, match=r"nothing is validated.*when: end"):
+        fit(tiny_model_dir, tmp_path / "x", data(), [HFExport(monitor="val/loss", when="best")])
+    with pytest.raises(DataError, match="EarlyStopping would wait for val/loss in vain"):
+        fit(tiny_model_dir, tmp_path / "y", data(), [EarlyStopping("val/loss")])
+    with pytest.warns(UserWarning, match="limit_val_batches is 0.*HFExport"):
+        both = InstructionDataModule([talk("a")], [talk("b")], max_length=200)
+        fit(tiny_model_dir, tmp_path / "z", both, [HFExport(monitor="val/loss")], limit_val_batches=0)
+
+
+# ----------------------------------------------------------------------------------------------- what nothing reads
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_keys_that_nothing_reads_are_counted_in_a_line(tiny_tokenizer, tmp_path, caplog, streaming):
+    rows = [talk(f"{i}", category="a") for i in range(30)]
+    rows[0]["messages"][0]["id"] = 5
+    rows[1] |= {"lang": "en", "reason": None, "train": True, "label": True}
+    source = write(tmp_path / "a.jsonl", rows)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        data = InstructionDataModule(source, tokenizer=tiny_tokenizer, max_length=200, streaming=streaming)
+        with caplog.at_level("INFO"):
+            data.setup("fit")
+        (line,) = [r.message for r in caplog.records if "no setting reads" in r.message]
+        assert line == "keys that no setting reads: category (30 rows), id of a turn (1 row)"
+    prompts = PromptDataModule(source, tokenizer=tiny_tokenizer, max_length=200, val_fraction=0.0)
+    prompts.setup("fit")
+    assert prompts.unread["train"] == {"id of a turn": 1}  # columns ride along for rewards
+    bundled = InstructionDataModule(tokenizer=tiny_tokenizer, max_length=2000)
+    bundled.setup("fit")
+    assert not bundled.unread["train"]
+
+
+def test_a_cache_that_cant_be_written_is_named(tiny_tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    data = InstructionDataModule([talk("a")], tokenizer=tiny_tokenizer, max_length=200, cache_dir=tmp_path / "file")
+    with pytest.raises(DataError, match=r"token cache .*file/tokens can't be written: .*data\.cache_dir.*RLHF_CACHE"):
+        data.prepare_data()
+
+
+# ------------------------------------------------------------------------------------------------------ other content
+
+
+@EACH
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resume_with_other_rows_or_another_order_is_refused(kind, tiny_tokenizer, tmp_path, streaming):
+    rows = [row("a", i) for i in range(8)]
+
+    def loader(rows, name="a.jsonl"):
+        return ready(kind, tiny_tokenizer, write(tmp_path / name, rows), streaming=streaming).train_dataloader()
+
+    state = loader(rows).state_dict()
+    loader(rows, "moved.jsonl").load_state_dict(state)  # the same rows elsewhere
+    loader([{**r, "note": 5} for r in rows] if kind != "prompts" else rows, "b.jsonl").load_state_dict(state)
+    for others in (rows[::-1], [*rows[:-1], row("b", 7)]):
+        with pytest.raises(DataError, match=r"'content'.*the rows are others, or in another order"):
+            loader(others, "c.jsonl").load_state_dict(state)

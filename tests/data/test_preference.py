@@ -401,3 +401,28 @@ def test_the_bundled_rows_load(tiny_tokenizer):
     assert {name for names in data.origins["train"] for name in names} >= {"zh", "en"}
     prompts = data.sample_prompts(3)
     assert len(prompts) == 3 and all(prompt[-1]["role"] == "user" for prompt in prompts)
+
+
+def test_answers_that_the_template_makes_alike_are_no_pair(tiny_tokenizer):
+    tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
+    good = {"prompt": "a", "chosen": "Rome.", "rejected": "Oslo."}
+    for alike in ("Rome.\n", "Rome.<|im_end|>"):
+        rows = [good, {"prompt": "Capital?", "chosen": "Rome.", "rejected": alike}]
+        data = PreferenceDataModule(rows, tokenizer=tiny_tokenizer, val_fraction=0.0, max_length=200, on_bad_row="skip")
+        with pytest.warns(UserWarning, match=r"1 of 2 rows of train was skipped: 1 x no difference .first: list\[1\]"):
+            data.setup("fit")
+        assert len(data._rows["train"]) == 1
+
+
+def test_advice_for_pairs_names_no_setting_that_they_lack(tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + (m['content'] if loop.last else m['content'].split('>')[-1]) }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "x</think>y"), ("user", "b"))]
+    sides = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    sides["rejected"][0] = {"role": "assistant", "content": "z</think>y"}
+    data = PreferenceDataModule([{"prompt": "a", **sides}], tokenizer=tiny_tokenizer, val_fraction=0.0, max_length=200)
+    with pytest.raises(ValueError, match="otherwise in the whole conversation") as caught:
+        data.setup("fit")
+    assert "loss_on" not in str(caught.value)

@@ -370,15 +370,15 @@ UNFIT = [
     ("wrong type", "the column 'margin' is the text 'wide'", PAIR | {"margin": "wide"}),
     ("wrong type", "the column 'margin' is the text ''", PAIR | {"margin": ""}),
     ("wrong type", "the column 'chosen_score' is a dict", PAIR | {"chosen_score": {}, "rejected_score": 1}),
-    ("wrong type", "the column 'source' is a int", PAIR | {"source": 5}),
+    ("wrong type", "the column 'source' is a dict", PAIR | {"source": {"a": 5}}),
     ("wrong type", "the column 'language' is a dict", PAIR | {"language": {}}),
     ("wrong type", "the column 'system' is a int", PAIR | {"system": 5}),
     ("wrong type", r"the column 'prompt' is a int\. Make it a string or a list of \{role", PAIR | {"prompt": 5}),
     ("wrong type", r"the column 'chosen' is a float\. Make it a string", PAIR | {"chosen": 0.5}),
     ("wrong type", "turn 1 of the column 'rejected' is a str", PAIR | {"rejected": ["bad"]}),
-    ("wrong type", "turn 1 of the column 'chosen' lacks 'role'", PAIR | {"chosen": [{"from": "gpt", "value": "a"}]}),
+    ("wrong type", "turn 1 of the column 'chosen' lacks 'from'", PAIR | {"chosen": [{"value": "a"}]}),
     ("wrong type", "the column 'context' is a str", {"context": "q", "chosen": "a", "rejected": "b"}),
-    ("wrong type", "turn 1 of 'context' lacks 'from'", {"context": [U], "chosen": "a", "rejected": "b"}),
+    ("wrong type", "turn 1 of 'context' lacks 'role'", {"context": [{"content": "q"}], "chosen": "a", "rejected": "b"}),
     ("wrong type", "the column 'conversations' is a str", {"conversations": "q", "chosen": "a", "rejected": "b"}),
     (
         "wrong type",
@@ -563,3 +563,47 @@ def test_any_row_is_a_fit_preference_or_a_format_error(row, name, system):
     if preference.scores is not None:
         assert len(preference.scores) == len(preference.answers)
         assert all(preference.scores[i] >= preference.scores[j] for i, j in preference.pairs)
+
+
+def test_turns_of_either_spelling():
+    for who, what in (("role", "content"), ("from", "value"), ("from", "content")):
+        q, a, b = ({who: role, what: text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+        for row in ({"prompt": [q]}, {"context": [q]}, {"conversations": [q]}):
+            made = to_preference({**row, "chosen": a, "rejected": [b]})
+            assert made == to_preference({"prompt": "q", "chosen": "a", "rejected": "b"})
+
+
+def test_transcripts_without_empty_lines():
+    want = to_preference({"prompt": "hello", "chosen": "hi", "rejected": "go"})
+    for start, gap in (("\n", "\n"), ("", "\r\n"), ("\n\n", "\n \n"), ("\n\n", "\n")):
+        sides = {
+            side: f"{start}Human: hello{gap}Assistant: {text}" for side, text in (("chosen", "hi"), ("rejected", "go"))
+        }
+        assert to_preference(sides) == want
+    assert to_preference({"prompt": "\nHuman: hello\nAssistant:", "chosen": "hi", "rejected": "go"}) == want
+    strict = "\n\nHuman: say\nAssistant: x\n\nAssistant: "  # a marker in a text stays text where others are set off
+    made = to_preference({"chosen": f"{strict}a", "rejected": f"{strict}b"})
+    assert [m["content"] for m in made.prompt] == ["say\nAssistant: x"]
+
+
+def test_names_of_groups_may_be_numbers_and_lists():
+    made = to_preference(PAIR | {"source": 5, "lang": ["en", "de"]})
+    assert (made.source, made.lang) == ("5", "en, de")
+
+
+def test_what_other_trainers_mean_in_preferences():
+    user, good, bad = U, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+    row = {"prompt": [user], "chosen": [good], "rejected": [bad]}
+    made = to_preference(
+        row | {"tools": [{"a": 1}], "system_prompt": "s", "id": 3, "score_chosen": 2, "score_rejected": 1}
+    )
+    assert made.options == {"tools": [{"a": 1}]} and made.prompt[0]["content"] == "s" and made.unread == ("id",)
+    whole = {"chosen": [user, good | {"weight": 0}, user, good], "rejected": [user, good, user, bad]}
+    assert to_preference(whole).answers == ((good,), (bad,))  # weights of earlier turns play no part
+    for faulty, message in (
+        (row | {"images": ["a"]}, "has 'images'"),
+        (row | {"weight": 0}, "'weight' is 0"),
+        (row | {"chosen": [good | {"weight": 0}]}, "has the weight 0, and it is the answer that is judged"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            to_preference(faulty)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_rlhf.data.errors import DataError
+from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.packed import PackedBatch, unpack
 from lightning_rlhf.data.prompts import PROMPT_FORMATS, PromptBatch, PromptDataModule, PromptsWithPtx, to_prompt
 from lightning_rlhf.data.sources import BadRowError
@@ -486,3 +488,26 @@ def test_a_resumed_run_gets_the_batches_that_an_undisturbed_one_gets(tiny_tokeni
     for step in (1, 4, 7, 8, 12, 16, 19):  # 8 steps an epoch, 4 a round of texts
         resumed = fit(tiny_tokenizer, tmp_path / "b", 20, ckpt=tmp_path / "a" / f"step={step}.ckpt")
         assert resumed.seen == whole.seen[step:], step
+
+
+def test_passages_of_dolly_are_part_of_the_prompt():
+    row = {"instruction": "Who wrote it?", "context": "By Ann.", "response": "Ann", "category": "qa"}
+    made = to_prompt(row)
+    assert list(made.prompt) == [user("Who wrote it?\n\nBy Ann.")]
+    assert made.columns == {"response": "Ann", "category": "qa"}
+
+
+def test_what_prompts_cant_bring_is_refused_by_name():
+    for name in ("images", "tools", "functions", "chat_template_kwargs"):
+        with pytest.raises(FormatError, match=f"the row has '{name}'"):
+            to_prompt({"prompt": "a", name: [{"a": 1}]})
+    made = to_prompt({"prompt": [user("a") | {"id": 3, "weight": 0}], "system_prompt": "s", "label": False})
+    assert made.prompt == (system("s"), user("a")) and made.columns == {"label": False}
+    assert made.unread == ("id of a turn",)
+
+
+def test_settings_that_leave_no_room_are_no_fault_of_a_row(tiny_tokenizer):
+    data = PromptDataModule([{"prompt": "a"}], tokenizer=tiny_tokenizer, on_bad_row="skip")
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(prompt_limit=-88), state=SimpleNamespace(fn="fit"))
+    with pytest.raises(DataError, match="max_new_tokens leaves no room for a prompt: it is 89 too many"):
+        data.prepare_data()

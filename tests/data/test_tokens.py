@@ -454,3 +454,99 @@ def test_truncate():
     assert truncate(tokens, 4) == Tokens([5, 6, 7, 8], [False, False, True, True], cut=True)
     assert truncate(truncate(tokens, 4), 3) == Tokens([5, 6, 7], [False, False, True], cut=True)
     assert truncate(tokens, 2) is None
+
+
+# What rows ask of the template and the loss
+
+
+def turns(*messages):
+    return Conversation(tuple({"role": role, "content": content, **keys} for role, content, keys in messages))
+
+
+TALK = (("user", "Rome?", {}), ("assistant", "No.", {"weight": 0}), ("user", "Oslo?", {}), ("assistant", "Yes.", {}))
+LEARNT = tuple((role, content, {}) for role, content, _ in TALK)
+
+
+@pytest.mark.parametrize("template", [None, "chatml", "llama3", "vicuna"])
+def test_turns_of_weight_0_are_not_learnt(tiny_tokenizer, template):
+    set_chat_template(tiny_tokenizer, template)
+    whole, weighted = encode(tiny_tokenizer, turns(*LEARNT)), encode(tiny_tokenizer, turns(*TALK))
+    assert weighted.input_ids == whole.input_ids
+    assert runs(tiny_tokenizer, weighted) == runs(tiny_tokenizer, whole)[1:]
+    first = (TALK[0], ("assistant", "No.", {"weight": 1}), TALK[2], ("assistant", "Yes.", {"weight": 0}))
+    assert runs(tiny_tokenizer, encode(tiny_tokenizer, turns(*first))) == runs(tiny_tokenizer, whole)[:1]
+    every = encode(tiny_tokenizer, turns(*TALK), "all")
+    missing = [i for i, read in enumerate(every.scored) if not read][1:]  # the first token is never read
+    assert missing == [i for i, (a, b) in enumerate(zip(whole.scored, weighted.scored, strict=True)) if a and not b]
+    assert encode(tiny_tokenizer, turns(*TALK), "last").scored == weighted.scored
+
+
+def test_weights_that_leave_nothing_or_cant_be_had(tiny_tokenizer):
+    for conversation, loss_on, message in (
+        (turns(*TALK[:2]), "assistant", "every turn .* has the weight 0"),
+        (turns(*TALK[:3], ("assistant", "Yes.", {"weight": 0})), "last", "every turn .* has the weight 0"),
+        (turns(("user", "a", {"weight": 1}), ("assistant", "b", {})), "assistant", r"turn 1 \(user\) has the weight 1"),
+        (turns(("user", "a", {"weight": 0}), ("assistant", "b", {})), "all", r"turn 1 \(user\) has the weight 0"),
+    ):
+        with pytest.raises(TokenizeError, match=message):
+            encode(tiny_tokenizer, conversation, loss_on)
+
+
+TOOLS = [{"type": "function", "function": {"name": "stock_price"}}]
+
+
+def test_tools_reach_the_template_or_are_refused(tiny_tokenizer):
+    conversation = Conversation(turns(*LEARNT).messages, options={"tools": TOOLS})
+    with pytest.raises(TokenizeError, match="'tools', and the chat template doesn't write them"):
+        encode(tiny_tokenizer, conversation)
+    tiny_tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}" + tiny_tokenizer.chat_template
+    )
+    tokens = encode(tiny_tokenizer, conversation)
+    messages = [dict(m) for m in conversation.messages]
+    want = tiny_tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=True, return_dict=False)
+    assert tokens.input_ids == want
+    assert runs(tiny_tokenizer, tokens) == ["No.<|im_end|>", "Yes.<|im_end|>"]
+    prompt = encode_prompt(tiny_tokenizer, conversation.messages[:1], conversation.options)
+    assert tokens.input_ids[: len(prompt)] == prompt
+    asked = Conversation(turns(*LEARNT).messages, options={"tokenize": True})
+    with pytest.raises(TokenizeError, match="'tokenize' can't be said by a row"):
+        encode(tiny_tokenizer, asked)
+
+
+def test_reasoning_reaches_the_template_or_is_refused(tiny_tokenizer):
+    conversation = turns(("user", "2+2?", {"name": "ann"}), ("assistant", "4", {"reasoning_content": "2+2=4"}))
+    with pytest.raises(TokenizeError, match="turn 2 has 'reasoning_content', and the chat template doesn't write it"):
+        encode(tiny_tokenizer, conversation)
+    tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace(
+        "+ m['content']",
+        "+ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m['content']",
+    )
+    tokens = encode(tiny_tokenizer, conversation)
+    assert runs(tiny_tokenizer, tokens) == ["<think>2+2=4</think>4<|im_end|>"] and tokens.unread == ("name of a turn",)
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_text_that_brings_its_stop_token_is_learnt_with_one(tiny_tokenizer, template):
+    set_chat_template(tiny_tokenizer, template)
+    want = encode(tiny_tokenizer, chat([("user", "Hi"), ("assistant", "Hello!"), ("user", "a"), ("assistant", "b")]))
+    for end in ("<|im_end|>", "<|im_end|>\n", "<|im_end|><|im_end|>"):
+        turns = [("user", "Hi"), ("assistant", f"Hello!{end}"), ("user", "a"), ("assistant", f"b{end}")]
+        tokens = encode(tiny_tokenizer, chat(turns))
+        assert (
+            (tokens.input_ids, tokens.scored) == (want.input_ids, want.scored) and tokens.doubled and not want.doubled
+        )
+        history = chat(turns).messages[:3]
+        assert encode_prompt(tiny_tokenizer, history) == want.input_ids[: len(encode_prompt(tiny_tokenizer, history))]
+    with pytest.raises(TokenizeError, match="a stop token alone"):
+        encode(tiny_tokenizer, chat([("user", "Hi"), ("assistant", "<|im_end|>")]))
+
+
+def test_a_generation_prompt_that_opens_a_block_is_named(tiny_tokenizer):
+    for template in (tiny_tokenizer.chat_template, CHAT_TEMPLATES["chatml"].template):  # without markers, and with
+        head, end, tail = template.rpartition("' }}{% endif %}")
+        tiny_tokenizer.chat_template = f"{head}<think>{end}{tail}"
+        for loss_on in ("assistant", "last"):
+            with pytest.raises(TokenizeError, match=r"ends with '<think>', .*chat_template.*FILE") as caught:
+                encode(tiny_tokenizer, chat(CONVERSATIONS["english"]), loss_on)
+            assert "loss_on" not in str(caught.value)
