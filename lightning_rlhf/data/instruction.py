@@ -14,7 +14,7 @@ from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.oasst import instruction_rows
 from lightning_rlhf.data.packed import Branch, Tree
 from lightning_rlhf.data.sources import Source
-from lightning_rlhf.data.tokens import LossOn, TokenizeError, encode, truncate
+from lightning_rlhf.data.tokens import LossOn, TokenizeError, check_answers, encode, truncate
 
 
 def instruction_tree(row: Mapping[str, Any]) -> Tree:
@@ -150,6 +150,8 @@ def encode_instruction(
     empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False, **sizes}
     try:
         tokens = encode(tokenizer, conversation, loss_on, stop_ids)
+        if tokens.doubled:
+            check_answers(tokenizer, conversation.messages or (), stop_ids)
     except TokenizeError as error:
         return {**empty, "kind": error.kind, "reason": str(error)}
     length = len(tokens.input_ids)

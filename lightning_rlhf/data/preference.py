@@ -17,7 +17,7 @@ from lightning_rlhf.data.oasst import preference_rows
 from lightning_rlhf.data.packed import Branch, Pair, Tree
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
 from lightning_rlhf.data.sources import Source
-from lightning_rlhf.data.tokens import LAST_ALONE, LossOn, TokenizeError, encode, encode_prompt
+from lightning_rlhf.data.tokens import LAST_ALONE, LossOn, TokenizeError, check_answers, encode, encode_prompt
 
 PairWeight = Literal["pair", "prompt"]
 
@@ -198,7 +198,7 @@ def encode_preference(
     unread: dict[str, None] = {}
     doubled = False
     try:
-        prompt = encode_prompt(tokenizer, messages, row["options"])
+        prompt = encode_prompt(tokenizer, messages, row["options"], stop_ids)
         answers, scored = [], []
         for answer in row["answers"]:
             # turns of the prompt are not scored here: a template may write them otherwise than when they were new
@@ -206,7 +206,9 @@ def encode_preference(
             conversation = Conversation((*messages, *answer), options=row["options"])
             tokens = encode(tokenizer, conversation, loss_on, stop_ids)
             unread.update(dict.fromkeys(tokens.unread))
-            doubled = doubled or tokens.doubled
+            if tokens.doubled:
+                check_answers(tokenizer, (*messages, *answer), stop_ids)
+                doubled = True
             end = max(i for i, read in enumerate(tokens.scored) if read) + 1
             if tokens.input_ids[: len(prompt)] != prompt:
                 reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"

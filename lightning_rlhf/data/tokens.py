@@ -138,7 +138,10 @@ def encode(
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message] | str, options: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message] | str,
+    options: Mapping[str, Any] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> list[int]:
     """Tokenise a prompt as inference does. Rollouts start from it.
 
@@ -146,6 +149,7 @@ def encode_prompt(
         tokenizer: The tokenizer, with a chat template if the prompt has messages.
         prompt: Messages, which are rendered with the generation prompt, or a plain text, which no template touches.
         options: What the template gets beside the messages.
+        stop_ids: As for :func:`encode`, for answers in the prompt.
 
     Returns:
         The ids.
@@ -159,7 +163,7 @@ def encode_prompt(
     else:
         _check_template(tokenizer, prompt, options or {})
         if any(message["role"] == "assistant" for message in prompt):
-            prompt = _stopped_once(prompt, _pattern(tokenizer, stop_token_ids(tokenizer)))
+            prompt = _stopped_once(prompt, _pattern(tokenizer, stop_token_ids(tokenizer, stop_ids)))
         ids = _ids(tokenizer, _render(tokenizer, prompt, options or {}, add_generation_prompt=True))
     if not ids:
         raise TokenizeError("empty prompt", "the prompt has no tokens. Write its text or remove the row")
@@ -210,6 +214,21 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def check_answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], stop_ids: Sequence[int] = ()
+) -> None:
+    """Refuse a row in which an answer is a stop token alone, as one is refused in which an answer is empty.
+
+    Raises:
+        TokenizeError: It is one.
+    """
+    stop = re.compile(rf"(?:(?:{_pattern(tokenizer, stop_token_ids(tokenizer, stop_ids))})\s*)+")
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and stop.fullmatch(message["content"].strip()):
+            reason = f"turn {number} (assistant) is a stop token alone. Write its text or remove the row"
+            raise TokenizeError("empty turn", reason)
+
+
 def _pattern(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:
     """A regular expression of these tokens, those left out that spell ordinary text."""
     told = [i for i in stops if i == stops[0] or i in tokenizer.added_tokens_decoder]
@@ -220,11 +239,8 @@ def _stopped_once(messages: Sequence[Message], stop: str) -> list[Message]:
     """The messages, without stop tokens that the assistant's texts end with: the template writes one."""
     at_end = re.compile(rf"(?:(?:{stop})\s*)+\Z")
     found = []
-    for number, message in enumerate(messages, 1):
+    for message in messages:
         text = at_end.sub("", message["content"]) if message["role"] == "assistant" else message["content"]
-        if not text.strip() and text != message["content"]:
-            reason = f"turn {number} (assistant) is a stop token alone. Write its text or remove the row"
-            raise TokenizeError("empty turn", reason)
         found.append(message if text == message["content"] else cast(Message, {**message, "content": text}))
     return found
 
