@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from transformers.utils import cached_file, find_adapter_config_file, has_file
 from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.quantization import DTYPE, Quantization, quantised, quantization_arguments
-from lightning_rlhf.models.saving import ADAPTED, merge_adapters, own_stop_token_ids, stops_of
+from lightning_rlhf.models.saving import ADAPTED, merge_adapters, own_stop_token_ids, quiet_peft, stops_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -94,8 +93,7 @@ class LoRA:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layers
             bias="none",
         )
-        with warnings.catch_warnings():  # of tied weights that part: merge_adapters parts them
-            warnings.filterwarnings("ignore", r"Model (has|with) `tie_word_embeddings", UserWarning)
+        with quiet_peft():
             adapted = get_peft_model(model, config)
         _keep_exact(adapted)
         return adapted
@@ -358,7 +356,7 @@ def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -
     from peft import PeftConfig, PeftModel
 
     grow_embeddings(model, settings.get("vocab_size", 0))
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), quiet_peft():
         config = PeftConfig.from_pretrained(name)
         config.task_type = None  # the plain wrapper: a language model's adapters fit under a score head too
         model = merge_adapters(PeftModel.from_pretrained(model, name, config=config))

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -260,7 +261,7 @@ def _without_quantisation(model: Any) -> Any:
     plain = model.unload()
     if hasattr(plain, "peft_config"):
         del plain.peft_config
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), quiet_peft():
         again: Any = PeftModel(plain, configs[active[0]], active[0])
         for name in active[1:]:
             again.add_adapter(name, configs[name])
@@ -268,6 +269,18 @@ def _without_quantisation(model: Any) -> Any:
         set_peft_model_state_dict(again, weights[name], adapter_name=name)
     again.base_model.set_adapter(active)
     return again
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Within it peft wraps a model without warnings of what is its own affair, or taken care of here."""
+    with warnings.catch_warnings():
+        # of tied weights that part: merge_adapters parts them
+        warnings.filterwarnings("ignore", r"Model (has|with) `tie_word_embeddings", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # peft asks for it
+        yield
 
 
 def merge_adapters(model: Any) -> PreTrainedModel:

@@ -8,6 +8,7 @@ Shapes: R rows, C columns, H query heads, K key / value heads, E head size, L to
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -290,9 +291,10 @@ class Decoder:
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         # models hand a 4-D mask on as it is, and make none of their own; slot_attention does not read it
         mask = torch.zeros(len(ids), 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        out = self.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
-        )
+        # transformers 5.40 drops the name that came before
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        cache = {name: self.cache, "use_cache": True}
+        out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **cache)
         return out.logits[:, -1]
 
     def _tensor(self, values: Any) -> Tensor:

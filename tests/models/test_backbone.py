@@ -1,17 +1,21 @@
 """What a backbone does to the model in it: constants stay exact."""
 
 import copy
+import warnings
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.metrics import TokenMean
-from lightning_rlhf.models import Policy
+from lightning_rlhf.models import LoRA, Policy
+from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.loading import load_causal_lm
 from lightning_rlhf.models.reward import read_head
+from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.models.value import load_value_model
+from lightning_rlhf.rollout import CachedEngine, Request, Sampling
 
 
 def test_constants_that_can_not_be_made_again_are_told(caplog):
@@ -58,3 +62,16 @@ def test_weights_are_summed_exactly_whatever_their_dtype():
     metric = TokenMean()
     metric.update(torch.ones(513), torch.ones(513, dtype=torch.bfloat16))
     assert metric.weight.item() == 513
+
+
+def test_no_call_of_ours_warns_of_names_that_go_away(tiny_model_dir, tmp_path):
+    """Also where peft, or this test run's own settings, would hide it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = load_causal_lm(tiny_model_dir, lora=LoRA(r=2), gradient_checkpointing=True)
+        policy = Policy(model)
+        assert is_checkpointing(policy.transformer)
+        CachedEngine().generate(policy, tokenizer, [Request([5, 6, 7], [0])], Sampling(max_new_tokens=3), [1])
+        save_pretrained(model, tokenizer, tmp_path / "hf", adapter_only=True)
+        load_causal_lm(tmp_path / "hf")

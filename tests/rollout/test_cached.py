@@ -1,5 +1,6 @@
 """Completions equal transformers' own, whatever shares their batch; the policy stays as it was."""
 
+import functools
 import itertools
 import logging
 import random
@@ -12,6 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from lightning_rlhf.models import Policy
+from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, Sampling, sample_key, session
 from lightning_rlhf.rollout import cached as module
 from lightning_rlhf.rollout.cache import Decoder, SlotCache
@@ -346,7 +348,7 @@ def test_the_policy_stays_as_it_was(engine, fails, family, make_model, prompts, 
     model = make_model(family)
     if family == "Llama":
         model = lora(model)
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model.get_base_model())
     policy = Policy(model)
     policy.train()
     next(policy.transformer.base_model.children()).eval()  # parts may have a mode of their own
@@ -356,6 +358,7 @@ def test_the_policy_stays_as_it_was(engine, fails, family, make_model, prompts, 
         calls = itertools.count()
         forward = type(policy.transformer).forward
 
+        @functools.wraps(forward)
         def broken(self, *args, **kwargs):
             if next(calls) > 8:
                 raise OSError("the power is out")
