@@ -88,8 +88,11 @@ def set_distinct_pad_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: S
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stops:
         return
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    template = str(tokenizer.chat_template)  # what it writes is used
     for token in (tokenizer.unk_token, *added):
-        if token is not None and tokenizer.convert_tokens_to_ids(token) not in {*stops, tokenizer.bos_token_id}:
+        if token is None or token in template:
+            continue
+        if tokenizer.convert_tokens_to_ids(token) not in {*stops, tokenizer.bos_token_id}:
             tokenizer.pad_token = token
             return
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

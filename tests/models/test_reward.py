@@ -257,6 +257,17 @@ def test_no_stop_token_pads(tiny_tokenizer):
     assert tiny_tokenizer.pad_token_id not in stops
 
 
+def test_no_token_of_the_template_pads(tiny_tokenizer):
+    """Prompts hold it, and who makes masks of ids would leave it out: <|im_start|> is the first that stops nothing."""
+    stops = tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>", "<unk>", "<s>"])
+    set_distinct_pad_token(tiny_tokenizer, stops)
+    assert tiny_tokenizer.pad_token == "<|pad|>"
+    tiny_tokenizer.pad_token = None
+    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    set_distinct_pad_token(tiny_tokenizer, stops)
+    assert tiny_tokenizer.pad_token == "<|im_start|>"
+
+
 def test_a_pad_token_is_added_where_none_serves_and_embeddings_grow(bare_dir):
     tokenizer = AutoTokenizer.from_pretrained(bare_dir)
     before = len(tokenizer)
