@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_rlhf.arguments import meant
+from lightning_rlhf.quiet import quiet
 
 COMMANDS = ("fit", "validate", "test", "predict")
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
@@ -49,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
+    quiet()
     known = (*COMMANDS, *TOOLS)
     if arguments[0] not in known and not arguments[0].startswith("-"):
         near = meant(arguments[0], known)

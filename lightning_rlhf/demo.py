@@ -134,11 +134,11 @@ def reinforce(options: argparse.Namespace) -> None:
 def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any) -> tuple[Any, Any]:
     """The Trainer of a stage, and its adapters."""
     import lightning.pytorch as L
-    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
     from lightning_rlhf import HFExport, LoRA, SampleCompletions, SaveOnInterrupt
     from lightning_rlhf.callbacks import Report
+    from lightning_rlhf.callbacks.lines import Lines
 
     L.seed_everything(0, verbose=False)
     folder = options.output / stage
@@ -158,8 +158,8 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
             *([] if stage == "reward" else [answers]),  # which answers nothing
             Report(options.output / "report.html", "RLHF of a small model", append=stage != "sft"),
             SaveOnInterrupt(advice=f"To begin this stage again: {_again(options, stage)}"),
-            # Lightning's default bar shows nothing in a file or a pipe
-            *([] if sys.stdout.isatty() else [TQDMProgressBar()]),
+            # Lightning's bars show nothing in a file or a pipe, or nothing but carriage returns
+            *([] if sys.stdout.isatty() else [Lines()]),
         ],
         **settings,
     )

@@ -1,0 +1,71 @@
+"""Between the lines of commands stand none of libraries, and no carriage returns where output is no terminal."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+FUNCTION = "lightning_rlhf.rewards.functions.length_window"
+SCRIPT = """
+import json, os, sys
+from lightning_rlhf.cli import main
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    print(f"== {number}", flush=True)
+    main(arguments)
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tiny_model_dir, tmp_path_factory):
+    """What each command printed into one file, and the value of OMP_WAIT_POLICY that torch found."""
+    folder = tmp_path_factory.mktemp("quiet")
+    rows = [{"instruction": f"question {i}", "output": "fox dog"[: 3 + i % 4]} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": f"question {i}", "chosen": "fox", "rejected": "dog"} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    trainer = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.default_root_dir", "run"]
+    sft = ["--model", "SFTModule", "--data", "InstructionDataModule", "--data.train", "rows.jsonl"]
+    rm = ["--model", "RewardModule", "--data", "PreferenceDataModule", "--data.train", "pairs.jsonl"]
+    ppo = ["--model", "PPOModule", "--model.reward", FUNCTION, "--data", "PromptDataModule", "--data.train"]
+    model = ["--model.pretrained", str(tiny_model_dir), "--data.val_fraction", "0.3", "--data.batch_size", "4"]
+    lora = ["--model.lora", "{r: 2}", "--trainer.callbacks+=HFExport", "--trainer.callbacks.when", "end"]
+    runs = {
+        "fit sft": ["fit", *sft, *model, *lora, *trainer],
+        "fit reward": ["fit", *rm, *model, *trainer],
+        "fit ppo": ["fit", *ppo, "rows.jsonl", "--model.sampling.max_new_tokens", "4", *model, *trainer],
+        "validate": ["validate", *sft, *model, *trainer],
+        "predict": ["predict", *sft, *model, *trainer],
+        "inspect": ["inspect", *sft, *model, "--rows", "1"],
+        "win-rate": ["win-rate", str(tiny_model_dir), str(tiny_model_dir), "--judge", FUNCTION, "--prompts",
+                     "rows.jsonl", "--limit", "2", "--max-new-tokens", "4"],
+        "report": ["report", "run"],
+    }  # fmt: skip
+    # as from a shell: what conftest.py sets is the commands' own business
+    ours = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "PYTHONWARNINGS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    with (folder / "out").open("wb") as out:
+        command = [sys.executable, "-c", SCRIPT, json.dumps(list(runs.values()))]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=environment, timeout=280)
+    text = (folder / "out").read_bytes().decode()
+    assert done.returncode == 0, text[-4000:]
+    *parts, last = text.split("== ")[1:]
+    last, policy = last.rstrip().rsplit("\n", 1)
+    return dict(zip(runs, [*parts, last], strict=True)), policy
+
+
+@pytest.mark.parametrize(
+    "command", ["fit sft", "fit reward", "fit ppo", "validate", "predict", "inspect", "win-rate", "report"]
+)
+def test_a_command_prints_no_lines_of_libraries_and_no_carriage_returns(command, printed):
+    text = printed[0][command]
+    assert "\r" not in text
+    foreign = ("Tip:", "Warning", "deprecat", "site-packages", "kernels-community", "Loading weights", "litlogger")
+    assert [line for line in text.splitlines() if any(word in line for word in foreign)] == []
+    assert len(text.splitlines()) > 1, "it says something of its own"
+
+
+def test_torch_waits_passively(printed):
+    assert printed[1] == "PASSIVE"
