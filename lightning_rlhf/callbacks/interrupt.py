@@ -64,9 +64,9 @@ class SaveOnInterrupt(L.Callback):
     training that isn't over, so nothing is exported that looks finished. Where it was the last step, the run ends as it
     does undisturbed, and ``Interrupted`` is raised after that.
 
-    A second signal stops at once, without saving; so does the first one while nothing trains (sanity check, validate,
-    test, predict), and SIGTERM when its step has not ended within ``time_limit``: a reward that never answers, a rank
-    that waits for a dead one. If this process can't even do that, it is ended ``GRACE`` seconds later.
+    A second signal stops at once, without saving; so does the first one while nothing trains (sanity check, dry run,
+    validate, test, predict), and SIGTERM when its step has not ended within ``time_limit``: a reward that never
+    answers, a rank that waits for a dead one. If this process can't even do that, it is ended ``GRACE`` seconds later.
 
     In the Trainer's list this callback moves itself to the end, so that the checkpoint holds what all others noted of
     the step. While it is at work, Lightning's own reaction to SIGTERM is off; handlers are put back afterwards. Signals
@@ -150,7 +150,7 @@ class SaveOnInterrupt(L.Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         trainer = self._trainer
-        trains = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        trains = trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking or trainer.fast_dev_run)
         if trains and not self._signal:
             self._signal = number
         elif not self._leaving:  # else it is on its way out

@@ -42,7 +42,8 @@ def weights(module, state):
     """Of a module's state dict the exported model's part; quantised layers as what they stand for."""
     model = module.exportable.model
     prefix = next(name for name, part in module.named_modules() if part is model) + "."
-    found = {k.removeprefix(prefix): v.detach().clone() for k, v in state.items() if k.startswith(prefix)}
+    mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    found = {k: v.detach().as_subclass(torch.Tensor).clone() for k, v in mine.items()}  # Gemini has a class of its own
     for name, part in model.named_modules():
         weight = getattr(part, "weight", None)
         if isinstance(weight, torch.nn.Parameter) and not weight.is_floating_point():

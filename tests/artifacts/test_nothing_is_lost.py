@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_rlhf import (
     WinRate,
     WritePredictions,
 )
+from lightning_rlhf.callbacks.interrupt import Interrupted
 from lightning_rlhf.cli import main
 from lightning_rlhf.models import load_causal_lm
 from lightning_rlhf.models.saving import save_pretrained
@@ -75,6 +77,7 @@ def finished(tiny_model_dir, tmp_path_factory):
     run = trainer(folder, max_epochs=1)
     run.fit(module, data(folder))
     run.predict(module, data(folder))
+    run.save_checkpoint(folder / "interrupted.ckpt")
     names = {"samples.jsonl", "report.html", "win_rate.jsonl", "predictions.jsonl"}
     names |= {f"hf/{name}/model.safetensors" for name in ("best", "last")}
     assert names <= files(folder).keys()
@@ -97,6 +100,21 @@ def test_a_dry_run_writes_nothing(what, finished, tiny_model_dir, capsys):
     said = capsys.readouterr()
     assert ("Answers at step" in said.out) == (what == "fit")
     assert str(finished / "hf") not in said.out + said.err  # nor says that it did
+
+
+class Interrupt(L.Callback):
+    """Ctrl-C in the first step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_dry_run_writes_nothing(finished, tiny_model_dir):
+    before = files(finished)
+    with pytest.raises(Interrupted):
+        run = trainer(finished, [Interrupt()], fast_dev_run=True)
+        run.fit(SFTModule(tiny_model_dir, optimizer=sgd(5.0)), data(finished))
+    assert files(finished) == before
 
 
 @pytest.mark.parametrize("what", ["sanity check", "validate", "test"])

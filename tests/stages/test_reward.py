@@ -432,3 +432,23 @@ def test_a_second_fit_measures_its_own_offset(tiny_model_dir, tmp_path):
     with pytest.warns(UserWarning, match="is kept, but was measured on earlier weights"):
         quiet(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, data)
     assert module.reward_model.score_offset == offsets[1]
+
+
+class PartInEval(L.Callback):
+    """A layer that shall not be in training mode."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.reward_model.model.model.layers[0].eval()
+
+
+def test_measuring_the_offset_leaves_every_part_in_its_mode(tiny_model_dir, tmp_path):
+    data = PreferenceDataModule(rows(), val=held_out(), batch_size=4, cache_dir=tmp_path)
+    module = RewardModule(tiny_model_dir)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, check_val_every_n_epoch=2, num_sanity_val_steps=0,
+                        callbacks=[PartInEval()], default_root_dir=tmp_path, **quiet)  # fmt: skip
+    trainer.fit(module, data)
+    assert module.reward_model.score_offset  # it was measured
+    layers = module.reward_model.model.model.layers
+    assert not any(part.training for part in layers[0].modules())
+    assert all(part.training for part in layers[1].modules())
