@@ -103,11 +103,13 @@ def encode(
     if conversation.messages is None:
         return _encode_text(tokenizer, conversation.text or "")
     options = conversation.options
+    text = _render(tokenizer, conversation.messages, options)
     stops = stop_token_ids(tokenizer, stop_ids)
     stop = _pattern(tokenizer, stops)
     messages = _stopped_once(conversation.messages, stop)
     unread = _check_template(tokenizer, messages, options)
-    text = _render(tokenizer, messages, options)
+    if doubled := messages != list(conversation.messages):
+        text = _render(tokenizer, messages, options)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     learnt = _learnt(messages, turns, loss_on)
     met = turns[-1:] if loss_on == "last" else turns  # the turns that inference may meet
@@ -134,7 +136,7 @@ def encode(
         end = index[last[-1].end]
         ids.insert(end, stops[0])
         scored.insert(end, turns[-1] in learnt)
-    return replace(_tokens(ids, scored), unread=unread, doubled=messages != list(conversation.messages))
+    return replace(_tokens(ids, scored), unread=unread, doubled=doubled)
 
 
 def encode_prompt(

@@ -650,3 +650,16 @@ def test_a_resume_with_other_rows_or_another_order_is_refused(kind, tiny_tokeniz
     for others in (rows[::-1], [*rows[:-1], row("b", 7)]):
         with pytest.raises(DataError, match=r"'content'.*the rows are others, or in another order"):
             loader(others, "c.jsonl").load_state_dict(state)
+
+
+def test_a_run_is_not_resumed_on_rows_in_another_order(tiny_model_dir, tmp_path):
+    rows = [talk(f"{i}", "fox " * (1 + i % 2)) for i in range(16)]
+
+    def data(rows):
+        return InstructionDataModule(rows, val_fraction=0.0, max_length=200, batch_size=4)
+
+    fit(tiny_model_dir, tmp_path, data(rows), [ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)])
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                        enable_model_summary=False, max_steps=2, default_root_dir=tmp_path)  # fmt: skip
+    with pytest.raises(DataError, match="the rows are others, or in another order"):
+        trainer.fit(SFTModule(str(tiny_model_dir)), data(rows[2:] + rows[:2]), ckpt_path=str(tmp_path / "x.ckpt"))
