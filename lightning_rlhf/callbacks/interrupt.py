@@ -12,13 +12,12 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -26,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.multiprocessing import ProcessExitedException
 
 from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
+from lightning_rlhf.callbacks.progress import close_bars, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds that the main thread has to clean up after it was told to stop at once.
@@ -306,15 +306,6 @@ def _newest_checkpoint(trainer: L.Trainer) -> str | None:
     return max(filter(os.path.exists, found), key=os.path.getmtime, default=None)
 
 
-def close_bars(trainer: L.Trainer) -> None:
-    """Ends the lines of tqdm's bars, which are left open where training doesn't come to its end."""
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, TQDMProgressBar):
-        for name in ("train", "val", "test", "predict"):
-            with suppress(TypeError):  # there is none
-                getattr(bar, f"{name}_progress_bar").close()
-
-
 class _Watch(threading.Thread):
     """Hears signals where the main thread can't, says what will come of them, and holds it to its time.
 
@@ -366,13 +357,11 @@ class _Watch(threading.Thread):
         """Beside the bar."""
         if not self.trainer.is_global_zero:
             return
-        name, limit, bar = signal.Signals(number).name, self.callback.time_limit, self.trainer.progress_bar_callback
+        name, limit = signal.Signals(number).name, self.callback.time_limit
         after = "Press Ctrl-C again to stop at once, without saving."
         if number == signal.SIGTERM:
             after = "" if limit is None else f"If it has not ended in {limit:g} s, nothing is saved."
-        text = f"{name}: saving at the end of this step. {after}".rstrip()
-        write = bar.print if isinstance(bar, TQDMProgressBar) and bar.is_enabled else print
-        write(text, file=sys.stderr)
+        say(self.trainer, f"{name}: saving at the end of this step. {after}".rstrip(), sys.stderr)
 
     def end(self, number: int) -> None:
         """Of the whole process, whatever its main thread does."""

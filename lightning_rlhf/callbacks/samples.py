@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
+from lightning_rlhf.callbacks.progress import say
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, read_rows
@@ -288,9 +289,15 @@ class SampleCompletions(PromptCallback):
         cells = [(row["prompt"], row["completion"].strip() + end) for row, end in zip(rows, ends, strict=True)]
         place = "" if dry else f"; all in {file}"
         title = f"Answers at step {step} (… = cut at {self.max_new_tokens} tokens{place})"
-        text = f"\n{title}\n{table(cells, shutil.get_terminal_size((100, 24)).columns)}"
+        size = shutil.get_terminal_size((100, 24))
+        lines = table(cells, size.columns).splitlines()
+        most = size.lines - 6 if sys.stdout.isatty() else len(lines)  # the figures stay on the screen
+        if len(lines) > most:
+            lines[max(1, most) :] = ["… (there is more in the file)"]
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float))
+        text = "\n".join(["", title, *lines, *([f"Last figures: {figures}"] if figures else [])])
         encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        say(trainer, text.encode(encoding, "replace").decode(encoding))
         data = [[str(row[name]) for name in names] for row in rows]
         for logger in trainer.loggers:
             log: Any = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)

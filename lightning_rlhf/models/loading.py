@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+import transformers
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
@@ -35,6 +36,7 @@ from lightning_rlhf.models.quantization import DTYPE, Quantization, quantised, q
 from lightning_rlhf.models.saving import ADAPTED, merge_adapters, own_stop_token_ids, quiet_peft, stops_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+HEAD = "score.weight"
 
 
 @dataclass
@@ -275,7 +277,7 @@ def load_reward_model(
                 f"{pretrained} is no reward model: it has no weights for {', '.join(sorted(missing))}. Give the "
                 "directory that training a reward model left (hf/best or hf/last)."
             )
-        if "score.weight" in missing:
+        if HEAD in missing:
             weight = model.score.float().weight
             drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
             weight.data.copy_(drawn.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed)))
@@ -312,8 +314,25 @@ def _load(
         _check_labels(config, pretrained)
     if quantization is not None:
         arguments = {**arguments, **quantization_arguments(quantization, arguments[DTYPE])}
-    model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
-    return model, set(found["missing_keys"])
+    with _unsaid() if auto is AutoModelForSequenceClassification else nullcontext():
+        model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
+    missing = set(found["missing_keys"])
+    if auto is AutoModelForSequenceClassification:
+        others = {name for name in found["unexpected_keys"] if not name.startswith("lm_head.")} | missing - {HEAD}
+        if others:
+            rank_zero_warn(f"{pretrained}: weights that are missing, or not used: {', '.join(sorted(others))}.")
+    return model, missing
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without transformers' report that a new head is missing and a language model's is not used: both are meant."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextmanager

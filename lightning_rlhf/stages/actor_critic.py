@@ -270,7 +270,7 @@ class ActorCriticStage(OnlineStage):
         scores = self.score(samples)
         lengths = experience.sequence.bincount(minlength=len(scores)).float()
         for name, values in {"score": scores, "length": lengths}.items():
-            metric: Any = self.get_submodule(f"{stage}_{name}")
+            metric: Any = self.metrics[f"{stage}_{name}"]
             # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
             known = values.isfinite().float()
             metric.update(values.nan_to_num(), known)

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
 from lightning_rlhf.callbacks.atomic import naming
+from lightning_rlhf.callbacks.progress import suited
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
@@ -136,6 +137,7 @@ class Stage(L.LightningModule):
         self.make_optimizer: Callable[..., Any] = optimizer
         self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
         self.trust_remote_code = trust_remote_code
+        self.metrics = nn.ModuleDict()  # in one child, which is one line in the table of a model
         self._rng_to_restore: dict[str, Any] | None = None
         self._makers_to_match: dict[str, list[str]] | None = None
         self._mid_step = self._diverges = False
@@ -229,11 +231,13 @@ class Stage(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """An interrupt saves: SIGTERM and Ctrl-C write a checkpoint at the end of the step.
 
-        A ``SaveOnInterrupt`` that the Trainer was given stays in its place. This is the first hook of a run, so another
-        stage's data is refused here, before rows are read and models loaded.
+        A ``SaveOnInterrupt`` that the Trainer was given stays in its place. Lightning's own progress bar is made one of
+        the whole run. This is the first hook of a run, so another stage's data is refused here, before rows are read
+        and models loaded.
         """
         if self.works_on is not None:
             check_data(type(self).__name__, self.works_on, self.trainer)
+        self.trainer.callbacks = [suited(c) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
         given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if given else [SaveOnInterrupt()]
 

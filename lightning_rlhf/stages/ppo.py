@@ -228,8 +228,8 @@ class PPOModule(ActorCriticStage):
         self.running_scores = RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)
         for stage in ("val", "test"):
-            self.add_module(f"{stage}_score", TokenMean())
-            self.add_module(f"{stage}_length", TokenMean())
+            self.metrics[f"{stage}_score"] = TokenMean()
+            self.metrics[f"{stage}_length"] = TokenMean()
         self.norms = {}
 
     def on_fit_start(self) -> None:

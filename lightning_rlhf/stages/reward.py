@@ -102,11 +102,11 @@ class RewardModule(Stage):
         self.center, self.head_seed, self.max_dropped = center, head_seed, max_dropped
         set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
         for name in TRAINED:
-            self.add_module(f"train_{name}", TokenMean())
+            self.metrics[f"train_{name}"] = TokenMean()
         for stage in ("val", "test"):
-            self.add_module(f"{stage}_loss", TokenMean())
-            self.add_module(f"{stage}_preference", PreferenceAccuracy())
-        self.reference_score = TokenMean()
+            self.metrics[f"{stage}_loss"] = TokenMean()
+            self.metrics[f"{stage}_preference"] = PreferenceAccuracy()
+        self.metrics["reference_score"] = TokenMean()
         self._offset_step: int | None = None
 
     def forget(self) -> None:
@@ -143,7 +143,7 @@ class RewardModule(Stage):
         weight = batch.pairs.weight
         values = (loss, (chosen > rejected).float(), chosen - rejected, chosen, rejected)
         for name, value in zip(TRAINED, values, strict=True):
-            self.get_submodule(f"train_{name}").update(value, weight)  # type: ignore[operator]
+            self.metrics[f"train_{name}"].update(value, weight)  # type: ignore[operator]
         return (weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)
 
     def _compare(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +159,7 @@ class RewardModule(Stage):
             return
         found: dict[str, Tensor] = {}
         for name in TRAINED:
-            metric: Any = self.get_submodule(f"train_{name}")
+            metric: Any = self.metrics[f"train_{name}"]
             found[name] = metric.compute()
             self.log(f"train/{name}", found[name], prog_bar=name in ("loss", "accuracy"), batch_size=1)
             metric.reset()
@@ -214,14 +214,15 @@ class RewardModule(Stage):
                 )
             return
         # of the weights that are exported
+        reference_score: Any = self.metrics["reference_score"]
         averaged, precision = averaged_weights(self.trainer), self.trainer.precision_plugin.val_step_context()
         with evaluating(self), averaged, torch.no_grad(), precision:
             for batch in islice(loader, batches):
                 batch = batch.to(self.device)
                 chosen = self.reward_model(batch)[batch.pairs.better]
-                self.reference_score.update(chosen, torch.ones_like(chosen))
-        self._set_offset(self.reference_score.compute())
-        self.reference_score.reset()
+                reference_score.update(chosen, torch.ones_like(chosen))
+        self._set_offset(reference_score.compute())
+        reference_score.reset()
 
     def _set_offset(self, mean: Tensor) -> None:
         if not mean.isnan():
@@ -231,14 +232,14 @@ class RewardModule(Stage):
     def _evaluate(self, stage: str, batch: PackedBatch) -> None:
         chosen, rejected, loss = self._compare(batch)
         pairs, lengths = batch.pairs, batch.lengths
-        self.get_submodule(f"{stage}_loss").update(loss, pairs.weight)  # type: ignore[operator]
-        self.get_submodule(f"{stage}_preference").update(  # type: ignore[operator]
+        self.metrics[f"{stage}_loss"].update(loss, pairs.weight)  # type: ignore[operator]
+        self.metrics[f"{stage}_preference"].update(  # type: ignore[operator]
             chosen, rejected, lengths[pairs.better], lengths[pairs.worse], pairs.origin
         )
 
     def _report(self, stage: str) -> dict[str, Tensor]:
-        loss: Any = self.get_submodule(f"{stage}_loss")
-        preference: Any = self.get_submodule(f"{stage}_preference")
+        loss: Any = self.metrics[f"{stage}_loss"]
+        preference: Any = self.metrics[f"{stage}_preference"]
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         preference.names = getattr(datamodule, "origins", {}).get(stage, ())
         found: dict[str, Tensor] = {"loss": loss.compute(), **preference.compute()}

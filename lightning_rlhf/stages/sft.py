@@ -97,10 +97,10 @@ class SFTModule(Stage):
             raise ValueError(f"Neither may be negative: z_loss={z_loss}, neftune_alpha={neftune_alpha}.")
         self.neftune_alpha, self.z_loss, self.max_dropped = neftune_alpha, z_loss, max_dropped
         for stage in ("train", "val", "test"):
-            self.add_module(f"{stage}_loss", TokenMean())
-            self.add_module(f"{stage}_perplexity", Perplexity())
-            self.add_module(f"{stage}_token_accuracy", TokenMean())
-        self.train_z_loss = TokenMean()
+            self.metrics[f"{stage}_loss"] = TokenMean()
+            self.metrics[f"{stage}_perplexity"] = Perplexity()
+            self.metrics[f"{stage}_token_accuracy"] = TokenMean()
+        self.metrics["train_z_loss"] = TokenMean()
         self._since = time.perf_counter()
         self._tokens = self._scored = 0
 
@@ -132,7 +132,7 @@ class SFTModule(Stage):
             out = self.policy(batch, weights=weights)
         self._update("train", batch, out)
         if out.z_loss is not None:
-            self.train_z_loss.update(out.z_loss, batch.weight)
+            self.metrics["train_z_loss"].update(out.z_loss, batch.weight)  # type: ignore[operator]
         self._tokens += batch.num_tokens
         self._scored += batch.num_scored
         return out.loss
@@ -143,7 +143,7 @@ class SFTModule(Stage):
             return
         found: dict[str, Tensor] = {}
         for name in ("loss", "perplexity", "token_accuracy", *(["z_loss"] if self.z_loss else [])):
-            metric: Any = self.get_submodule(f"train_{name}")
+            metric: Any = self.metrics[f"train_{name}"]
             found[name] = metric.compute()
             self.log(f"train/{name}", found[name], prog_bar=name == "loss", batch_size=1)
             metric.reset()
@@ -179,12 +179,12 @@ class SFTModule(Stage):
 
     def _update(self, stage: str, batch: PackedBatch, out: ScoredTokens) -> None:
         weight = batch.weight
-        self.get_submodule(f"{stage}_loss").update(-out.logprobs, weight)  # type: ignore[operator]
-        self.get_submodule(f"{stage}_perplexity").update(out.logprobs, weight)  # type: ignore[operator]
-        self.get_submodule(f"{stage}_token_accuracy").update(out.correct, weight)  # type: ignore[operator]
+        self.metrics[f"{stage}_loss"].update(-out.logprobs, weight)  # type: ignore[operator]
+        self.metrics[f"{stage}_perplexity"].update(out.logprobs, weight)  # type: ignore[operator]
+        self.metrics[f"{stage}_token_accuracy"].update(out.correct, weight)  # type: ignore[operator]
 
     def _evaluate(self, stage: str, batch: PackedBatch) -> None:
         self._update(stage, batch, self.policy(batch))
         for name in ("loss", "perplexity", "token_accuracy"):
-            metric = self.get_submodule(f"{stage}_{name}")
+            metric = self.metrics[f"{stage}_{name}"]
             self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "loss", batch_size=1)  # type: ignore[arg-type]
