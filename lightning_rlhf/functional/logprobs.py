@@ -279,6 +279,7 @@ def _prepare(
     return plain(hidden.to(dtype)), plain(weight.to(dtype)), None if bias is None else plain(bias.to(dtype))
 
 
+@torch.compiler.disable  # its loop goes by the number of tokens
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -324,6 +325,7 @@ def linear_logprobs(
     return ScoredTokens(logprobs, entropies, correct)
 
 
+@torch.compiler.disable  # its loop goes by the number of tokens
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,

@@ -56,6 +56,7 @@ def noting_windows() -> Iterator[set[int | None]]:
         _WINDOWS.reset(token)
 
 
+@torch.compiler.disable  # its loop goes by lengths, and would be compiled anew for each batch
 def tree_attention(
     module: nn.Module,
     query: Tensor,

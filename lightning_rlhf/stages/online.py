@@ -89,6 +89,19 @@ class OnlineStage(ManualStage):
                     f"{longest + new}, over {limit}: {name}. Set {', or '.join(do) or 'shorter ones'}."
                 )
 
+    def setup(self, stage: str) -> None:
+        """Refuses, before anything is loaded, a module that was compiled as a whole.
+
+        Raises:
+            ValueError: It was.
+        """
+        super().setup(stage)
+        if getattr(self, "_compiler_ctx", None) is not None:  # Lightning has no public name for it
+            raise ValueError(
+                f"torch.compile({type(self).__name__}) would compile the loops of rollouts and updates anew for each "
+                "batch: compile the model alone, by module.configure_model() and module.policy.compile()."
+            )
+
     def on_fit_start(self) -> None:
         """Refuses what can't sample, and lengths that would end the run, before the first step.
 
