@@ -7,6 +7,7 @@ python docs/pictures.py                 # to docs/images/
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,20 @@ from lightning_rlhf.data import Branch, PackedBatch, Tree, pack, pad
 IMAGES = Path(__file__).parent / "images"
 #: Of each tree: its prompt and its completions.
 PROMPT, COMPLETION = ("#7ba7d6", "#e3a765"), ("#cfe0f3", "#f8e3c8")
+STAGE, NOTHING = "#dcebdc", "#eaeef2"
 INK, FAINT, PAPER = "#24292f", "#8b949e", "#ffffff"
+#: Each colour's twin where the reader's page is dark.
+DARK = {
+    PAPER: "#0d1117",
+    INK: "#e6edf3",
+    FAINT: "#7d8590",
+    PROMPT[0]: "#2f5f95",
+    PROMPT[1]: "#1d3a5c",
+    COMPLETION[0]: "#8a5a1c",
+    COMPLETION[1]: "#54391a",
+    STAGE: "#22402a",
+    NOTHING: "#21262d",
+}
 
 WORDS = ["", "Name", "a", "city", ".", "Paris", "Oslo", "It", "is", "Rome", "Say", "hi", "Hi", "!", "Hello", "■"]
 TREES = [  # ■ ends an answer
@@ -49,11 +63,19 @@ def ids(words: list[str]) -> list[int]:
 
 
 def save(figure: Any, image: Path) -> None:
-    """As SVG with an opaque ground, the same file at every run."""
+    """As SVG with an opaque ground, light or dark as the reader's page is; the same file at every run."""
     image.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": image.stem}):
-        figure.savefig(image, metadata={"Date": None}, facecolor=PAPER)
+        figure.savefig(text, format="svg", metadata={"Date": None}, facecolor=PAPER)
     pyplot.close(figure)
+    rules = "".join(
+        f'[style*="{what}: {light}"] {{{what}: {dark} !important}}\n'
+        for light, dark in DARK.items()
+        for what in ("fill", "stroke")
+    )
+    style = f"@media (prefers-color-scheme: dark) {{\n{rules}}}\n</style>"
+    image.write_text(text.getvalue().replace("</style>", style, 1), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- the packed batch
@@ -107,7 +129,7 @@ def draw_rectangle(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
         for x, real in enumerate(mask):
             hatched = bool(real) and repeated and x < prompt.length
             again += hatched
-            colour, word = (colours[places[x]], WORDS[padded.input_ids[y, x]]) if real else ("#eaeef2", "")
+            colour, word = (colours[places[x]], WORDS[padded.input_ids[y, x]]) if real else (NOTHING, "")
             cell(panel, x, y, colour, word, hatched)
     padding = int((padded.attention_mask == 0).sum())
     title(panel, f"the same, padded: {padded.input_ids.numel()} places")
@@ -153,7 +175,7 @@ def stages(image: Path) -> None:
     """From a base model to a policy: what each stage reads and writes."""
     figure = pyplot.figure(figsize=(10.5, 4.6))
     panel = axes(figure, (0.01, 0.02, 0.98, 0.96), 105, (0, 46))
-    data, stage, model = COMPLETION[1], COMPLETION[0], "#dcebdc"
+    data, stage, model = COMPLETION[1], COMPLETION[0], STAGE
     box(panel, 1, 17, 17, 10, model, "a base model", "Hugging Face directory", "or hub id")
     columns = (
         (23, InstructionDataModule, "conversations", SFTModule, "fine-tunes on the answers", "a chat model"),

@@ -156,6 +156,29 @@ def test_pictures_are_small_and_opaque():
         assert "<dc:date>" not in text, f"{image} has the time of its making"
 
 
+def luminance(colour):
+    """As WCAG 2.1 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_drawn_pictures_are_dark_on_dark_pages(pictures):
+    for name in pictures.PICTURES:
+        text = (DOCS / "images" / name).read_text()
+        [rules] = re.findall(r"@media \(prefers-color-scheme: dark\) \{\n(.*?)\n\}\n</style>", text, re.DOTALL)
+        dark = dict(
+            re.findall(r'style\*="((?:fill|stroke): #\w{6})"\] \{(?:fill|stroke): (#\w{6}) !important\}', rules)
+        )
+        used = set(re.findall(r"(?:fill|stroke): #\w{6}", "".join(re.findall('style="[^"]*"', text))))
+        assert used and used <= dark.keys(), f"{name}: colours that stay as they are on a dark page"
+        ink = luminance(dark[f"fill: {pictures.INK}"])
+        texts = (f"fill: {pictures.INK}", f"fill: {pictures.FAINT}")
+        grounds = [dark[entry] for entry in used if entry.startswith("fill") and entry not in texts]
+        assert luminance(dark[f"fill: {pictures.PAPER}"]) < 0.01
+        assert min((ink + 0.05) / (luminance(ground) + 0.05) for ground in grounds) > 4.5, f"{name}: texts fade"
+
+
 # ------------------------------------------------------------------------------------------------- examples
 
 

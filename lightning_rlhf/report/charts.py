@@ -33,8 +33,8 @@ class Line:
         points: Places across, which mostly are steps, and values. At values that are not finite the line breaks.
         label: For the legend; empty on a chart of one line.
         style: Number of its colour and dashes, below ``MAX_LINES``; None: the page's own.
-        dots: Points behind it that it is the trend of; None: it is drawn through its points, and of many also their
-            running mean.
+        dots: Points that it is the trend of, drawn behind it; of few it has no points itself. None: it is drawn
+            through its points, and of many also their running mean.
         band: Places with the least and the greatest value.
     """
 
@@ -101,21 +101,20 @@ def style_class(style: int | None) -> str:
     return "" if style is None else f"c{style % len(COLOURS)} {DASHES[style // len(COLOURS)]}"
 
 
-def running_mean(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """The mean around each of many points; of few, they themselves.
+def running_mean(points: Sequence[Sequence[float]], part: float = 0.1, fewest: int = 30) -> list[tuple[float, float]]:
+    """The mean around each of many points; of few, whose mean would be as restless as they are, none.
 
     Args:
         points: Places and finite values.
+        part: Share of the points to either side that a mean takes in.
+        fewest: Points of which there is a mean.
 
     Returns:
-        As many. The mean is over a fifteenth of the points to either side.
+        As many, or none.
     """
-    window = len(points) // 15
-    out = []
-    for i, (place, value) in enumerate(points):
-        near = points[max(0, i - window) : i + window + 1]
-        out.append((place, sum(v for _, v in near) / len(near) if window > 1 else value))
-    return out
+    window = int(len(points) * part)
+    near = [points[max(0, i - window) : i + window + 1] for i in range(len(points) if len(points) >= fewest else 0)]
+    return [(points[i][0], sum(v for _, v in around) / len(around)) for i, around in enumerate(near)]
 
 
 def number(value: float) -> str:
@@ -128,7 +127,7 @@ def _finite(point: Sequence[float]) -> bool:
 
 
 def _said(line: Line) -> str:
-    points = [point for point in line.points if _finite(point)]
+    points = [point for point in line.points or line.dots or () if _finite(point)]
     if not points:
         return ""
     ends = (f"{number(value)} at {number(place)}" for place, value in (points[0], points[-1]))
@@ -144,7 +143,7 @@ def _drawn(line: Line, across: _Scale, up: _Scale) -> str:
     if line.dots is not None:  # round ends of lines without length
         dots = "".join(f"M{across(x):.1f} {up(y):.1f}h0" for x, y in filter(_finite, line.dots))
         parts.append(f'<path class="dots" d="{dots}"/>')
-    elif (mean := running_mean(finite)) != [tuple(point) for point in finite]:
+    elif mean := running_mean(finite):
         parts += [_line("raw", line.points, across, up), _line("curve", mean, across, up)]
         return _group(line, parts)
     return _group(line, [*parts, _line("curve", line.points, across, up)])

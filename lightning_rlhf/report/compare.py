@@ -29,6 +29,8 @@ from lightning_rlhf.report.page import (
 )
 from lightning_rlhf.report.runs import Curve, StageReport, read_runs
 
+#: Fewest iterations that show where reward and KL go.
+_TREND = 20
 #: Not known, or not logged.
 NONE = "–"
 
@@ -178,7 +180,10 @@ def _over_kl(groups: Sequence[_Group]) -> str:
     ]
     if not lines:
         return ""
-    note = "A dot an iteration; the line is the running mean, from the first to the last. KL in nats a completion."
+    note = (
+        "One dot per iteration. The line, from the first to the last, is the mean over two fifths of the iterations; "
+        f"it needs {_TREND} of them. KL is in nats per completion."
+    )
     picture = chart("train/score over train/kl", lines)
     return f'<h3>Reward against KL</h3><p class="note">{note}</p><div class="one">{picture}</div>'
 
@@ -191,7 +196,8 @@ def _pairs(curves: Mapping[str, Curve]) -> list[tuple[float, float]]:
 
 
 def _means(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    both = (running_mean(list(enumerate(values))) for values in zip(*pairs, strict=True))
+    """The way that pairs go; both of their values are noisy, so that a line through few of them would be a scribble."""
+    both = (running_mean(list(enumerate(values)), 1 / 5, _TREND) for values in zip(*pairs, strict=True))
     return [(x, y) for (_, x), (_, y) in zip(*both, strict=True)]
 
 

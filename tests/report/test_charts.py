@@ -124,3 +124,14 @@ def test_no_two_styles_are_alike_and_all_are_in_the_style_sheet():
     for name in {name for style in styles for name in style.split()} - {"solid"}:
         assert f".{name} " in STYLE
     assert STYLE.count(COLOURS[3][0]) == STYLE.count(COLOURS[3][1]) == 1 and "/*" not in STYLE
+
+
+def test_few_points_have_no_running_mean(parse):
+    noisy = [[i, float(i % 5)] for i in range(60)]
+    for count, drawn in ((2, False), (29, False), (30, True), (60, True)):
+        svg = parse(chart("x", [Line(noisy[:count])]))
+        assert bool(svg.all("polyline", class_="raw")) == drawn
+        [curve] = svg.all("polyline", class_="curve")
+        heights = [y for _, y in points(curve)]
+        turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(heights, heights[1:], heights[2:], strict=False))
+        assert turns < (count / 2 if drawn else count)

@@ -1,6 +1,7 @@
 """The page says of several runs what their logs say, of all of them together, and is safe to open."""
 
 import csv
+import itertools
 import json
 import re
 import subprocess
@@ -264,3 +265,24 @@ def test_it_needs_no_framework():
         check=True,
     )
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("iterations, drawn", [(4, False), (19, False), (20, True), (40, True)])
+def test_the_trend_of_reward_over_kl_is_no_scribble(iterations, drawn, parse, tmp_path):
+    """It goes from the first to the last, where the dots go to and fro; through few dots there is none."""
+    steps = range(iterations)
+    kl = [0.2 * i + (0.9 if i % 2 else 0.0) + (0.5 if i % 3 else 0.0) for i in steps]
+    rows = "".join(f"{i},{i / 10 + (i % 2)},{kl[i]}\n" for i in steps)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step,train/score,train/kl\n" + rows)
+    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out.html")])
+    html = (tmp_path / "out.html").read_text()
+    figure = parse(html[html.index('<div class="one">') : html.index("</figure>") + len("</figure></div>")])
+    assert figure.all("path", class_="dots")[0]["@d"].count("M") == iterations
+    assert "at" in figure.all("svg")[0]["@aria-label"]
+    lines = figure.all("polyline")
+    assert bool(lines) == drawn
+    if drawn:
+        across = [float(place.split(",")[0]) for place in lines[0]["@points"].split()]
+        back = sum(max(0.0, a - b) for a, b in itertools.pairwise(across))
+        assert len(across) == iterations and back < 0.05 * (across[-1] - across[0])
