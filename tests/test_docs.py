@@ -120,6 +120,31 @@ def test_logged_names_are_those_of_ppo():
     assert [name for name in names if f"`{name}`" not in told] == []
 
 
+# ------------------------------------------------------------------------------------------------- notebooks
+
+
+def test_notebooks_are_on_the_site(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocs")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# Home\n")
+    small = {"site_name": "x", "hooks": [str(DOCS / "hooks.py")], "plugins": []}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(small))
+    build(load_config(str(tmp_path / "mkdocs.yml")))
+    notebooks = {path.stem: path for path in (ROOT / "notebooks").glob("*.ipynb")}
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r": notebooks/(\w+)\.md", menu)) == notebooks.keys()
+    for name, path in notebooks.items():
+        shown = (tmp_path / "site" / "notebooks" / name / "index.html").read_text(encoding="utf-8")
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert shown.count("<pre><code") == sum(cell["cell_type"] == "code" for cell in cells)
+        title = cells[0]["source"][0].removeprefix("# ").strip()
+        assert re.search(rf"<h1[^>]*>{re.escape(title)}", shown)
+
+
 # ------------------------------------------------------------------------------------------------- pictures
 
 

@@ -96,6 +96,14 @@ def test_notebook_is_committed_clean(path):
 
 
 @each_notebook
+def test_notebook_says_how_long_it_takes(path):
+    """Before its first code cell."""
+    first, *_ = nbformat.read(path, as_version=4).cells
+    assert first.cell_type == "markdown"
+    assert re.search(r"takes (about )?\d+( to \d+)? minutes", " ".join(first.source.split()))
+
+
+@each_notebook
 def test_notebook_can_be_made_small(path, settings):
     first = code_cells(nbformat.read(path, as_version=4))[0]
     assert [name for name in settings[path.stem] if PREFIX + name not in first.source] == []
