@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import statistics
 import sys
 import time
@@ -36,7 +37,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--train", default="bundled", help="instruction data: file, glob or hub id")
     parser.add_argument("--pairs", default="bundled", help="preference data: file, glob or hub id")
-    parser.add_argument("--prompts", default="bundled", help="PPO's prompts: file, glob or hub id")
+    parser.add_argument(
+        "--prompts",
+        default=_bundled_english(),
+        help="PPO's prompts: file, glob or hub id; default the bundled ones in English",
+    )
     parser.add_argument("--steps", type=int, default=16, help="of fine-tuning: 8 conversations each")
     parser.add_argument("--reward-steps", type=int, default=32, help="of the reward model: 8 pairs each")
     parser.add_argument("--iterations", type=int, default=10, help="of PPO: 16 completions each")
@@ -91,7 +96,11 @@ def reinforce(options: argparse.Namespace) -> None:
     """PPO: policy, reference, critic and reward model are adapters of one backbone."""
     from lightning_rlhf import PPOModule, PromptDataModule, Sampling
 
-    print(f"PPO against that reward model: {options.iterations} iterations of 16 completions", flush=True)
+    print(
+        f"PPO against that reward model: {options.iterations} iterations of 16 completions; an answer that is cut at",
+        end="",
+    )
+    print(f" {options.new_tokens} tokens costs 1", flush=True)
     trainer, lora = _begin(options, "ppo", options.iterations, limit_val_batches=0)
     reward = _left(options, "reward")
     module = PPOModule(
@@ -103,29 +112,91 @@ def reinforce(options: argparse.Namespace) -> None:
         epochs=2,
         micro_batch_tokens=1024,
         kl_coef=0.02,
+        missing_stop_penalty=1.0,
         optimizer=_adamw(5e-4),
     )
     data = PromptDataModule(
         options.prompts, max_length=96, on_bad_row="skip", batch_size=16, val_fraction=0.2, eval_batch_size=64
     )
 
-    def scores() -> list[float]:
-        """Of completions of the held-out prompts, always drawn by the same keys."""
+    def answers() -> list[dict[str, Any]]:
+        """Completions of the held-out prompts with their scores, always drawn by the same keys."""
         batches: Any = trainer.predict(module, data)
-        return [record["score"] for batch in batches for record in batch]
+        return [record for batch in batches for record in batch]
 
-    first = scores()
+    first = answers()
     if len(first) < 2:
         sys.exit(f"{options.prompts} has too few rows: {len(first)} held out. Give at least 50.")
     trainer.fit(module, data)
     kl = trainer.callback_metrics["train/kl"].item()
-    last = scores()
-    rises = [b - a for a, b in zip(first, last, strict=True)]
+    last = answers()
+    rises = [after["score"] - before["score"] for before, after in zip(first, last, strict=True)]
     error = statistics.stdev(rises) / len(rises) ** 0.5
     rise = statistics.fmean(rises)
-    print(f"   mean reward of {len(rises)} held-out prompts  {statistics.fmean(first):.3f} before, ", end="")
-    print(f"{statistics.fmean(last):.3f} after: {rise:+.3f}, {rise / error if error else 0:.1f} standard errors")
+    before, after = (statistics.fmean(record["score"] for record in found) for found in (first, last))
+    print(
+        f"   mean reward of {len(rises)} held-out prompts  {before:.3f} before, {after:.3f} after: {rise:+.3f}, ",
+        end="",
+    )
+    print(f"{rise / error if error else 0:.1f} standard errors")
+    ended = [statistics.fmean(not record["truncated"] for record in found) for found in (first, last)]
+    print(f"   answers that end within {options.new_tokens} tokens  {ended[0]:.2f} before, {ended[1]:.2f} after")
     print(f"   at a KL from where it started of {kl:.1f} nats a completion")
+    loader: Any = data.predict_dataloader()
+    asked = [prompt for batch in loader for prompt in batch.messages]
+    order = sorted(range(len(rises)), key=rises.__getitem__)
+    chosen = [asked[order[len(order) * quarter // 4]] for quarter in (1, 2, 3)]
+    _show_export(options, module, chosen, sum(r > 0 for r in rises), len(rises))
+
+
+def _show_export(options: argparse.Namespace, module: Any, prompts: Sequence[Any], risen: int, count: int) -> None:
+    """The exported policy beside the model before it: both loaded and run by plain transformers.
+
+    Raises:
+        RuntimeError: The export is not the policy that was trained.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lightning_rlhf.models import load_reward_model
+
+    folders = {"before": _left(options, "sft"), "after ": _left(options, "ppo")}
+    models = {when: AutoModelForCausalLM.from_pretrained(folder).eval() for when, folder in folders.items()}
+    tokenizer: Any = AutoTokenizer.from_pretrained(folders["after "])
+    judge: Any = load_reward_model(_left(options, "reward"), needs_head=True).eval()
+
+    def encoded(prompt: Any) -> Any:
+        found: Any = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return found["input_ids"]
+
+    with torch.no_grad():
+        ids = encoded(prompts[0])
+        with module.policy.native_attention() as policy:
+            trained = policy(ids.to(module.device)).logits.cpu()
+        apart = (models["after "](ids).logits - trained).abs().max().item()
+        if not apart < 1e-2:
+            raise RuntimeError(f"{folders['after ']} is not the policy that was trained: logits differ by {apart:.2g}.")
+        print(f"\n   {folders['after ']} loaded by plain transformers: logits within {apart:.0e} of the policy's.")
+        print(
+            "   Its greedy answers, and their rewards, beside those of the model before. The three prompts are those at"
+        )
+        print(f"   the quartiles of the rise, of {count} prompts, of which {risen} rose:")
+        for prompt in prompts:
+            ids = encoded(prompt)
+            print(f"\n   {_line_of(prompt[-1]['content'])}")
+            for when, model in models.items():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=options.new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                reward = judge(out).logits.item() - judge.config.score_offset
+                text: Any = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+                print(f"   {when} {reward:6.2f}  {_line_of(text)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -191,6 +262,11 @@ def _again(options: argparse.Namespace, stage: str) -> str:
     return f"lightning-rlhf demo {' '.join(left)}, with the same options"
 
 
+def _bundled_english() -> str:
+    """A model of the demo's size answers Chinese prompts with nonsense, whose rewards say nothing."""
+    return str(importlib.resources.files("lightning_rlhf.data") / "bundled" / "instructions.en.jsonl")
+
+
 def _adamw(lr: float) -> Any:
     from torch.optim import AdamW
 
@@ -199,3 +275,9 @@ def _adamw(lr: float) -> Any:
 
 def _line(metrics: Mapping[str, float], *names: str) -> str:
     return "  ".join(f"{name.replace('_', ' ')} {metrics[f'val/{name}']:.3f}" for name in names)
+
+
+def _line_of(text: str) -> str:
+    """A text in one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:99]}…"
