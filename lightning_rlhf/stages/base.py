@@ -68,7 +68,6 @@ class Stage(L.LightningModule):
         quantization: Hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``): QLoRA.
 
     Attributes:
-        tokenizer: With the chat template that data modules render by.
         stop_token_ids: Tokens that end an answer: the eos, what the chat template ends turns with, the eos that it
             replaced, and those of the model's generation config and config.
         new_token_ids: Tokens that the chat template brought; with adapters their rows are trained too.

@@ -418,7 +418,8 @@ def test_plain_peft_loads_an_adapter_directory_without_a_word(padless_dir, tmp_p
     recwarn.clear()
     caplog.clear()
     plain = PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    assert not recwarn.list and not caplog.records
+    # peft itself asks transformers by a name that goes away
+    assert not [w for w in recwarn.list if "is_gradient_checkpointing" not in str(w.message)] and not caplog.records
     with torch.no_grad():
         want = reward_model(pack(answers(tokenizer)))
         torch.testing.assert_close(alone(plain, answers(tokenizer)), want, atol=1e-5, rtol=0)

@@ -39,7 +39,6 @@ CHECKPOINTS = {
     "zero1 sharded": ({"plugin": "zero1", "checkpoint": "sharded"}, "32-true"),
     "zero2": (ZERO2, "32-true"),
     "zero2 bf16": (ZERO2, "bf16-mixed"),
-    "zero2 true": (ZERO2, "bf16-true"),
     "zero2 offload": ({**ZERO2, "cpu_offload": True, "checkpoint": "sharded"}, "bf16-mixed"),
     "gemini": (GEMINI, "bf16-mixed"),
     "gemini sharded": ({**GEMINI, "checkpoint": "sharded"}, "bf16-mixed"),
