@@ -66,7 +66,7 @@ class RoleModel(Policy):
         if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
             raise ValueError(
                 f"lora.init={config.init_lora_weights!r} takes its weights out of the backbone, which is the reference "
-                "here: use true or gaussian, or set shared_backbone: false."
+                "here, with shared_backbone or without: use true or gaussian."
             )
         super().__init__(model, layout, chunk)
         self.adapters: dict[str, str] = {"policy": own}
