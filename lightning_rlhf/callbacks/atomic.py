@@ -36,6 +36,20 @@ def naming(path: object) -> Iterator[None]:
         raise CheckpointError(f"{os.fspath(path)} {_instead(Path(path))}") from error
 
 
+def check_held(found: Any, path: object) -> dict[str, Any]:
+    """What a file held, which torch could read, if a Trainer wrote it.
+
+    Raises:
+        CheckpointError: It holds something else, such as weights alone.
+    """
+    if isinstance(found, dict) and "pytorch-lightning_version" in found:
+        return found
+    raise CheckpointError(
+        f"{path} is no checkpoint of a Trainer's: it may hold weights alone, from which fit can't go on. A model in "
+        "Hugging Face form is given by its directory, as pretrained."
+    )
+
+
 def _instead(path: Path) -> str:
     if path.is_dir():
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
@@ -117,4 +131,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: Nothing is there.
         """
         with naming(path):
-            return super().load_checkpoint(os.fspath(path), map_location, weights_only)
+            found = super().load_checkpoint(os.fspath(path), map_location, weights_only)
+        return check_held(found, path)

@@ -231,10 +231,14 @@ def check_columns(row: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED)
 
 def _refuse(found: Mapping[str, Any], refused: Mapping[str, str], what: str) -> None:
     for key in found.keys() & refused.keys():
-        value = found[key]
-        empty = value is None or (isinstance(value, (str, list, tuple, Mapping, int, float)) and not value)
-        if not empty and str(value).strip().lower() not in ("[]", "false"):
+        if not _is_empty(found[key]):
             raise FormatError("tool call" if "call" in key else f"'{key}'", f"{what} has {key!r}. {refused[key]}")
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a column asks for nothing, also where a text spells that as JSON."""
+    nothing = value is None or (isinstance(value, (str, list, tuple, Mapping, int, float)) and not value)
+    return nothing or str(value).strip().lower() in ("", "[]", "{}", "null", "false")
 
 
 def _weight(value: object) -> int | None:
@@ -260,12 +264,12 @@ def read_system(row: Mapping[str, Any]) -> str:
 def _read_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is for the chat template, as JSON holds it."""
     options: dict[str, Any] = {}
-    if row.get("chat_template_kwargs"):
+    if not _is_empty(row.get("chat_template_kwargs")):
         asked = _plain(read_written(row["chat_template_kwargs"], dict), "the column 'chat_template_kwargs'")
         if not isinstance(asked, dict):
             wrong_type("the column 'chat_template_kwargs'", asked, "an object")
         options |= asked
-    if row.get("tools"):
+    if not _is_empty(row.get("tools")):
         tools = _plain(read_list(row, "tools", "a list of JSON schemas"), "the column 'tools'")
         for number, tool in enumerate(tools, 1):
             if not isinstance(tool, dict):

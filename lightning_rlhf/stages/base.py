@@ -30,7 +30,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
-from lightning_rlhf.callbacks.atomic import naming
+from lightning_rlhf.callbacks.atomic import check_held, naming
 from lightning_rlhf.callbacks.progress import suited
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
@@ -568,6 +568,7 @@ class Stage(L.LightningModule):
         if isinstance(checkpoint_path, (str, os.PathLike)) and os.path.exists(checkpoint_path):
             with naming(checkpoint_path):
                 held = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
+            check_held(held, checkpoint_path)
             _check_stage(cls, held, os.fspath(checkpoint_path))
             objects = held["stage"]["objects"]
             if missing := [name for name in objects if name not in kwargs]:

@@ -444,6 +444,8 @@ def test_keys_of_other_trainers_are_honored():
         assert to_conversation(turn(**keys)).messages[1]["weight"] == 0
     asked = ASKED | {"chat_template_kwargs": {"enable_thinking": False, "x": None}, "tools": []}
     assert to_conversation(asked).options == {"enable_thinking": False}
+    for nothing in (None, [], "[]", "{}", "null", "", " "):  # as tables of texts spell it
+        assert to_conversation(ASKED | {"tools": nothing, "chat_template_kwargs": nothing}).options == {}
 
 
 def test_passages_of_dolly_belong_to_the_question():

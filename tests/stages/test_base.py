@@ -236,6 +236,8 @@ def test_what_is_no_checkpoint_is_named(tiny_model_dir, tmp_path):
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "text.ckpt").write_text("no checkpoint\n" * 99)
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.4"}, tmp_path / "foreign.ckpt")
+    torch.save({"lm_head.weight": torch.zeros(1)}, tmp_path / "weights.bin")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "foreign.ckpt").read_bytes()[:-40])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a.ckpt").touch()
@@ -244,6 +246,8 @@ def test_what_is_no_checkpoint_is_named(tiny_model_dir, tmp_path):
         "text.ckpt": "is no checkpoint, or a damaged one",
         "half.ckpt": "is no checkpoint, or a damaged one",
         "foreign.ckpt": "is no checkpoint of a stage of lightning_rlhf",
+        "weights.bin": "is no checkpoint of a Trainer's: it may hold weights alone",
+        "list.pt": "is no checkpoint of a Trainer's",
         "run": f"is a directory and no checkpoint: give a file, such as {tmp_path / 'run' / 'a.ckpt'}",
         str(tiny_model_dir): "is a Hugging Face directory and no checkpoint: give it as pretrained",
     }
