@@ -209,7 +209,6 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
 
     from lightning_rlhf import HFExport, LoRA, SampleCompletions, SaveOnInterrupt
     from lightning_rlhf.callbacks import Report
-    from lightning_rlhf.callbacks.lines import Lines
 
     L.seed_everything(0, verbose=False)
     folder = options.output / stage
@@ -229,8 +228,6 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
             *([] if stage == "reward" else [answers]),  # which answers nothing
             Report(options.output / "report.html", "RLHF of a small model", append=stage != "sft"),
             SaveOnInterrupt(advice=f"To begin this stage again: {_again(options, stage)}"),
-            # Lightning's bars show nothing in a file or a pipe, or nothing but carriage returns
-            *([] if sys.stdout.isatty() else [Lines()]),
         ],
         **settings,
     )
