@@ -99,6 +99,8 @@ def _brief(message: str, files: Sequence[tuple[str, str]]) -> str:
             wrong, right = (".".join([*keys, name]) if name else "" for name in found.groups())
             help = f"--{keys[0]}.help {named}" if named and keys[0] in ("model", "data") else "--help"
             end = f"did you mean {right}?" if right else f"{help} lists all."
+            if named in (LightningModule.__name__, LightningDataModule.__name__):  # of which class, isn't said yet
+                end = f"say which class it is of, before it: --{keys[0]} CLASS (class_path in a file)."
             return f"{_place(wrong, files)}there is no {wrong}; {end}"
         if found := _REQUIRED.search(text):
             missing = [".".join([*keys, name.partition(".")[2] or name]) for name in found[1].split(", ")]

@@ -239,6 +239,10 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         ([*SFT, "--model.lora.rr", "5"], "there is no model.lora.rr; did you mean model.lora.r?"),
         ([*SFT, "--data.tain", "x"], "there is no data.tain; did you mean data.train?"),
         ([*SFT, "--model.kl_coef", "1"], "there is no model.kl_coef; --model.help SFTModule lists all."),
+        (
+            ["--model.pretrained", "x", *SFT],
+            "there is no model.pretrained; say which class it is of, before it: --model CLASS (class_path in a file).",
+        ),
         ([*SFT, "--nothing", "1"], "there is no nothing; --help lists all."),
         (
             [*PPO, "--model.sampling.max_new_token", "3"],  # was taken for max_new_tokens
