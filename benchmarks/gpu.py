@@ -194,14 +194,15 @@ def make_ppo(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], cache: Path
 ) -> tuple[L.LightningModule, L.LightningDataModule]:
     module = PPOModule(
-        common.random_llama(model_config(recipe, len(tokenizer))),
+        common.random_llama(model_config(recipe, len(tokenizer))).to(
+            torch.bfloat16
+        ),  # what is frozen; adapters are fp32
         first_letters,
         tokenizer=tokenizer,
         lora=LoRA(r=16, alpha=32),
         sampling=Sampling(max_new_tokens=recipe.new, min_new_tokens=recipe.new),
         epochs=1,
         micro_batch_tokens=max(8, recipe.rows // 4) * (recipe.length + recipe.new),
-        dtype="bfloat16",
         gradient_checkpointing=recipe.checkpointing,
         optimizer=adamw,
         lr_scheduler=common.constant,

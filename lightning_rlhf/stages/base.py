@@ -463,8 +463,8 @@ class Stage(L.LightningModule):
     def _diverged_run(self) -> str:
         return (
             f"{self.dropped} {self._dropping} in a row were dropped, since losses or gradients were not finite (step "
-            f"{self.trainer.global_step}). Lower the learning rate, look at the data, or resume from the last "
-            "checkpoint."
+            f"{self.trainer.global_step}). Lower the learning rate, look at the data and rewards, or resume from the "
+            "last checkpoint."
         )
 
     def on_train_epoch_end(self) -> None:

@@ -61,7 +61,8 @@ def test_ppo_counts_real_tokens(gpu, worker, monkeypatch):
     assert {tokens for _, tokens in seen} == {2 * (6 + 4)}
     module = seen[0][0]
     assert module.policy.adapters.keys() == {"policy", "critic"}, "the backbone is not shared"
-    assert next(module.policy.parameters()).dtype == torch.bfloat16
+    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
     assert found["tokens"] == 2 * 20
 
 
