@@ -42,7 +42,14 @@ class _WholeRun(ProgressBar):
         """Begins with the first epoch, and goes on through the others."""
         if self._total is None:
             super().on_train_epoch_start(trainer, pl_module)
-        elif not self._begun:
+        self._begin_once(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begins here where a run is resumed inside an epoch, whose start nothing sees."""
+        self._begin_once(trainer, pl_module)
+
+    def _begin_once(self, trainer: Any, pl_module: Any) -> None:
+        if self._total is not None and not self._begun:
             self.begin(trainer.global_step, self._total, words(pl_module))
         self._begun = True
 

@@ -6,7 +6,7 @@ import shutil
 
 import lightning.pytorch as L
 import pytest
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from safetensors.torch import load_file, save_file
 
 from lightning_rlhf import InstructionDataModule, PPOModule, PromptDataModule, RewardModule, Sampling, SFTModule
@@ -71,6 +71,24 @@ def test_a_rich_bar_is_of_the_whole_run_and_knows_the_time_left(tiny_model_dir, 
     assert type(bar) is RunRichProgressBar and bar.refresh_rate == 2
     assert found == [("Iterations", step, 7, 7 - step) for step in range(1, 8)]
     assert bar.progress.speed_estimate_period == math.inf
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["file", "terminal"])
+def test_a_run_resumed_inside_an_epoch_is_shown_whole(tiny_model_dir, tmp_path, capfd, monkeypatch, terminal):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    ppo(tiny_model_dir, tmp_path, saving, enable_checkpointing=True, enable_progress_bar=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        import rich
+
+        monkeypatch.setattr(rich, "_console", None)
+    capfd.readouterr()
+    trainer = ppo(tiny_model_dir, tmp_path, ckpt=tmp_path / "step=5.ckpt")
+    if terminal:
+        task = trainer.progress_bar_callback.train_progress_bar
+        assert (task.description, task.completed, task.total) == ("Iterations", 7, 7)
+    else:
+        assert re.findall(r"^Iterations (\d)/7 \[", capfd.readouterr().out, re.MULTILINE) == list("67")
 
 
 def test_steps_of_a_run_of_epochs_are_counted_too(tiny_model_dir, tmp_path, capfd):
