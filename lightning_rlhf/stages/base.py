@@ -260,7 +260,7 @@ class Stage(L.LightningModule):
     def forget(self) -> None:
         """Forgets what is of an earlier run alone; one that is resumed takes its own back afterwards."""
         self.dropped, self._rng_to_restore = 0, None
-        for metric in self.children():
+        for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
 

@@ -384,6 +384,17 @@ def test_overflow_in_fp16_is_no_divergence_until_the_scale_is_one(tiny_model_dir
         learn("sft", tiny_model_dir, tmp_path, plugins=plugin(4.0), callbacks=[Overflow(range(99))], steps=50)
 
 
+def test_what_a_broken_off_run_left_in_metrics_is_not_counted_in_the_next(tiny_model_dir, tmp_path):
+    found = []
+    for left in (False, True):
+        module = SFTModule(tiny_model_dir, optimizer=sgd)
+        if left:  # as an error between two micro-batches does
+            module.metrics["train_loss"].update(torch.tensor([100.0]), torch.ones(1))
+        trainer = run(module, tmp_path)
+        found.append(trainer.callback_metrics["train/loss"].item())
+    assert found[0] == found[1]
+
+
 def test_a_checkpoint_keeps_the_count_and_a_second_fit_starts_anew(tiny_model_dir, tmp_path):
     module, _ = learn("sft", tiny_model_dir, tmp_path, (5,))
     assert module.dropped == 1
