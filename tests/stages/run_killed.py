@@ -6,6 +6,7 @@ What takes long to import is imported once; each life of the run is a fork of th
 """
 
 import json
+import math
 import multiprocessing
 import random
 import sys
@@ -19,7 +20,12 @@ from run_ppo import run
 
 def last(out):
     """The newest checkpoint."""
-    return max(out.glob("step*.ckpt"), key=lambda path: int(path.stem[4:]), default=None)
+    return max(out.glob("step*.ckpt"), key=step, default=None)
+
+
+def step(path):
+    """The iterations that a checkpoint has behind it."""
+    return 0 if path is None else int(path.stem[4:])
 
 
 def main(model_dir, out, kills, options):
@@ -31,9 +37,12 @@ def main(model_dir, out, kills, options):
         )
         life.start()
         if killed < kills:
-            while life.is_alive() and last(out) == begun:
-                time.sleep(0.005)  # an iteration on at least, so that it comes to an end
-            time.sleep(draw.uniform(0, 0.3))
+            deadline = None
+            # One iteration at least, so that it comes to an end, and two at most, so that it does not come too soon.
+            while life.is_alive() and step(last(out)) < step(begun) + 2 and (deadline or math.inf) > time.monotonic():
+                if deadline is None and last(out) != begun:
+                    deadline = time.monotonic() + draw.uniform(0, 0.3)
+                time.sleep(0.005)
             life.kill()
             killed += 1
         life.join()

@@ -414,7 +414,7 @@ def test_checkpoints_hold_no_frozen_weights(tiny_model_dir, tmp_path):
 @pytest.mark.timeout(600)
 def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
     """kill -9, twenty times, resumed from the last checkpoint each time."""
-    options = dict(lora=True, max_steps=40, save_every=1, kl_target=0.01, kl_horizon=50)
+    options = dict(lora=True, max_steps=50, save_every=1, kl_target=0.01, kl_horizon=50)
     whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
     out = tmp_path / "killed"
     out.mkdir()
