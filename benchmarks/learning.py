@@ -39,8 +39,9 @@ from lightning_rlhf import (
     SFTModule,
 )
 from lightning_rlhf.models.pretrained import obtain
-from lightning_rlhf.models.saving import COMPLETE, save_pretrained
+from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import WeightedReward
+from lightning_rlhf.utils.filesystem import COMPLETE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning.jsonl"
@@ -136,7 +137,7 @@ def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """
     module, learned = _reward_stories(seed, max_steps)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(module.exportable.model, module.tokenizer, Path(folder) / "proxy")
+        save_pretrained(module.model_to_export.model, module.tokenizer, Path(folder) / "proxy")
         reward = [
             WeightedReward(str(Path(folder) / "proxy"), 1.0, "proxy"),
             WeightedReward(happiness, 0.0, "gold"),  # this and the next are looked at, not learned from
@@ -149,7 +150,7 @@ def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
         **found,
         "gold peak": gold,
         "KL at gold peak": kl,
-        "over_optimisation": curve,
+        "over_optimization": curve,
     }
 
 
@@ -163,7 +164,7 @@ def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
         if not (reward / COMPLETE).is_file():
             L.seed_everything(0, verbose=False)
             trained, _ = _reward_smollm2(0, max_steps)
-            save_pretrained(trained.exportable.model, trained.tokenizer, reward, adapter_only=True)
+            save_pretrained(trained.model_to_export.model, trained.tokenizer, reward, adapter_only=True)
         L.seed_everything(seed, verbose=False)  # whether it was trained now or before
         module = PPOModule(
             obtain("smollm2-135m-instruct"),
@@ -251,7 +252,7 @@ def _judge() -> Any:
 
 
 def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
-    """Means over each value and so many neighbours on both sides."""
+    """Means over each value and so many neighbors on both sides."""
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 

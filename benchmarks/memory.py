@@ -165,7 +165,7 @@ def make_reward_adapter(task: Task) -> None:
     """Leaves an untrained reward model's adapter."""
     module = RewardModule(task.model, task.tokenizer, **task.settings)
     module.configure_model()
-    save_pretrained(module.exportable.model, task.tokenizer, task.folder / "reward", adapter_only=True)
+    save_pretrained(module.model_to_export.model, task.tokenizer, task.folder / "reward", adapter_only=True)
 
 
 CONTESTANTS: dict[str, Callable[[Task], None]] = {

@@ -24,7 +24,7 @@ from learning import RESULTS, ROOT, smooth, turning_point
 
 IMAGES = ROOT / "docs" / "images"
 PARTS = {"gold": "#b8860b", "proxy": "#3465a4", "variety": "#5c7a29"}
-#: Studies with a learning curve: what they are called, and their colour.
+#: Studies with a learning curve: what they are called, and their color.
 CURVES = {"ppo_stories260k": ("kl_coef 0.03", "#3465a4"), "ppo_stories260k_large_kl": ("kl_coef 10", "#8b949e")}
 
 
@@ -42,19 +42,19 @@ def save(figure: Any, image: Path) -> None:
     pyplot.close(figure)
 
 
-def over_optimisation(runs: Sequence[dict[str, Any]], image: Path) -> None:
+def over_optimization(runs: Sequence[dict[str, Any]], image: Path) -> None:
     """Gold score, proxy score and variety of words against KL, a line a run, and where the gold score is highest."""
     figure, panels = pyplot.subplots(len(PARTS), 1, sharex=True, figsize=(7, 8), layout="constrained")
-    for (name, colour), panel in zip(PARTS.items(), panels, strict=True):
+    for (name, color), panel in zip(PARTS.items(), panels, strict=True):
         for run in runs:
-            curve = run["over_optimisation"]
+            curve = run["over_optimization"]
             kl, scores = [point["kl"] for point in curve], [point[name] for point in curve]
-            panel.plot(kl, scores, color=colour, alpha=0.3, linewidth=0.7)
-            panel.plot(smooth(kl), smooth(scores), color=colour, label=f"seed {run['seed']}")
+            panel.plot(kl, scores, color=color, alpha=0.3, linewidth=0.7)
+            panel.plot(smooth(kl), smooth(scores), color=color, label=f"seed {run['seed']}")
         panel.set_ylabel("distinct words" if name == "variety" else f"{name} score")
         panel.grid(alpha=0.3)
     for i, run in enumerate(runs):
-        kl, gold = turning_point(run["over_optimisation"])
+        kl, gold = turning_point(run["over_optimization"])
         panels[0].plot(kl, gold, "o", color="black", markersize=4)
         text = f"seed {run['seed']}: highest, {gold:.2f}, at {kl:.0f} nats"
         panels[0].text(0.98, 0.06 + 0.09 * (len(runs) - 1 - i), text, transform=panels[0].transAxes, ha="right")
@@ -68,15 +68,15 @@ def over_optimisation(runs: Sequence[dict[str, Any]], image: Path) -> None:
 def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
     """Score and KL by iterations, a line a run; the first of each study has the label."""
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    labelled: set[str] = set()
+    labeled: set[str] = set()
     for run in runs:
-        label, colour = CURVES[run["study"]]
-        new = None if run["study"] in labelled else label
-        labelled.add(run["study"])
+        label, color = CURVES[run["study"]]
+        new = None if run["study"] in labeled else label
+        labeled.add(run["study"])
         iterations = range(1, len(run["learning_curve"]) + 1)
         for panel, name in zip(panels, ("score", "kl"), strict=True):
             values = [point[name] for point in run["learning_curve"]]
-            panel.plot(iterations, values, color=colour, linewidth=1.2, label=new)
+            panel.plot(iterations, values, color=color, linewidth=1.2, label=new)
     seeds = len({run["seed"] for run in runs})
     panels[0].set_title(f"happier stories by PPO, {seeds} seed{'s' * (seeds > 1)}", fontsize=11)
     panels[0].set_ylabel("mean score, by VADER")
@@ -89,7 +89,7 @@ def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
     save(figure, image)
 
 
-PICTURES = {"over_optimisation": over_optimisation, "learning_curve": learning_curve}
+PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,14 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
         if (options.results / f"{name}.jsonl").exists():
             runs = read_runs(options.results / f"{name}.jsonl")
             draw(runs, options.images / f"{name}.svg")
-            if name == "over_optimisation":
+            if name == "over_optimization":
                 say(runs)
 
 
 def say(runs: Sequence[dict[str, Any]]) -> None:
     """Where the gold turned."""
     for run in runs:
-        curve = run["over_optimisation"]
+        curve = run["over_optimization"]
         kl, gold = turning_point(curve)
         last = smooth([point["gold"] for point in curve])[-1]
         print(f"seed {run['seed']}: gold {curve[0]['gold']:.2f}, {gold:.2f} at {kl:.1f} nats, {last:.2f} at the end")

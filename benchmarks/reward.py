@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(peer.startswith("trl") for peer in options.peers) and importlib.util.find_spec("trl") is None:
         sys.exit("TRL is not installed: pip install 'lightning_rlhf[bench]', or choose --peers bare.")
     passed = ["steps", "warmup", "data", "tokenizer", "pairs", "length", "width", "layers", "cache"]
-    with tempfile.TemporaryDirectory() as options.cache:  # tokenised here, once for all workers
+    with tempfile.TemporaryDirectory() as options.cache:  # tokenized here, once for all workers
         steps = list(batches(make_data(options), options.warmup + options.steps))
         full = sum(len(step.chosen) == options.pairs for step in steps)
         if full < options.warmup + options.steps:

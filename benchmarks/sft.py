@@ -201,7 +201,7 @@ def run_trl(task: Task, **settings: Any) -> None:
                 per_device_train_batch_size=len(steps[0]),
                 max_steps=task.steps,
                 max_length=None,  # rows were cut already
-                dataset_kwargs={"skip_prepare_dataset": True},  # and tokenised
+                dataset_kwargs={"skip_prepare_dataset": True},  # and tokenized
                 train_sampling_strategy="sequential",
                 max_grad_norm=common.CLIP,
                 lr_scheduler_type="constant",

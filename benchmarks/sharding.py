@@ -18,7 +18,7 @@ in bytes, and the second, which is compared with DDP and with the ideal, in elem
 Booster with LowLevelZeroPlugin. They take turns step by step, within the same processes, so that both meet the same
 state of the machine: what the Trainer does from the end of a bare step to the end of its own is its share. Memory that
 is freed stays with the process, for both alike: asking the system for it anew costs more than the Trainer does. A ratio
-is of two neighbouring steps; the interval is a bootstrap's of their median.
+is of two neighboring steps; the interval is a bootstrap's of their median.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class BareLoop:
 
 
 class Pair(NamedTuple):
-    """CPU seconds of two neighbouring steps, and how far their losses are apart."""
+    """CPU seconds of two neighboring steps, and how far their losses are apart."""
 
     ours: float
     bare: float

@@ -32,7 +32,7 @@ IMAGES = Path(__file__).parent / "images"
 PROMPT, COMPLETION = ("#7ba7d6", "#e3a765"), ("#cfe0f3", "#f8e3c8")
 STAGE, NOTHING = "#dcebdc", "#eaeef2"
 INK, FAINT, PAPER = "#24292f", "#8b949e", "#ffffff"
-#: Each colour's twin where the reader's page is dark.
+#: Each color's twin where the reader's page is dark.
 DARK = {
     PAPER: "#0d1117",
     INK: "#e6edf3",
@@ -84,25 +84,25 @@ def save(figure: Any, image: Path) -> None:
 def packed(image: Path) -> None:
     """The packed row, the padded rectangle of the same trees, and what each token sees."""
     batch, padded = example(), pad(example())
-    colours = [PAPER] * batch.num_tokens
+    colors = [PAPER] * batch.num_tokens
     for number, (prompt, branches) in enumerate(batch.forest.trees):
         for shades, spans in ((PROMPT, [prompt]), (COMPLETION, branches)):
             for span in spans:
-                colours[span.start : span.start + span.length] = [shades[number]] * span.length
+                colors[span.start : span.start + span.length] = [shades[number]] * span.length
 
     figure = pyplot.figure(figsize=(10.5, 7.4))
-    draw_row(axes(figure, (0.06, 0.7, 0.91, 0.25), batch.num_tokens, (-1.25, 2.2)), batch, colours)
+    draw_row(axes(figure, (0.06, 0.7, 0.91, 0.25), batch.num_tokens, (-1.25, 2.2)), batch, colors)
     height, width = padded.input_ids.shape
-    draw_rectangle(axes(figure, (0.03, 0.15, 0.4, 0.44), width, (0, height)), batch, colours)
-    draw_mask(axes(figure, (0.55, 0.09, 0.42, 0.5), batch.num_tokens, (0, batch.num_tokens)), batch, colours)
+    draw_rectangle(axes(figure, (0.03, 0.15, 0.4, 0.44), width, (0, height)), batch, colors)
+    draw_mask(axes(figure, (0.55, 0.09, 0.42, 0.5), batch.num_tokens, (0, batch.num_tokens)), batch, colors)
     save(figure, image)
 
 
-def draw_row(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
+def draw_row(panel: Any, batch: PackedBatch, colors: list[str]) -> None:
     """The tokens with their positions, and from which place each scored one is predicted."""
     title(panel, f"one packed row: {batch.num_tokens} tokens, each computed once")
     for place, (token, position) in enumerate(zip(batch.input_ids, batch.position_ids, strict=True)):
-        cell(panel, place, 0, colours[place], WORDS[token])
+        cell(panel, place, 0, colors[place], WORDS[token])
         note(panel, place + 0.5, 1.35, str(position.item()), FAINT, ha="center")
     note(panel, -0.2, 1.35, "position", FAINT, ha="right")
     for predictor, place in zip(batch.predictor.tolist(), scored_places(batch), strict=True):
@@ -115,7 +115,7 @@ def draw_row(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
     note(panel, 0, 2.1, text)
 
 
-def draw_rectangle(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
+def draw_rectangle(panel: Any, batch: PackedBatch, colors: list[str]) -> None:
     """The trees padded, with prompts that are there again, and padding."""
     padded = pad(batch)
     again = 0
@@ -129,15 +129,15 @@ def draw_rectangle(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
         for x, real in enumerate(mask):
             hatched = bool(real) and repeated and x < prompt.length
             again += hatched
-            colour, word = (colours[places[x]], WORDS[padded.input_ids[y, x]]) if real else (NOTHING, "")
-            cell(panel, x, y, colour, word, hatched)
+            color, word = (colors[places[x]], WORDS[padded.input_ids[y, x]]) if real else (NOTHING, "")
+            cell(panel, x, y, color, word, hatched)
     padding = int((padded.attention_mask == 0).sum())
     title(panel, f"the same, padded: {padded.input_ids.numel()} places")
     note(panel, 0, len(pieces) + 0.35, f"hatched: {again} prompt tokens that are computed again")
-    note(panel, 0, len(pieces) + 0.75, f"grey: {padding} places of padding")
+    note(panel, 0, len(pieces) + 0.75, f"gray: {padding} places of padding")
 
 
-def draw_mask(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
+def draw_mask(panel: Any, batch: PackedBatch, colors: list[str]) -> None:
     """Queries below each other, keys side by side, by the attention calls of the forest."""
     title(panel, "what each token sees")
     for call in batch.forest.calls:
@@ -145,7 +145,7 @@ def draw_mask(panel: Any, batch: PackedBatch, colours: list[str]) -> None:
             for query in range(start, start + call.own.length):
                 runs = [(call.prefix.start, call.prefix.length)] if call.prefix else []
                 for key, length in [*runs, (start, query - start + 1)]:
-                    run = Rectangle((key, query), length, 1, facecolor=colours[key], edgecolor="none", clip_on=False)
+                    run = Rectangle((key, query), length, 1, facecolor=colors[key], edgecolor="none", clip_on=False)
                     panel.add_patch(run)
     size = batch.num_tokens
     for place, token in enumerate(batch.input_ids):
@@ -222,9 +222,9 @@ def note(panel: Any, x: float, y: float, text: str, color: str = INK, **settings
     panel.text(x, y, text, color=color, **{"fontsize": 9, "va": "center", **settings})
 
 
-def cell(panel: Any, x: int, y: int, colour: str, word: str, hatched: bool = False) -> None:
+def cell(panel: Any, x: int, y: int, color: str, word: str, hatched: bool = False) -> None:
     """One token."""
-    panel.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=PAPER, linewidth=1.2, clip_on=False))
+    panel.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1.2, clip_on=False))
     if hatched:
         for reach in (0.25, 0.45):
             panel.plot([x, x + reach], [y + reach, y], color=PAPER, linewidth=1.5, clip_on=False)
@@ -232,10 +232,10 @@ def cell(panel: Any, x: int, y: int, colour: str, word: str, hatched: bool = Fal
     panel.text(x + 0.5, y + 0.5, word, ha="center", va="center", fontsize=8, color=INK)
 
 
-def box(panel: Any, x: float, y: float, width: float, height: float, colour: str, *lines: str) -> None:
+def box(panel: Any, x: float, y: float, width: float, height: float, color: str, *lines: str) -> None:
     """A rounded box, its first line in bold."""
     style = "round,pad=0,rounding_size=1.2"
-    panel.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=colour, edgecolor=FAINT))
+    panel.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=color, edgecolor=FAINT))
     for i, line in enumerate(lines):
         middle = y + height / 2 + 2.9 * (i - (len(lines) - 1) / 2)
         weight, size = ("bold", 9.5) if i == 0 else ("normal", 7.6)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
         EMA,
         HFExport,
         Interrupted,
+        MeasureWinRate,
         Report,
         SampleCompletions,
         SaveOnInterrupt,
-        WinRate,
         WritePredictions,
     )
     from lightning_rlhf.data.instruction import InstructionDataModule
@@ -36,7 +36,7 @@ _HOMES = {
     "Interrupted": "callbacks",
     "SampleCompletions": "callbacks",
     "SaveOnInterrupt": "callbacks",
-    "WinRate": "callbacks",
+    "MeasureWinRate": "callbacks",
     "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
     "PPOModule": "stages",
@@ -57,6 +57,7 @@ __all__ = [
     "InstructionDataModule",
     "Interrupted",
     "LoRA",
+    "MeasureWinRate",
     "PPOModule",
     "Policy",
     "PreferenceDataModule",
@@ -68,7 +69,6 @@ __all__ = [
     "SampleCompletions",
     "Sampling",
     "SaveOnInterrupt",
-    "WinRate",
     "WritePredictions",
     "__version__",
 ]

@@ -81,8 +81,8 @@ def _told(error: BaseException, of_settings: bool) -> bool:
     """Whether an error's message is all that its reader needs: of settings, of a row, of a file that is not there."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from lightning_rlhf.callbacks.atomic import CheckpointError
     from lightning_rlhf.data.errors import DataError
+    from lightning_rlhf.utils.checkpoint_io import CheckpointError
 
     if of_settings and isinstance(error, (OSError, ValueError)):
         return True

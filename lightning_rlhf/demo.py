@@ -245,7 +245,7 @@ def _fit(trainer: Any, module: Any, data: Any, source: str) -> tuple[Mapping[str
 
 def _left(options: argparse.Namespace, stage: str) -> Path:
     """What a stage exported."""
-    from lightning_rlhf.models.saving import COMPLETE
+    from lightning_rlhf.utils.filesystem import COMPLETE
 
     folder: Path = options.output / stage / "hf" / "last"
     if not (folder / COMPLETE).is_file():

@@ -31,7 +31,7 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Tokenised rows go to a folder of the test run's."""
+    """Tokenized rows go to a folder of the test run's."""
     monkeypatch.setenv("LIGHTNING_RLHF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -63,13 +63,14 @@ def test_no_argument_takes_what_is_none_of_its_kind(owner, name, kind):
 
 
 RANGES = [
-    (PPOModule, "at least 1", ["samples_per_prompt", "epochs", "minibatches", "micro_batch_tokens", "max_dropped"]),
+    (PPOModule, "at least 1", ["samples_per_prompt", "epochs", "minibatches", "micro_batch_tokens",
+                               "max_skipped_updates"]),
     (PPOModule, "at least 0", ["kl_coef", "clip_high", "missing_stop_penalty", "value_coef", "entropy_coef", "ptx_coef",
                                "critic_lr"]),
     (PPOModule, "above 0", ["kl_target", "kl_horizon", "clip_value", "clip_scores", "target_kl", "max_norm"]),
     (PPOModule, "at least 0 and at most 1", ["clip_low", "gamma", "lam"]),
-    (SFTModule, "at least 1", ["max_dropped"]),
-    (RewardModule, "at least 1", ["max_dropped"]),
+    (SFTModule, "at least 1", ["max_skipped_updates"]),
+    (RewardModule, "at least 1", ["max_skipped_updates"]),
     (RewardModule, "at least 0", ["center"]),
     *(
         (kind, rule, names)

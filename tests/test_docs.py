@@ -181,9 +181,9 @@ def test_pictures_are_small_and_opaque():
         assert "<dc:date>" not in text, f"{image} has the time of its making"
 
 
-def luminance(colour):
+def luminance(color):
     """As WCAG 2.1 defines it."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return sum(weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
@@ -196,7 +196,7 @@ def test_drawn_pictures_are_dark_on_dark_pages(pictures):
             re.findall(r'style\*="((?:fill|stroke): #\w{6})"\] \{(?:fill|stroke): (#\w{6}) !important\}', rules)
         )
         used = set(re.findall(r"(?:fill|stroke): #\w{6}", "".join(re.findall('style="[^"]*"', text))))
-        assert used and used <= dark.keys(), f"{name}: colours that stay as they are on a dark page"
+        assert used and used <= dark.keys(), f"{name}: colors that stay as they are on a dark page"
         ink = luminance(dark[f"fill: {pictures.INK}"])
         texts = (f"fill: {pictures.INK}", f"fill: {pictures.FAINT}")
         grounds = [dark[entry] for entry in used if entry.startswith("fill") and entry not in texts]
@@ -280,4 +280,4 @@ def test_reward_model_of_colossalchat(tiny_model_dir, tmp_path):
         want = [
             head(body(torch.tensor([ids])).last_hidden_state[0, -1]).item() for ids in ([5, 6, 7, 8, 9], [5, 6, 7, 10])
         ]
-        assert reward(batch, normalise=True).tolist() == pytest.approx(want, abs=1e-5)
+        assert reward(batch, normalize=True).tolist() == pytest.approx(want, abs=1e-5)

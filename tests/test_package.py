@@ -27,7 +27,7 @@ def lines(text):
 
 
 def project(requirement):
-    """The normalised project name of a requirement such as `jsonargparse[signatures]>=4.35`."""
+    """The normalized project name of a requirement such as `jsonargparse[signatures]>=4.35`."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 

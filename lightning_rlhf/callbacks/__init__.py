@@ -1,13 +1,13 @@
 """Callbacks: Hugging Face export, averaged weights, sample answers, win rates, reports, interrupts, predictions."""
 
-from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO, CheckpointError
 from lightning_rlhf.callbacks.ema import EMA, averaged_weights
 from lightning_rlhf.callbacks.export import HFExport
 from lightning_rlhf.callbacks.interrupt import Interrupted, SaveOnInterrupt
 from lightning_rlhf.callbacks.predictions import WritePredictions
 from lightning_rlhf.callbacks.report import Report
 from lightning_rlhf.callbacks.samples import SampleCompletions
-from lightning_rlhf.callbacks.win_rate import WinRate
+from lightning_rlhf.callbacks.win_rate import MeasureWinRate
+from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 __all__ = [
     "EMA",
@@ -15,10 +15,10 @@ __all__ = [
     "CheckpointError",
     "HFExport",
     "Interrupted",
+    "MeasureWinRate",
     "Report",
     "SampleCompletions",
     "SaveOnInterrupt",
-    "WinRate",
     "WritePredictions",
     "averaged_weights",
 ]

@@ -19,7 +19,7 @@ class EMA(L.Callback):
 
     After each step that Lightning counts, ``average = decay * average + (1 - decay) * weights``, in fp32 at least; it
     starts at the weights that ``fit`` starts from. In PPO a counted step is an iteration, whatever its updates. Only
-    what trains of the module's ``exportable`` is averaged: adapters, not the frozen backbone.
+    what trains of the module's ``model_to_export`` is averaged: adapters, not the frozen backbone.
 
     Validation, test and predict batches run under the average, and so do
     :class:`~lightning_rlhf.callbacks.SampleCompletions` and :class:`~lightning_rlhf.callbacks.HFExport`. Training never
@@ -42,7 +42,7 @@ class EMA(L.Callback):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}.")
         self.decay = decay
-        self._average: dict[str, Tensor] = {}  # by name in `exportable`
+        self._average: dict[str, Tensor] = {}  # by name in `model_to_export`
         self._resumed = False  # it came from a checkpoint
         self._kept: dict[str, Tensor] | None = None  # kept while the module has the average
         self._step = 0
@@ -172,4 +172,4 @@ def averaged_weights(trainer: L.Trainer) -> AbstractContextManager[None]:
 
 
 def _trained(module: Any) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.exportable.named_parameters() if p.requires_grad}
+    return {name: p for name, p in module.model_to_export.named_parameters() if p.requires_grad}

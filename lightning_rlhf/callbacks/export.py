@@ -16,14 +16,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.data.errors import DataError
-from lightning_rlhf.models.saving import check_replaceable, save_pretrained
-from lightning_rlhf.strategies import gather_objects, whole_state_dict
+from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.strategies import whole_state_dict
+from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.filesystem import check_replaceable
 
 
 class HFExport(L.Callback):
     """Writes directories that ``from_pretrained`` loads: ``best`` whenever a metric improves, ``last`` at the end.
 
-    The module says what is exported: ``exportable.model`` and ``tokenizer``; beside an
+    The module says what is exported: ``model_to_export.model`` and ``tokenizer``; beside an
     :class:`~lightning_rlhf.callbacks.EMA` its averaged weights. Sharded weights (FSDP) are gathered by
     all ranks and written by one. Under ``fast_dev_run`` nothing is written, so that a finished run's exports stay.
     Values that are not finite are an error that names the tensor, and leave the former export in place.
@@ -161,7 +163,7 @@ class HFExport(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: Any, name: str, weights: dict[str, Any]) -> None:
         if trainer.is_global_zero:
-            model: nn.Module = pl_module.exportable.model
+            model: nn.Module = pl_module.model_to_export.model
             names = {id(module): name for name, module in pl_module.named_modules()}
             prefix = names[id(model)].replace("_fsdp_wrapped_module.", "") + "."
             save_pretrained(

@@ -24,8 +24,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.multiprocessing import ProcessExitedException
 
-from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
 from lightning_rlhf.callbacks.progress import close_bars, say
+from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds that the main thread has to clean up after it was told to stop at once.

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_rlhf.strategies import gather_objects
+from lightning_rlhf.utils.collectives import gather_objects
 
 
 class WritePredictions(L.Callback):

@@ -31,7 +31,7 @@ from lightning_rlhf.models.saving import own_stop_token_ids
 from lightning_rlhf.rollout import (
     CachedEngine,
     Completion,
-    GenerateEngine,
+    HFGenerateEngine,
     RolloutEngine,
     Sampling,
     as_answers,
@@ -76,7 +76,7 @@ class PromptCallback(L.Callback):
         self._last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Reads and tokenises the prompts, so that a bad one shows before compute is spent.
+        """Reads and tokenizes the prompts, so that a bad one shows before compute is spent.
 
         Raises:
             ValueError: There are no prompts, or one of them is bad; the message says which.
@@ -107,11 +107,11 @@ class PromptCallback(L.Callback):
             ValueError: It is one, or there is one that was given, or no other.
         """
         name = type(self).__name__
-        model = pl_module.exportable.transformer
+        model = pl_module.model_to_export.transformer
         if not model.can_generate():
             raise ValueError(f"{name}: {type(model).__name__} can't generate. Leave the callback out.")
         asked = self._prompts
-        fits = [room(pl_module.exportable, ids, 1) >= 1 for ids in asked.prompts]
+        fits = [room(pl_module.model_to_export, ids, 1) >= 1 for ids in asked.prompts]
         if all(fits):
             return
         first = fits.index(False)
@@ -162,8 +162,8 @@ class PromptCallback(L.Callback):
         """Completes prompts, given by their numbers; those of a batch are in the making at a time."""
         tokenizer = module.tokenizer
         stops = getattr(module, "stop_token_ids", ())
-        stops = stops or stop_token_ids(tokenizer, own_stop_token_ids(module.exportable.transformer))
-        engine: RolloutEngine = GenerateEngine(synced_gpus=True) if self._together(trainer) else CachedEngine()
+        stops = stops or stop_token_ids(tokenizer, own_stop_token_ids(module.model_to_export.transformer))
+        engine: RolloutEngine = HFGenerateEngine(synced_gpus=True) if self._together(trainer) else CachedEngine()
         strings = getattr(getattr(module, "sampling", None), "stop_strings", ())  # what ends them in training
         sampling = Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
         gathered: AbstractContextManager[None] = nullcontext()
@@ -175,7 +175,7 @@ class PromptCallback(L.Callback):
             for batch in batches:
                 ids = [self._prompts.prompts[i] for i in batch]
                 keys = [sample_key(self.seed, *key, i) for i in batch]
-                found += complete(engine, module.exportable, tokenizer, ids, keys, sampling, stops)
+                found += complete(engine, module.model_to_export, tokenizer, ids, keys, sampling, stops)
         asked = [self._prompts.messages[i] for batch in batches for i in batch]
         return [c for (c,) in as_answers(tokenizer, asked, [[c] for c in found])]
 
@@ -187,8 +187,8 @@ class SampleCompletions(PromptCallback):
     MLflow, Comet), and to ``samples.jsonl`` under the Trainer's ``default_root_dir``, but for ``fast_dev_run``, which
     shows them alone. Training is not disturbed: sampling has a random generator of its own.
 
-    The module says what is shown: ``exportable``, which must be able to generate, and ``tokenizer``; and where it has
-    ``appraise``, as PPO does, what stands beside the answers: score and KL. Beside an
+    The module says what is shown: ``model_to_export``, which must be able to generate, and ``tokenizer``; and where
+    it has ``score_completions``, as PPO does, what stands beside the answers: score and KL. Beside an
     :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Where the strategy shards the model (FSDP)
     all ranks generate, elsewhere one.
 
@@ -253,7 +253,7 @@ class SampleCompletions(PromptCallback):
             return
         self._last_step = step
         strategy = trainer.strategy
-        with averaged_weights(trainer), whole_weights(strategy, pl_module.exportable):
+        with averaged_weights(trainer), whole_weights(strategy, pl_module.model_to_export):
             if trainer.is_global_zero or self._together(trainer):
                 rows = self._generate(trainer, pl_module, step)
                 if trainer.is_global_zero:
@@ -264,9 +264,9 @@ class SampleCompletions(PromptCallback):
         """One prompt at a time: an answer must not depend on what it is shown beside."""
         found = self._complete(trainer, module, [[i] for i in range(len(self._prompts.prompts))], step)
         appraised = {}
-        if hasattr(module, "appraise"):
+        if hasattr(module, "score_completions"):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                appraised = module.appraise(self._prompts, [[completion] for completion in found])
+                appraised = module.score_completions(self._prompts, [[completion] for completion in found])
         answers = zip(self._prompts.messages, found, strict=True)
         rows = [{"step": step, "prompt": shown(p), "completion": c.text, "ended": not c.truncated} for p, c in answers]
         return [{**row, **{name: values[i] for name, values in appraised.items()}} for i, row in enumerate(rows)]

@@ -17,10 +17,10 @@ from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.callbacks.samples import PromptCallback
 from lightning_rlhf.evaluation import (
     Answer,
+    AnswerPair,
     Judge,
     JudgedPair,
     JudgeError,
-    Pair,
     RewardJudge,
     generate_answers,
     judge_pairs,
@@ -31,13 +31,14 @@ from lightning_rlhf.evaluation import (
 )
 from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.rollout import Sampling
-from lightning_rlhf.strategies import gather_objects, whole_weights
+from lightning_rlhf.strategies import whole_weights
+from lightning_rlhf.utils.collectives import gather_objects
 
 #: Answers in the making at a time.
 _BATCH = 32
 
 
-class WinRate(PromptCallback):
+class MeasureWinRate(PromptCallback):
     """Compares the model's answers to validation prompts with a baseline's, after each validation or every few steps.
 
     Each pair is judged in both orders; see ``docs/evaluation.md``. Logged: ``val/win_rate``, the ends of its 95 %
@@ -128,7 +129,7 @@ class WinRate(PromptCallback):
         self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, trainer.strategy.root_device)
         needs = self._judge.reward.needs if isinstance(self._judge, RewardJudge) else frozenset()
         if missing := sorted(needs - self._prompts.columns.keys()):
-            raise ValueError(f"WinRate: the judge needs the column {missing[0]}, which the prompts don't have.")
+            raise ValueError(f"MeasureWinRate: the judge needs the column {missing[0]}, which the prompts don't have.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Has the baseline answer; puts the file where the run stands."""
@@ -140,7 +141,7 @@ class WinRate(PromptCallback):
                 while (old := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
                     number += 1
                 os.replace(file, old)
-                rank_zero_info(f"WinRate: the pairs of an earlier run are now in {old}.")
+                rank_zero_info(f"MeasureWinRate: the pairs of an earlier run are now in {old}.")
             self._keep(file, trainer.global_step)
         self._written = trainer.global_step
         self._last_step = trainer.global_step
@@ -187,8 +188,8 @@ class WinRate(PromptCallback):
             stops = getattr(module, "stop_token_ids", ())
             if not isinstance(source, (str, os.PathLike)):
                 raise ValueError(
-                    "WinRate: the model that the run began with is no longer there. Give against: a directory or a "
-                    "file of answers."
+                    "MeasureWinRate: the model that the run began with is gone. Give against: a directory or "
+                    "a file of answers."
                 )
         if names_file(os.fspath(source)):
             self._baseline = read_answers(source, prompts)
@@ -213,9 +214,9 @@ class WinRate(PromptCallback):
         """The model's, by the number of the prompt, on all ranks; all must call."""
         numbers = range(len(self._prompts.prompts)) if self._together(trainer) else self._share(trainer)
         batches = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
-        with averaged_weights(trainer), whole_weights(trainer.strategy, module.exportable):
+        with averaged_weights(trainer), whole_weights(trainer.strategy, module.model_to_export):
             found = self._complete(trainer, module, batches)
-            trainer.strategy.barrier("WinRate")
+            trainer.strategy.barrier("MeasureWinRate")
         mine = {i: Answer(c.text, c.truncated) for i, c in zip(numbers, found, strict=True)}
         return {i: answer for part in gather_objects(mine) for i, answer in part.items()}
 
@@ -230,7 +231,7 @@ class WinRate(PromptCallback):
         answers, columns = self._answers(trainer, module), self._prompts.columns
         mine = list(self._share(trainer))
         pairs = [
-            Pair(self._prompts.messages[i], answers[i], self._baseline[i], {k: v[i] for k, v in columns.items()})
+            AnswerPair(self._prompts.messages[i], answers[i], self._baseline[i], {k: v[i] for k, v in columns.items()})
             for i in mine
         ]
         assert self._judge is not None
@@ -244,7 +245,7 @@ class WinRate(PromptCallback):
         if failure := next((text for _, text in everyone if text), ""):
             if not self._judged_before:
                 raise JudgeError(failure)
-            rank_zero_warn(f"WinRate: no comparison at step {trainer.global_step}. {failure}")
+            rank_zero_warn(f"MeasureWinRate: no comparison at step {trainer.global_step}. {failure}")
             judged = []
         else:
             judged = [j for _, j in sorted(((i, j) for part, _ in everyone for i, j in part), key=lambda both: both[0])]

@@ -1,6 +1,6 @@
 """The shapes in which instruction rows come, and the one shape they become.
 
-Each format is a line of :data:`FORMATS`: how a row of it is recognised, and one small function that converts it. What
+Each format is a line of :data:`FORMATS`: how a row of it is recognized, and one small function that converts it. What
 makes a conversation fit for training is checked once, for all of them, in :func:`check_conversation`.
 
 What other trainers give a meaning is honored or refused by name: a key that changes what should be learnt is never
@@ -138,7 +138,7 @@ class Format:
         name: Its name in configurations.
         columns: The columns it needs.
         convert: Makes the conversation of such a row, unchecked and without the ``system`` column.
-        also: What a row needs besides the columns to be recognised.
+        also: What a row needs besides the columns to be recognized.
         further: Columns that it reads too, where they are there.
         other: Another name of a column that it needs.
         user_first: Whether the first turn after the system turn must be the user's.

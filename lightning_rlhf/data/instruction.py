@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
+from lightning_rlhf.data.base import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.formats import Conversation, to_conversation
-from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.oasst import instruction_rows
 from lightning_rlhf.data.packed import Branch, Tree
 from lightning_rlhf.data.sources import Source
@@ -18,7 +18,7 @@ from lightning_rlhf.data.tokens import LossOn, TokenizeError, check_answers, enc
 
 
 def instruction_tree(row: Mapping[str, Any]) -> Tree:
-    """A tokenised row as a prompt (all before the first scored token) with one completion."""
+    """A tokenized row as a prompt (all before the first scored token) with one completion."""
     ids, scored = row["input_ids"], row["scored"]
     first = scored.index(True)
     return Tree(ids[:first], [Branch(ids[first:], scored[first:])])
@@ -45,9 +45,9 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         eval_batch_size: Sequences of an evaluation batch on each rank.
         val_fraction: Share held out by first user turn: rows that open alike stay on one side.
         seed: Of the split and the shuffle.
-        num_proc: Processes that tokenise; None for one.
+        num_proc: Processes that tokenize; None for one.
         num_workers: Processes that pack batches.
-        cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
+        cache_dir: Where tokenized rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
             ``LIGHTNING_RLHF_CACHE``.
         tokenizer: Default: the module's, with its chat template.
         streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.packed import Branch, PackedBatch, StepTotals, Tree, pack
+from lightning_rlhf.utils.random import generator
 
 
 class Bin(NamedTuple):
@@ -63,7 +64,7 @@ class Planner:
             ``weight * trees`` trees of a source, rounded up, and goes on where the epoch before stopped: no tree comes
             again before all others of its source came as often.
         window: Shuffle and plan about this many trees at a time, and hold no more; None for all. A window joins
-            stretches of neighbouring trees, which files are read well by, from 64 random places.
+            stretches of neighboring trees, which files are read well by, from 64 random places.
         overhead: Tokens that every tree costs besides its own.
         content: A hash of the trees and their order, which a checkpoint keeps; empty where it isn't known.
     """
@@ -256,14 +257,6 @@ class _Cut(NamedTuple):
 
 def _permutation(n: int, *keys: int) -> NDArray[np.int64]:
     return torch.randperm(n, generator=generator(*keys)).numpy()
-
-
-def generator(*keys: int) -> torch.Generator:
-    """A generator of its own for a tuple of keys; the global one is never touched."""
-    seed = 0
-    for key in keys:
-        seed = (seed * 6364136223846793005 + key + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(seed)
 
 
 def balance(tokens: Sequence[int], bins: int) -> list[list[int]]:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
+from lightning_rlhf.data.base import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.formats import Conversation, Message, to_conversation
-from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.oasst import preference_rows
 from lightning_rlhf.data.packed import Branch, Pair, Tree
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
@@ -23,7 +23,7 @@ PairWeight = Literal["pair", "prompt"]
 
 
 def preference_tree(row: Mapping[str, Any], origins: Mapping[tuple[str, ...], int]) -> Tree:
-    """A tokenised row as its prompt with one branch an answer, and the number of its origin."""
+    """A tokenized row as its prompt with one branch an answer, and the number of its origin."""
     branches = [Branch(ids, scored) for ids, scored in zip(row["answers"], row["scored"], strict=True)]
     columns = (row["better"], row["worse"], row["margin"], row["weight"])
     pairs = [Pair(*pair) for pair in zip(*columns, strict=True)]
@@ -31,7 +31,7 @@ def preference_tree(row: Mapping[str, Any], origins: Mapping[tuple[str, ...], in
 
 
 def preference_names(row: Mapping[str, Any]) -> list[Any]:
-    """Where a tokenised row comes from: source and language."""
+    """Where a tokenized row comes from: source and language."""
     return [row["names"]]
 
 
@@ -57,9 +57,9 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         eval_batch_size: Sequences of an evaluation batch on each rank.
         val_fraction: Share held out by first user turn: rows that open alike stay on one side.
         seed: Of the split and the shuffle.
-        num_proc: Processes that tokenise; None for one.
+        num_proc: Processes that tokenize; None for one.
         num_workers: Processes that pack batches.
-        cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
+        cache_dir: Where tokenized rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
             ``LIGHTNING_RLHF_CACHE``.
         tokenizer: Default: the module's, with its chat template.
         streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the

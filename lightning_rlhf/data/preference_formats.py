@@ -287,7 +287,7 @@ def _messages(value: object, what: str, role: str) -> tuple[Message, ...]:
             reason = f"the last turn of {what} has the weight 0, and it is the answer that is judged"
             raise FormatError("weight", f"{reason}. Remove the weight, or the row")
         for turn in turns:
-            turn.pop("weight", None)  # a judgement is of the whole answer
+            turn.pop("weight", None)  # a judgment is of the whole answer
         return tuple(turns)
     if not isinstance(value, str):
         wrong_type(what, value, "a string or a list of {role: ..., content: ...}")

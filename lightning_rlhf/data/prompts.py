@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.data.base import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import (
     FORMATS,
@@ -32,7 +33,6 @@ from lightning_rlhf.data.formats import (
     unread_keys,
 )
 from lightning_rlhf.data.instruction import InstructionDataModule
-from lightning_rlhf.data.module import BUNDLED, OnBadRow, TreeDataModule
 from lightning_rlhf.data.oasst import prompt_rows
 from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
 from lightning_rlhf.data.preference_formats import read_prompt, to_preference
@@ -92,7 +92,7 @@ class PromptFormat(NamedTuple):
         columns: The columns it needs.
         convert: Makes the messages of such a row, with or without a last answer; or the text of a user turn.
         further: Columns that the prompt is made of too, where they are there.
-        also: What a row needs besides the columns to be recognised.
+        also: What a row needs besides the columns to be recognized.
     """
 
     columns: tuple[str, ...]
@@ -239,12 +239,12 @@ class _PromptRow(NamedTuple):
 
 
 def prompt_row(row: Mapping[str, Any]) -> _PromptRow:
-    """A tokenised row's token ids, messages and further columns."""
+    """A tokenized row's token ids, messages and further columns."""
     return _PromptRow(row["prompt"], json.loads(row["messages"]), json.loads(row["further"]))
 
 
 def prompt_columns(row: Mapping[str, Any]) -> list[Any]:
-    """The names of a tokenised row's further columns."""
+    """The names of a tokenized row's further columns."""
     return list(json.loads(row["further"]))
 
 
@@ -345,8 +345,8 @@ class PromptDataModule(TreeDataModule[Prompt]):
         ptx_max_length: Most tokens of a row of ``ptx``; default the model's context.
         val_fraction: Share held out by first user turn: rows that open alike stay on one side, in fine-tuning too.
         seed: Of the split and the shuffle.
-        num_proc: Processes that tokenise; None for one.
-        cache_dir: Where tokenised rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
+        num_proc: Processes that tokenize; None for one.
+        cache_dir: Where tokenized rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
             ``LIGHTNING_RLHF_CACHE``.
         tokenizer: Default: the module's, with its chat template.
         streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
@@ -493,7 +493,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
     # ------------------------------------------------------------------------------------------------- Lightning
 
     def prepare_data(self) -> None:
-        """Tokenises into the cache, on one process a node."""
+        """Tokenizes into the cache, on one process a node."""
         super().prepare_data()
         if texts := self._texts():
             texts.prepare_data()

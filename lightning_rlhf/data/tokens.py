@@ -4,8 +4,8 @@ What holds for every chat template and tokenizer:
 
 - The ids are those of ``apply_chat_template``, which is what inference feeds, so BOS is there as often as the template
   writes it.
-- A prompt's ids are those that inference gets for it alone. Where the text, tokenised in one piece, has a token that
-  reaches from the prompt into the completion, it is tokenised in two pieces.
+- A prompt's ids are those that inference gets for it alone. Where the text, tokenized in one piece, has a token that
+  reaches from the prompt into the completion, it is tokenized in two pieces.
 - Every turn that is scored ends with a stop token that is scored too, and with one: a text that brings its own loses
   it before it is rendered. Padding plays no part: nothing is read off ids.
 """
@@ -75,7 +75,7 @@ def encode(
     loss_on: LossOn = "assistant",
     stop_ids: Sequence[int] = (),
 ) -> Tokens:
-    """Tokenise a conversation and mark what the loss reads.
+    """Tokenize a conversation and mark what the loss reads.
 
     Which characters are the assistant's, the template says itself where it has ``{% generation %}`` markers; a stop
     token that they leave out is scored all the same. Without markers they are found by rendering turn by turn: a turn
@@ -145,7 +145,7 @@ def encode_prompt(
     options: Mapping[str, Any] | None = None,
     stop_ids: Sequence[int] = (),
 ) -> list[int]:
-    """Tokenise a prompt as inference does. Rollouts start from it.
+    """Tokenize a prompt as inference does. Rollouts start from it.
 
     Args:
         tokenizer: The tokenizer, with a chat template if the prompt has messages.
@@ -454,7 +454,7 @@ def _rendered_span(
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, borders: Iterable[int], points: Iterable[int]
 ) -> tuple[list[int], dict[int, int]]:
-    """Tokenises a text so that no token reaches over a border.
+    """Tokenizes a text so that no token reaches over a border.
 
     Args:
         tokenizer: The tokenizer.
@@ -480,7 +480,7 @@ def _tokenize(
     if start and spell(tokenizer, ids) != spell(tokenizer, joint):
         raise TokenizeError(
             "prompt and completion don't join",
-            "a token reaches from the prompt into the completion, and tokenised apart they spell another text. Use a "
+            "a token reaches from the prompt into the completion, and tokenized apart they spell another text. Use a "
             "chat template whose generation prompt ends with a special token or a newline",
         )
     return ids, index
@@ -491,7 +491,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenises text that follows other text: without the blank that SentencePiece puts before a text."""
+    """Tokenizes text that follows other text: without the blank that SentencePiece puts before a text."""
     before = _ids(tokenizer, "\n")
     both = _ids(tokenizer, "\n" + text)
     return both[len(before) :] if both[: len(before)] == before else _ids(tokenizer, text)

@@ -3,15 +3,15 @@
 from lightning_rlhf.evaluation.answers import complete, generate_answers, names_file, read_answers
 from lightning_rlhf.evaluation.chat_judge import ChatJudge
 from lightning_rlhf.evaluation.judges import Answer, Judge, JudgeError, Question, RewardJudge, Verdict, make_judge
-from lightning_rlhf.evaluation.pairs import JudgedPair, Pair, judge_pairs, rates
+from lightning_rlhf.evaluation.pairs import AnswerPair, JudgedPair, judge_pairs, rates
 
 __all__ = [
     "Answer",
+    "AnswerPair",
     "ChatJudge",
     "Judge",
     "JudgeError",
     "JudgedPair",
-    "Pair",
     "Question",
     "RewardJudge",
     "Verdict",

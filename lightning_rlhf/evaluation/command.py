@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from lightning_rlhf.evaluation import Pair, RewardJudge, judge_pairs
+    from lightning_rlhf.evaluation import AnswerPair, RewardJudge, judge_pairs
 
     if any(Path(name).resolve() == options.out.resolve() for name in (options.a, options.b)):
         raise ValueError(f"--out {options.out} would overwrite the answers there. Name another file.")
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
     prompts, columns = _prompts(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     a, b = (_answers(options, side, prompts, columns, device, dtype) for side in ("a", "b"))
-    pairs = [Pair(*pair) for pair in zip(prompts, a, b, columns, strict=True)]
+    pairs = [AnswerPair(*pair) for pair in zip(prompts, a, b, columns, strict=True)]
     if isinstance(judge, RewardJudge):
         judge.reward.to(device)  # the models have gone from there
     judged: list[JudgedPair] = []

@@ -15,7 +15,7 @@ from lightning_rlhf.metrics import WinRates, win_rate
 _FOR_A = {"first": 1.0, "tie": 0.5, "second": 0.0, None: float("nan")}
 
 
-class Pair(NamedTuple):
+class AnswerPair(NamedTuple):
     """Two answers to a prompt.
 
     Attributes:
@@ -40,7 +40,7 @@ class JudgedPair(NamedTuple):
         b_first: The verdict where B's was.
     """
 
-    pair: Pair
+    pair: AnswerPair
     a_first: Verdict
     b_first: Verdict
 
@@ -70,7 +70,7 @@ class JudgedPair(NamedTuple):
         }
 
 
-def judge_pairs(judge: Judge, pairs: Sequence[Pair]) -> list[JudgedPair]:
+def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair]) -> list[JudgedPair]:
     """Has each pair judged twice: with A's answer first, and with B's.
 
     Args:

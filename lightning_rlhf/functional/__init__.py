@@ -21,7 +21,7 @@ from lightning_rlhf.functional.ppo import (
     value_loss,
     variance_explained,
 )
-from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty, log_exp_loss, log_sig_loss
+from lightning_rlhf.functional.preference import bradley_terry_loss, centering_penalty, log_exp_loss, log_sig_loss
 
 __all__ = [
     "Advantages",
@@ -31,7 +31,7 @@ __all__ = [
     "ValueLoss",
     "adapt_kl_coef",
     "bradley_terry_loss",
-    "centring_penalty",
+    "centering_penalty",
     "explained_variance",
     "gae",
     "k1",

@@ -1,6 +1,6 @@
 """From scores to advantages, on packed tokens: rewards, GAE, whitening, and what adapts between iterations.
 
-N tokens lie in one row; ``sequence (N,)`` says whose each is, in rising order: a sequence's tokens are neighbours.
+N tokens lie in one row; ``sequence (N,)`` says whose each is, in rising order: a sequence's tokens are neighbors.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def token_rewards(kl_penalty: Tensor, scores: Tensor, sequence: Tensor) -> Tenso
 
 
 def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, gamma: float, lam: float) -> Advantages:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
 
         delta_t = r_t + gamma V_(t+1) - V_t
         A_t     = delta_t + gamma lam A_(t+1)
 
     The sums over a sequence's rest double their reach in each of log2(N) rounds, so no loop runs over tokens, and no
-    sequence hears of its neighbours.
+    sequence hears of its neighbors.
 
     Args:
         rewards: (N,) rewards.

@@ -34,7 +34,7 @@ log_sig_loss = bradley_terry_loss
 log_exp_loss = bradley_terry_loss
 
 
-def centring_penalty(better: Tensor, worse: Tensor) -> Tensor:
+def centering_penalty(better: Tensor, worse: Tensor) -> Tensor:
     """``(better + worse) ** 2``: holds scores near zero, which pairs alone leave free (Eisenstein et al. 2023, sec. 4).
 
     Args:

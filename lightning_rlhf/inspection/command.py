@@ -80,8 +80,8 @@ def main(args: Sequence[str] | None = None) -> None:
             write_page(config.html, found)
     except (OSError, ValueError) as error:
         sys.exit(f"lightning-rlhf inspect: {reason(error)}")
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(as_text(found, shutil.get_terminal_size((100, 24)).columns, colour))
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(as_text(found, shutil.get_terminal_size((100, 24)).columns, color))
     if config.html is not None:
         print(f"The same as a page: {config.html}")
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_rlhf.inspection.pieces import Piece, visible
+from lightning_rlhf.inspection.pieces import TokenPiece, visible
 from lightning_rlhf.inspection.rows import Inspection, RowView, Section
 from lightning_rlhf.inspection.statistics import Bar, Statistics
 from lightning_rlhf.inspection.terminal import shorten
@@ -78,15 +78,15 @@ def _row(row: RowView) -> str:
     )
 
 
-def _count(shown: Sequence[Piece]) -> str:
+def _count(shown: Sequence[TokenPiece]) -> str:
     return f"{sum(len(piece.ids) for piece in shown):,} tokens"
 
 
-def _tokens(shown: Sequence[Piece]) -> str:
+def _tokens(shown: Sequence[TokenPiece]) -> str:
     return f'<p class="tokens">{"".join(map(_piece, shown))}</p>'
 
 
-def _piece(piece: Piece) -> str:
+def _piece(piece: TokenPiece) -> str:
     text = "".join(glyph for glyph, _ in visible(piece.text)) or "∅"
     if "\n" in piece.text:
         text = text.replace("⏎", "⏎\n")

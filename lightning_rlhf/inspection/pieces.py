@@ -9,13 +9,13 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.tokens import spell
-from lightning_rlhf.rollout.text import UNFINISHED
+from lightning_rlhf.rollout.detokenizer import UNFINISHED
 
 _MOST = 8
 """Tokens that are tried together for one whole character; where tokens reach over characters, several are open."""
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """What is shown as one: a token, or the tokens that only together are a character.
 
     Attributes:
@@ -44,8 +44,8 @@ def pieces(
     ids: Sequence[int],
     scored: Sequence[bool],
     specials: Collection[int],
-    before: Sequence[Piece] = (),
-) -> Iterator[Piece]:
+    before: Sequence[TokenPiece] = (),
+) -> Iterator[TokenPiece]:
     """Cuts tokens into pieces.
 
     Args:
@@ -75,7 +75,7 @@ def pieces(
             if whole.startswith(known) and UNFINISHED not in whole[len(known) :]:
                 end, text = stop, whole[len(known) :]
                 break
-        last = Piece(text, tuple(ids[at:end]), first + at, scored[at], ids[at] in specials)
+        last = TokenPiece(text, tuple(ids[at:end]), first + at, scored[at], ids[at] in specials)
         yield last
         at = end
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.module import TokenRows, TreeDataModule
+from lightning_rlhf.data.base import TokenRows, TreeDataModule
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.planner import Bin, PlannedLoader, StepTotals
 from lightning_rlhf.data.prompts import PromptBatch, PromptsWithPtx
-from lightning_rlhf.inspection.pieces import Piece, pieces, special_ids
+from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
 from lightning_rlhf.inspection.statistics import Statistics, measure
 from lightning_rlhf.stages import RewardModule
 
@@ -26,7 +26,7 @@ STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict
 
 
 @dataclass
-class Answer:
+class AnswerView:
     """A branch of a tree.
 
     Attributes:
@@ -36,7 +36,7 @@ class Answer:
     """
 
     name: str
-    pieces: list[Piece]
+    pieces: list[TokenPiece]
     notes: list[str] = field(default_factory=list)
 
 
@@ -57,8 +57,8 @@ class RowView:
     number: int
     where: str
     notes: list[str]
-    prompt: list[Piece]
-    answers: list[Answer]
+    prompt: list[TokenPiece]
+    answers: list[AnswerView]
     starts: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
 
@@ -235,12 +235,12 @@ def _tree(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: 
     answers = []
     for branch in branches:
         own = slice(branch.start, branch.start + branch.length)
-        answers.append(Answer("", list(pieces(tokenizer, ids[own], marks[own], specials, shown))))
+        answers.append(AnswerView("", list(pieces(tokenizer, ids[own], marks[own], specials, shown))))
     _name(answers, batch)
     return RowView(0, "", [f"{len(ids)} tokens", f"{len(read)} read by the loss"], shown, answers)
 
 
-def _name(answers: list[Answer], batch: PackedBatch) -> None:
+def _name(answers: list[AnswerView], batch: PackedBatch) -> None:
     """Says which answers are better than which."""
     pairs = list(zip(*(column.tolist() for column in batch.pairs[:4]), strict=True))
     names = [f"answer {i}" if len(answers) > 1 else "answer" for i in range(len(answers))]

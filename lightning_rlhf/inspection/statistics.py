@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 
-from lightning_rlhf.data.module import TokenRows, TreeDataModule, count_keys
+from lightning_rlhf.data.base import TokenRows, TreeDataModule, count_keys
 from lightning_rlhf.data.packed import Tree
 from lightning_rlhf.data.planner import PlannedLoader
 from lightning_rlhf.data.prompts import PromptDataModule

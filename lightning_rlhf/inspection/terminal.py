@@ -1,4 +1,4 @@
-"""An inspection as text: for a terminal with colours, and with marker lines for everything else."""
+"""An inspection as text: for a terminal with colors, and with marker lines for everything else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_rlhf.inspection.pieces import Piece, visible
+from lightning_rlhf.inspection.pieces import TokenPiece, visible
 from lightning_rlhf.inspection.rows import Inspection, RowView
 from lightning_rlhf.inspection.statistics import Bar, Statistics
 
@@ -15,48 +15,48 @@ _LONGEST = 200
 """Characters of a column's value that are shown."""
 
 
-def as_text(found: Inspection, width: int = 100, colour: bool = False) -> str:
+def as_text(found: Inspection, width: int = 100, color: bool = False) -> str:
     """The inspection as text.
 
     Args:
         found: What there is to see.
         width: Columns of the terminal.
-        colour: Mark tokens by colour; else by a line beneath them: ``^~~`` a token that the loss reads, ``.`` the start
+        color: Mark tokens by color; else by a line beneath them: ``^~~`` a token that the loss reads, ``.`` the start
             of another.
 
     Returns:
         Lines.
     """
-    lines = [_bold(found.title, colour), ""]
+    lines = [_bold(found.title, color), ""]
     legend = ["⏎ ⇥ line break, tab"]
-    if colour:
-        legend.append(f"{_paint('<special>', Piece('', (), 0, False, True), 0)} special")
+    if color:
+        legend.append(f"{_paint('<special>', TokenPiece('', (), 0, False, True), 0)} special")
     else:
         legend.append(". start of a token")
     if found.legend:
-        shown = "".join(_paint(text, Piece("", (), 0, True, False), i) for i, text in enumerate(("to", "ken")))
-        legend.append(f"{shown if colour else '^~~'} {found.legend}")
+        shown = "".join(_paint(text, TokenPiece("", (), 0, True, False), i) for i, text in enumerate(("to", "ken")))
+        legend.append(f"{shown if color else '^~~'} {found.legend}")
     lines += ["   ".join(legend), ""]
     for section in found.sections:
         if section.name:
-            lines += [_bold(f"== {section.name} ==", colour), ""]
+            lines += [_bold(f"== {section.name} ==", color), ""]
         for row in section.rows:
-            lines += [*_row(row, width, colour), ""]
-        lines += [*_statistics(section.statistics, colour), ""]
+            lines += [*_row(row, width, color), ""]
+        lines += [*_statistics(section.statistics, color), ""]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(row: RowView, width: int, colour: bool) -> Iterator[str]:
-    yield _bold(f"row {row.number} · {row.where}", colour) + "".join(f" · {note}" for note in row.notes)
+def _row(row: RowView, width: int, color: bool) -> Iterator[str]:
+    yield _bold(f"row {row.number} · {row.where}", color) + "".join(f" · {note}" for note in row.notes)
     yield f"prompt · {_tokens(row.prompt)}"
-    yield from _lines(row.prompt, "│ " if row.answers or row.starts else "  ", width, colour)
+    yield from _lines(row.prompt, "│ " if row.answers or row.starts else "  ", width, color)
     if row.starts:
         yield f"└─▶ {row.starts}"
     for answer in row.answers:
         last = answer is row.answers[-1]
         notes = "".join(f" · {note}" for note in answer.notes)
         yield f"{'└' if last else '├'}─ {answer.name} · {_tokens(answer.pieces)}{notes}"
-        yield from _lines(answer.pieces, "  " if last else "│ ", width, colour)
+        yield from _lines(answer.pieces, "  " if last else "│ ", width, color)
     for name, value in row.columns.items():
         yield f"column {name}: {shorten(value)}"
 
@@ -68,13 +68,13 @@ def shorten(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 
-def _tokens(shown: Sequence[Piece]) -> str:
+def _tokens(shown: Sequence[TokenPiece]) -> str:
     count = sum(len(piece.ids) for piece in shown)
     return f"{count} token{'' if count == 1 else 's'}"
 
 
-def _lines(shown: Sequence[Piece], rail: str, width: int, colour: bool) -> Iterator[str]:
-    """Pieces in lines, each with the position of its first token; without colours, with a line of marks beneath."""
+def _lines(shown: Sequence[TokenPiece], rail: str, width: int, color: bool) -> Iterator[str]:
+    """Pieces in lines, each with the position of its first token; without colors, with a line of marks beneath."""
     room = max(20, width - len(rail) - 8)
     text, marks, used, position = "", "", 0, None
 
@@ -92,42 +92,42 @@ def _lines(shown: Sequence[Piece], rail: str, width: int, colour: bool) -> Itera
         for i, (glyph, columns) in enumerate(glyphs):
             needed = whole if i == 0 and whole <= room else columns  # tokens are not broken where they fit on a line
             if used and used + needed > room:
-                text, run = text + _paint(run, piece, number, colour), ""
+                text, run = text + _paint(run, piece, number, color), ""
                 yield from flush()
             if position is None and i == 0:
                 position = piece.position
             run += glyph
             first, rest = ("^", "~") if piece.scored else (".", " ")
-            if not colour:
+            if not color:
                 marks += (rest if i else first) + rest * (columns - 1)
             used += columns
             if glyph == "⏎" and "\n" in piece.text:
-                text, run = text + _paint(run, piece, number, colour), ""
+                text, run = text + _paint(run, piece, number, color), ""
                 yield from flush()
-        text += _paint(run, piece, number, colour)
+        text += _paint(run, piece, number, color)
     if used:
         yield from flush()
 
 
-def _paint(text: str, piece: Piece, number: int, colour: bool = True) -> str:
-    """In the colour of a piece; neighbours differ, so that borders show."""
+def _paint(text: str, piece: TokenPiece, number: int, color: bool = True) -> str:
+    """In the color of a piece; neighbors differ, so that borders show."""
     if piece.scored:
         code = "30;46" if number % 2 else "30;42"
     elif piece.special:
         code = "35"
     else:
         code = "2" if number % 2 else ""
-    return f"\x1b[{code}m{text}\x1b[0m" if colour and code and text else text
+    return f"\x1b[{code}m{text}\x1b[0m" if color and code and text else text
 
 
-def _bold(text: str, colour: bool) -> str:
-    return f"\x1b[1m{text}\x1b[0m" if colour else text
+def _bold(text: str, color: bool) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if color else text
 
 
-def _statistics(found: Statistics, colour: bool) -> Iterator[str]:
+def _statistics(found: Statistics, color: bool) -> Iterator[str]:
     wide = max(len(name) for name, _ in found.facts)
     for problem in found.problems:
-        yield f"\x1b[31m! {problem}\x1b[0m" if colour else f"! {problem}"
+        yield f"\x1b[31m! {problem}\x1b[0m" if color else f"! {problem}"
     for name, text in found.facts:
         yield f"{name:<{wide}}  {text}"
     yield ""

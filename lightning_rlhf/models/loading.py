@@ -30,10 +30,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file, has_file
 
-from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models.backbone import enable_checkpointing
-from lightning_rlhf.models.quantization import DTYPE, Quantization, quantised, quantization_arguments
+from lightning_rlhf.models.quantization import DTYPE, Quantization, quantization_arguments, quantized
 from lightning_rlhf.models.saving import ADAPTED, merge_adapters, own_stop_token_ids, quiet_peft, stops_of
+from lightning_rlhf.utils.random import generator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 HEAD = "score.weight"
@@ -49,7 +49,7 @@ class LoRA:
         dropout: On the adapters' input.
         targets: Names of the layers to adapt, or ``all-linear``.
         modules_to_save: Modules trained in full beside the adapters, such as ``lm_head``.
-        rslora: Rank-stabilised scale (Kalajdzievski 2023).
+        rslora: Rank-stabilized scale (Kalajdzievski 2023).
         dora: Decompose into magnitude and direction (Liu et al. 2024).
         init: peft's ``init_lora_weights``: True is the paper's, or ``gaussian``, ``pissa``, ``olora``.
     """
@@ -197,7 +197,7 @@ def load_causal_lm(
         dtype: Of the weights. fp32 with the Trainer's ``bf16-mixed`` is the safe choice for full fine-tuning.
         lora: Adapters; None trains everything.
         quantization: Hold the linear layers in 4 (``nf4``) or 8 (``int8``) bits, but for the head and adapters. What is
-            quantised can't be trained.
+            quantized can't be trained.
         gradient_checkpointing: Recompute activations in the backward pass.
         vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
         new_tokens: Ids that are new though embeddings have rows for them. With ``lora`` the rows of these and of those
@@ -216,7 +216,7 @@ def load_causal_lm(
         model = pretrained
     else:
         model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(dtype, trust_remote_code), quantization)
-    return _prepared(quantised(model, quantization), lora, gradient_checkpointing, vocab_size, new_tokens)
+    return _prepared(quantized(model, quantization), lora, gradient_checkpointing, vocab_size, new_tokens)
 
 
 def load_reward_model(
@@ -281,7 +281,7 @@ def load_reward_model(
             weight = model.score.float().weight
             drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
             weight.data.copy_(drawn.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed)))
-    model = quantised(model, quantization)
+    model = quantized(model, quantization)
     if pad_token_id is not None:
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
     if isinstance(score := getattr(model, "score", None), nn.Module):
@@ -294,7 +294,7 @@ def _load(
 ) -> tuple[Any, set[str]]:
     """The model in one piece, adapters merged, and the names of weights that were nowhere to be found.
 
-    It is quantised, but where there were adapters: merged into quantised weights they would be rounded.
+    It is quantized, but where there were adapters: merged into quantized weights they would be rounded.
     """
     adapters = _adapters(pretrained)
     if adapters is not None:

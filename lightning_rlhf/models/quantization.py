@@ -15,9 +15,9 @@ DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_
 """``from_pretrained``'s name of a dtype: transformers 5 deprecates the one that 4.51 needs."""
 
 Quantization = Literal["nf4", "int8"]
-"""``nf4``: NormalFloat in blocks of 64 with double quantisation (Dettmers et al. 2023), 4.13 bits a weight. ``int8``: 8
-bits and a scale a row (Dettmers et al. 2022); activations are never quantised, see
-:class:`~lightning_rlhf.models.quantised_layers.Int8Linear`."""
+"""``nf4``: NormalFloat in blocks of 64 with double quantization (Dettmers et al. 2023), 4.13 bits a weight. ``int8``: 8
+bits and a scale a row (Dettmers et al. 2022); activations are never quantized, see
+:class:`~lightning_rlhf.models.quantized_layers.Int8Linear`."""
 
 
 def require_bitsandbytes() -> None:
@@ -33,19 +33,19 @@ def require_bitsandbytes() -> None:
         )
     if not transformers.integrations.validate_bnb_backend_availability():
         raise RuntimeError(
-            f"transformers {transformers.__version__} quantises on GPUs alone, and finds none here: use transformers 5 "
+            f"transformers {transformers.__version__} quantizes on GPUs alone, and finds none here: use transformers 5 "
             "on a CPU, or quantization: null."
         )
 
 
 def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` takes to quantise linear layers, but for the head, as it loads them.
+    """What ``from_pretrained`` takes to quantize linear layers, but for the head, as it loads them.
 
     Weights go to torch's default device, which inside a Trainer is the one that it trains on.
 
     Args:
         quantization: Which.
-        dtype: That products are computed in, and of what is not quantised.
+        dtype: That products are computed in, and of what is not quantized.
 
     Raises:
         ModuleNotFoundError: bitsandbytes isn't installed.
@@ -67,14 +67,14 @@ def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> di
     return {"quantization_config": config, "device_map": {"": str(torch.get_default_device())}}
 
 
-def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
-    """A model whose linear layers, but for the head, are quantised and ready to be trained over.
+def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
+    """A model whose linear layers, but for the head, are quantized and ready to be trained over.
 
     Args:
         model: As :func:`quantization_arguments` loaded it, or whole; then it stays as it is, and the result is another.
         quantization: Which; None: as the model is.
     """
-    if quantization is not None and not is_quantised(model):
+    if quantization is not None and not is_quantized(model):
         whole, name = model, model.name_or_path
         with torch.random.fork_rng(devices=()):
             arguments: dict[str, Any] = {DTYPE: whole.dtype, **quantization_arguments(quantization, whole.dtype)}
@@ -84,9 +84,9 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
         model.name_or_path = name  # what adapters are adapters of
         if whole.can_generate():
             model.generation_config = whole.generation_config
-    layers = [module for module in model.modules() if is_quantised_layer(module)]
+    layers = [module for module in model.modules() if is_quantized_layer(module)]
     if layers:
-        from lightning_rlhf.models.quantised_layers import prepare
+        from lightning_rlhf.models.quantized_layers import prepare
 
         for layer in layers:
             prepare(layer)
@@ -97,24 +97,24 @@ def quantised(model: PreTrainedModel, quantization: Quantization | None) -> Any:
     return model
 
 
-def is_quantised_layer(module: nn.Module) -> bool:
-    """Whether it is a linear layer of bitsandbytes that holds quantised weights."""
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes that holds quantized weights."""
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
 
 
-def is_quantised(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Whether any layer is."""
-    return any(map(is_quantised_layer, model.modules()))
+    return any(map(is_quantized_layer, model.modules()))
 
 
-def dequantised(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """A plain layer on the CPU with the weights that a quantised one stands for.
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """A plain layer on the CPU with the weights that a quantized one stands for.
 
     Args:
-        layer: A quantised linear layer, which stays as it is.
+        layer: A quantized linear layer, which stays as it is.
         dtype: Of the result.
     """
-    from lightning_rlhf.models.quantised_layers import weights_of
+    from lightning_rlhf.models.quantized_layers import weights_of
 
     values = weights_of(layer.weight)
     plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")

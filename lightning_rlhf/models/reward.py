@@ -45,12 +45,12 @@ class RewardModel(Backbone):
     def score_offset(self, value: float) -> None:
         self.transformer.config.score_offset = value
 
-    def forward(self, batch: PackedBatch, normalise: bool = False) -> Tensor:
+    def forward(self, batch: PackedBatch, normalize: bool = False) -> Tensor:
         """Scores the batch.
 
         Args:
             batch: A packed batch on the model's device.
-            normalise: Subtract ``score_offset``, so that reference answers score 0 on average.
+            normalize: Subtract ``score_offset``, so that reference answers score 0 on average.
 
         Returns:
             (S,) scores in fp32.
@@ -62,7 +62,7 @@ class RewardModel(Backbone):
             padded = pad(batch)
             scores = self.model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits[:, 0]
         scores = scores.float()
-        return scores - self.score_offset if normalise else scores
+        return scores - self.score_offset if normalize else scores
 
 
 def read_head(head: nn.Module, states: Tensor) -> Tensor:

@@ -40,11 +40,11 @@ class RoleModel(Policy):
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
         chunk: Elements of logits alive at once in the scored head.
         critic: Whether to add a critic, with adapters as the policy's and a head of zeros.
-        critic_from: Directory of a reward model's adapter for the critic to start from.
+        critic_init: Directory of a reward model's adapter for the critic to start from.
         reward: Directory of a reward model's adapter for the role ``reward``.
 
     Raises:
-        ValueError: No adapters, an initialisation that changes the backbone, or a reward adapter of other shapes.
+        ValueError: No adapters, an initialization that changes the backbone, or a reward adapter of other shapes.
     """
 
     _role: Role = "policy"
@@ -55,7 +55,7 @@ class RoleModel(Policy):
         layout: LayoutChoice = "auto",
         chunk: int = CHUNK,
         critic: bool = True,
-        critic_from: str | os.PathLike[str] | None = None,
+        critic_init: str | os.PathLike[str] | None = None,
         reward: str | os.PathLike[str] | None = None,
     ) -> None:
         if not hasattr(model, "peft_config"):
@@ -76,10 +76,10 @@ class RoleModel(Policy):
             self.value_head = nn.Linear(width, 1, device=device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-            if critic_from is None:
+            if critic_init is None:
                 self._add("critic", config)
             else:
-                head, offset = self._add_reward("critic", critic_from)
+                head, offset = self._add_reward("critic", critic_init)
                 with torch.no_grad():
                     self.value_head.weight.copy_(head)
                     self.value_head.bias.fill_(-offset)

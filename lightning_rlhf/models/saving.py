@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import logging
 import os
-import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from lightning_rlhf.functional.precision import plain
-from lightning_rlhf.models.quantization import dequantised, is_quantised, is_quantised_layer
+from lightning_rlhf.models.quantization import dequantized, is_quantized, is_quantized_layer
+from lightning_rlhf.utils.filesystem import atomic_directory
 
 log = logging.getLogger(__name__)
-
-COMPLETE = ".complete"
-"""Name of the empty file that is written last into a directory."""
 
 ADAPTED = "adapted_config.json"
 """Name of the file beside adapters that says what in their base's config is another value now.
@@ -78,7 +73,7 @@ def save_pretrained(
     is_peft = hasattr(model, "get_base_model")  # peft leaves peft_config on the inner model too
     adapter = _adapter_alone(model) if adapter_only else None
     base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[operator,assignment]
-    if is_peft and not adapter_only and getattr(base, "is_quantized", False) and not is_quantised(base):
+    if is_peft and not adapter_only and getattr(base, "is_quantized", False) and not is_quantized(base):
         raise ValueError(
             f"Adapters can't be merged into weights quantized by {base.quantization_method} without rounding them: "
             "export with adapter_only=True, and merge them into the model in full precision."
@@ -112,89 +107,6 @@ def save_pretrained(
     return Path(directory)
 
 
-# ------------------------------------------------------------------------------------------------- directories
-
-
-@contextmanager
-def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new directory to write to, that takes its name when the block ends well.
-
-    Files reach the disk, then the marker :data:`COMPLETE`, then the name. Until then a directory of that name keeps
-    what it holds, whatever happens; where the system can't swap two names at once (other than Linux), a crash in the
-    instant between two renames leaves it as ``.NAME.old``, and the next call puts it back.
-
-    Args:
-        directory: The name to take.
-
-    Yields:
-        The directory to write to, beside it.
-
-    Raises:
-        FileExistsError: The name belongs to a file, or to a directory that was not written by this function.
-    """
-    target = Path(directory)
-    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not target.exists():
-        old.rename(target)
-    check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            sync(path)
-        sync(partial)
-        (partial / COMPLETE).touch()
-        sync(partial / COMPLETE)
-        sync(partial)
-        if not target.exists():
-            partial.rename(target)
-        elif not _exchange(partial, target):
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
-
-
-def check_replaceable(directory: str | os.PathLike[str]) -> None:
-    """Refuses names under which something else would be lost.
-
-    Raises:
-        FileExistsError: A file, or a directory with content and without the marker :data:`COMPLETE`.
-    """
-    target = Path(directory)
-    if target.is_dir() and ((target / COMPLETE).exists() or not any(target.iterdir())):
-        return
-    if target.exists():
-        raise FileExistsError(
-            f"{target} exists and was not written here (it has no file {COMPLETE}): choose another directory, or "
-            "move it away."
-        )
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Has the system write a file, or a directory's list of names, to the disk."""
-    if os.name == "nt" and os.path.isdir(path):  # Windows opens no directories
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step; False where that can't be done."""
-    if sys.platform != "linux":
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Inside rich's bar, which Lightning shows, those of transformers recurse without end in Jupyter."""
@@ -226,23 +138,23 @@ def _check_finite(model: nn.Module, state_dict: Mapping[str, Tensor], directory:
 
 
 def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
-    """The model's modules and configs once more, over the same weights, or those given, on the CPU; none quantised."""
+    """The model's modules and configs once more, over the same weights, or those given, on the CPU; none quantized."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     # layers that no training changes, so that those given are the model's own
-    memo: dict[int, Any] = {id(m): dequantised(m, base.dtype) for m in model.modules() if is_quantised_layer(m)}
+    memo: dict[int, Any] = {id(m): dequantized(m, base.dtype) for m in model.modules() if is_quantized_layer(m)}
     whole = not memo
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
         if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
-            continue  # a quantised layer's
+            continue  # a quantized layer's
         value = tensor if state_dict is None else state_dict.get(name, tensor)  # buffers need not be in it
         value = value.detach().cpu()
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
     twin = copy.deepcopy(model, memo)
-    return twin if whole else _without_quantisation(twin)
+    return twin if whole else _without_quantization(twin)
 
 
-def _without_quantisation(model: Any) -> Any:
+def _without_quantization(model: Any) -> Any:
     """A model whose layers are plain already, as transformers and peft would have made it from plain weights."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -327,7 +239,7 @@ def _adapter_alone(model: nn.Module) -> str:
     init = getattr(configs[active[0]], "init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0].lower() in ("pissa", "olora", "corda"):
         raise ValueError(
-            f"Adapter {active[0]!r} was initialised by {init}, which takes its first weights out of the base model: "
+            f"Adapter {active[0]!r} was initialized by {init}, which takes its first weights out of the base model: "
             "over the original model it would be wrong. Export merged (adapter_only=False)."
         )
     return active[0]

@@ -43,7 +43,7 @@ class ValueModel(Backbone):
     Args:
         model: A decoder's ``...ForSequenceClassification`` with a ``score`` head of one label, or a peft model around
             one. Its config's ``score_offset`` is subtracted, so that a reward model starts as the value of the
-            normalised score.
+            normalized score.
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
 
     Raises:

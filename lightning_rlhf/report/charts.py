@@ -1,4 +1,4 @@
-"""Curves as inline SVG, coloured by the style sheet of the page."""
+"""Curves as inline SVG, colored by the style sheet of the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-#: Colours of lines, in light and in dark pages. All are told apart with each of the common colour blindnesses too, and
+#: Colors of lines, in light and in dark pages. All are told apart with each of the common color blindnesses too, and
 #: stand out from the ground by a contrast of 3 (WCAG 2.1, 1.4.11).
 COLOURS = (
     ("#0c2dbb", "#386bfa"),
@@ -32,7 +32,7 @@ class Line:
     Attributes:
         points: Places across, which mostly are steps, and values. At values that are not finite the line breaks.
         label: For the legend; empty on a chart of one line.
-        style: Number of its colour and dashes, below ``MAX_LINES``; None: the page's own.
+        style: Number of its color and dashes, below ``MAX_LINES``; None: the page's own.
         dots: Points that it is the trend of, drawn behind it; of few it has no points itself. None: it is drawn
             through its points, and of many also their running mean.
         band: Places with the least and the greatest value.
@@ -97,7 +97,7 @@ def key(label: str, style: int | None) -> str:
 
 
 def style_class(style: int | None) -> str:
-    """Classes of a line's colour and dashes."""
+    """Classes of a line's color and dashes."""
     return "" if style is None else f"c{style % len(COLOURS)} {DASHES[style // len(COLOURS)]}"
 
 

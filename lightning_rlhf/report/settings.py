@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 #: A setting: its name, its value in words, and whether it is known to differ from the default.
-Row = tuple[str, str, bool]
+Setting = tuple[str, str, bool]
 _TRAINER = (
     "max_steps",
     "max_epochs",
@@ -30,7 +30,7 @@ _TRAINER = (
 _OPTIMIZER = ("lr", "momentum", "betas", "eps", "weight_decay")
 
 
-def describe(thing: Any) -> list[Row]:
+def describe(thing: Any) -> list[Setting]:
     """What a module or data module was made with, as far as it keeps it.
 
     Args:
@@ -52,7 +52,7 @@ def describe(thing: Any) -> list[Row]:
     return out
 
 
-def describe_trainer(trainer: Any) -> list[Row]:
+def describe_trainer(trainer: Any) -> list[Setting]:
     """Those of the Trainer's settings that decide what is learnt, its optimizers, and what it ran on."""
     values: dict[str, Any] = {name: getattr(trainer, name) for name in _TRAINER}
     for i, optimizer in enumerate(trainer.optimizers):
@@ -69,7 +69,7 @@ def describe_trainer(trainer: Any) -> list[Row]:
     return _rows(values)
 
 
-def read_settings(folder: Path) -> dict[str, list[Row]]:
+def read_settings(folder: Path) -> dict[str, list[Setting]]:
     """Settings of a logger's folder: of the command line's ``config.yaml``, else of ``hparams.yaml``.
 
     Args:
@@ -186,7 +186,7 @@ def _short(path: object) -> str:
     return str(path).rpartition(".")[2]
 
 
-def _rows(values: Mapping[str, Any]) -> list[Row]:
+def _rows(values: Mapping[str, Any]) -> list[Setting]:
     flat: dict[str, str] = {}
     for name, value in values.items():
         if value is not None:

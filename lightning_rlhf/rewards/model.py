@@ -23,7 +23,7 @@ from lightning_rlhf.rewards.base import Reward, Samples, check_scores
 
 
 class RewardModelReward(Reward):
-    """Scores by a reward model, normalised by its ``score_offset``.
+    """Scores by a reward model, normalized by its ``score_offset``.
 
     A reward model that reads as the policy writes (tokenizer and chat template alike) gets the very tokens that were
     sampled. Another gets each conversation by its own chat template and tokenizer: with the stop token behind a
@@ -133,7 +133,7 @@ class RewardModelReward(Reward):
         scores = []
         for part in within_budget(trees, self.max_tokens, "the reward's max_tokens"):
             batch = pack(part).to(device)
-            scores.append(self.model(batch, normalise=True) if self.shared is None else self.shared(batch, "reward"))
+            scores.append(self.model(batch, normalize=True) if self.shared is None else self.shared(batch, "reward"))
         return check_scores(torch.cat(scores), samples, f"The reward model {self.pretrained}")
 
     def _rendered(self, samples: Samples) -> list[Tree]:
@@ -206,7 +206,7 @@ def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
         reward: The reward model's.
 
     Returns:
-        False also where nobody can tell: then conversations are tokenised again, which is never wrong.
+        False also where nobody can tell: then conversations are tokenized again, which is never wrong.
     """
     added = [{i: str(token) for i, token in t.added_tokens_decoder.items()} for t in (policy, reward)]
     return (

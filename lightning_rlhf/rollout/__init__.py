@@ -1,13 +1,14 @@
 """Rollouts: prompts and a policy in, completions with their log-probs out."""
 
-from lightning_rlhf.rollout.cached import CachedEngine
-from lightning_rlhf.rollout.generate import GenerateEngine
-from lightning_rlhf.rollout.interface import Completion, Request, RolloutEngine, Sampling, as_answers, sample_key
+from lightning_rlhf.rollout.engine import CachedEngine
+from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
+from lightning_rlhf.rollout.types import Completion, Request, RolloutEngine, Sampling, as_answers
+from lightning_rlhf.utils.random import sample_key
 
 __all__ = [
     "CachedEngine",
     "Completion",
-    "GenerateEngine",
+    "HFGenerateEngine",
     "Request",
     "RolloutEngine",
     "Sampling",

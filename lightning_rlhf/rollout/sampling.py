@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rollout.row import Row
+from lightning_rlhf.rollout.sequence import ActiveSequence
 
 _CHUNK = 2**18
 """Elements of noise alive at once on a CPU: they stay in its cache."""
@@ -23,7 +23,7 @@ _NUCLEUS = 1024
 """Tokens that top-p looks at first: sorting a whole vocabulary takes longer than the model's head."""
 
 
-def choose(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+def choose(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[int], list[float]]:
     """Draws the next token of each row.
 
     Args:
@@ -61,24 +61,24 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]
 
 
 def _span(indices: list[int]) -> slice | list[int]:
-    """Neighbours as a slice, which copies nothing."""
+    """Neighbors as a slice, which copies nothing."""
     first, last = indices[0], indices[-1]
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
-def _processed(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
+def _processed(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
     """Scores after repetition penalty and minimum length; ``scaled`` itself where neither is at work."""
-    penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
+    penalized = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
     short = [i for i, row in enumerate(rows) if row.too_short and row.stops]
-    if not penalised and not short:
+    if not penalized and not short:
         return scaled
     scores = scaled.clone()
-    if penalised:
-        longest = max(rows[i].position + 1 for i in penalised)
-        seen = [[*rows[i].prompt, *rows[i].ids] for i in penalised]
+    if penalized:
+        longest = max(rows[i].position + 1 for i in penalized)
+        seen = [[*rows[i].prompt, *rows[i].ids] for i in penalized]
         columns = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in seen], device=scores.device)
-        lines = torch.tensor(penalised, device=scores.device)[:, None]
-        penalty = scores.new_tensor([rows[i].sampling.repetition_penalty for i in penalised])[:, None]
+        lines = torch.tensor(penalized, device=scores.device)[:, None]
+        penalty = scores.new_tensor([rows[i].sampling.repetition_penalty for i in penalized])[:, None]
         old = scores[lines, columns]
         scores[lines, columns] = torch.where(old < 0, old * penalty, old / penalty)
     for i in short:
@@ -86,7 +86,7 @@ def _processed(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
     return scores
 
 
-def _from_the_top(scores: Tensor, rows: Sequence[Row], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
+def _from_the_top(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
     """(S, V) scores -> (S,) tokens, under top-k and then top-p; the ``width`` likeliest are looked at."""
     vocabulary = scores.shape[1]
     limits = [row.sampling.top_k or vocabulary for row in rows]
@@ -111,7 +111,7 @@ def _from_the_top(scores: Tensor, rows: Sequence[Row], ids: Tensor, width: int =
 # ------------------------------------------------------------------------------------------------- noise
 
 
-def _keys(rows: Sequence[Row], which: Sequence[int], ids: Tensor) -> Tensor:
+def _keys(rows: Sequence[ActiveSequence], which: Sequence[int], ids: Tensor) -> Tensor:
     """(len(which), 1) noise keys of rows."""
     signed = [(key := rows[i].noise_key) - (key >> 31 << 32) for i in which]
     return torch.tensor(signed, dtype=torch.int32, device=ids.device)[:, None]

@@ -30,7 +30,8 @@ from lightning_rlhf.rewards.model import first_other_token
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.stages.online import VALIDATION, OnlineStage, disable_dropout
 from lightning_rlhf.stages.optim import parameter_groups, parameters_of
-from lightning_rlhf.strategies import gather_objects, whole_weights
+from lightning_rlhf.strategies import whole_weights
+from lightning_rlhf.utils.collectives import gather_objects
 
 BadScoresChoice = Literal["stop", "drop"]
 
@@ -52,7 +53,7 @@ class ActorCriticStage(OnlineStage):
     reference: Policy
     reward: Reward
     bad_scores: BadScoresChoice
-    critic_from: str | os.PathLike[str] | PreTrainedModel | None
+    critic_init: str | os.PathLike[str] | PreTrainedModel | None
     critic_lr: float | None
     shared: bool
     max_norm: float | None
@@ -79,7 +80,7 @@ class ActorCriticStage(OnlineStage):
             **options,
         )
         if not self.shared:  # before adapters are put into a model that was given
-            start = self._untouched() if self.critic_from is None else self.critic_from
+            start = self._untouched() if self.critic_init is None else self.critic_init
             self.critic = ValueModel(load_value_model(start, **trained), self.layout)
         if self.lora is None:
             frozen = load_causal_lm(self._untouched(), **options).requires_grad_(False)
@@ -93,7 +94,7 @@ class ActorCriticStage(OnlineStage):
                 model,
                 self.layout,
                 critic=self.shared,
-                critic_from=self.critic_from,  # type: ignore[arg-type]
+                critic_init=self.critic_init,  # type: ignore[arg-type]
                 reward=None if same is None else same.pretrained,  # type: ignore[arg-type]
             )
             if same is not None:
@@ -103,16 +104,16 @@ class ActorCriticStage(OnlineStage):
 
     def _check_critic(self) -> None:
         """Refuses a critic that would read the policy's tokens as others; without a tokenizer nobody can tell."""
-        if self.critic_from is None or isinstance(self.critic_from, PreTrainedModel):
+        if self.critic_init is None or isinstance(self.critic_init, PreTrainedModel):
             return
         try:
-            tokenizer = load_tokenizer(self.critic_from, self.trust_remote_code)
+            tokenizer = load_tokenizer(self.critic_init, self.trust_remote_code)
         except (OSError, ValueError):
             return
         if (found := first_other_token(self.tokenizer, tokenizer)) is not None:
             own, other = found
             raise ValueError(
-                f"critic={os.fspath(self.critic_from)!r} has another tokenizer than the policy, whose tokens it would "
+                f"critic={os.fspath(self.critic_init)!r} has another tokenizer than the policy, whose tokens it would "
                 f"read as others: {own!r} is {other!r} there. Give a critic of the policy's family, or null to start "
                 "from the policy's weights."
             )
@@ -131,7 +132,7 @@ class ActorCriticStage(OnlineStage):
         return copy.deepcopy(self.pretrained) if isinstance(self.pretrained, PreTrainedModel) else self.pretrained
 
     @property
-    def exportable(self) -> Policy:
+    def model_to_export(self) -> Policy:
         """The policy."""
         return self.policy
 
@@ -215,7 +216,9 @@ class ActorCriticStage(OnlineStage):
         return experience.kept[role]
 
     @torch.no_grad()
-    def appraise(self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]) -> dict[str, list[float]]:
+    def score_completions(
+        self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
+    ) -> dict[str, list[float]]:
         """What :class:`~lightning_rlhf.callbacks.SampleCompletions` shows beside completions; no other rank takes part.
 
         Args:

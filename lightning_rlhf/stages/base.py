@@ -30,7 +30,6 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
-from lightning_rlhf.callbacks.atomic import check_held, naming
 from lightning_rlhf.callbacks.progress import suited
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
@@ -40,12 +39,14 @@ from lightning_rlhf.evaluation import complete
 from lightning_rlhf.models import LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config, load_stop_token_ids
-from lightning_rlhf.models.quantization import Quantization, is_quantised_layer, require_bitsandbytes
+from lightning_rlhf.models.quantization import Quantization, is_quantized_layer, require_bitsandbytes
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, gradient_norm, parameter_groups, parameters_of
-from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, holds_whole_models
+from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
+from lightning_rlhf.utils.checkpoint_io import check_held, naming
+from lightning_rlhf.utils.collectives import gather_objects
 
 
 class Stage(L.LightningModule):
@@ -75,7 +76,7 @@ class Stage(L.LightningModule):
     Raises:
         ModuleNotFoundError: ``quantization`` without bitsandbytes.
         OSError: Nothing is at ``pretrained`` or ``tokenizer``.
-        ValueError: ``pretrained`` is none of these, a model object without its tokenizer, or quantised weights without
+        ValueError: ``pretrained`` is none of these, a model object without its tokenizer, or quantized weights without
             adapters to train.
     """
 
@@ -83,7 +84,7 @@ class Stage(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     new_token_ids: tuple[int, ...]
-    max_dropped: int = 5
+    max_skipped_updates: int = 5
     dropped: int = 0
     #: The kind of data that it works on; None: whatever a stage of one's own takes.
     works_on: ClassVar[Kind | None] = None
@@ -111,10 +112,10 @@ class Stage(L.LightningModule):
         if quantization is not None:
             require_bitsandbytes()
             if lora is None:
-                raise ValueError(f"quantization={quantization!r}: quantised weights can't be trained. Give lora.")
+                raise ValueError(f"quantization={quantization!r}: quantized weights can't be trained. Give lora.")
             if lora.init not in (True, "gaussian"):
                 raise ValueError(
-                    f"lora.init={lora.init!r} moves a part of the weights into the adapters, and quantised weights "
+                    f"lora.init={lora.init!r} moves a part of the weights into the adapters, and quantized weights "
                     "can't be changed: use true or gaussian."
                 )
         if tokenizer is None and isinstance(pretrained, PreTrainedModel):
@@ -142,7 +143,7 @@ class Stage(L.LightningModule):
         self._mid_step = self._diverges = False
         self._counted = 0
 
-    def keep_hyperparameters(self) -> None:
+    def save_settings(self) -> None:
         """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
 
         Objects among them (a model, a tokenizer, functions) stay out: a checkpoint is loaded without trusting code.
@@ -171,7 +172,7 @@ class Stage(L.LightningModule):
         self._objects = {k: _name(settings[k]) for k in sorted(objects) if settings[k] is not defaults.get(k)}
 
     @property
-    def exportable(self) -> Backbone:
+    def model_to_export(self) -> Backbone:
         """The model that callbacks export and show."""
         raise NotImplementedError
 
@@ -204,8 +205,10 @@ class Stage(L.LightningModule):
             print(module.generate("Name a city.")[0].text)
         """
         self.configure_model()
-        if not self.exportable.transformer.can_generate():
-            raise ValueError(f"{type(self).__name__}: {type(self.exportable.transformer).__name__} can't generate.")
+        if not self.model_to_export.transformer.can_generate():
+            raise ValueError(
+                f"{type(self).__name__}: {type(self.model_to_export.transformer).__name__} can't generate."
+            )
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
         asked: list[Any] = [
             [Message(role="user", content=p)] if isinstance(p, str) and not as_text else p
@@ -215,7 +218,7 @@ class Stage(L.LightningModule):
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in asked]
         keys = [sample_key(seed, i) for i in range(len(asked))]
         engine = getattr(self, "engine", None) or CachedEngine()
-        found = complete(engine, self.exportable, self.tokenizer, ids, keys, sampling or own, self.stop_token_ids)
+        found = complete(engine, self.model_to_export, self.tokenizer, ids, keys, sampling or own, self.stop_token_ids)
         return [completion for (completion,) in as_answers(self.tokenizer, asked, [[c] for c in found])]
 
     @cached_property
@@ -241,7 +244,7 @@ class Stage(L.LightningModule):
         return [] if given else [SaveOnInterrupt()]
 
     def setup(self, stage: str) -> None:
-        """Refuses, before anything is loaded, what would cast weights that must be fp32, or cut quantised ones.
+        """Refuses, before anything is loaded, what would cast weights that must be fp32, or cut quantized ones.
 
         Raises:
             ValueError: It is one.
@@ -270,7 +273,7 @@ class Stage(L.LightningModule):
         name = str(plugin.precision)
         if isinstance(plugin, BitsandbytesPrecision):
             raise ValueError(
-                "BitsandbytesPrecision quantises heads and adapters too, which can't be trained then: leave it out, "
+                "BitsandbytesPrecision quantizes heads and adapters too, which can't be trained then: leave it out, "
                 "and set model.quantization to nf4 or int8."
             )
         if name in ("bf16-true", "16-true") or name.startswith("transformer-engine"):
@@ -327,7 +330,7 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule by optimizer steps."""
-        optimizer = self.make_optimizer(parameter_groups(self.exportable.parameters()))
+        optimizer = self.make_optimizer(parameter_groups(self.model_to_export.parameters()))
         scheduler = self.make_lr_scheduler(optimizer)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):  # Lightning's own class says what it goes by, torch's doesn't
@@ -439,7 +442,7 @@ class Stage(L.LightningModule):
             loss: The step's, the same on all ranks.
 
         Raises:
-            RuntimeError: They are ``max_dropped``.
+            RuntimeError: They are ``max_skipped_updates``.
         """
         bad = self._diverges or not math.isfinite(loss)
         self._diverges = False
@@ -453,11 +456,11 @@ class Stage(L.LightningModule):
             what: Is counted, for the message.
 
         Raises:
-            RuntimeError: They are ``max_dropped``.
+            RuntimeError: They are ``max_skipped_updates``.
         """
         self.dropped = self.dropped + 1 if dropped else 0
         self._dropping = what
-        if self.dropped >= self.max_dropped:
+        if self.dropped >= self.max_skipped_updates:
             raise RuntimeError(self._diverged_run())
 
     def _diverged_run(self) -> str:
@@ -468,7 +471,7 @@ class Stage(L.LightningModule):
         )
 
     def on_train_epoch_end(self) -> None:
-        """Tells a run that diverged, and was too short for ``max_dropped``, from one that is done.
+        """Tells a run that diverged, and was too short for ``max_skipped_updates``, from one that is done.
 
         Raises:
             RuntimeError: The run ends in several steps that were dropped.
@@ -491,7 +494,7 @@ class Stage(L.LightningModule):
         checkpoint["dropped"] = self.dropped
         frozen = self._frozen()
         modules = self.named_modules(remove_duplicate=False)
-        scales = tuple(f"{name}." for name, module in modules if is_quantised_layer(module))
+        scales = tuple(f"{name}." for name, module in modules if is_quantized_layer(module))
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen and not k.startswith(scales)}
 

@@ -18,15 +18,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightning_rlhf.data.experience import Experience
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack
-from lightning_rlhf.data.planner import generator
 from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
 from lightning_rlhf.data.templates import turn_end
 from lightning_rlhf.functional.kl import k1, k3
 from lightning_rlhf.rewards import Samples
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers, sample_key
-from lightning_rlhf.rollout.text import tail, tokens_of
+from lightning_rlhf.rollout.detokenizer import tail, tokens_of
 from lightning_rlhf.stages.updates import ManualStage
-from lightning_rlhf.strategies import ColossalAIStrategy, gather_objects, whole_weights
+from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
+from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.random import generator
 
 #: Keys of validation samples: they must not follow the iteration, so that validations can be compared.
 VALIDATION = -1
@@ -153,15 +154,17 @@ class OnlineStage(ManualStage):
         """
         before = self._times_before(prompts.rows, iteration)
         if not prompts.prompts:
-            with whole_weights(self.strategy, self.exportable):  # the other ranks enter it
+            with whole_weights(self.strategy, self.model_to_export):  # the other ranks enter it
                 return Experience([], (), {"rollout_logprobs": torch.zeros(0)}), None
         count = self.samples_per_prompt
         requests = [
             Request(ids, [sample_key(self.seed, iteration, row, i) for i in range(times * count, (times + 1) * count)])
             for ids, row, times in zip(prompts.prompts, prompts.rows, before, strict=True)
         ]
-        with whole_weights(self.strategy, self.exportable):
-            found = self.engine.generate(self.exportable, self.tokenizer, requests, self.sampling, self.stop_token_ids)
+        with whole_weights(self.strategy, self.model_to_export):
+            found = self.engine.generate(
+                self.model_to_export, self.tokenizer, requests, self.sampling, self.stop_token_ids
+            )
         return self.collect(prompts, as_answers(self.tokenizer, prompts.messages, found))
 
     def _times_before(self, rows: Sequence[int], iteration: int) -> list[int]:

@@ -38,7 +38,7 @@ PARTS = ("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "val
 
 
 class PPOModule(ActorCriticStage):
-    """Proximal policy optimisation of a language model against a reward, with a KL penalty.
+    """Proximal policy optimization of a language model against a reward, with a KL penalty.
 
     One ``training_step`` is one iteration: completions of a batch of prompts are sampled and scored; then ``epochs``
     passes over them, each in ``minibatches`` updates. ``max_steps``, schedules and checkpoints count iterations.
@@ -54,7 +54,7 @@ class PPOModule(ActorCriticStage):
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
         quantization: QLoRA: hold the frozen linear layers of policy and critic in 4 bits (``nf4``) or 8 (``int8``);
-            needs ``lora``. The reference is the quantised model.
+            needs ``lora``. The reference is the quantized model.
         shared_backbone: With adapters: one backbone for policy, reference and critic, and for the reward model where it
             is an adapter of the same weights. False gives the critic a model of its own.
         sampling: How completions are sampled.
@@ -89,7 +89,8 @@ class PPOModule(ActorCriticStage):
         reuse_passes: Where an update takes a whole iteration in one micro-batch, the first one goes back through the
             passes that scored it: two forward passes fewer, activations of policy and critic at once.
         max_norm: Gradient norm, of policy and of critic, beyond which they are clipped; None for no bound.
-        max_dropped: Iterations in a row that may take no update, for values that are not finite, before the run ends.
+        max_skipped_updates: Iterations in a row that may take no update, for values that are not finite, before the run
+            ends.
         dtype: Of the weights; heads are fp32.
         gradient_checkpointing: Trade a second forward pass for activation memory.
         layout: ``auto``: every prompt once where the model can, padded elsewhere.
@@ -150,7 +151,7 @@ class PPOModule(ActorCriticStage):
         old_logprobs: Literal["recompute", "rollout"] = "recompute",
         reuse_passes: bool = True,
         max_norm: float | None = 1.0,
-        max_dropped: int = 5,
+        max_skipped_updates: int = 5,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         layout: LayoutChoice = "auto",
@@ -185,7 +186,7 @@ class PPOModule(ActorCriticStage):
             ptx_coef=Range(0),
             target_kl=Range(0, above=True),
             max_norm=Range(0, above=True),
-            max_dropped=Range(1),
+            max_skipped_updates=Range(1),
             critic_lr=Range(0),
         )
         if kl_target is not None and not kl_coef:
@@ -203,7 +204,7 @@ class PPOModule(ActorCriticStage):
             trust_remote_code,
             quantization,
         )
-        self.keep_hyperparameters()
+        self.save_settings()
         if sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be above 0: greedy completions teach PPO nothing.")
         if not isinstance(critic, (str, os.PathLike, PreTrainedModel, type(None))):
@@ -211,7 +212,7 @@ class PPOModule(ActorCriticStage):
                 f"critic: an object of type {type(critic).__name__} is none. Give the directory or hub id of a reward "
                 "model or of a language model, a transformers model, or null for the policy's start."
             )
-        object.__setattr__(self, "critic_from", critic)  # not a child twice, where it is a model
+        object.__setattr__(self, "critic_init", critic)  # not a child twice, where it is a model
         self.shared = shared_backbone and lora is not None
         self.sampling, self.samples_per_prompt, self.engine = sampling, samples_per_prompt, engine or CachedEngine()
         self.epochs, self.parts, self.micro_batch_tokens = epochs, minibatches, micro_batch_tokens
@@ -223,7 +224,12 @@ class PPOModule(ActorCriticStage):
         self.value_coef, self.entropy_coef, self.ptx_coef = value_coef, entropy_coef, ptx_coef
         self.loss_mean, self.target_kl, self.old_logprobs = loss_mean, target_kl, old_logprobs
         self.reuse_passes = reuse_passes
-        self.max_norm, self.max_dropped, self.critic_lr, self.seed = max_norm, max_dropped, critic_lr, seed
+        self.max_norm, self.max_skipped_updates, self.critic_lr, self.seed = (
+            max_norm,
+            max_skipped_updates,
+            critic_lr,
+            seed,
+        )
         self.offload_frozen, self.bad_scores = offload_frozen, bad_scores
         self.running_scores = RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, dtype, trust_remote_code)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.callbacks import averaged_weights
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.functional.preference import bradley_terry_loss, centring_penalty
+from lightning_rlhf.functional.preference import bradley_terry_loss, centering_penalty
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
 from lightning_rlhf.models import LoRA, RewardModel, load_reward_model
 from lightning_rlhf.models.backbone import LayoutChoice, evaluating
@@ -34,7 +34,8 @@ class RewardModule(Stage):
     """Trains a reward model on pairs and rankings of answers.
 
     The loss is the weighted mean over the pairs of a whole optimizer step of ``-log sigmoid(chosen - rejected -
-    margin)``, plus ``center`` times the centring penalty. A prompt stands once in the batch, its answers behind it.
+    margin)``, plus ``centering_coef`` times the centering penalty. A prompt stands once in the batch, its
+    answers behind it.
 
     Args:
         pretrained: Directory or hub id of a causal LM (the head is new) or of a one-label classifier (the head is its
@@ -44,14 +45,14 @@ class RewardModule(Stage):
             the tokenizer's own.
         lora: Adapters; the head is trained beside them. None trains all weights.
         quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``); needs ``lora``.
-        center: Weight of the penalty that holds scores near zero; 0.01 is usual, 0 is none.
+        centering_coef: Weight of the penalty that holds scores near zero; 0.01 is usual, 0 is none.
         dtype: Of the weights; the head is fp32.
         gradient_checkpointing: Trade a second forward pass for activation memory.
         layout: ``auto``: every prompt once where the model can, padded elsewhere.
         optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
         lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
-        max_dropped: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite, before
-            the run ends.
+        max_skipped_updates: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite,
+            before the run ends.
         head_seed: Of a new head.
         trust_remote_code: Run code that comes with the model.
 
@@ -74,17 +75,17 @@ class RewardModule(Stage):
         chat_template: str | None = None,
         lora: LoRA | None = None,
         quantization: Quantization | None = None,
-        center: float = 0.0,
+        centering_coef: float = 0.0,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         layout: LayoutChoice = "auto",
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
-        max_dropped: int = 5,
+        max_skipped_updates: int = 5,
         head_seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        check_arguments(RewardModule.__init__, locals(), center=Range(0), max_dropped=Range(1))
+        check_arguments(RewardModule.__init__, locals(), centering_coef=Range(0), max_skipped_updates=Range(1))
         super().__init__(
             pretrained,
             tokenizer,
@@ -98,8 +99,8 @@ class RewardModule(Stage):
             trust_remote_code,
             quantization,
         )
-        self.keep_hyperparameters()
-        self.center, self.head_seed, self.max_dropped = center, head_seed, max_dropped
+        self.save_settings()
+        self.centering_coef, self.head_seed, self.max_skipped_updates = centering_coef, head_seed, max_skipped_updates
         set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
         for name in TRAINED:
             self.metrics[f"train_{name}"] = TokenMean()
@@ -133,7 +134,7 @@ class RewardModule(Stage):
         self.reward_model = RewardModel(model, self.layout)
 
     @property
-    def exportable(self) -> RewardModel:
+    def model_to_export(self) -> RewardModel:
         """The reward model."""
         return self.reward_model
 
@@ -151,7 +152,7 @@ class RewardModule(Stage):
         scores = self.reward_model(batch)
         chosen, rejected = scores[batch.pairs.better], scores[batch.pairs.worse]
         loss = bradley_terry_loss(chosen, rejected, batch.pairs.margin)
-        return chosen, rejected, loss + self.center * centring_penalty(chosen, rejected)
+        return chosen, rejected, loss + self.centering_coef * centering_penalty(chosen, rejected)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs once an optimizer step, over its micro-batches and all ranks."""
@@ -186,11 +187,11 @@ class RewardModule(Stage):
         self._report("test")
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A record an answer: ``row`` and ``answer`` (from 0), raw ``score``, ``normalised`` score, ``tokens``."""
+        """A record an answer: ``row`` and ``answer`` (from 0), raw ``score``, ``normalized`` score, ``tokens``."""
         scores, lengths = self.reward_model(batch).tolist(), batch.lengths.tolist()
         offset = self.reward_model.score_offset
         return [
-            {"row": row, "answer": answer, "score": score, "normalised": score - offset, "tokens": length}
+            {"row": row, "answer": answer, "score": score, "normalized": score - offset, "tokens": length}
             for (row, answer), score, length in zip(self.places(batch), scores, lengths, strict=False)
             # a filler has no place
         ]

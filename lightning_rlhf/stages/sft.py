@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximise the log-prob of the answers in instruction data."""
+"""Supervised fine-tuning: maximize the log-prob of the answers in instruction data."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class SFTModule(Stage):
         z_loss: Weight of the z-loss, which keeps the softmax's denominator near 1 (PaLM: 1e-4); 0 for none.
         optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
         lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
-        max_dropped: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite, before
-            the run ends.
+        max_skipped_updates: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite,
+            before the run ends.
         trust_remote_code: Run code that comes with the model.
 
     Attributes:
@@ -52,7 +52,7 @@ class SFTModule(Stage):
 
     Logged: ``train/`` and ``val/`` (``test/``) ``loss``, ``perplexity``, ``token_accuracy``;
     ``train/tokens_per_second`` (real tokens of this rank) and ``train/scored_share``; with ``z_loss``,
-    ``train/z_loss``: what it adds to the minimised loss. ``train/loss`` is without it, and under NEFTune's noise.
+    ``train/z_loss``: what it adds to the minimized loss. ``train/loss`` is without it, and under NEFTune's noise.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -75,10 +75,10 @@ class SFTModule(Stage):
         z_loss: float = 0.0,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
-        max_dropped: int = 5,
+        max_skipped_updates: int = 5,
         trust_remote_code: bool = False,
     ) -> None:
-        check_arguments(SFTModule.__init__, locals(), max_dropped=Range(1))
+        check_arguments(SFTModule.__init__, locals(), max_skipped_updates=Range(1))
         super().__init__(
             pretrained,
             tokenizer,
@@ -92,10 +92,10 @@ class SFTModule(Stage):
             trust_remote_code,
             quantization,
         )
-        self.keep_hyperparameters()
+        self.save_settings()
         if z_loss < 0 or (neftune_alpha is not None and neftune_alpha < 0):
             raise ValueError(f"Neither may be negative: z_loss={z_loss}, neftune_alpha={neftune_alpha}.")
-        self.neftune_alpha, self.z_loss, self.max_dropped = neftune_alpha, z_loss, max_dropped
+        self.neftune_alpha, self.z_loss, self.max_skipped_updates = neftune_alpha, z_loss, max_skipped_updates
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}_loss"] = TokenMean()
             self.metrics[f"{stage}_perplexity"] = Perplexity()
@@ -121,7 +121,7 @@ class SFTModule(Stage):
         self.policy = Policy(model, self.layout, z_loss=self.z_loss)
 
     @property
-    def exportable(self) -> Policy:
+    def model_to_export(self) -> Policy:
         """The policy."""
         return self.policy
 

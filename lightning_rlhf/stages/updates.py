@@ -146,7 +146,7 @@ class ManualStage(Stage):
         """A step without gradients, which changes nothing, for an iteration that took no update.
 
         Raises:
-            RuntimeError: ``max_dropped`` iterations in a row took none, because something was not finite.
+            RuntimeError: ``max_skipped_updates`` iterations in a row took none, because something was not finite.
         """
         self.drop_gradients(parameters)
         self._step(count=True)

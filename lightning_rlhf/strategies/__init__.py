@@ -18,12 +18,10 @@ from torch import nn
 
 from lightning_rlhf.strategies.colossalai import ColossalAIStrategy
 from lightning_rlhf.strategies.precision import ColossalAIPrecision
-from lightning_rlhf.strategies.ranks import gather_objects
 
 __all__ = [
     "ColossalAIPrecision",
     "ColossalAIStrategy",
-    "gather_objects",
     "holds_whole_models",
     "runs_alone",
     "whole_state_dict",

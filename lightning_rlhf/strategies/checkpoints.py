@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_rlhf.models.saving import COMPLETE, atomic_directory, sync
-from lightning_rlhf.strategies.ranks import gather_objects
-from lightning_rlhf.strategies.sharded import Boosted, Piece, Slot
+from lightning_rlhf.strategies.sharded import Boosted, LocalShard, Slot
+from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.filesystem import COMPLETE, atomic_directory, sync
 
 #: The Lightning checkpoint in a sharded directory, without what the ranks' files hold.
 META = "meta.ckpt"
@@ -67,7 +67,7 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
 
 
 def _fill_states(
-    boosted: Boosted, saved: Sequence[dict[str, Any]], read: Callable[[Slot, Piece], dict[str, Any]]
+    boosted: Boosted, saved: Sequence[dict[str, Any]], read: Callable[[Slot, LocalShard], dict[str, Any]]
 ) -> None:
     """Sets an optimizer's groups and states.
 
@@ -117,7 +117,7 @@ def load_optimizer_state(boosted: Boosted, saved: dict[str, Any]) -> None:
         ValueError: It is another optimizer's.
     """
 
-    def read(slot: Slot, piece: Piece) -> dict[str, Any]:
+    def read(slot: Slot, piece: LocalShard) -> dict[str, Any]:
         return {
             name: value.reshape(-1)[piece.start : piece.start + piece.size]
             if _is_sharded(name, value, slot.shape.numel())
@@ -266,7 +266,7 @@ class Shards:
     def load_optimizer(self, number: int, boosted: Boosted, settings: Sequence[dict[str, Any]]) -> None:
         """Fills a child's optimizer states."""
 
-        def read(slot: Slot, piece: Piece) -> dict[str, Any]:
+        def read(slot: Slot, piece: LocalShard) -> dict[str, Any]:
             return {
                 name: self.read(number, slot.name, piece.start, piece.size, name) if value is None else value
                 for name, value in self.states(number, slot.name).items()
@@ -285,7 +285,7 @@ def consolidate(directory: str | os.PathLike[str], file: str | os.PathLike[str])
     Raises:
         FileNotFoundError: The directory isn't complete.
     """
-    from lightning_rlhf.callbacks.atomic import AtomicCheckpointIO
+    from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
 
     shards = Shards(directory)
     checkpoint: dict[str, Any] = torch.load(shards.directory / META, map_location="cpu", weights_only=True)

@@ -78,7 +78,7 @@ class ColossalAIPrecision(Precision):
         """Runs the closure, clips, steps.
 
         Raises:
-            RuntimeError: ``training_step`` returned None under automatic optimisation.
+            RuntimeError: ``training_step`` returned None under automatic optimization.
         """
         result = closure()
         if model.automatic_optimization and result is None:

@@ -1,8 +1,8 @@
 """One child module and its optimizer under a ColossalAI plugin, and what each rank holds of them.
 
 ColossalAI splits the flattened weights of a child over ranks, each plugin in its own way. Here both ways look alike: a
-:class:`Slot` is a trained parameter, a :class:`Piece` what this rank holds of it. Clipping, checkpoints and export are
-written once, over pieces.
+:class:`Slot` is a trained parameter, a :class:`LocalShard` what this rank holds of it. Clipping, checkpoints and export
+are written once, over shards.
 
 ColossalAI has public methods for all but these, which are read from its objects: the reduced gradients of a ZeRO
 optimizer and of Gemini's chunks, and where in a chunk a parameter lies. ``tests/strategies`` compares every one with a
@@ -47,7 +47,7 @@ class Slot(NamedTuple):
     dtype: torch.dtype
 
 
-class Piece(NamedTuple):
+class LocalShard(NamedTuple):
     """What this rank holds of a slot.
 
     Attributes:
@@ -267,15 +267,15 @@ class Boosted(ABC):
     # ------------------------------------------------------------------------------------------------- pieces
 
     @abstractmethod
-    def piece(self, slot: Slot) -> Piece | None:
+    def piece(self, slot: Slot) -> LocalShard | None:
         """What this rank holds of it; None: nothing."""
 
     @abstractmethod
-    def gradient(self, slot: Slot, piece: Piece) -> Tensor | None:
+    def gradient(self, slot: Slot, piece: LocalShard) -> Tensor | None:
         """(size or more,) the piece's reduced gradient, times :attr:`scale`; None where there is none."""
 
     @abstractmethod
-    def working(self, slot: Slot, piece: Piece) -> Tensor:
+    def working(self, slot: Slot, piece: LocalShard) -> Tensor:
         """What forward passes read of the piece, on this rank; shares its memory."""
 
     @property
@@ -284,7 +284,7 @@ class Boosted(ABC):
         mixin = getattr(self.wrapped, "mixed_precision_mixin", getattr(self.wrapped, "mix_precision_mixin", None))
         return float(getattr(mixin, "loss_scale", 1.0))
 
-    def gradients(self, parameters: Collection[nn.Parameter] | None = None) -> Iterator[tuple[Piece, Tensor]]:
+    def gradients(self, parameters: Collection[nn.Parameter] | None = None) -> Iterator[tuple[LocalShard, Tensor]]:
         """This rank's pieces with their gradients; of some parameters, or of all."""
         wanted = None if parameters is None else {id(p) for p in parameters}
         for slot in self.slots:
@@ -332,7 +332,7 @@ class Boosted(ABC):
 
     # ------------------------------------------------------------------------------------------------- whole
 
-    def collect(self, slot: Slot, of: Callable[[Piece], Tensor], everywhere: bool = False) -> Tensor | None:
+    def collect(self, slot: Slot, of: Callable[[LocalShard], Tensor], everywhere: bool = False) -> Tensor | None:
         """A whole tensor out of all ranks' pieces, in fp32 at least.
 
         Args:
@@ -405,15 +405,15 @@ class ZeroBoosted(Boosted):
         if self.wrapped.require_grad_sync:
             self.wrapped._reduce_grad(self.wrapped._partition_grads)
 
-    def piece(self, slot: Slot) -> Piece | None:
+    def piece(self, slot: Slot) -> LocalShard | None:
         """Its share of the flattened parameter."""
         master = self.wrapped.get_working_to_master_map().get(id(slot.parameter))
         if master is None:
             return None
         start = dist.get_rank() * master.numel()
-        return Piece(start, max(0, min(master.numel(), slot.shape.numel() - start)), master, master)
+        return LocalShard(start, max(0, min(master.numel(), slot.shape.numel() - start)), master, master)
 
-    def gradient(self, slot: Slot, piece: Piece) -> Tensor | None:
+    def gradient(self, slot: Slot, piece: LocalShard) -> Tensor | None:
         """Its share of the reduced gradient."""
         store = self.wrapped.pid_to_grad_store[id(slot.parameter)]
         found = store.get_partitioned_gradients_by_param_id(slot.group, id(slot.parameter))
@@ -423,7 +423,7 @@ class ZeroBoosted(Boosted):
         gradient: Tensor = found[index]
         return gradient
 
-    def working(self, slot: Slot, piece: Piece) -> Tensor:
+    def working(self, slot: Slot, piece: LocalShard) -> Tensor:
         """Its share of the parameter, which is whole on every rank."""
         return slot.parameter.data.view(-1)[piece.start : piece.start + piece.size]
 
@@ -512,7 +512,7 @@ class GeminiBoosted(Boosted):
         end = int(min(chunk.shard_size, info.end - chunk.shard_begin))
         return (chunk, begin, end, int(begin + chunk.shard_begin - info.offset)) if begin < end else None
 
-    def piece(self, slot: Slot) -> Piece | None:
+    def piece(self, slot: Slot) -> LocalShard | None:
         """What of the parameter lies in this rank's part of its chunk."""
         place = self._place(slot) if slot.parameter.requires_grad else None
         if place is None:
@@ -520,9 +520,9 @@ class GeminiBoosted(Boosted):
         chunk, begin, end, start = place
         stepped = chunk.paired_chunk if self.model.master_weights else chunk
         key = self._fake[id(slot.parameter)]
-        return Piece(start, end - begin, stepped.payload[begin:end], key, replicated=chunk.keep_gathered)
+        return LocalShard(start, end - begin, stepped.payload[begin:end], key, replicated=chunk.keep_gathered)
 
-    def gradient(self, slot: Slot, piece: Piece) -> Tensor | None:
+    def gradient(self, slot: Slot, piece: LocalShard) -> Tensor | None:
         """The same part of the chunk of gradients."""
         chunk, begin, end, _ = self._place(slot)  # type: ignore[misc]
         if not self.stepping:
@@ -531,7 +531,7 @@ class GeminiBoosted(Boosted):
         gradient: Tensor = grad_chunk.payload[begin:end]
         return gradient
 
-    def working(self, slot: Slot, piece: Piece) -> Tensor:
+    def working(self, slot: Slot, piece: LocalShard) -> Tensor:
         """The same part of the chunk of 16-bit weights."""
         chunk, begin, end, _ = self._place(slot)  # type: ignore[misc]
         working: Tensor = chunk.payload[begin:end]

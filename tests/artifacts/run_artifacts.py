@@ -39,8 +39,8 @@ def letters(prompts, completions):
 
 
 def weights(module, state):
-    """Of a module's state dict the exported model's part; quantised layers as what they stand for."""
-    model = module.exportable.model
+    """Of a module's state dict the exported model's part; quantized layers as what they stand for."""
+    model = module.model_to_export.model
     prefix = next(name for name, part in module.named_modules() if part is model) + "."
     mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     found = {k: v.detach().as_subclass(torch.Tensor).clone() for k, v in mine.items()}  # Gemini has a class of its own

@@ -68,7 +68,7 @@ class Left:
         return self.auto.from_pretrained(self.folder / "hf" / when)
 
     def adapters(self, when):
-        """Over the very base that was trained upon: of quantised weights, what they stand for."""
+        """Over the very base that was trained upon: of quantized weights, what they stand for."""
         base, _ = split(self.states[when])
         if self.classifier:
             base.setdefault("score.weight", torch.zeros(1, base["model.norm.weight"].shape[0]))
@@ -144,7 +144,7 @@ def test_saving_by_hand_after_a_fit_saves_the_policy(name, left, artifacts, tmp_
     for when in ("after fit", "after validate"):
         if when == "after validate":
             trainer.validate(module, trainer.datamodule, verbose=False)
-        model = module.exportable.model
+        model = module.model_to_export.model
         save_pretrained(model, module.tokenizer, tmp_path / when)
         torch.testing.assert_close(logits(run.auto.from_pretrained(tmp_path / when)), want, atol=1e-5, rtol=0)
         if hasattr(model, "merge_and_unload"):

@@ -19,10 +19,10 @@ from lightning_rlhf import (
     HFExport,
     InstructionDataModule,
     LoRA,
+    MeasureWinRate,
     Report,
     SampleCompletions,
     SFTModule,
-    WinRate,
     WritePredictions,
 )
 from lightning_rlhf.callbacks.interrupt import Interrupted
@@ -52,7 +52,7 @@ def callbacks():
         HFExport(monitor="val/loss"),
         SampleCompletions(["Say 1"], max_new_tokens=3),
         Report(),
-        WinRate(lengths, prompts=["Say 2"], max_new_tokens=3),
+        MeasureWinRate(lengths, prompts=["Say 2"], max_new_tokens=3),
         WritePredictions(),
         EMA(0.5),
     ]
@@ -220,7 +220,7 @@ class Poison(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.on:
             with torch.no_grad():
-                [p for p in pl_module.exportable.parameters() if p.requires_grad][3].fill_(torch.nan)
+                [p for p in pl_module.model_to_export.parameters() if p.requires_grad][3].fill_(torch.nan)
 
 
 RANKS = """

@@ -95,16 +95,16 @@ def test_proxy_beside_gold(learning, made, monkeypatch, capsys):
     learning.main()
     rows = [json.loads(line) for line in learning.RESULTS.read_text().splitlines()]
     assert [(row["study"], row["seed"]) for row in rows] == [("ppo_stories260k_proxy", 3)]
-    assert "over_optimisation" not in rows[0]
+    assert "over_optimization" not in rows[0]
     assert {"train gold first", "train proxy last 5", "gold peak", "KL at gold peak"} <= rows[0].keys()
-    curves = learning.RESULTS.with_name("over_optimisation.jsonl")
+    curves = learning.RESULTS.with_name("over_optimization.jsonl")
     (run,) = map(json.loads, curves.read_text().splitlines())
-    assert len(run["over_optimisation"]) == 2
-    for point in run["over_optimisation"]:
+    assert len(run["over_optimization"]) == 2
+    for point in run["over_optimization"]:
         assert point["proxy"] == pytest.approx(point["score"], abs=1e-5), "the gold score was learned from"
         assert point["gold"] > 1
         assert 0 < point["variety"] <= 1
-    assert "over_optimisation" not in capsys.readouterr().out.splitlines()[1]
+    assert "over_optimization" not in capsys.readouterr().out.splitlines()[1]
 
 
 @pytest.fixture
@@ -117,13 +117,13 @@ def test_pictures(plots, tmp_path, capsys):
     curve = [{"kl": float(i), "gold": -abs(i - 20) / 20, "proxy": float(i), "variety": 1.0} for i in range(40)]
     late = [{**point, "gold": point["kl"]} for point in curve]
     runs = [(0, late), (1, curve), (0, curve)]  # the last of a seed counts
-    lines = [json.dumps({"study": "proxy", "seed": seed, "over_optimisation": c}) for seed, c in runs]
-    (tmp_path / "over_optimisation.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"study": "proxy", "seed": seed, "over_optimization": c}) for seed, c in runs]
+    (tmp_path / "over_optimization.jsonl").write_text("\n".join(lines))
     pictures = []
     for name in ("one", "two"):
         plots.main(["--results", str(tmp_path), "--images", str(tmp_path / name)])
-        assert [path.name for path in (tmp_path / name).iterdir()] == ["over_optimisation.svg"], "there is but one"
-        pictures.append((tmp_path / name / "over_optimisation.svg").read_text())
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["over_optimization.svg"], "there is but one"
+        pictures.append((tmp_path / name / "over_optimization.svg").read_text())
     assert pictures[0].startswith("<?xml")
     assert pictures[0] == pictures[1], "a run changes the file"
     said = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ import torch
 from run_callbacks import ROWS, FSDPOnCPU
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_rlhf import InstructionDataModule, LoRA, SFTModule, WinRate
+from lightning_rlhf import InstructionDataModule, LoRA, MeasureWinRate, SFTModule
 
 torch.set_num_threads(1)
 
@@ -33,8 +33,8 @@ def run(model_dir, out, strategy="ddp", devices=2):
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, num_sanity_val_steps=0,
         strategy=chosen if devices > 1 else "auto",
         callbacks=[
-            WinRate(letters, prompts=[f"Say {i}" for i in range(5)], max_new_tokens=6, temperature=0.7),
-            WinRate(letters, model_dir, prompts=["Say 1"], max_new_tokens=4, name="other"),
+            MeasureWinRate(letters, prompts=[f"Say {i}" for i in range(5)], max_new_tokens=6, temperature=0.7),
+            MeasureWinRate(letters, model_dir, prompts=["Say 1"], max_new_tokens=4, name="other"),
         ],
     )  # fmt: skip
     module = SFTModule(model_dir, lora=LoRA(r=4), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))

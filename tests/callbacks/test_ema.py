@@ -31,7 +31,7 @@ run_sft, run_reward, run_ppo = load("run_sft"), load("run_reward"), load("run_pp
 
 
 def trained(module):
-    return {k: p.detach().clone() for k, p in module.exportable.named_parameters() if p.requires_grad}
+    return {k: p.detach().clone() for k, p in module.model_to_export.named_parameters() if p.requires_grad}
 
 
 def assert_equal(a, b):

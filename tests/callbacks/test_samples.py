@@ -166,7 +166,7 @@ def test_ppo_shows_scores_and_kl(ppo_fit, tiny_model_dir, tmp_path, capsys):
 
     # by plain transformers: the merged policy and the model that it started from
     start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    policy = module.exportable.model.merge_and_unload()
+    policy = module.model_to_export.model.merge_and_unload()
     ids = module.tokenizer.apply_chat_template([{"role": "user", "content": "Say 0"}], add_generation_prompt=True)
     ids = torch.tensor([ids if isinstance(ids, list) else ids["input_ids"]])
     whole = policy.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
@@ -255,7 +255,7 @@ def test_prompts_that_are_not_there_are_told(tiny_tokenizer, tmp_path):
 def test_a_model_that_can_not_generate_is_refused():
     model = LlamaModel(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                    num_attention_heads=1))  # fmt: skip
-    module = SimpleNamespace(exportable=SimpleNamespace(transformer=model))
+    module = SimpleNamespace(model_to_export=SimpleNamespace(transformer=model))
     with pytest.raises(ValueError, match="LlamaModel can't generate"):
         SampleCompletions().on_fit_start(None, module)
 

@@ -11,7 +11,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_rlhf import HFExport, InstructionDataModule, PPOModule, PromptDataModule, Sampling, SFTModule, WinRate
+from lightning_rlhf import (
+    HFExport,
+    InstructionDataModule,
+    MeasureWinRate,
+    PPOModule,
+    PromptDataModule,
+    Sampling,
+    SFTModule,
+)
 from lightning_rlhf.cli import cli
 from lightning_rlhf.evaluation import ChatJudge, JudgeError, generate_answers
 from lightning_rlhf.models import load_reward_model
@@ -54,9 +62,16 @@ def sft(tiny_model_dir, tmp_path):
     """``sft(callbacks, **options)``: four epochs of two steps; returns trainer and module."""
 
     def run(callbacks, folder=tmp_path, ckpt=None, lr=1e-2, validate=False, **options):
-        settings = dict(accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False,
-                        num_sanity_val_steps=1, enable_model_summary=False, enable_checkpointing=False,
-                        default_root_dir=folder)  # fmt: skip
+        settings = dict(
+            accelerator="cpu",
+            max_epochs=4,
+            logger=False,
+            enable_progress_bar=False,
+            num_sanity_val_steps=1,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=folder,
+        )
         trainer = L.Trainer(callbacks=list(callbacks), **{**settings, **options})
         data = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(8)]
         module = SFTModule(tiny_model_dir, optimizer=lambda p: torch.optim.AdamW(p, lr=lr))
@@ -69,11 +84,11 @@ def sft(tiny_model_dir, tmp_path):
 
 def test_the_model_is_compared_with_what_it_was(sft, tiny_model_dir, tmp_path):
     logger = CSVLogger(tmp_path)
-    trainer, module = sft([WinRate(letters, prompts=PROMPTS, max_new_tokens=6)], logger=logger, max_epochs=2)
+    trainer, module = sft([MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=6)], logger=logger, max_epochs=2)
     assert steps(tmp_path) == [2] * 3 + [4] * 3
     start = answers(tiny_model_dir)
     assert [row["b"] for row in rows(tmp_path)] == start * 2
-    save_pretrained(module.exportable.model, module.tokenizer, tmp_path / "trained")
+    save_pretrained(module.model_to_export.model, module.tokenizer, tmp_path / "trained")
     assert [row["a"] for row in rows(tmp_path)[3:]] == answers(tmp_path / "trained") != start
     scores = [
         (len(set(row["a"])) > len(set(row["b"]))) - (len(set(row["a"])) < len(set(row["b"]))) for row in rows(tmp_path)
@@ -88,7 +103,9 @@ def test_the_model_is_compared_with_what_it_was(sft, tiny_model_dir, tmp_path):
 
 
 def test_a_model_that_does_not_learn_is_even(sft, tmp_path):
-    trainer, _ = sft([WinRate(letters, prompts=PROMPTS, temperature=1.0, max_new_tokens=6)], lr=0.0, max_epochs=1)
+    trainer, _ = sft(
+        [MeasureWinRate(letters, prompts=PROMPTS, temperature=1.0, max_new_tokens=6)], lr=0.0, max_epochs=1
+    )
     assert trainer.callback_metrics["val/win_rate"] == 0.5 and trainer.callback_metrics["val/ties"] == 1
     assert len({row["a"] for row in rows(tmp_path)}) > 1
 
@@ -97,14 +114,16 @@ def test_the_baseline_may_be_a_file_or_another_model(sft, tiny_model_dir, tmp_pa
     lines = [{"prompt": text, "completion": f"answer to {text}"} for text in reversed(PROMPTS)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = dict(prompts=PROMPTS, max_new_tokens=6)
-    sft([WinRate(letters, tmp_path / "answers.jsonl", **options)], tmp_path / "a", max_epochs=1)
+    sft([MeasureWinRate(letters, tmp_path / "answers.jsonl", **options)], tmp_path / "a", max_epochs=1)
     assert [row["b"] for row in rows(tmp_path / "a")] == [f"answer to {text}" for text in PROMPTS]
-    sft([WinRate(letters, str(tiny_model_dir), temperature=0.8, seed=4, **options)], tmp_path / "b", max_epochs=1)
+    sft(
+        [MeasureWinRate(letters, str(tiny_model_dir), temperature=0.8, seed=4, **options)], tmp_path / "b", max_epochs=1
+    )
     assert [row["b"] for row in rows(tmp_path / "b")] == answers(tiny_model_dir, temperature=0.8, seed=4)
 
 
 def test_prompts_are_the_validation_rows(sft, tmp_path):
-    sft([WinRate(letters, num_prompts=3, max_new_tokens=4)], max_epochs=1)
+    sft([MeasureWinRate(letters, num_prompts=3, max_new_tokens=4)], max_epochs=1)
     assert [row["prompt"][0]["content"] for row in rows(tmp_path)] == ["Say 0", "Say 1", "Say 2"]
 
 
@@ -112,8 +131,8 @@ def test_training_is_not_disturbed(fit, tiny_model_dir, tmp_path):
     options = dict(lora=True, dropout=0.2, max_epochs=2)
     _, plain = fit(tmp_path / "a", **options)
     wins = [
-        WinRate(letters, prompts=PROMPTS, temperature=1.0, max_new_tokens=5),
-        WinRate(letters, str(tiny_model_dir), prompts=PROMPTS, max_new_tokens=5, every_n_steps=3, name="other"),
+        MeasureWinRate(letters, prompts=PROMPTS, temperature=1.0, max_new_tokens=5),
+        MeasureWinRate(letters, str(tiny_model_dir), prompts=PROMPTS, max_new_tokens=5, every_n_steps=3, name="other"),
     ]
     _, module = fit(tmp_path / "b", wins, **options)
     for (n, a), (_, b) in zip(plain.policy.named_parameters(), module.policy.named_parameters(), strict=True):
@@ -122,7 +141,7 @@ def test_training_is_not_disturbed(fit, tiny_model_dir, tmp_path):
 
 def test_every_few_steps_is_logged_whatever_the_loggers_interval(sft, tmp_path):
     logger = CSVLogger(tmp_path)
-    callback = WinRate(letters, prompts=PROMPTS, max_new_tokens=4, every_n_steps=3)
+    callback = MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=4, every_n_steps=3)
     trainer, _ = sft([callback], logger=logger, log_every_n_steps=50)
     assert steps(tmp_path) == [3] * 3 + [6] * 3
     header, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
@@ -132,7 +151,10 @@ def test_every_few_steps_is_logged_whatever_the_loggers_interval(sft, tmp_path):
 
 
 def test_the_best_can_be_exported_by_it(sft, tmp_path):
-    callbacks = [WinRate(letters, prompts=PROMPTS, max_new_tokens=6), HFExport(monitor="val/win_rate", mode="max")]
+    callbacks = [
+        MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=6),
+        HFExport(monitor="val/win_rate", mode="max"),
+    ]
     sft(callbacks, max_epochs=2)
     found = rows(tmp_path)
     halves = [sum({"a": 1, "tie": 0.5, "b": 0}[row["outcome"]] for row in part) for part in (found[:3], found[3:])]
@@ -142,15 +164,15 @@ def test_the_best_can_be_exported_by_it(sft, tmp_path):
 
 def test_several_have_names(sft, tmp_path):
     longer = dict(prompts=PROMPTS, max_new_tokens=6, name="length")
-    callbacks = [WinRate(letters, prompts=PROMPTS, max_new_tokens=4), WinRate(lambda prompts, completions: [
-        len(c) for c in completions], **longer)]  # fmt: skip
+    callbacks = [MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=4),
+        MeasureWinRate(lambda prompts, completions: [len(c) for c in completions], **longer)]  # fmt: skip
     trainer, _ = sft(callbacks, max_epochs=1)
     names = {f"val/{prefix}{n}" for prefix in ("", "length/")
              for n in ("win_rate", "win_rate_low", "win_rate_high", "ties")}  # fmt: skip
     assert names <= trainer.callback_metrics.keys()
     assert steps(tmp_path) == steps(tmp_path, "win_rate_length.jsonl") == [2] * 3
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        sft([WinRate(letters), WinRate(letters)])
+        sft([MeasureWinRate(letters), MeasureWinRate(letters)])
 
 
 # ------------------------------------------------------------------------------------------------- resume
@@ -158,9 +180,10 @@ def test_several_have_names(sft, tmp_path):
 
 def test_a_resumed_run_repeats_and_loses_nothing(sft, tmp_path):
     def callbacks(folder):
-        checkpoint = ModelCheckpoint(folder, filename="step{step}", auto_insert_metric_name=False,
-                                     every_n_train_steps=1, save_top_k=-1)  # fmt: skip
-        return [WinRate(letters, prompts=PROMPTS, max_new_tokens=6, temperature=0.5), checkpoint]
+        checkpoint = ModelCheckpoint(
+            folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
+        )
+        return [MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=6, temperature=0.5), checkpoint]
 
     whole = tmp_path / "whole"
     sft(callbacks(whole), whole, enable_checkpointing=True)
@@ -181,9 +204,9 @@ def test_a_resumed_run_needs_the_baseline_no_more(sft, tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     checkpoint = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2)
     callback = dict(judge=letters, against=file, prompts=PROMPTS, max_new_tokens=4)
-    sft([WinRate(**callback), checkpoint], enable_checkpointing=True, max_epochs=1)
+    sft([MeasureWinRate(**callback), checkpoint], enable_checkpointing=True, max_epochs=1)
     file.unlink()
-    sft([WinRate(**callback)], ckpt=tmp_path / "last.ckpt", max_epochs=2)
+    sft([MeasureWinRate(**callback)], ckpt=tmp_path / "last.ckpt", max_epochs=2)
     assert [row["b"] for row in rows(tmp_path)] == [f"answer to {text}" for text in PROMPTS] * 2
     assert steps(tmp_path) == [2] * 3 + [4] * 3
 
@@ -191,13 +214,13 @@ def test_a_resumed_run_needs_the_baseline_no_more(sft, tmp_path):
 def test_a_callback_that_came_later_takes_the_start_from_its_directory(sft, tiny_model_dir, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2)
     sft([checkpoint], enable_checkpointing=True, max_epochs=1)
-    sft([WinRate(letters, prompts=PROMPTS, max_new_tokens=6)], ckpt=tmp_path / "last.ckpt", max_epochs=2)
+    sft([MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=6)], ckpt=tmp_path / "last.ckpt", max_epochs=2)
     assert [row["b"] for row in rows(tmp_path)] == answers(tiny_model_dir)
 
 
 def test_a_new_run_leaves_the_file_of_the_old_one(sft, tmp_path):
     for _ in range(3):
-        sft([WinRate(letters, prompts=PROMPTS, max_new_tokens=2)], max_epochs=1)
+        sft([MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=2)], max_epochs=1)
     assert [steps(tmp_path, f"win_rate{n}.jsonl") for n in ("", ".1", ".2")] == [[2] * 3] * 3
 
 
@@ -205,9 +228,9 @@ def test_validate_alone_compares_too(sft, tiny_model_dir, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2)
     _, module = sft([checkpoint], enable_checkpointing=True, max_epochs=1)
     for _ in range(2):
-        callback = WinRate(letters, prompts=PROMPTS, max_new_tokens=6)
+        callback = MeasureWinRate(letters, prompts=PROMPTS, max_new_tokens=6)
         trainer, _ = sft([callback], ckpt=tmp_path / "last.ckpt", validate=True)
-    save_pretrained(module.exportable.model, module.tokenizer, tmp_path / "trained")
+    save_pretrained(module.model_to_export.model, module.tokenizer, tmp_path / "trained")
     found = rows(tmp_path, "win_rate_validate.jsonl")
     assert [row["b"] for row in found] == answers(tiny_model_dir)
     assert [row["a"] for row in found] == answers(tmp_path / "trained")
@@ -221,7 +244,7 @@ def test_a_reward_model_judges(sft, tiny_model_dir, tiny_tokenizer, tmp_path):
     torch.manual_seed(1)
     model = load_reward_model(tiny_model_dir, pad_token_id=tiny_tokenizer.pad_token_id)
     save_pretrained(model, tiny_tokenizer, tmp_path / "reward")
-    sft([WinRate(str(tmp_path / "reward"), prompts=PROMPTS, max_new_tokens=6)], max_epochs=1)
+    sft([MeasureWinRate(str(tmp_path / "reward"), prompts=PROMPTS, max_new_tokens=6)], max_epochs=1)
     for row in rows(tmp_path):
         a, b = map(float, row["reasons"][0].split(" against "))
         assert row["outcome"] == ("a" if a > b else "b" if b > a else "tie")
@@ -230,7 +253,9 @@ def test_a_reward_model_judges(sft, tiny_model_dir, tiny_tokenizer, tmp_path):
 
 def test_an_endpoint_judges_and_its_bias_cancels(sft, tmp_path):
     with fake_judge.FakeJudge(fake_judge.first) as judge:
-        trainer, _ = sft([WinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=4)], max_epochs=1)
+        trainer, _ = sft(
+            [MeasureWinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=4)], max_epochs=1
+        )
     assert trainer.callback_metrics["val/win_rate"] == 0.5
     assert rows(tmp_path)[0]["reasons"] == ["I like the beginning."] * 2 and len(judge.requests) == 6
 
@@ -240,12 +265,14 @@ def test_a_judge_that_fails_ends_a_run_at_first_and_later_is_told(sft, tmp_path)
         return lambda n: (401, "no more", {}) if n >= first else None
 
     with fake_judge.FakeJudge(fail=from_request(0)) as judge, pytest.raises(JudgeError, match="no more"):
-        sft([WinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=2)], max_epochs=2)
+        sft([MeasureWinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=2)], max_epochs=2)
     with (
         fake_judge.FakeJudge(fail=from_request(6)) as judge,
         pytest.warns(UserWarning, match="no comparison at step 4"),
     ):
-        trainer, _ = sft([WinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=2)], max_epochs=2)
+        trainer, _ = sft(
+            [MeasureWinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=2)], max_epochs=2
+        )
     assert trainer.callback_metrics["val/win_rate"].isnan() and steps(tmp_path) == [2] * 3
 
 
@@ -256,14 +283,23 @@ def wanted_letters(prompts, completions, wanted):
 def test_ppo_with_a_judge_that_reads_columns(tiny_model_dir, tmp_path):
     prompts = [{"prompt": f"Say {i}", "wanted": "aeo"[i % 3]} for i in range(8)]
     module = PPOModule(
-        tiny_model_dir, wanted_letters, sampling=Sampling(max_new_tokens=5), epochs=1,
+        tiny_model_dir,
+        wanted_letters,
+        sampling=Sampling(max_new_tokens=5),
+        epochs=1,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
-    )  # fmt: skip
+    )
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=tmp_path, val_check_interval=1,
-        callbacks=[WinRate(wanted_letters, num_prompts=4, max_new_tokens=6)],
-    )  # fmt: skip
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+        val_check_interval=1,
+        callbacks=[MeasureWinRate(wanted_letters, num_prompts=4, max_new_tokens=6)],
+    )
     trainer.fit(module, PromptDataModule(prompts, val=prompts, batch_size=4, cache_dir=tmp_path / "cache"))
     found = rows(tmp_path)
     assert steps(tmp_path) == [1] * 4 + [2] * 4
@@ -271,7 +307,7 @@ def test_ppo_with_a_judge_that_reads_columns(tiny_model_dir, tmp_path):
     for row, letter in zip(found, "aeoaaeoa", strict=True):
         a, b = (row[side].count(letter) for side in "ab")
         assert row["outcome"] == ("a" if a > b else "b" if b > a else "tie")
-    save_pretrained(module.exportable.model, module.tokenizer, tmp_path / "trained")
+    save_pretrained(module.model_to_export.model, module.tokenizer, tmp_path / "trained")
     assert [row["a"] for row in found[4:]] == answers(tmp_path / "trained", [f"Say {i}" for i in range(4)])
     assert "val/score" in trainer.callback_metrics
 
@@ -283,20 +319,20 @@ def test_ppo_with_a_judge_that_reads_columns(tiny_model_dir, tmp_path):
         (dict(judge="http://127.0.0.1:1/v1"), "ChatJudge"),
         (dict(judge=wanted_letters), "needs the column wanted"),
         (dict(judge=letters, every_n_steps=0), "every_n_steps"),
-        (dict(judge=letters, prompts=[]), "WinRate: there are no prompts"),
+        (dict(judge=letters, prompts=[]), "MeasureWinRate: there are no prompts"),
         (dict(judge=letters, prompts=["one " * 400]), "fills the model's context"),
     ],
     ids=["no judge", "no url", "no column", "never", "no prompt", "long prompt"],
 )
 def test_what_can_not_work_is_told_before_training(options, message, sft):
     with pytest.raises(ValueError, match=message):
-        sft([WinRate(**{"prompts": PROMPTS, **options})])
+        sft([MeasureWinRate(**{"prompts": PROMPTS, **options})])
 
 
 def test_a_start_that_is_gone_is_told():
-    callback = WinRate(letters)
+    callback = MeasureWinRate(letters)
     trainer = SimpleNamespace(global_step=3, state=SimpleNamespace(fn="fit"), strategy=None)
-    with pytest.raises(ValueError, match="no longer there"):
+    with pytest.raises(ValueError, match="is gone"):
         callback._prepare(trainer, SimpleNamespace(pretrained=object(), tokenizer=None))
 
 
@@ -308,17 +344,17 @@ model: {{class_path: SFTModule, init_args: {{pretrained: {tiny_model_dir}}}}}
 data: {{class_path: InstructionDataModule}}
 trainer:
   callbacks:
-  - class_path: WinRate
+  - class_path: MeasureWinRate
     init_args:
       against: answers.jsonl
       judge:
         class_path: lightning_rlhf.evaluation.ChatJudge
         init_args: {{base_url: "http://127.0.0.1:8000/v1", model: qwen, api_key_env: null}}
-  - class_path: WinRate
+  - class_path: MeasureWinRate
     init_args: {{judge: lightning_rlhf.rewards.functions.length_window, every_n_steps: 5, name: length}}
 """
     )
-    one, two = (c for c in cli(["--config", str(config)], run=False).trainer.callbacks if isinstance(c, WinRate))
+    one, two = (c for c in cli(["--config", str(config)], run=False).trainer.callbacks if isinstance(c, MeasureWinRate))
     assert isinstance(one.judge, ChatJudge) and one.judge.model == "qwen" and one.against == "answers.jsonl"
     assert two.judge == "lightning_rlhf.rewards.functions.length_window" or callable(two.judge)
     assert one.state_key != two.state_key

@@ -106,7 +106,7 @@ SPELLINGS = [
     ],
     ("ppo", {"model": {"critic": "runs/reward/hf/best", "layout": "padded", "kl_target": 6.0}}),
     ("ppo", {"model": {"sampling": {"max_new_tokens": 5, "temperature": 0.7, "stop_strings": ["a", "\n"]}}}),
-    ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.GenerateEngine"}}}),
+    ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.HFGenerateEngine"}}}),
     ("ppo", {"data": {"train": [{"prompt": "a", "lang": "en"}], "ptx": [{"source": "a.jsonl", "weight": 2.0}]}}),
     ("sft", {"model": {"lora": None}}),
     ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
@@ -122,7 +122,7 @@ SPELLINGS = [
     ("sft", {"data": {"train": [{"source": "a.jsonl", "weight": 2.0}, {"source": ["b.parquet", "c.csv"], "weight": 0.5},
                                 {"source": "org/set", "format": "sharegpt"}]}}),
     *[
-        ("sft", {"trainer": {"callbacks": [{"class_path": "WinRate", "init_args": {"judge": judge}}]}})
+        ("sft", {"trainer": {"callbacks": [{"class_path": "MeasureWinRate", "init_args": {"judge": judge}}]}})
         for judge in (FUNCTION, "runs/reward/hf/best", WEIGHTED, JUDGE)
     ],
     ("sft", {"trainer": {"callbacks": [{"class_path": "SampleCompletions", "init_args": {"prompts": ["a", [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_rlhf.evaluation.chat_judge
-from lightning_rlhf.evaluation import Answer, ChatJudge, JudgeError, Pair, Question, judge_pairs, rates
+from lightning_rlhf.evaluation import Answer, AnswerPair, ChatJudge, JudgeError, Question, judge_pairs, rates
 from lightning_rlhf.evaluation.chat_judge import PATIENCE, parse_verdict
 
 SPEC = importlib.util.spec_from_file_location("fake_judge", Path(__file__).with_name("fake_judge.py"))
@@ -20,7 +20,7 @@ FakeJudge, first, longer, parts = fake_judge.FakeJudge, fake_judge.first, fake_j
 
 
 def pair(i=0, a="a long answer", b="short"):
-    return Pair([{"role": "user", "content": f"Question {i}?"}], Answer(a), Answer(b))
+    return AnswerPair([{"role": "user", "content": f"Question {i}?"}], Answer(a), Answer(b))
 
 
 def ask(judge, n=1, **options):

@@ -6,15 +6,24 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lightning_rlhf.evaluation import Answer, ChatJudge, Pair, Question, RewardJudge, judge_pairs, make_judge, rates
+from lightning_rlhf.evaluation import (
+    Answer,
+    AnswerPair,
+    ChatJudge,
+    Question,
+    RewardJudge,
+    judge_pairs,
+    make_judge,
+    rates,
+)
 from lightning_rlhf.rewards import FunctionReward, Reward, WeightedReward
 
 PROMPTS = [[{"role": "user", "content": "Say fox"}], [{"role": "user", "content": "你好"}]]
 PAIRS = [
-    Pair(PROMPTS[0], Answer("the dog"), Answer("a fox")),
-    Pair(PROMPTS[1], Answer("no", truncated=True), Answer("很好")),
-    Pair(PROMPTS[1], Answer("很好"), Answer("很好", truncated=True)),
-    Pair(PROMPTS[0], Answer(""), Answer("a fox")),
+    AnswerPair(PROMPTS[0], Answer("the dog"), Answer("a fox")),
+    AnswerPair(PROMPTS[1], Answer("no", truncated=True), Answer("很好")),
+    AnswerPair(PROMPTS[1], Answer("很好"), Answer("很好", truncated=True)),
+    AnswerPair(PROMPTS[0], Answer(""), Answer("a fox")),
 ]
 
 
@@ -63,7 +72,7 @@ def letters(prompts, completions, wanted):
 
 
 def test_a_function_reads_columns():
-    pairs = [Pair("Say", Answer("aa"), Answer("e"), {"wanted": w}) for w in "ae"]
+    pairs = [AnswerPair("Say", Answer("aa"), Answer("e"), {"wanted": w}) for w in "ae"]
     assert [j.outcome for j in judge_pairs(make_judge(letters), pairs)] == ["a", "b"]
     with pytest.raises(ValueError, match="wanted"):
         judge_pairs(make_judge(letters), [pair._replace(columns={}) for pair in pairs])
@@ -74,7 +83,7 @@ def test_scores_that_are_no_numbers_are_no_verdict():
         def forward(self, samples):
             return torch.tensor([math.nan if "x" in c else 1.0 for c in samples.completions])
 
-    judged = judge_pairs(RewardJudge(Broken()), [Pair("Say", Answer("x"), Answer("y"))])
+    judged = judge_pairs(RewardJudge(Broken()), [AnswerPair("Say", Answer("x"), Answer("y"))])
     assert judged[0].outcome is None and rates(judged).no_verdict == 1
     assert "no finite scores" in judged[0].a_first.reason
 
@@ -109,7 +118,7 @@ def test_no_questions_no_verdicts(reward_dir):
 
 def test_pairs_of_one_prompt_are_told_by_the_prompt():
     def width(prompts):
-        pairs = [Pair(p, Answer("long"), Answer("x" * (i % 6))) for i, p in enumerate(prompts)]
+        pairs = [AnswerPair(p, Answer("long"), Answer("x" * (i % 6))) for i, p in enumerate(prompts)]
         found = rates(judge_pairs(make_judge(lambda prompts, completions: [len(c) for c in completions]), pairs))
         return found.high - found.low
 

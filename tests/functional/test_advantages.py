@@ -74,7 +74,7 @@ def test_with_lambda_one_returns_are_the_discounted_rewards_to_come():
     torch.testing.assert_close(found.returns[sequence == 2][0], want, rtol=1e-12, atol=0)
 
 
-def test_a_sequence_does_not_hear_of_its_neighbours():
+def test_a_sequence_does_not_hear_of_its_neighbors():
     """To the bit, so that a rollout may be split as memory wants."""
     rewards, values, last, sequence = rollout(LENGTHS, dtype=torch.float32)
     together = gae(rewards, values, last, sequence, 1.0, 0.95)

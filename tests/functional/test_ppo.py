@@ -40,7 +40,7 @@ def test_policy_loss_equals_the_paper(low, high):
     ("log_ratio", "advantage", "clipped"),
     [(1.0, 1.0, True), (1.0, -1.0, False), (-1.0, 1.0, False), (-1.0, -1.0, True), (0.1, 1.0, False)],
 )
-def test_only_what_goes_too_far_in_its_own_favour_is_clipped(log_ratio, advantage, clipped):
+def test_only_what_goes_too_far_in_its_own_favor_is_clipped(log_ratio, advantage, clipped):
     found = policy_loss(torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2)
     assert found.clipped.item() is clipped
 

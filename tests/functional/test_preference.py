@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightning_rlhf.functional.preference
-from lightning_rlhf.functional import bradley_terry_loss, centring_penalty, log_exp_loss, log_sig_loss
+from lightning_rlhf.functional import bradley_terry_loss, centering_penalty, log_exp_loss, log_sig_loss
 
 
 def scores(seed=0, n=50):
@@ -37,7 +37,7 @@ def test_finite_at_any_difference(dtype, difference, loss, slope):
     assert better.grad.item() == pytest.approx(slope, abs=1e-30)
 
 
-@pytest.mark.parametrize("function", [bradley_terry_loss, centring_penalty])
+@pytest.mark.parametrize("function", [bradley_terry_loss, centering_penalty])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_reduced_in_fp32(function, dtype):
     # neither 256 - 1.0078 nor their sum is a number of 8 or of 11 bits
@@ -73,13 +73,13 @@ def test_both_names_are_one_function():
     assert log_sig_loss is bradley_terry_loss and log_exp_loss is bradley_terry_loss
 
 
-def test_centring_penalty():
+def test_centering_penalty():
     better, worse = scores().detach()
     want = torch.tensor([(b + w) ** 2 for b, w in zip(better.tolist(), worse.tolist(), strict=True)])
-    torch.testing.assert_close(centring_penalty(better, worse), want.double(), rtol=1e-6, atol=1e-12)
-    assert centring_penalty(torch.tensor([2.0]), torch.tensor([-2.0])).item() == 0
+    torch.testing.assert_close(centering_penalty(better, worse), want.double(), rtol=1e-6, atol=1e-12)
+    assert centering_penalty(torch.tensor([2.0]), torch.tensor([-2.0])).item() == 0
     one = torch.tensor([3.0], requires_grad=True)
-    centring_penalty(one, torch.tensor([1.0])).sum().backward()
+    centering_penalty(one, torch.tensor([1.0])).sum().backward()
     assert one.grad.item() == 8  # 2 (3 + 1)
 
 

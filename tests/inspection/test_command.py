@@ -76,10 +76,10 @@ def test_own_rows_split_and_choice(no_weights, tmp_path, capsys):
     assert "8 sequences, each dealt into 2 micro-batches x 3 ranks" in capsys.readouterr().out
 
 
-def test_colours_are_for_terminals_that_want_them(no_weights, monkeypatch, capsys):
+def test_colors_are_for_terminals_that_want_them(no_weights, monkeypatch, capsys):
     arguments = [*small(CONFIGS / "sft" / "smollm2_lora.yaml", no_weights), "--rows", "1"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+    for environment, colored in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
         with monkeypatch.context() as context:
             context.delenv("NO_COLOR", raising=False)
             context.setenv("TERM", "xterm")
@@ -87,7 +87,7 @@ def test_colours_are_for_terminals_that_want_them(no_weights, monkeypatch, capsy
                 context.setenv(name, value)
             main(arguments)
         out = capsys.readouterr().out
-        assert ("\x1b[30;42m" in out) == coloured != ("│^" in out)
+        assert ("\x1b[30;42m" in out) == colored != ("│^" in out)
 
 
 def test_a_bad_row_is_named_by_file_and_line(no_weights, tmp_path, capsys):
@@ -152,8 +152,8 @@ def test_no_trainer_callback_or_strategy_is_made(no_weights):
     made = cli([*small(CONFIGS / "sft" / "smollm2_lora.yaml", no_weights)[1:], *both], run=False, kind=InspectCLI)
     assert vars(made.trainer).keys() == {"micro_batches", "ranks"}
     assert not hasattr(made.model, "policy")
-    initialised = {name: made.config_init.trainer[name] for name in ("strategy", "callbacks", "logger", "plugins")}
-    assert set(initialised.values()) == {None}
+    initialized = {name: made.config_init.trainer[name] for name in ("strategy", "callbacks", "logger", "plugins")}
+    assert set(initialized.values()) == {None}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 
 from lightning_rlhf.inspection import write_page
 from lightning_rlhf.inspection.page import page
-from lightning_rlhf.inspection.pieces import Piece
-from lightning_rlhf.inspection.rows import Answer, Inspection, RowView, Section
+from lightning_rlhf.inspection.pieces import TokenPiece
+from lightning_rlhf.inspection.rows import AnswerView, Inspection, RowView, Section
 from lightning_rlhf.inspection.statistics import Bar, Statistics
 
 ROW = RowView(
@@ -16,16 +16,20 @@ ROW = RowView(
     "<my>.jsonl:4",
     ["9 tokens"],
     [
-        Piece("<s>", (1,), 0, False, True),
-        Piece("<script>", (2,), 1, False, False),
-        Piece("鳌", (7, 8, 9), 2, False, False),
+        TokenPiece("<s>", (1,), 0, False, True),
+        TokenPiece("<script>", (2,), 1, False, False),
+        TokenPiece("鳌", (7, 8, 9), 2, False, False),
     ],
     [
-        Answer("chosen", [Piece("Yes\n", (5,), 5, True, False), Piece("</s>", (6,), 6, True, True)], ["better & so"]),
-        Answer("rejected", [Piece("\u202eno", (5,), 5, False, False), Piece("", (0,), 6, False, False)]),
+        AnswerView(
+            "chosen",
+            [TokenPiece("Yes\n", (5,), 5, True, False), TokenPiece("</s>", (6,), 6, True, True)],
+            ["better & so"],
+        ),
+        AnswerView("rejected", [TokenPiece("\u202eno", (5,), 5, False, False), TokenPiece("", (0,), 6, False, False)]),
     ],
 )  # fmt: skip
-PROMPT = RowView(0, "x:1", [], [Piece("Hi", (1,), 0, False, False)], [], "generation starts here", {"a<b": "<i>"})
+PROMPT = RowView(0, "x:1", [], [TokenPiece("Hi", (1,), 0, False, False)], [], "generation starts here", {"a<b": "<i>"})
 FIGURES = Statistics([("rows", "1 < 2")], [Bar(0, 9, 4), Bar(10, 19, 1)], ["over <max_tokens>"])
 FOUND = Inspection("Stage: Data", "read", [Section("one", [ROW], FIGURES), Section("two", [PROMPT], FIGURES)])
 VOID = {"meta", "br"}

@@ -2,8 +2,8 @@
 
 import re
 
-from lightning_rlhf.inspection.pieces import Piece
-from lightning_rlhf.inspection.rows import Answer, Inspection, RowView, Section
+from lightning_rlhf.inspection.pieces import TokenPiece
+from lightning_rlhf.inspection.rows import AnswerView, Inspection, RowView, Section
 from lightning_rlhf.inspection.statistics import Bar, Statistics
 from lightning_rlhf.inspection.terminal import as_text
 
@@ -12,7 +12,7 @@ def row_of(texts, scored=(), first=0, special=()):
     found, position = [], first
     for i, text in enumerate(texts):
         ids = (i,) * (3 if text == "鳌" else 1)
-        found.append(Piece(text, ids, position, i in scored, i in special))
+        found.append(TokenPiece(text, ids, position, i in scored, i in special))
         position += len(ids)
     return found
 
@@ -26,8 +26,8 @@ FOUND = Inspection(
             "",
             [
                 RowView(3, "my.jsonl:4", ["14 tokens"], PROMPT, [
-                    Answer("chosen", row_of(["Yes", " 😀", "!", "\n\n", "</s>"], [0, 1, 2, 4], 8, [4]), ["better"]),
-                    Answer("rejected", row_of(["a\x1b[0m", ""], [1], 8), []),
+                    AnswerView("chosen", row_of(["Yes", " 😀", "!", "\n\n", "</s>"], [0, 1, 2, 4], 8, [4]), ["better"]),
+                    AnswerView("rejected", row_of(["a\x1b[0m", ""], [1], 8), []),
                 ]),
             ],
             Statistics([("rows", "1"), ("read by the loss", "4")], [Bar(0, 9, 3), Bar(10, 19, 1), Bar(20, 29, 0)]),
@@ -69,18 +69,18 @@ def test_golden():
     assert as_text(FOUND, 80) == GOLDEN
 
 
-def test_colours_mark_the_same_and_add_no_text():
-    text = as_text(FOUND, 80, colour=True)
+def test_colors_mark_the_same_and_add_no_text():
+    text = as_text(FOUND, 80, color=True)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     golden = [line for line in GOLDEN.splitlines() if not re.search(r"│ +│|^ +│", line) or "⏎" in line]
     assert plain.splitlines()[3:] == golden[3:]
     assert "\x1b[30;42mYes\x1b[0m\x1b[30;46m 😀\x1b[0m" in text and "\x1b[35m<s>\x1b[0m" in text
-    assert "\x1b[0mm" not in plain and "\\x1b" in plain, "what a row holds can't colour the terminal"
+    assert "\x1b[0mm" not in plain and "\\x1b" in plain, "what a row holds can't color the terminal"
 
 
 def test_long_tokens_stay_whole_and_marks_stay_beneath():
     texts = ["word ", "好好", "<|special|>"] * 9
-    section = Section("", [RowView(0, "x:1", [], row_of(["a"]), [Answer("answer", row_of(texts, [1, 2, 5]), [])])],
+    section = Section("", [RowView(0, "x:1", [], row_of(["a"]), [AnswerView("answer", row_of(texts, [1, 2, 5]), [])])],
                       Statistics([("rows", "1")], [Bar(1, 1, 1)]))  # fmt: skip
     lines = as_text(Inspection("t", "", [section]), 40).splitlines()
     assert max(len(line.replace("好", "好 ")) for line in lines if "│" in line) <= 40

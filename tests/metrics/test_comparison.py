@@ -55,11 +55,11 @@ def brute(a, b, prompt):
             inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
         return inside
 
-    centre = (m * rate + z**2 / 2) / (m + z**2)
+    center = (m * rate + z**2 / 2) / (m + z**2)
     return {
         "win_rate": rate,
-        "low": end(centre, 0.0),
-        "high": end(centre, 1.0),
+        "low": end(center, 0.0),
+        "high": end(center, 1.0),
         "wins": scores.count(1.0),
         "ties": scores.count(0.5),
         "losses": scores.count(0.0),

@@ -74,7 +74,7 @@ def test_lora_on_and_off_equals_plain_transformers(kind):
     assert (got - want).norm() / want.norm() < 1e-5
 
 
-def test_lora_settings_are_honoured():
+def test_lora_settings_are_honored():
     model = load_causal_lm(build(), lora=LoRA(r=3, alpha=7, dropout=0.25, targets=["q_proj"], rslora=True))
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.r["default"] == 3

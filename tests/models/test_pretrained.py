@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf.models import pretrained
-from lightning_rlhf.models.saving import COMPLETE, save_pretrained
+from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.utils.filesystem import COMPLETE
 
 QUIET = {"report": lambda line: None}
 

@@ -1,4 +1,4 @@
-"""Quantised backbones: what is rounded, that nothing else is, and how they leave the house."""
+"""Quantized backbones: what is rounded, that nothing else is, and how they leave the house."""
 
 import copy
 import importlib.util
@@ -19,10 +19,10 @@ from transformers import (
 from lightning_rlhf import LoRA
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.models import Policy, RewardModel, load_causal_lm, load_reward_model
-from lightning_rlhf.models.quantization import DTYPE, is_quantised, is_quantised_layer
+from lightning_rlhf.models.quantization import DTYPE, is_quantized, is_quantized_layer
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.models.value import load_value_model
-from lightning_rlhf.rollout.cached import reason_against
+from lightning_rlhf.rollout.engine import reason_against
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
 
@@ -59,10 +59,10 @@ def stands_for(layer):
 
 
 def plain(tuned, directory, lora):
-    """An fp32 model with the same adapters over the weights that a quantised one stands for."""
+    """An fp32 model with the same adapters over the weights that a quantized one stands for."""
     base = AutoModelForCausalLM.from_pretrained(directory)
     for name, layer in tuned.named_modules():
-        if is_quantised_layer(layer):
+        if is_quantized_layer(layer):
             name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
             base.get_submodule(name).weight.data = stands_for(layer)
     twin = load_causal_lm(base, lora=lora)
@@ -101,7 +101,7 @@ def test_linear_layers_are_rounded_to_the_grid_and_nothing_else(kind, either_mod
     for name, layer in whole.named_modules():
         found = model.get_submodule(name)
         if not isinstance(layer, torch.nn.Linear) or name == "lm_head":
-            assert not is_quantised_layer(found)
+            assert not is_quantized_layer(found)
             continue
         seen.add(name.split(".")[-1])
         weight, got = layer.weight.data, stands_for(found)
@@ -112,7 +112,7 @@ def test_linear_layers_are_rounded_to_the_grid_and_nothing_else(kind, either_mod
             assert (state.quant_type, state.blocksize, state.nested, state.state2.blocksize) == ("nf4", 64, True, 256)
             gap = state.code.diff().max() / 2  # of NF4's 16 values, of a block's largest weight
             blocks = weight.reshape(-1, 64)
-            # the second quantisation of the largest weights is good to 2 % here
+            # the second quantization of the largest weights is good to 2 % here
             limit = (blocks.abs().amax(1, keepdim=True) * (gap + 0.02)).expand_as(blocks).reshape(weight.shape)
         assert ((got - weight).abs() <= limit).all() and not torch.equal(got, weight)
     assert seen == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -209,7 +209,7 @@ def test_copies_and_moves_keep_the_scales(kind, wide_model_dir):
     assert torch.equal(logits(copy.deepcopy(model)), want)
     around = torch.nn.Sequential(model).to("cpu").cpu()  # as Lightning moves what it trains
     assert torch.equal(logits(around[0]), want)
-    around.to(torch.bfloat16).to(torch.float32)  # as bf16-true casts, which rounds what is not quantised
+    around.to(torch.bfloat16).to(torch.float32)  # as bf16-true casts, which rounds what is not quantized
     assert_near(logits(around[0]), want, 0.02)
 
 
@@ -217,12 +217,12 @@ def test_copies_and_moves_keep_the_scales(kind, wide_model_dir):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_object_is_quantised_as_its_directory_and_left_alone(kind, wide_model_dir):
+def test_a_model_object_is_quantized_as_its_directory_and_left_alone(kind, wide_model_dir):
     whole = AutoModelForCausalLM.from_pretrained(wide_model_dir)
     before, rng = copy.deepcopy(whole.state_dict()), torch.get_rng_state()
     model = load_causal_lm(whole, quantization=kind)
     assert torch.equal(torch.get_rng_state(), rng)
-    assert not is_quantised(whole) and all(torch.equal(v, before[k]) for k, v in whole.state_dict().items())
+    assert not is_quantized(whole) and all(torch.equal(v, before[k]) for k, v in whole.state_dict().items())
     assert model.name_or_path == whole.name_or_path and model.generation_config is whole.generation_config
     want = load_causal_lm(wide_model_dir, quantization=kind).state_dict()
     assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
@@ -262,12 +262,12 @@ def test_heads_of_one_label_stay_whole_and_fp32(kind, wide_model_dir, tiny_token
     base = tuned.get_base_model()
     assert torch.equal(base.score.original_module.weight, whole.score.weight)  # drawn by the same seed
     assert {p.dtype for p in base.score.parameters()} == {torch.float32}
-    assert is_quantised(base) and not torch.equal(torch.get_rng_state(), rng)  # the adapters alone were drawn
+    assert is_quantized(base) and not torch.equal(torch.get_rng_state(), rng)  # the adapters alone were drawn
     critic = load_value_model(wide_model_dir, lora=LoRA(r=4), quantization=kind)
-    assert is_quantised(critic) and not critic.get_base_model().score.original_module.weight.any()
+    assert is_quantized(critic) and not critic.get_base_model().score.original_module.weight.any()
     given = AutoModelForSequenceClassification.from_pretrained(wide_model_dir, num_labels=1)
     found = load_reward_model(given, quantization=kind)
-    assert is_quantised(found) and torch.equal(found.score.weight, given.score.weight)
+    assert is_quantized(found) and torch.equal(found.score.weight, given.score.weight)
 
 
 # ------------------------------------------------------------------------------------------------- out
@@ -285,9 +285,9 @@ def test_a_merged_export_is_what_the_model_computes(kind, lora, wide_model_dir, 
     save_pretrained(tuned, tiny_tokenizer, tmp_path / "hf")
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items())
-    assert is_quantised(tuned) and tuned.get_base_model().is_quantized and hasattr(tuned.config, "quantization_config")
+    assert is_quantized(tuned) and tuned.get_base_model().is_quantized and hasattr(tuned.config, "quantization_config")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    assert not hasattr(again.config, "quantization_config") and not is_quantised(again)
+    assert not hasattr(again.config, "quantization_config") and not is_quantized(again)
     torch.testing.assert_close(logits(again), want, rtol=1e-5, atol=1e-5)
     tuned.train()(input_ids=IDS, use_cache=False).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned.parameters() if p.requires_grad)
@@ -301,9 +301,9 @@ def test_a_merged_reward_model_scores_alike(kind, wide_model_dir, tiny_tokenizer
     reward.score_offset = 0.25
     batch = pack(TREES)
     with torch.no_grad():
-        want = reward(batch, normalise=True)
+        want = reward(batch, normalize=True)
         save_pretrained(tuned, tiny_tokenizer, tmp_path / "hf")
-        found = RewardModel(load_reward_model(tmp_path / "hf", needs_head=True))(batch, normalise=True)
+        found = RewardModel(load_reward_model(tmp_path / "hf", needs_head=True))(batch, normalize=True)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
@@ -340,7 +340,7 @@ def test_without_bitsandbytes_one_error_says_what_to_install(wide_model_dir, mon
 
 def test_a_transformers_that_wants_a_gpu_is_named(wide_model_dir, monkeypatch):
     monkeypatch.setattr(transformers.integrations, "validate_bnb_backend_availability", lambda *a, **k: False)
-    with pytest.raises(RuntimeError, match=r"quantises on GPUs alone, and finds none here: use transformers 5"):
+    with pytest.raises(RuntimeError, match=r"quantizes on GPUs alone, and finds none here: use transformers 5"):
         load_causal_lm(wide_model_dir, quantization="nf4")
 
 

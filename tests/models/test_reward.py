@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
-from lightning_rlhf.data.planner import generator
 from lightning_rlhf.models import LoRA, RewardModel, load_causal_lm, load_reward_model
 from lightning_rlhf.models.reward import set_distinct_pad_token
 from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.utils.random import generator
 
 BASE = dict(
     vocab_size=V,
@@ -83,7 +83,7 @@ def test_scores_equal_plain_transformers():
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
-def test_neighbours_order_and_padding_change_no_score(layout):
+def test_neighbors_order_and_padding_change_no_score(layout):
     rows, reward_model = trees(), RewardModel(classifier(), layout)
     with torch.no_grad():
         together = reward_model(pack(rows)).split([len(tree.branches) for tree in rows])
@@ -363,7 +363,7 @@ def test_an_export_scores_the_same_in_plain_transformers(kind, source, request, 
     batch = pack(rows)
     with torch.no_grad():
         want = reward_model(batch)
-        torch.testing.assert_close(reward_model(batch, normalise=True), want - 0.75, atol=1e-6, rtol=0)
+        torch.testing.assert_close(reward_model(batch, normalize=True), want - 0.75, atol=1e-6, rtol=0)
     save_pretrained(reward_model.model, tokenizer, out, adapter_only=kind == "adapter")
     with torch.no_grad():
         assert torch.equal(reward_model(batch), want)  # the export left it as it was
@@ -383,7 +383,7 @@ def test_an_export_scores_the_same_in_plain_transformers(kind, source, request, 
         plain = AutoModelForSequenceClassification.from_pretrained(out)
         loaded = RewardModel(load_reward_model(out)).eval()
         with torch.no_grad():
-            torch.testing.assert_close(loaded(batch, normalise=True), want - 0.75, atol=1e-5, rtol=0)
+            torch.testing.assert_close(loaded(batch, normalize=True), want - 0.75, atol=1e-5, rtol=0)
     for side in ("right", "left"):
         torch.testing.assert_close(plain_scores(plain, again, rows, side), want, atol=1e-5, rtol=0)
     plain.config.pad_token_id = again.eos_token_id  # what would have been, had nobody cared
@@ -404,8 +404,8 @@ def test_an_adapter_directory_is_the_reward_model_again(source, request, tmp_pat
         assert again.score_offset == 0.75 and again.transformer.config.pad_token_id == tokenizer.pad_token_id
         with torch.no_grad():
             torch.testing.assert_close(again(batch), reward_model(batch), atol=1e-5, rtol=0)
-            want = reward_model(batch, normalise=True)
-            torch.testing.assert_close(again(batch, normalise=True), want, atol=1e-5, rtol=0)
+            want = reward_model(batch, normalize=True)
+            torch.testing.assert_close(again(batch, normalize=True), want, atol=1e-5, rtol=0)
 
 
 def test_plain_peft_loads_an_adapter_directory_without_a_word(padless_dir, tmp_path, recwarn, caplog):
@@ -493,4 +493,4 @@ def test_an_unmeasured_offset_is_zero(tiny_model_dir):
     reward_model = RewardModel(load_reward_model(tiny_model_dir)).eval()
     batch = pack(trees(vocabulary=300))
     assert reward_model.score_offset == 0.0
-    assert torch.equal(reward_model(batch, normalise=True), reward_model(batch))
+    assert torch.equal(reward_model(batch, normalize=True), reward_model(batch))

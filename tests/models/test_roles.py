@@ -41,7 +41,7 @@ def reward_adapter(tiny_model_dir, tiny_tokenizer, tmp_path):
     reward = RewardModel(model)
     reward.score_offset = 0.25
     save_pretrained(model, tiny_tokenizer, tmp_path / "reward", adapter_only=True)
-    return tmp_path / "reward", reward(pack(TREES), normalise=True).detach()
+    return tmp_path / "reward", reward(pack(TREES), normalize=True).detach()
 
 
 def gradients(model):
@@ -250,7 +250,7 @@ def test_a_reward_adapter_scores_as_the_model_it_came_from(tiny_model_dir, rewar
 def test_a_critic_may_start_as_the_reward_model(tiny_model_dir, reward_adapter):
     directory, want = reward_adapter
     torch.manual_seed(0)
-    model = RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=8)), critic_from=directory)
+    model = RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=8)), critic_init=directory)
     found = model(pack(TREES), "critic")
     torch.testing.assert_close(found.last_values, want, rtol=1e-5, atol=1e-5)  # the value behind a whole completion
     found.values.sum().backward()

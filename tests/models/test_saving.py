@@ -177,34 +177,6 @@ def test_adapters_without_their_base_say_so(tokenizer, tiny_model_dir, tmp_path)
             load_causal_lm(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("swaps", [True, False])
-def test_a_directory_is_replaced_whole(swaps, tmp_path, monkeypatch):
-    if not swaps:
-        monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
-    for text in ("one", "two"):
-        with saving.atomic_directory(tmp_path / "d") as folder:
-            (folder / "file").write_text(text)
-            assert not (tmp_path / "d" / "file").exists() or (tmp_path / "d" / "file").read_text() == "one"
-    assert (tmp_path / "d" / "file").read_text() == "two" and (tmp_path / "d" / saving.COMPLETE).exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
-
-
-def test_a_directory_left_between_two_renames_comes_back(tmp_path):
-    with saving.atomic_directory(tmp_path / "d") as folder:
-        (folder / "file").write_text("one")
-    (tmp_path / "d").rename(tmp_path / ".d.old")
-    with pytest.raises(OSError, match="full"), saving.atomic_directory(tmp_path / "d"):
-        raise OSError("disk full")
-    assert (tmp_path / "d" / "file").read_text() == "one"
-
-
-def test_what_was_not_written_here_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not written here"), saving.atomic_directory(tmp_path):
-        pass
-    assert (tmp_path / "thesis.tex").exists()
-
-
 def test_private_attention_stays_private(model, tokenizer, tmp_path):
     from lightning_rlhf.models import Policy
 

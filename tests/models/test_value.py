@@ -52,7 +52,7 @@ def test_from_a_language_model_values_are_zero_and_the_backbone_is_its(tiny_mode
     assert head and all(p.grad is not None and p.grad.any() for p in head)
 
 
-def test_from_a_reward_model_it_starts_as_the_normalised_score(tiny_model_dir, tiny_tokenizer, tmp_path):
+def test_from_a_reward_model_it_starts_as_the_normalized_score(tiny_model_dir, tiny_tokenizer, tmp_path):
     classifier = load_reward_model(tiny_model_dir, pad_token_id=tiny_tokenizer.pad_token_id)
     classifier.config.score_offset = 0.75
     classifier.save_pretrained(tmp_path)

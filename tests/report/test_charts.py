@@ -92,8 +92,8 @@ BLIND = {
 }
 
 
-def linear(colour):
-    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+def linear(color):
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
 
@@ -106,15 +106,15 @@ def oklab(rgb):
 
 
 @pytest.mark.parametrize("scheme, ground", [(0, "#f4f5f7"), (1, "#1e2226")], ids=["light", "dark"])
-def test_colours_stand_out_and_are_told_apart(scheme, ground):
+def test_colors_stand_out_and_are_told_apart(scheme, ground):
     assert f"--card: {ground}" in STYLE
-    colours = [linear(pair[scheme]) for pair in COLOURS]
+    colors = [linear(pair[scheme]) for pair in COLOURS]
     weights = np.array([0.2126, 0.7152, 0.0722])
-    for colour in colours:
-        dark, light = sorted((colour @ weights, linear(ground) @ weights))
+    for color in colors:
+        dark, light = sorted((color @ weights, linear(ground) @ weights))
         assert (light + 0.05) / (dark + 0.05) >= 3
     for matrix in BLIND.values():
-        seen = [oklab(np.clip(matrix @ colour, 0, 1)) for colour in colours]
+        seen = [oklab(np.clip(matrix @ color, 0, 1)) for color in colors]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 0.08
 
 

@@ -1,4 +1,4 @@
-"""Tokens come from the right distribution, log-probs are of the right one, and neither sees its neighbours."""
+"""Tokens come from the right distribution, log-probs are of the right one, and neither sees its neighbors."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from transformers import (
 
 from lightning_rlhf.rollout import Sampling
 from lightning_rlhf.rollout import sampling as module
-from lightning_rlhf.rollout.row import Row
 from lightning_rlhf.rollout.sampling import choose
+from lightning_rlhf.rollout.sequence import ActiveSequence
 
 VOCABULARY = 12
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0)) * 1.5
@@ -22,7 +22,9 @@ EVERYTHING = dict(temperature=0.6, top_k=6, top_p=0.9, repetition_penalty=1.8)
 
 
 def rows(n, prompt=PROMPT, stops=(), first=0, **settings):
-    return [Row(prompt, key, Sampling(**settings), frozenset(stops), None) for key in range(first, first + n)]
+    return [
+        ActiveSequence(prompt, key, Sampling(**settings), frozenset(stops), None) for key in range(first, first + n)
+    ]
 
 
 def pvalue(counts, want):
@@ -78,7 +80,7 @@ def test_tokens_have_the_exact_distribution(settings):
 
 
 def test_steps_and_keys_are_independent():
-    """Of one key over many steps, and of neighbours at one step: pairs of tokens have the product distribution."""
+    """Of one key over many steps, and of neighbors at one step: pairs of tokens have the product distribution."""
     n = 20_000
     many = rows(n)
     first, _ = choose(LOGITS.expand(n, -1), many)
@@ -105,8 +107,8 @@ def test_unlikely_tokens_keep_their_chance():
     assert len(set(tokens)) > 60
 
 
-def test_rows_do_not_see_their_neighbours():
-    """Greedy, plain, cut and penalised rows in one batch, in any order, draw what they draw alone."""
+def test_rows_do_not_see_their_neighbors():
+    """Greedy, plain, cut and penalized rows in one batch, in any order, draw what they draw alone."""
     mixed = [
         *rows(5, temperature=0),
         *rows(5, first=5),

@@ -25,6 +25,7 @@ from lightning_rlhf import (
     HFExport,
     InstructionDataModule,
     LoRA,
+    MeasureWinRate,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -33,7 +34,6 @@ from lightning_rlhf import (
     SampleCompletions,
     Sampling,
     SFTModule,
-    WinRate,
     WritePredictions,
 )
 from lightning_rlhf.callbacks import SaveOnInterrupt
@@ -128,7 +128,7 @@ def case(stage, strategy, model_dir, out, n):
     if stage != "reward":
         judges = {"letters": letters, "model": str(out.parent / "reward model")}
         callbacks += [SampleCompletions(num_prompts=2, max_new_tokens=4)]
-        callbacks += [WinRate(j, name=name, max_new_tokens=4, temperature=0.7) for name, j in judges.items()]
+        callbacks += [MeasureWinRate(j, name=name, max_new_tokens=4, temperature=0.7) for name, j in judges.items()]
 
     def trainer(**options):
         return L.Trainer(

@@ -50,7 +50,7 @@ class FirstGradients(L.Callback):
 
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=12, seed=0, dropout=0.0, order=0, lr=1e-2, val_fraction=0.3,
-        center=0.0, pair_weight="pair", use_margin=False, val_check_interval=1.0, check_val_every_n_epoch=1,
+        centering_coef=0.0, pair_weight="pair", use_margin=False, val_check_interval=1.0, check_val_every_n_epoch=1,
         limit_val_batches=1.0, callbacks=(), quantization=None):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
@@ -59,7 +59,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         lora=LoRA(r=4, dropout=dropout) if lora else None,
         quantization=quantization,
         layout=layout,
-        center=center,
+        centering_coef=centering_coef,
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
     )
     data = PreferenceDataModule(

@@ -126,7 +126,7 @@ def test_predictions_of_packed_batches_of_ones_own(stage, stages, tmp_path):
         prompt, answer = trees[i].prompt, trees[i].branches[j].input_ids
         ids = torch.tensor([[*prompt, *answer]])
         assert record["tokens"] == len(answer)
-        with torch.no_grad(), module.exportable.native_attention() as model:
+        with torch.no_grad(), module.model_to_export.native_attention() as model:
             if stage == "SFTModule":
                 logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                 want = logprobs.gather(1, torch.tensor(answer)[:, None]).sum().item()

@@ -102,7 +102,7 @@ def runs(folders, tmp_path_factory):
 
 
 def rows(module, layer="input"):
-    model = module.exportable.transformer
+    model = module.model_to_export.transformer
     weight = (model.get_input_embeddings() if layer == "input" else model.get_output_embeddings()).weight
     return weight.detach()[[*module.new_token_ids]]
 
@@ -115,12 +115,12 @@ def test_rows_of_new_tokens_are_trained_and_no_others(name, tied, runs, folders)
     fresh.configure_model()
     assert len(module.new_token_ids) == 3
     layers = ["input"] if name == "reward" else ["input", "output"]
-    with module.exportable.native_attention():  # the policy, where there are roles
+    with module.model_to_export.native_attention():  # the policy, where there are roles
         for layer in layers:
             moved = (rows(module, layer) - rows(fresh, layer)).abs().amax(1)
             assert (moved > 1e-3).all(), (layer, moved)
         known = module.new_token_ids[0]
-        weight = module.exportable.transformer.get_input_embeddings().weight
+        weight = module.model_to_export.transformer.get_input_embeddings().weight
         assert torch.equal(
             weight[:known], AutoModelForCausalLM.from_pretrained(folders[tied]).model.embed_tokens.weight
         )
@@ -145,7 +145,7 @@ def test_exports_reload_with_the_trained_rows(name, tied, runs, folders, tmp_pat
     ids = torch.tensor([[5, 6, module.new_token_ids[0], 7, *module.new_token_ids]])
     auto = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
     options = {"num_labels": 1} if name == "reward" else {}
-    backbone = module.exportable
+    backbone = module.model_to_export
     with torch.no_grad(), backbone.native_attention() as model:
         want = model(input_ids=ids).logits
         for only in (False, True):

@@ -464,7 +464,7 @@ def test_an_update_that_is_not_finite_is_dropped_and_counted(tiny_model_dir, tmp
 
 
 def test_too_many_dropped_updates_end_the_run(tiny_model_dir, tmp_path):
-    trainer, module, data = broken(tiny_model_dir, tmp_path, range(100), 5, max_dropped=3)
+    trainer, module, data = broken(tiny_model_dir, tmp_path, range(100), 5, max_skipped_updates=3)
     with pytest.raises(RuntimeError, match="3 iterations in a row were dropped"):
         trainer.fit(module, data)
     start = Broken(tiny_model_dir, letters, lora=LoRA(r=4))
@@ -475,7 +475,7 @@ def test_too_many_dropped_updates_end_the_run(tiny_model_dir, tmp_path):
 
 def test_what_is_dropped_is_counted_in_iterations(tiny_model_dir, tmp_path):
     """One bad iteration has many bad updates: it is one, and a good one after it starts the count again."""
-    trainer, module, data = broken(tiny_model_dir, tmp_path, [*range(8), *range(12, 16)], 4, max_dropped=3)
+    trainer, module, data = broken(tiny_model_dir, tmp_path, [*range(8), *range(12, 16)], 4, max_skipped_updates=3)
     module.epochs, module.parts = 2, 2
     counts = []
     module.on_train_batch_end = lambda *_: counts.append(module.dropped)
@@ -568,7 +568,7 @@ def test_all_ranks_drop_alike(tiny_model_dir, tmp_path):
 def test_a_reward_that_never_scores_ends_the_run(tiny_model_dir, tmp_path):
     options = dict(lora=True, max_steps=9, bad_scores="drop", reward=lambda prompts, completions: [math.nan] * 4)
     with pytest.warns(UserWarning, match="left out"), pytest.raises(RuntimeError, match="2 iterations in a row"):
-        run(tiny_model_dir, tmp_path, max_dropped=2, **options)
+        run(tiny_model_dir, tmp_path, max_skipped_updates=2, **options)
 
 
 def test_validation_and_prediction_go_on_without_it(tiny_model_dir, tmp_path):
@@ -646,7 +646,7 @@ def test_a_scale_that_moves_leaves_the_steps_as_they_are(tiny_model_dir, tmp_pat
 
 def test_an_overflow_of_one_optimizer_drops_the_step_of_both(tiny_model_dir, tmp_path):
     plugin = ScalesOnly(init_scale=2.0**16)
-    trainer, module = scaled(tiny_model_dir, tmp_path, plugin, 3, overflows=(0, 2, 3), max_dropped=1)
+    trainer, module = scaled(tiny_model_dir, tmp_path, plugin, 3, overflows=(0, 2, 3), max_skipped_updates=1)
     half = 2.0**15
     assert module.seen == [
         (False, False, False, half),
@@ -663,7 +663,7 @@ def test_an_overflow_of_one_optimizer_drops_the_step_of_both(tiny_model_dir, tmp
 def test_overflow_at_a_scale_of_one_is_divergence(tiny_model_dir, tmp_path):
     plugin = ScalesOnly(init_scale=4.0)
     with pytest.raises(RuntimeError, match="2 iterations in a row were dropped"):
-        scaled(tiny_model_dir, tmp_path, plugin, 9, overflows=range(99), max_dropped=2)
+        scaled(tiny_model_dir, tmp_path, plugin, 9, overflows=range(99), max_skipped_updates=2)
 
 
 def test_fp16_with_two_optimizers_runs(tiny_model_dir, tmp_path):

@@ -81,7 +81,7 @@ def test_true_half_precision_is_refused_before_anything_is_loaded(name, options,
     assert not hasattr(module, "policy") and not hasattr(module, "reward_model")
 
 
-def test_lightnings_own_quantisation_and_a_half_default_dtype_are_refused(tiny_model_dir, tmp_path):
+def test_lightnings_own_quantization_and_a_half_default_dtype_are_refused(tiny_model_dir, tmp_path):
     module, data = stage("sft", tiny_model_dir, tmp_path / "cache", lora=LoRA(r=2))
     plugin = object.__new__(BitsandbytesPrecision)  # it needs a GPU to be made
     module._trainer = SimpleNamespace(precision_plugin=plugin, strategy=None)
@@ -104,17 +104,17 @@ def test_what_trains_over_a_bf16_model_is_fp32_and_moves_in_all_its_entries(name
     module, data = stage(name, tiny_model_dir, tmp_path / "cache", lora=lora, dtype="bfloat16")
     module.configure_model()
     heads = {"sft": "modules_to_save", "reward": "score.modules_to_save", "ppo": "value_head"}
-    trained = {k: p for k, p in module.exportable.named_parameters() if p.requires_grad}
+    trained = {k: p for k, p in module.model_to_export.named_parameters() if p.requires_grad}
     before = {k: p.detach().clone() for k, p in trained.items()}
     fit(module, data, tmp_path, steps=4, precision="bf16-mixed")
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    frozen = {p.dtype for p in module.exportable.parameters() if not p.requires_grad and p.dim() > 1}
+    frozen = {p.dtype for p in module.model_to_export.parameters() if not p.requires_grad and p.dim() > 1}
     assert torch.bfloat16 in frozen
     head = next(k for k in trained if heads[name] in k and k.endswith("weight"))
     moved = (trained[head] != before[head]).float().mean().item()
     assert moved == 1
     want = AutoModelForCausalLM.from_pretrained(tiny_model_dir).model.rotary_emb.inv_freq
-    assert torch.equal(module.exportable.transformer.model.rotary_emb.inv_freq, want)
+    assert torch.equal(module.model_to_export.transformer.model.rotary_emb.inv_freq, want)
 
 
 def test_training_all_weights_in_16_bits_is_warned_of(tiny_model_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""The stages over quantised weights: exact resume, checkpoints of adapters alone, ratios of 1, and what is refused."""
+"""The stages over quantized weights: exact resume, checkpoints of adapters alone, ratios of 1, and what is refused."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import HFExport, LoRA, PPOModule, RewardModule, SFTModule
 from lightning_rlhf.data.packed import Branch, Tree, pack
-from lightning_rlhf.models.quantization import is_quantised
+from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.strategies import ColossalAIStrategy
 
@@ -64,9 +64,9 @@ def difference(a, b):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", RUNS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stage, kind, wide_model_dir, tmp_path):
-    """In the middle of an epoch, from a checkpoint that holds what is trained and nothing of what is quantised."""
+    """In the middle of an epoch, from a checkpoint that holds what is trained and nothing of what is quantized."""
     _, whole = run(stage, wide_model_dir, tmp_path / "a", kind, save_every=1)
-    assert is_quantised(whole)
+    assert is_quantized(whole)
     place = tmp_path / "a" / "step3.ckpt"
     saved = torch.load(place, weights_only=True)["state_dict"]
     inside = ("policy.", "reward_model.", "critic.", "reward.")
@@ -81,7 +81,7 @@ def test_a_checkpoint_loads_by_itself(kind, wide_model_dir, tmp_path):
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     settings = dict(pretrained=wide_model_dir, optimizer=AdamW)
     again = SFTModule.load_from_checkpoint(tmp_path / "one.ckpt", strict=True, **settings)
-    assert again.quantization == kind and is_quantised(again)
+    assert again.quantization == kind and is_quantized(again)
     assert_equal(trained(again), trained(module))
 
 
@@ -121,22 +121,22 @@ def test_micro_batches_and_layout_do_not_change_the_result(kind, wide_model_dir,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reward_adapter_shares_the_quantised_backbone(kind, wide_model_dir, tmp_path):
-    """And scores as it was trained to, where it was trained over weights that were quantised alike."""
+def test_a_reward_adapter_shares_the_quantized_backbone(kind, wide_model_dir, tmp_path):
+    """And scores as it was trained to, where it was trained over weights that were quantized alike."""
     _, reward = run("reward", wide_model_dir, tmp_path / "reward", kind, max_epochs=1)
     save_pretrained(reward.reward_model.model, reward.tokenizer, tmp_path / "hf", adapter_only=True)
     _, module = run("ppo", wide_model_dir, tmp_path / "ppo", kind, max_steps=1, reward=str(tmp_path / "hf"))
     assert module.policy.adapters.keys() == {"policy", "critic", "reward"}
     batch = pack([Tree([5, 6, 7], [Branch([8, 9, 4]), Branch([10, 11])])])
     with torch.no_grad():
-        found, want = module.policy(batch, "reward"), reward.eval().reward_model(batch, normalise=True)
+        found, want = module.policy(batch, "reward"), reward.eval().reward_model(batch, normalize=True)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_separate_critic_is_quantised_too(kind, wide_model_dir, tmp_path):
+def test_a_separate_critic_is_quantized_too(kind, wide_model_dir, tmp_path):
     _, module = run("ppo", wide_model_dir, tmp_path, kind, max_steps=1, shared=False)
-    assert is_quantised(module.policy) and is_quantised(module.critic)
+    assert is_quantized(module.policy) and is_quantized(module.critic)
 
 
 # ------------------------------------------------------------------------------------------------- strategies
@@ -178,7 +178,7 @@ def test_strategies_that_cut_or_cast_weights_are_refused(wide_model_dir):
 
 @pytest.mark.parametrize("stage", [SFTModule, RewardModule, lambda *a, **k: PPOModule(*a, reward=len, **k)])
 def test_settings_that_can_not_train_are_refused(stage, wide_model_dir, monkeypatch):
-    with pytest.raises(ValueError, match=r"quantised weights can't be trained. Give lora"):
+    with pytest.raises(ValueError, match=r"quantized weights can't be trained. Give lora"):
         stage(wide_model_dir, quantization="nf4")
     with pytest.raises(ValueError, match=r"lora.init='pissa' moves"):
         stage(wide_model_dir, quantization="nf4", lora=LoRA(r=4, init="pissa"))

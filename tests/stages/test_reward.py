@@ -108,13 +108,13 @@ def plain_pairs(scores, sizes, data, pair_weight="pair", use_margin=False):
     return out
 
 
-def plain_loss(pairs, center):
-    total = sum(w * ((1 + (r - c + m).exp()).log() + center * (c + r) ** 2) for _, c, r, m, w, *_ in pairs)
+def plain_loss(pairs, centering_coef):
+    total = sum(w * ((1 + (r - c + m).exp()).log() + centering_coef * (c + r) ** 2) for _, c, r, m, w, *_ in pairs)
     return total / sum(w for *_, w, _, _ in pairs)
 
 
-ALL = dict(pair_weight="prompt", use_margin=True, center=0.1)
-SETTINGS = {"plain": {}, "weights, margins, centring": ALL}
+ALL = dict(pair_weight="prompt", use_margin=True, centering_coef=0.1)
+SETTINGS = {"plain": {}, "weights, margins, centering": ALL}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def reference_gradients(tiny_model_dir):
             options.get("use_margin", False),
         )
         assert len(pairs) == 16 + 8 * 3
-        plain_loss(pairs, options.get("center", 0.0)).backward()
+        plain_loss(pairs, options.get("centering_coef", 0.0)).backward()
         found[name] = {f"model.{k}": p.grad.float() for k, p in model.named_parameters()}
     return found
 
@@ -161,7 +161,7 @@ def test_step_gradient_does_not_depend_on_the_split(name, options, tiny_model_di
 @pytest.mark.distributed
 def test_step_gradient_on_two_processes(tiny_model_dir, reference_gradients, tmp_path):
     spawn(tiny_model_dir, tmp_path, devices=2, accumulate=5, order=3, **STEP, **ALL)
-    want = reference_gradients["weights, margins, centring"]
+    want = reference_gradients["weights, margins, centering"]
     assert difference(torch.load(tmp_path / "gradients.pt"), want) < 1e-6
 
 
@@ -188,7 +188,7 @@ def held_out():
 def test_validation_metrics_equal_a_plain_computation_for_any_batch_size(tiny_model_dir, tmp_path):
     results = []
     for size in (1, 7, 40):
-        module = RewardModule(tiny_model_dir, center=0.1)
+        module = RewardModule(tiny_model_dir, centering_coef=0.1)
         data = PreferenceDataModule(rows(), val=held_out(), eval_batch_size=size, cache_dir=tmp_path,
                                     pair_weight="prompt", use_margin=True)  # fmt: skip
         results.append(quiet(tmp_path).validate(module, data, verbose=False)[0])
@@ -368,17 +368,17 @@ def test_predictions_come_in_order_with_scores(tiny_model_dir, tmp_path):
             for j, (s, n) in enumerate(zip(own.tolist(), ns.tolist(), strict=True))]  # fmt: skip
     assert [(r["row"], r["answer"], r["tokens"]) for r in found] == [(i, j, n) for i, j, _, n in want]
     assert [r["score"] for r in found] == pytest.approx([s for _, _, s, _ in want], rel=1e-4, abs=1e-6)
-    assert [r["normalised"] for r in found] == pytest.approx([r["score"] - 0.25 for r in found])
-    assert all(r.keys() == {"row", "answer", "score", "normalised", "tokens"} for r in found)
+    assert [r["normalized"] for r in found] == pytest.approx([r["score"] - 0.25 for r in found])
+    assert all(r.keys() == {"row", "answer", "score", "normalized", "tokens"} for r in found)
 
 
 def test_a_negative_penalty_is_refused(tiny_model_dir):
-    with pytest.raises(ValueError, match="center must be at least 0"):
-        RewardModule(tiny_model_dir, center=-0.1)
+    with pytest.raises(ValueError, match="centering_coef must be at least 0"):
+        RewardModule(tiny_model_dir, centering_coef=-0.1)
 
 
 def test_settings_are_kept_and_a_checkpoint_loads_by_itself(tiny_model_dir, tmp_path):
-    trainer, module = run(tiny_model_dir, tmp_path, center=0.1, max_steps=5, layout="padded")
+    trainer, module = run(tiny_model_dir, tmp_path, centering_coef=0.1, max_steps=5, layout="padded")
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     again = RewardModule.load_from_checkpoint(tmp_path / "x.ckpt", head_seed=3, optimizer=AdamW)
     assert_equal(weights(again), weights(module))
@@ -386,8 +386,8 @@ def test_settings_are_kept_and_a_checkpoint_loads_by_itself(tiny_model_dir, tmp_
     assert not settings.keys() & {"optimizer", "lr_scheduler"}
     assert settings["tokenizer"] is None  # of an object nothing would be kept
     assert settings["pretrained"] == str(tiny_model_dir)
-    assert (settings["center"], settings["head_seed"], settings["layout"]) == (0.1, 3, "padded")
-    assert (again.center, again.layout) == (0.1, "padded")
+    assert (settings["centering_coef"], settings["head_seed"], settings["layout"]) == (0.1, 3, "padded")
+    assert (again.centering_coef, again.layout) == (0.1, "padded")
     assert again.reward_model.score_offset == module.reward_model.score_offset != 0.0
 
 

@@ -17,7 +17,7 @@ from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import Reward, RewardModelReward
 from lightning_rlhf.rollout import Completion
-from lightning_rlhf.rollout.text import decode
+from lightning_rlhf.rollout.detokenizer import decode
 
 
 class Read(Reward):

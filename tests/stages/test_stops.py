@@ -13,7 +13,7 @@ from lightning_rlhf.evaluation import generate_answers
 from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.loading import load_stop_token_ids
 from lightning_rlhf.models.saving import save_pretrained
-from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request
+from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request
 
 ROWS = [{"prompt": f"Say {i}", "completion": f"fox {i}"} for i in range(4)]
 # a template of the user's own that ends turns with a token of the vocabulary that is not the eos
@@ -193,7 +193,7 @@ def test_a_special_token_as_a_stop_string_ends_a_rollout(stop, assets):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), PreTrainedTokenizerFast.from_pretrained(path)
     prompt = tokenizer("Once upon a time").input_ids
     sampling = Sampling(max_new_tokens=400, temperature=0, stop_strings=[stop])
-    for engine in (CachedEngine(), GenerateEngine()):
+    for engine in (CachedEngine(), HFGenerateEngine()):
         [[found]] = engine.generate(Policy(model), tokenizer, [Request(prompt, [0])], sampling, [])
         assert found.finish_reason == "stop" and found.input_ids.index(1) == len(found.input_ids) - 1
         whole = tokenizer.decode([*prompt, *found.input_ids], skip_special_tokens=True)

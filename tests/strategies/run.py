@@ -24,13 +24,13 @@ from lightning_rlhf import (
     HFExport,
     InstructionDataModule,
     LoRA,
+    MeasureWinRate,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
     RewardModule,
     Sampling,
     SFTModule,
-    WinRate,
 )
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
@@ -158,7 +158,7 @@ def run(model_dir, out_dir, stage="sft", strategy="auto", devices=1, precision="
         callbacks.append(HFExport())
     if win_rate:  # by the number of letters; its pairs go to OUT_DIR/win_rate.jsonl
         prompts = ["Say 1", "Say 2", "Say 3"]
-        callbacks.append(WinRate(lengths, prompts=prompts, max_new_tokens=6, every_n_steps=win_rate))
+        callbacks.append(MeasureWinRate(lengths, prompts=prompts, max_new_tokens=6, every_n_steps=win_rate))
     if save_every:
         callbacks.append(
             ModelCheckpoint(

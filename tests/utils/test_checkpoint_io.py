@@ -48,7 +48,7 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_no_rest(tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_rlhf.callbacks.atomic.sync", full)
+    monkeypatch.setattr("lightning_rlhf.utils.checkpoint_io.sync", full)
     with pytest.raises(OSError, match="space"):
         io.save_checkpoint({"x": 2}, tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True) == {"x": 1}

@@ -147,24 +147,3 @@ class RolloutEngine(Protocol):
                 context.
         """
         ...
-
-
-def sample_key(*parts: int) -> int:
-    """A key for a :class:`Request`.
-
-    Args:
-        parts: What names the sample, such as seed, iteration, row of the prompt, number of the sample.
-
-    Returns:
-        A well-mixed hash of the parts, in their order, in 32 bits.
-    """
-    state = 0
-    for part in parts:  # SplitMix64's finaliser, chained
-        state = (state ^ part) + 0x9E3779B97F4A7C15 & _64_BITS
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _64_BITS
-        state ^= state >> 31
-    return state >> 32
-
-
-_64_BITS = 2**64 - 1

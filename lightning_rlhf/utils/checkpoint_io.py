@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_rlhf.models.saving import sync
+from lightning_rlhf.utils.filesystem import sync
 
 
 class CheckpointError(ValueError):

@@ -5,14 +5,14 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lightning_rlhf.rollout.text import TextStream, decode, tail, tokens_of
+from lightning_rlhf.rollout.detokenizer import Detokenizer, decode, tail, tokens_of
 
 TEXT = "The quick 狐狸 jumps 🦊🦊 over. 你好，请问北京在哪里？ naïve e\u0301 <end>"
 
 
 def stream(tokenizer, ids, stops=()):
     """The pieces that were released, and the stream; ends where it stops."""
-    text, pieces = TextStream(tokenizer, stops), []
+    text, pieces = Detokenizer(tokenizer, stops), []
     for token in ids:
         text.push(token)
         pieces.append(text.release())
@@ -70,7 +70,7 @@ def test_text_is_what_tokens_add_to_the_prompts(prompt, tokenizer):
     after = tail(tokenizer, before)
     want = decode(tokenizer, whole)[len(decode(tokenizer, before)) :]
     assert want == " was 你 here 🦊" and decode(tokenizer, whole[len(before) :], after) == want
-    text = TextStream(tokenizer, ["never"], after)
+    text = Detokenizer(tokenizer, ["never"], after)
     for token in whole[len(before) :]:
         text.push(token)
     assert text.finish() == want
@@ -125,7 +125,7 @@ def test_the_first_of_several_stop_strings_counts(tiny_tokenizer):
 
 
 def test_what_may_become_a_stop_string_is_held_back(tiny_tokenizer):
-    text = TextStream(tiny_tokenizer, ["<end>"])
+    text = Detokenizer(tiny_tokenizer, ["<end>"])
     shown = []
     for letter in "a<en":
         (token,) = tiny_tokenizer(letter).input_ids
@@ -138,7 +138,7 @@ def test_what_may_become_a_stop_string_is_held_back(tiny_tokenizer):
 
 def test_a_stop_string_before_its_time_is_passed_over(tiny_tokenizer):
     (a, b) = (tiny_tokenizer(letter).input_ids[0] for letter in "ab")
-    text = TextStream(tiny_tokenizer, ["ab"])
+    text = Detokenizer(tiny_tokenizer, ["ab"])
     text.push(a)
     text.push(b, may_stop=False)
     assert text.stop is None and text.release() == "ab"

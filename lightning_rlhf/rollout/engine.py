@@ -1,4 +1,4 @@
-"""The engine: continuous batching over a :class:`~lightning_rlhf.rollout.cache.SlotCache`."""
+"""The engine: continuous batching over a :class:`~lightning_rlhf.rollout.kv_cache.SlotCache`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.backbone import Backbone, untried
-from lightning_rlhf.rollout.cache import NAME, Decoder
-from lightning_rlhf.rollout.generate import GenerateEngine
-from lightning_rlhf.rollout.interface import Completion, Request, Sampling
-from lightning_rlhf.rollout.session import Session
+from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
+from lightning_rlhf.rollout.kv_cache import NAME, Decoder
+from lightning_rlhf.rollout.scheduler import Scheduler
+from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class CachedEngine:
     """The decoding engine of one device: each distinct prompt is run once, and a finished row makes room for the next.
 
     A model that gives other logits with the cache than without is served by
-    :class:`~lightning_rlhf.rollout.GenerateEngine`: same results, less speed, and a warning that says so.
+    :class:`~lightning_rlhf.rollout.HFGenerateEngine`: same results, less speed, and a warning that says so.
 
     Args:
         max_live_tokens: Rows times columns that the cache may hold, where a row needs its prompt and
@@ -60,7 +60,7 @@ class CachedEngine:
     ) -> list[list[Completion]]:
         """See :meth:`RolloutEngine.generate`."""
         if reason_against(policy):
-            fallback = GenerateEngine(self.max_rows)
+            fallback = HFGenerateEngine(self.max_rows)
             return fallback.generate(policy, tokenizer, requests, sampling, stop_token_ids)
         with self.session(policy, tokenizer) as session:
             futures = [
@@ -72,7 +72,7 @@ class CachedEngine:
         return [[future.result() for future in group] for group in futures]
 
     @contextmanager
-    def session(self, policy: Backbone, tokenizer: PreTrainedTokenizerBase) -> Iterator[Session]:
+    def session(self, policy: Backbone, tokenizer: PreTrainedTokenizerBase) -> Iterator[Scheduler]:
         """Requests that come and go: for servers and chats, and for whoever wants tokens as they come.
 
         Args:
@@ -88,7 +88,7 @@ class CachedEngine:
         if reason := reason_against(policy):
             raise ValueError(f"{type(policy.transformer).__name__} can't run in a session: {reason}.")
         with policy.native_attention(NAME), _left_trainable(policy.transformer):
-            session = Session(
+            session = Scheduler(
                 Decoder(policy.transformer), tokenizer, self.max_live_tokens, self.max_rows, self.prefill_tokens
             )
             try:

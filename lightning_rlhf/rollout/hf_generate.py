@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from lightning_rlhf.models.backbone import Backbone
-from lightning_rlhf.rollout.interface import Completion, Request, Sampling
-from lightning_rlhf.rollout.row import Row, make_rows
 from lightning_rlhf.rollout.sampling import choose
+from lightning_rlhf.rollout.sequence import ActiveSequence, make_sequences
+from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 
-class GenerateEngine:
+class HFGenerateEngine:
     """Rollouts by transformers' ``generate``: any model that has it, sharded ones too, at its speed.
 
     ``generate`` only runs the model. Tokens are chosen as :class:`~lightning_rlhf.rollout.CachedEngine` chooses them,
@@ -55,10 +55,10 @@ class GenerateEngine:
         """See :meth:`RolloutEngine.generate`."""
         model: Any = policy.transformer
         groups = [
-            make_rows(model, tokenizer, request, sampling, stop_token_ids, name=f"Rollout request {i}")
+            make_sequences(model, tokenizer, request, sampling, stop_token_ids, name=f"Rollout request {i}")
             for i, request in enumerate(requests)
         ]
-        by_length: dict[int, list[Row]] = {}
+        by_length: dict[int, list[ActiveSequence]] = {}
         for row in (row for rows in groups for row in rows):
             by_length.setdefault(len(row.prompt), []).append(row)
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1)
@@ -83,7 +83,7 @@ class GenerateEngine:
 class _Choose(LogitsProcessor):
     """Leaves the arg max no choice."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[ActiveSequence]) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ class _Choose(LogitsProcessor):
 
 
 class _AllDone(StoppingCriteria):
-    """Ends rows where :class:`Row` does, so that stops mean the same in every engine."""
+    """Ends rows where :class:`ActiveSequence` does, so that stops mean the same in every engine."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[ActiveSequence]) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

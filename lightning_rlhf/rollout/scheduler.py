@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.rollout.cache import Decoder
-from lightning_rlhf.rollout.interface import Completion, Request, Sampling
-from lightning_rlhf.rollout.row import OnToken, Row, make_rows
+from lightning_rlhf.rollout.kv_cache import Decoder
 from lightning_rlhf.rollout.sampling import choose
+from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, make_sequences
+from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 _GRAIN = 128
 """Columns are made in multiples of this, as rows get longer: attention is slower over keys that lie far apart."""
@@ -30,11 +30,11 @@ class _Group:
     """Waiting rows of one prompt; ``logits`` (V,) of its next token while some of them are already running."""
 
     def __init__(self) -> None:
-        self.rows: deque[Row] = deque()
+        self.rows: deque[ActiveSequence] = deque()
         self.logits: Tensor | None = None
 
 
-class Session:
+class Scheduler:
     """Submit requests at any time, and step while busy.
 
     One thread steps; others may submit, and may cancel by cancelling a future. Nobody is left waiting: every future
@@ -60,7 +60,7 @@ class Session:
         self._budget, self._max_rows = max_live_tokens or sys.maxsize, max_rows or sys.maxsize
         self._prefill_tokens = prefill_tokens
         self._waiting: dict[tuple[int, ...], _Group] = {}  # in the order of their arrival
-        self._rows: list[Row] = []  # by their row in the cache
+        self._rows: list[ActiveSequence] = []  # by their row in the cache
         self._lock = threading.Lock()  # of what waits
         self._closed = False
 
@@ -94,7 +94,7 @@ class Session:
             RuntimeError: The session is closed.
         """
         model = self._decoder.model
-        rows = make_rows(model, self._tokenizer, request, sampling, stop_token_ids, on_token, name)
+        rows = make_sequences(model, self._tokenizer, request, sampling, stop_token_ids, on_token, name)
         if rows and rows[0].columns > self._budget:
             raise ValueError(
                 f"{name}: a prompt of {len(rows[0].prompt)} tokens and max_new_tokens {sampling.max_new_tokens} are "
@@ -145,7 +145,7 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------- rows
 
-    def _accept(self, rows: Sequence[Row], logits: Tensor) -> None:
+    def _accept(self, rows: Sequence[ActiveSequence], logits: Tensor) -> None:
         for row, token, logprob in zip(rows, *choose(logits, rows), strict=True):
             if not row.done:  # it may have been cancelled
                 row.push(token, logprob)
@@ -161,7 +161,7 @@ class Session:
         # rows stay where they are if they can; the holes are filled from the tail, then by new rows
         total = len(kept) + len(new)
         stays = {i for i in kept if i < total}
-        fill: list[tuple[Row, int | None]] = [(self._rows[i], i) for i in kept if i >= total]
+        fill: list[tuple[ActiveSequence, int | None]] = [(self._rows[i], i) for i in kept if i >= total]
         fill += [(row, None if group.logits is None else self._holder(row.prompt)) for row, group in new]
         following = iter(fill)
         layout = [(self._rows[i], i) if i in stays else next(following) for i in range(total)]
@@ -170,9 +170,9 @@ class Session:
         if new:
             self._start(new)
 
-    def _take(self, kept: Sequence[Row]) -> list[tuple[Row, _Group]]:
+    def _take(self, kept: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, _Group]]:
         """Waiting rows that fit beside those kept, first come first served."""
-        taken: list[tuple[Row, _Group]] = []
+        taken: list[tuple[ActiveSequence, _Group]] = []
         columns = max((row.columns for row in kept), default=0)
         with self._lock:
             for prompt, group in list(self._waiting.items()):
@@ -207,10 +207,10 @@ class Session:
         in_use = [row.position + 1 for row, source in zip(rows, sources, strict=True) if source is not None]
         cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
 
-    def _start(self, new: Sequence[tuple[Row, _Group]]) -> None:
+    def _start(self, new: Sequence[tuple[ActiveSequence, _Group]]) -> None:
         """Runs the prompts that were not run yet, and makes the first token of each new row."""
         slot = {row: i for i, row in enumerate(self._rows)}
-        members: dict[_Group, list[Row]] = {}
+        members: dict[_Group, list[ActiveSequence]] = {}
         for row, group in new:
             members.setdefault(group, []).append(row)
         first = {group: group.logits for group in members if group.logits is not None}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_rlhf.rollout import CachedEngine, Request, Sampling
-from lightning_rlhf.rollout.cache import Decoder
+from lightning_rlhf.rollout.kv_cache import Decoder
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 from lightning_rlhf.models import Policy
 from lightning_rlhf.models.backbone import enable_checkpointing
-from lightning_rlhf.rollout import CachedEngine, GenerateEngine, Request, Sampling, sample_key, session
-from lightning_rlhf.rollout import cached as module
-from lightning_rlhf.rollout.cache import Decoder, SlotCache
+from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request, Sampling, sample_key, scheduler
+from lightning_rlhf.rollout import engine as module
+from lightning_rlhf.rollout.kv_cache import Decoder, SlotCache
 
 OLD = transformers.__version__.startswith("4.")
 FAMILIES = {
@@ -67,7 +67,7 @@ def test_greedy_equals_generate(family, make_model, prompts, tiny_tokenizer, cap
     want = [greedy_alone(model, prompt, 24, use_cache=family not in WRONG) for prompt in prompts]
     policy = Policy(model)
     with caplog.at_level(logging.WARNING, module.__name__):
-        for engine in (CachedEngine(max_rows=3), CachedEngine(), *[GenerateEngine()] * (family not in WRONG)):
+        for engine in (CachedEngine(max_rows=3), CachedEngine(), *[HFGenerateEngine()] * (family not in WRONG)):
             got = engine.generate(policy, tiny_tokenizer, requests(prompts, 2), Sampling(24, temperature=0), [])
             assert ids(got) == [[answer, answer] for answer in want]
     warnings = [r.message for r in caplog.records if "can't use the rollout cache" in r.message]
@@ -117,7 +117,7 @@ def test_a_sample_depends_on_its_key_alone(settings, policy, prompts, tiny_token
     for limits in [(None, 6), (None, 4), (None, 1), (2 * 34, None), (400, None), (150, 3)]:
         assert ids(run(CachedEngine(*limits))) == ids(want), limits
     assert ids(run(CachedEngine(prefill_tokens=1))) == ids(want)
-    assert [c.text for g in run(GenerateEngine(max_rows=2)) for c in g] == [c.text for g in want for c in g]
+    assert [c.text for g in run(HFGenerateEngine(max_rows=2)) for c in g] == [c.text for g in want for c in g]
     assert ids(run(CachedEngine(max_rows=5), asked[::-1]))[::-1] == ids(want)
     for request, group in zip(asked, want, strict=True):
         alone = [run(CachedEngine(), [Request(request.prompt, [key])])[0][0] for key in request.keys]
@@ -223,7 +223,7 @@ def test_the_cache_grows_as_rows_get_longer(limits, ready, prompts, tiny_tokeniz
 
     want = run(Sampling(40), stops)
     whole = max(work["sizes"])
-    monkeypatch.setattr(session, "_GRAIN", 4)
+    monkeypatch.setattr(scheduler, "_GRAIN", 4)
     assert ids(run(Sampling(40), stops)) == ids(want)
     assert len(set(work["sizes"])) > 3 and max(work["sizes"]) <= limits.get("max_live_tokens", whole)
     run(Sampling(40), range(300))  # every token ends a row
@@ -274,7 +274,7 @@ def test_stop_strings_cut_text_and_keep_tokens(make_model, tiny_tokenizer):
     )
     stop = whole.text[middle : middle + 3]
     sampling = Sampling(40, stop_strings=["never there", stop])
-    for engine in (CachedEngine(), GenerateEngine()):
+    for engine in (CachedEngine(), HFGenerateEngine()):
         ((cut,),) = engine.generate(policy, tiny_tokenizer, [Request(prompt, [0])], sampling, [])
         assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
         assert cut.input_ids == whole.input_ids[: len(cut.input_ids)] and len(cut.logprobs) == len(cut.input_ids)
@@ -315,7 +315,7 @@ def test_adapters_apply_while_they_are_on(make_model, prompts, tiny_tokenizer):
     want_on = [greedy_alone(lora(make_model("Llama")).merge_and_unload(), p, 12) for p in prompts]
     assert want_on != want_off
     policy = Policy(lora(make_model("Llama")))
-    for engine in (CachedEngine(), GenerateEngine()):
+    for engine in (CachedEngine(), HFGenerateEngine()):
 
         def greedy(engine=engine):
             got = engine.generate(policy, tiny_tokenizer, requests(prompts, 1), Sampling(12, temperature=0), [])
@@ -341,7 +341,7 @@ def state_of(policy):
     )
 
 
-@pytest.mark.parametrize("engine", [CachedEngine(max_rows=2), GenerateEngine()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("engine", [CachedEngine(max_rows=2), HFGenerateEngine()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("family", ["Llama", "Bloom"])
 def test_the_policy_stays_as_it_was(engine, fails, family, make_model, prompts, tiny_tokenizer, monkeypatch):
@@ -429,7 +429,7 @@ def test_a_model_that_goes_wrong_with_a_cache_is_found(make_model, prompts, tiny
 # ------------------------------------------------------------------------------------------------- bad requests
 
 
-@pytest.mark.parametrize("engine", [CachedEngine(), GenerateEngine()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("engine", [CachedEngine(), HFGenerateEngine()], ids=lambda e: type(e).__name__)
 def test_bad_requests_are_named(engine, policy, tiny_tokenizer):
     def run(prompt, new=8):
         engine.generate(policy, tiny_tokenizer, [Request([1], [0]), Request(prompt, [0])], Sampling(new), [])
@@ -455,7 +455,7 @@ def test_limits_are_checked(limits):
 
 
 def test_nothing_asked_is_nothing_made(policy, tiny_tokenizer, prompts):
-    for engine in (CachedEngine(), GenerateEngine()):
+    for engine in (CachedEngine(), HFGenerateEngine()):
         assert engine.generate(policy, tiny_tokenizer, [], Sampling(4), []) == []
         got = engine.generate(
             policy, tiny_tokenizer, [Request(prompts[0], []), Request(prompts[0], [1])], Sampling(4), []

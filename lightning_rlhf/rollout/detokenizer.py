@@ -65,7 +65,7 @@ def tokens_of(
     return kept + continued_ids(tokenizer, wanted[len(spelled) :])
 
 
-class TextStream:
+class Detokenizer:
     """Turns tokens into text one by one, and looks for stop strings.
 
     Only a window of the last tokens is decoded. It begins a step before the text that is still open, since a decoder

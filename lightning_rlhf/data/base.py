@@ -42,9 +42,9 @@ from lightning_rlhf.data.sources import (
     weighted_sources,
 )
 
-#: Changes whenever the same rows would be read, tokenised or stored otherwise.
+#: Changes whenever the same rows would be read, tokenized or stored otherwise.
 _CACHE_VERSION = 6
-#: Rows that a process tokenises at a time, and how often as many are written at once.
+#: Rows that a process tokenizes at a time, and how often as many are written at once.
 _ROWS, _BLOCK = 256, 64
 #: Faults that an empty cell may be behind.
 _LACKS = ("unknown format", "missing column", "no transcript")
@@ -55,7 +55,7 @@ OnBadRow = Literal["raise", "skip"]
 
 
 class TokenRows:
-    """Tokenised rows, memory-mapped: index to tree.
+    """Tokenized rows, memory-mapped: index to tree.
 
     Args:
         stores: The folders of each source's rows.
@@ -115,13 +115,13 @@ class TokenRows:
         return {**self.__dict__, "sizes": None, "_readers": {}}  # worker processes open files anew, and need no sizes
 
 
-#: Columns of a tokenised row that say how large it is, in the order of :class:`~lightning_rlhf.data.planner.Size`.
+#: Columns of a tokenized row that say how large it is, in the order of :class:`~lightning_rlhf.data.planner.Size`.
 SIZE_TYPES = {"num_tokens": int, "num_scored": int, "num_sequences": int, "pair_weight": float}
 SIZE_COLUMNS = tuple(SIZE_TYPES)
 
 
 class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
-    """Rows of any source, checked, tokenised once and dealt into packed batches.
+    """Rows of any source, checked, tokenized once and dealt into packed batches.
 
     A subclass says what a row is (:meth:`parse`, :meth:`first_user_turn`, :meth:`dump`), what its tokens are
     (:meth:`encoder`) and how they make a tree (``tree``).
@@ -139,16 +139,16 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         eval_batch_size: Sequences of an evaluation batch on each rank.
         val_fraction: Share held out by first user turn.
         seed: Of the split and the shuffle.
-        num_proc: Processes that tokenise.
+        num_proc: Processes that tokenize.
         num_workers: Processes that pack batches.
-        cache_dir: Where tokenised rows are kept.
+        cache_dir: Where tokenized rows are kept.
         tokenizer: Default: the module's.
         streaming: Hold no rows and no plan of a whole epoch in memory.
         window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
         format: Row format, or ``auto``.
 
     Attributes:
-        bad_rows: By part, the rows that reading and tokenising it left out.
+        bad_rows: By part, the rows that reading and tokenizing it left out.
         unread: By part, the keys that its rows bring and no setting reads, each with the number of rows.
         doubled: By part, the number of rows whose answers brought a stop token of their own, which was left out.
     """
@@ -157,11 +157,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     bundled: str
     #: Types of the columns that ``tree`` reads: a type, or a list of one.
     columns: ClassVar[Mapping[str, Any]]
-    #: Makes a tree of a tokenised row; a function of a module, since worker processes get it.
+    #: Makes a tree of a tokenized row; a function of a module, since worker processes get it.
     tree: Callable[..., Any]
     #: The rows that a tree of messages gives.
     tree_rows: TreeRows
-    #: What to note of a tokenised row, once for all rows that have it: a function of a module.
+    #: What to note of a tokenized row, once for all rows that have it: a function of a module.
     facts: Callable[[Mapping[str, Any]], Iterable[Any]] = staticmethod(lambda row: ())
     #: What the rows are called where they are not a Trainer's own.
     name = ""
@@ -283,7 +283,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     # ------------------------------------------------------------------------------------------------- Lightning
 
     def prepare_data(self) -> None:
-        """Tokenises into the cache, on one process a node."""
+        """Tokenizes into the cache, on one process a node."""
         for part in self._parts(None if self.trainer is None else self.trainer.state.fn):
             self._stores(part)
 
@@ -295,7 +295,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """
         new = [part for part in self._parts(stage) if part not in self._rows]
         for part in new:
-            self._rows[part] = self._tokenised(part)
+            self._rows[part] = self._tokenized(part)
         self._tell_of_keys(new)
         if stage in ("fit", None):
             self._tell_of_validation()
@@ -521,7 +521,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         context = getattr(module, "context_length", None)
         return int(context or self.tokenizer.model_max_length)
 
-    def _tokenised(self, part: str) -> TokenRows:
+    def _tokenized(self, part: str) -> TokenRows:
         stores = self._stores(part)
         notes = [json.loads((path / "notes.json").read_text(encoding="utf-8")) for path in stores]
         origin, held_out = self._side(part)
@@ -614,7 +614,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         )
 
     def _stores(self, part: str) -> list[Path]:
-        """Where the tokenised rows of each of the part's sources lie, made if need be."""
+        """Where the tokenized rows of each of the part's sources lie, made if need be."""
         encode, arguments = self.encoder(self._limit())
         origin, held_out = self._side(part)
         paths = []
@@ -656,12 +656,12 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                         _move(temporary, path)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
-                rank_zero_info(f"{self._called(part, i)}: tokenised rows are kept in {path}")
+                rank_zero_info(f"{self._called(part, i)}: tokenized rows are kept in {path}")
             paths.append(path)
         return paths
 
     def _records(self, rows: Iterable[tuple[str, Item]], of_user: bool = True) -> Iterator[_Record]:
-        """Rows as they are tokenised; a file's name may hold bytes that are no text."""
+        """Rows as they are tokenized; a file's name may hold bytes that are no text."""
         for where, item in rows:
             unread = getattr(item, "unread", ()) if of_user else ()
             place = where.encode(errors="backslashreplace").decode()
@@ -698,7 +698,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
 
 class _Record(NamedTuple):
-    """A row to be tokenised: its place, all that its tokens depend on, and a list of what nothing reads, as JSON."""
+    """A row to be tokenized: its place, all that its tokens depend on, and a list of what nothing reads, as JSON."""
 
     where: str
     text: str
@@ -756,7 +756,7 @@ def _write(
     num_proc: int | None,
     on_bad_row: OnBadRow,
 ) -> dict[str, Any]:
-    """Tokenises rows into files, a block of them in memory at a time; returns what is to be noted."""
+    """Tokenizes rows into files, a block of them in memory at a time; returns what is to be noted."""
     import pyarrow as pa
 
     bad = BadRows(on_bad_row)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def prepare(layer: Any) -> None:
-    """Has a quantised layer compute with what its weights stand for: in training and in evaluation, on any device.
+    """Has a quantized layer compute with what its weights stand for: in training and in evaluation, on any device.
 
     Args:
         layer: A ``Linear4bit`` or ``Linear8bitLt``, which becomes a subclass of it where need be.
@@ -31,7 +31,7 @@ def prepare(layer: Any) -> None:
 
 
 def weights_of(parameter: Any) -> Tensor:
-    """(D_out, D_in) what quantised weights stand for, in fp32 or in the dtype that they had.
+    """(D_out, D_in) what quantized weights stand for, in fp32 or in the dtype that they had.
 
     Args:
         parameter: bitsandbytes' ``Params4bit`` or ``Int8Params``.
@@ -49,7 +49,7 @@ def weights_of(parameter: Any) -> Tensor:
 class Int8Linear(bnb.nn.Linear8bitLt):
     """bitsandbytes' 8-bit weights under products in the activations' dtype.
 
-    LLM.int8() quantises activations too, by way of fp16, but for features that are outliers anywhere in the batch. So
+    LLM.int8() quantizes activations too, by way of fp16, but for features that are outliers anywhere in the batch. So
     what a token gives would depend on what shares its batch: ratios of PPO would not start at 1, and packed, padded
     and cached passes would differ. It also keeps the inputs of all layers beside gradient checkpointing, and on a CPU
     computes otherwise in training than in evaluation. Here a weight is what it is stored as, and nothing else rounds.
@@ -75,7 +75,7 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the quantised weights for the backward pass, not their copy in full precision."""
+    """Keeps the quantized weights for the backward pass, not their copy in full precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: nn.Parameter, bias: Tensor | None) -> Tensor:

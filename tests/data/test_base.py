@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-import lightning_rlhf.data.module as home
+import lightning_rlhf.data.base as home
 from lightning_rlhf import HFExport, SFTModule
 from lightning_rlhf.data import InstructionDataModule, PreferenceDataModule, PromptDataModule, WeightedSource
 from lightning_rlhf.data.errors import DataError

@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.rollout.interface import Completion, Request, Sampling, sample_key
-from lightning_rlhf.rollout.text import TextStream, decode, tail
+from lightning_rlhf.rollout.detokenizer import Detokenizer, decode, tail
+from lightning_rlhf.rollout.types import Completion, Request, Sampling
+from lightning_rlhf.utils.random import sample_key
 
 OnToken = Callable[[int, str], None]
 """Receives each token, and the text that can be shown since the last; the texts add up to the completion's."""
 
 
-class Row:
+class ActiveSequence:
     """One completion in the making: the same rules in every engine.
 
     Args:
@@ -50,7 +51,7 @@ class Row:
         self.future.add_done_callback(self._end)
         self._tokenizer, self._on_token = tokenizer, on_token
         streams = on_token is not None or sampling.stop_strings
-        self._stream = TextStream(tokenizer, sampling.stop_strings, tail(tokenizer, prompt)) if streams else None
+        self._stream = Detokenizer(tokenizer, sampling.stop_strings, tail(tokenizer, prompt)) if streams else None
 
     @property
     def position(self) -> int:
@@ -111,7 +112,7 @@ class Row:
         return Completion(ids, self.logprobs, decode(self._tokenizer, shown, after), reason)
 
 
-def make_rows(
+def make_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     request: Request,
@@ -119,7 +120,7 @@ def make_rows(
     stop_token_ids: Sequence[int],
     on_token: OnToken | None = None,
     name: str = "Rollout request",
-) -> list[Row]:
+) -> list[ActiveSequence]:
     """Rows of a request, if the model can serve it.
 
     Args:
@@ -152,4 +153,4 @@ def make_rows(
             f"{name}: a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} are more than the "
             f"model's context of {context}. Use shorter prompts or a smaller sampling.max_new_tokens."
         )
-    return [Row(prompt, key, sampling, stops, tokenizer, on_token) for key in request.keys]
+    return [ActiveSequence(prompt, key, sampling, stops, tokenizer, on_token) for key in request.keys]

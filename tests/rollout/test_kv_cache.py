@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_rlhf.rollout.cache import SlotCache, slot_attention
+from lightning_rlhf.rollout.kv_cache import SlotCache, slot_attention
 
 
 def filled(rows=4, columns=6):

@@ -1,0 +1,1 @@
+"""What several rooms use and none owns: files that are whole or not there, checkpoints, seeds."""
