@@ -76,7 +76,7 @@ docs: $(VENV)/.test-installed ## the documentation site, to site/; a warning is 
 
 .PHONY: test
 test: $(VENV)/.test-installed $(BRIDGE)/.test-installed $(NEWEST)/.test-installed lint docs ## all that CI runs
-	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/$(PYTEST) tests --durations=25
+	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/$(PYTEST) --durations=25
 	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/$(PYTEST) tests/models tests/functional tests/data tests/rollout tests/rewards tests/strategies -m 'not slow'
 	@echo "== tests with the newest transformers"; $(TEST_ENV) PYTHONPATH=$(NEWEST) $(VENV)/bin/$(PYTEST) tests/models/test_policy.py tests/models/test_backbone.py tests/models/test_loading.py tests/models/test_saving.py tests/rollout/test_engine.py tests/stages/test_new_tokens.py
 

@@ -23,6 +23,7 @@ def bradley_terry_loss(better: Tensor, worse: Tensor, margin: Tensor | float = 0
         (P,) losses, in nats, in at least fp32.
 
     Example:
+        >>> import torch
         >>> bradley_terry_loss(torch.tensor([0.0, -500.0]), torch.zeros(2))
         tensor([  0.6931, 500.0000])
     """

@@ -1,6 +1,5 @@
 """The judge behind an endpoint is asked the right thing, is believed strictly, and its failures are counted."""
 
-import doctest
 import importlib.util
 import logging
 import pickle
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import lightning_rlhf.evaluation.chat_judge
 from lightning_rlhf.evaluation import Answer, AnswerPair, ChatJudge, JudgeError, Question, judge_pairs, rates
 from lightning_rlhf.evaluation.chat_judge import PATIENCE, parse_verdict
 
@@ -275,8 +273,3 @@ def test_settings_that_can_not_work_are_told(options, message):
 )
 def test_verdicts_are_read_strictly(reply, winner):
     assert parse_verdict(reply).winner == winner
-
-
-def test_doctests():
-    result = doctest.testmod(lightning_rlhf.evaluation.chat_judge)
-    assert result.attempted and not result.failed

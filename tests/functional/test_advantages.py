@@ -1,12 +1,9 @@
 """Rewards, GAE and whitening against loops written out, on packed tokens."""
 
-import doctest
-
 import numpy as np
 import pytest
 import torch
 
-import lightning_rlhf.functional.advantages
 from lightning_rlhf.functional import (
     RunningMoments,
     adapt_kl_coef,
@@ -260,11 +257,6 @@ def test_the_controller_finds_its_target():
 def test_what_the_controller_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         adapt_kl_coef(**{"coef": 0.1, "kl": 1.0, "target": 6.0, "horizon": 10_000, "samples": 64, **settings})
-
-
-def test_doctests():
-    result = doctest.testmod(lightning_rlhf.functional.advantages, extraglobs={"torch": torch})
-    assert result.attempted and not result.failed
 
 
 def test_padded_rectangles_are_refused_with_the_way_to_pack_them():

@@ -1,12 +1,10 @@
 """KL estimators against the exact KL of two categorical distributions, value and gradient."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-import lightning_rlhf.functional.kl
 from lightning_rlhf.functional import k1, k2, k3, kl_loss
 
 V = 11
@@ -103,8 +101,3 @@ def test_half_precision_becomes_fp32(estimator):
 def test_a_small_log_ratio_is_not_lost_in_rounding():
     got = k3(torch.tensor([1e-3, -1e-3]))
     torch.testing.assert_close(got.double(), k3(torch.tensor([1e-3, -1e-3], dtype=torch.float64)), rtol=1e-3, atol=0)
-
-
-def test_doctests():
-    result = doctest.testmod(lightning_rlhf.functional.kl, extraglobs={"torch": torch})
-    assert result.attempted and not result.failed

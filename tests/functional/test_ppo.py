@@ -1,12 +1,10 @@
 """PPO's losses against formulas written out token by token."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-import lightning_rlhf.functional.ppo
 from lightning_rlhf.functional import explained_variance, merge_moments, moments, policy_loss, value_loss
 
 
@@ -112,8 +110,3 @@ def test_explained_variance_by_weight_and_over_ranks():
     spread = merge_moments(torch.stack([moments(x) for x in returns.split(300)]))
     want = explained_variance(values, returns)
     torch.testing.assert_close(1 - left[2] / spread[2], want, rtol=1e-12, atol=0)
-
-
-def test_doctests():
-    result = doctest.testmod(lightning_rlhf.functional.ppo, extraglobs={"torch": torch})
-    assert result.attempted and not result.failed

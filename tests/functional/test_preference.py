@@ -1,11 +1,8 @@
 """Losses over pairs are the textbook's, and stay finite where a literal formula does not."""
 
-import doctest
-
 import pytest
 import torch
 
-import lightning_rlhf.functional.preference
 from lightning_rlhf.functional import bradley_terry_loss, centering_penalty, log_exp_loss, log_sig_loss
 
 
@@ -81,9 +78,3 @@ def test_centering_penalty():
     one = torch.tensor([3.0], requires_grad=True)
     centering_penalty(one, torch.tensor([1.0])).sum().backward()
     assert one.grad.item() == 8  # 2 (3 + 1)
-
-
-def test_doctests():
-    module = lightning_rlhf.functional.preference
-    result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted and not result.failed

@@ -3,7 +3,6 @@
 As a script, ``test_comparison.py STORE RANK``, this file is one process of two.
 """
 
-import doctest
 import json
 import math
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import lightning_rlhf.metrics.comparison
 from lightning_rlhf.metrics import WinRate, win_rate
 
 NAN = float("nan")
@@ -174,13 +172,6 @@ def test_a_metric_reset_under_inference_mode_takes_updates_outside_it():
         metric.reset()
     metric.update(*columns)
     assert numbers(metric.compute()) == pytest.approx(numbers(win_rate(*columns)), abs=1e-6)
-
-
-def test_doctests():
-    module = lightning_rlhf.metrics.comparison
-    names = {k: getattr(module, k) for k in dir(module)}
-    result = doctest.testmod(module, extraglobs={**names, "torch": torch})
-    assert result.attempted and not result.failed
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 As a script, ``test_preference.py STORE RANK``, this file is one process of two.
 """
 
-import doctest
 import json
 import math
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import lightning_rlhf.metrics.preference
 from lightning_rlhf.metrics import PreferenceAccuracy, calibration, calibration_error, share_won
 
 NAMES = (("web", "en"), ("web", "zh"), ("books", "en"))
@@ -179,13 +177,6 @@ def test_two_processes_equal_one(case, two_processes):
         results = dict(json.loads(line) for line in out.splitlines())
         assert case in results, error[-3000:]
         assert results[case] == pytest.approx(one, abs=1e-6)
-
-
-def test_doctests():
-    module = lightning_rlhf.metrics.preference
-    names = {k: getattr(module, k) for k in dir(module)}
-    result = doctest.testmod(module, extraglobs={**names, "torch": torch})
-    assert result.attempted and not result.failed
 
 
 def one_of_two(store, rank):

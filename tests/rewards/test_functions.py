@@ -1,11 +1,9 @@
 """The functions that come with the package."""
 
-import doctest
 from itertools import pairwise
 
 import pytest
 
-import lightning_rlhf.rewards.functions
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.rewards import FunctionReward, Samples
 from lightning_rlhf.rewards.functions import answer_match, format_match, length_window
@@ -96,8 +94,3 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
         FunctionReward("my_own_rewards:whisper")
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):  # its own fault, not the path's
         FunctionReward("my_broken_rewards.f")
-
-
-def test_doctests():
-    result = doctest.testmod(lightning_rlhf.rewards.functions)
-    assert result.attempted and not result.failed
