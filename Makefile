@@ -65,8 +65,9 @@ demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bun
 	@$(VENV)/bin/lightning-rlhf demo
 
 .PHONY: lint
-lint: $(VENV)/.test-installed ## ruff and mypy
+lint: $(VENV)/.test-installed ## ruff, codespell and mypy
 	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
+	$(call timed,codespell,git ls-files -z | xargs -0 $(VENV)/bin/codespell)
 	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
 
 # Not --quiet: --strict then misses warnings.
