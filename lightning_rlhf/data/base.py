@@ -101,7 +101,8 @@ class TokenRows:
         """The row's columns."""
         number = bisect_right(self._ends, index)
         batch = self._block(number)
-        return batch.slice(index - self._ends[number] + batch.num_rows, 1).to_pylist()[0]
+        row: dict[str, Any] = batch.slice(index - self._ends[number] + batch.num_rows, 1).to_pylist()[0]
+        return row
 
     def _block(self, number: int) -> Any:
         import pyarrow as pa

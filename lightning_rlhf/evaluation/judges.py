@@ -139,7 +139,8 @@ class RewardJudge(Judge):
                     trees = render(self.tokenizer, prompts, completions, truncated)
                 weight = next(self.reward.parameters(), torch.empty(0))
                 batch = pack(trees).to(weight.device)
-                return self.reward(Samples(batch, prompts, completions, truncated, columns)).tolist()
+                scores: list[float] = self.reward(Samples(batch, prompts, completions, truncated, columns)).tolist()
+                return scores
             finally:
                 if self.device is not None:
                     self.reward.to("cpu")

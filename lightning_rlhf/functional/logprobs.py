@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_rlhf.functional.precision import plain
+from lightning_rlhf.utils.compilation import uncompiled
 
 #: Elements of one block of logits: 16 MiB in fp32. Larger blocks cost memory and, on a CPU, leave the cache.
 CHUNK = 2**22
@@ -279,7 +280,7 @@ def _prepare(
     return plain(hidden.to(dtype)), plain(weight.to(dtype)), None if bias is None else plain(bias.to(dtype))
 
 
-@torch.compiler.disable  # its loop goes by the number of tokens
+@uncompiled  # its loop goes by the number of tokens
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -321,11 +322,11 @@ def linear_logprobs(
     """
     hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
     options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled())
-    logprobs, entropies, correct = _LinearLogprobs.apply(hidden, weight, bias, target, options)
+    logprobs, entropies, correct = _LinearLogprobs.apply(hidden, weight, bias, target, options)  # type: ignore[no-untyped-call]
     return ScoredTokens(logprobs, entropies, correct)
 
 
-@torch.compiler.disable  # its loop goes by the number of tokens
+@uncompiled  # its loop goes by the number of tokens
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -370,5 +371,6 @@ def linear_nll(
     hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
     weights = weights.detach().to(torch.promote_types(hidden.dtype, torch.float32))
     options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled(), z_loss)
-    loss, logprobs, entropies, correct, penalty = _LinearNLL.apply(hidden, weight, bias, target, weights, options)
+    out = _LinearNLL.apply(hidden, weight, bias, target, weights, options)  # type: ignore[no-untyped-call]
+    loss, logprobs, entropies, correct, penalty = out
     return ScoredTokens(logprobs, entropies, correct, loss, penalty)

@@ -13,8 +13,8 @@ import lightning.pytorch as L
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.base import TokenRows, TreeDataModule
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.data.planner import Bin, PlannedLoader, StepTotals
+from lightning_rlhf.data.packed import PackedBatch, StepTotals
+from lightning_rlhf.data.planner import Bin, PlannedLoader
 from lightning_rlhf.data.prompts import PromptBatch, PromptsWithPtx
 from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
 from lightning_rlhf.inspection.statistics import Statistics, measure

@@ -17,7 +17,7 @@ import importlib.util
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lightning_rlhf.data.packed import Branch, Forest, Tree, pack
+from lightning_rlhf.utils.compilation import uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
     """
     name = ("blocks", window, device)
     if name in forest.masks:
-        return forest.masks[name]
+        return cast(BlockMask, forest.masks[name])
     node, prompt, position = _tokens(forest)
     earliest = position - (window or len(position)) + 1
     node, prompt, position, earliest = (t.to(device) for t in (node, prompt, position, earliest))
@@ -108,10 +109,10 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
         ]
     )
     whole = seen == BLOCK**2
-    forest.masks[name] = BlockMask.from_kv_blocks(
+    mask = forest.masks[name] = BlockMask.from_kv_blocks(
         *_listed((seen > 0) & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible
     )
-    return forest.masks[name]
+    return mask
 
 
 def _tokens(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +180,7 @@ def _kernel(compiled: bool, softcap: float | None, *shape: Any) -> Callable[...,
 
 
 @functools.cache
-@torch.compiler.disable
+@uncompiled
 def agrees(
     loop: Callable[..., Tensor],
     heads: tuple[int, int],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -39,7 +39,7 @@ def weights_of(parameter: Any) -> Tensor:
     if parameter.dtype == torch.int8:
         if parameter.SCB.device != parameter.device:  # Module.to moves the parameter alone
             parameter.SCB = parameter.SCB.to(parameter.device)
-        return bnb.functional.int8_vectorwise_dequant(parameter.data, parameter.SCB)
+        return cast(Tensor, bnb.functional.int8_vectorwise_dequant(parameter.data, parameter.SCB))
     # on a CPU bitsandbytes begins a block with every row, though blocks go on from row to row: here a row is a block
     rows = copy.copy(parameter.quant_state)
     rows.shape = torch.Size((parameter.quant_state.shape.numel() // rows.blocksize, rows.blocksize))
@@ -70,8 +70,8 @@ class NF4Linear(bnb.nn.Linear4bit):
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
     bias: Any = layer.bias
-    out: Tensor = _Linear.apply(x, layer.weight, None if bias is None else bias.to(x.dtype))
-    return out
+    bias = None if bias is None else bias.to(x.dtype)
+    return cast(Tensor, _Linear.apply(x, layer.weight, bias))  # type: ignore[no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):

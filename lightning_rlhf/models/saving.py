@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -229,7 +229,7 @@ def _adapter_alone(model: nn.Module) -> str:
     """Name of the active adapter, which must be right over the original model."""
     if not hasattr(model, "get_base_model"):
         raise ValueError("adapter_only=True needs a model with adapters: give the module lora=..., or export it whole.")
-    active: Any = model.active_adapters
+    active = cast(list[str], model.active_adapters)
     if len(active) != 1:
         raise ValueError(
             f"adapter_only=True saves one adapter, and {', '.join(map(repr, active)) or 'none'} are active: activate "

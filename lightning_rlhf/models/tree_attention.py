@@ -13,7 +13,7 @@ Shapes: T packed tokens, H query heads, K key / value heads, E head size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from lightning_rlhf.data.packed import Forest
 from lightning_rlhf.models import flex
+from lightning_rlhf.utils.compilation import uncompiled
 
 NAME = "tree"
 _ACTIVE: ContextVar[bool] = ContextVar("a forest is being run", default=False)
@@ -56,7 +57,7 @@ def noting_windows() -> Iterator[set[int | None]]:
         _WINDOWS.reset(token)
 
 
-@torch.compiler.disable  # its loop goes by lengths, and would be compiled anew for each batch
+@uncompiled  # its loop goes by lengths, and would be compiled anew for each batch
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -97,7 +98,7 @@ def tree_attention(
     if forest is None:
         if _ACTIVE.get():
             raise ForestNotPassedError(f"{type(module).__name__} received no forest: its model drops unknown keywords.")
-        sdpa = AttentionInterface()["sdpa"]
+        sdpa: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()["sdpa"]
         extra = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **kwargs}
         if softcap is not None or s_aux is not None:
             raise ValueError(

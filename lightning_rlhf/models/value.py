@@ -129,7 +129,7 @@ def _classifier_of(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=()):
         twin: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, **{DTYPE: model.dtype})
     twin.base_model.load_state_dict(model.base_model.state_dict())
-    return twin.to(model.device)  # type: ignore[arg-type]
+    return twin.to(model.device)  # type: ignore[arg-type,no-any-return]
 
 
 def is_reward_model(pretrained: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool = False) -> bool:

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def import_function(path: str) -> Callable[..., Any]:
     function = getattr(found, name)
     if not callable(function):
         raise TypeError(f"The reward {path} is a {type(function).__name__}, which can't be called.")
-    return function
+    return cast(Callable[..., Any], function)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -175,4 +175,4 @@ def _by_trying(policy: Backbone) -> str | None:
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
+    return float((got - want).norm() / want.norm())

@@ -294,8 +294,8 @@ class Decoder:
         # transformers 5.40 drops the name that came before
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         cache = {name: self.cache, "use_cache": True}
-        out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **cache)
-        return out.logits[:, -1]
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **cache).logits
+        return logits[:, -1]
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -250,7 +250,7 @@ class Boosted(ABC):
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it backward passes leave gradients to this rank, where the plugin can."""
-        return self.booster.no_sync(self.model, self.wrapped)
+        return cast(AbstractContextManager[None], self.booster.no_sync(self.model, self.wrapped))
 
     def step(self) -> None:
         """One optimizer step; none where no backward pass came before."""
@@ -462,7 +462,7 @@ class GeminiBoosted(Boosted):
         for group in optimizer.param_groups:
             group["bias_correction"] = True
         # the same dicts, so that schedules, which hold the original, reach them
-        return HybridAdam(optimizer.param_groups, adamw_mode=type(optimizer) is AdamW)
+        return cast(Optimizer, HybridAdam(optimizer.param_groups, adamw_mode=type(optimizer) is AdamW))
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gemini reduces after each backward pass, whatever is asked for."""
@@ -617,7 +617,7 @@ class _Released(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in _METADATA and func not in _VIEWS:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         _refuse_read(func)
 
 
