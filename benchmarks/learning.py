@@ -48,7 +48,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning.jsonl"
 RUNS = ROOT / "runs" / "learning"
 QUIET: dict[str, Any] = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
 ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
-STORIES = ASSETS / "models" / "stories260K"
+STORIES = ROOT / "tests" / "assets" / "stories260K"
 
 
 def sft_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:

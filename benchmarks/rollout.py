@@ -44,7 +44,7 @@ class Case(NamedTuple):
     """What is sampled.
 
     Attributes:
-        model: A folder of the assets, a model of :func:`obtain`, or None for a random Llama.
+        model: stories260K, a model of :func:`obtain`, or None for a random Llama.
         prompts: How many.
         shortest: Fewest tokens of one; lengths are spread evenly.
         longest: Most.
@@ -88,7 +88,7 @@ def make_task(options: argparse.Namespace) -> Task:
     case = CASES[options.case]
     changes = {name: getattr(options, name) for name in ("model", "new", "rows") if getattr(options, name) is not None}
     case = case._replace(**changes)
-    stories = common.ASSETS / "models" / "stories260K"
+    stories = common.ROOT / "tests" / "assets" / "stories260K"
     if case.model is None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(stories)  # for its text alone
         config = common.llama_config(4096, options.width, options.layers, heads=8)

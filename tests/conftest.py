@@ -1,4 +1,4 @@
-"""Fixtures: a tiny tokenizer and model made here, and the assets folder."""
+"""Fixtures: a tiny tokenizer and model made here, a small trained one, and the folder with real data."""
 
 import os
 from html.parser import HTMLParser
@@ -45,9 +45,9 @@ def ports():
 
 @pytest.fixture(scope="session")
 def assets():
-    """The folder with small real models and data."""
+    """The folder with real data."""
     folder = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
-    if not (folder / "models").is_dir():
+    if not (folder / "data").is_dir():
         pytest.skip(f"no assets in {folder}: set LIGHTNING_RLHF_ASSETS")
     return folder
 
@@ -90,6 +90,12 @@ def tiny_tokenizer():
 def tiny_model_dir(tmp_path_factory):
     """A random Llama of two layers beside the tiny tokenizer, as a Hugging Face directory."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny-model"), width=32)
+
+
+@pytest.fixture(scope="session")
+def stories_model_dir():
+    """stories260K, a trained Llama with a SentencePiece-like tokenizer: tests/assets/README.md."""
+    return ROOT / "tests" / "assets" / "stories260K"
 
 
 @pytest.fixture(scope="session")

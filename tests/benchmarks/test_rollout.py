@@ -12,7 +12,7 @@ SMALL = ["--repeats", "1", "--width", "32", "--layers", "1", "--new", "5", "--ro
 
 
 @pytest.fixture(scope="module")
-def rollout(assets):
+def rollout():
     before = list(sys.path)
     spec = importlib.util.spec_from_file_location("benchmarks_rollout", BENCHMARKS / "rollout.py")
     module = importlib.util.module_from_spec(spec)

@@ -127,7 +127,7 @@ def test_answers_stand_above_the_bar_and_leave_the_figures_on_the_screen(tiny_mo
     assert shown[end - 1] == "… (there is more in the file)" and end <= 12
 
 
-def test_a_notebook_of_the_default_trainer_with_answers_runs(assets, tmp_path):
+def test_a_notebook_of_the_default_trainer_with_answers_runs(stories_model_dir, tmp_path):
     """rich, beside which nothing can be printed there, is left for tqdm."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     cell = f"""
@@ -137,7 +137,7 @@ rows = [{{"prompt": f"Tell me about {{i}}.", "completion": f"It is {{i}}."}} for
 trainer = L.Trainer(accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False,
                     default_root_dir={str(tmp_path)!r},
                     callbacks=[SampleCompletions(["Once upon a time"], max_new_tokens=4, every_n_steps=2)])
-module = SFTModule({str(assets / "models" / "stories260K")!r}, chat_template="plain")
+module = SFTModule({str(stories_model_dir)!r}, chat_template="plain")
 trainer.fit(module, InstructionDataModule(rows, batch_size=8, cache_dir={str(tmp_path)!r}))
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])

@@ -182,8 +182,8 @@ def test_eos_presets_need_an_eos(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_template_begins_with_bos_where_the_tokenizer_does(assets, name):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(assets / "models/stories260K")
+def test_template_begins_with_bos_where_the_tokenizer_does(stories_model_dir, name):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(stories_model_dir)
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     set_chat_template(tokenizer, name)
     text = render(tokenizer, CHAT)

@@ -82,10 +82,10 @@ def runs(tokenizer, tokens):
 
 
 @pytest.fixture
-def stories(assets):
+def stories(stories_model_dir):
     """SentencePiece-like: a blank before every text, byte fallback, BOS by default, a template without stop tokens."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(assets / "models/stories260K")
-    tokenizer.chat_template = (assets / "models/stories260K/chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(stories_model_dir)
+    tokenizer.chat_template = (stories_model_dir / "chat_template.jinja").read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -177,10 +177,10 @@ def test_ppo_notebook_shows_what_it_says(run):
     assert curves.count("<polyline") == 4
 
 
-def test_ppo_of_the_drop_in_notebook_learns(assets, monkeypatch, tmp_path):
+def test_ppo_of_the_drop_in_notebook_learns(stories_model_dir, monkeypatch, tmp_path):
     """Its own module, with a tiny real model and a rate that suits it: a faulty advantage or critic would show."""
     monkeypatch.chdir(tmp_path)
-    for name, value in {"MODEL": assets / "models" / "stories260K", "STEPS": 12, "BATCH_SIZE": 6}.items():
+    for name, value in {"MODEL": stories_model_dir, "STEPS": 12, "BATCH_SIZE": 6}.items():
         monkeypatch.setenv(PREFIX + name, str(value))
     cells = [cell.source for cell in code_cells(nbformat.read(ROOT / "notebooks" / "drop_in.ipynb", as_version=4))]
     [first] = [i for i, source in enumerate(cells) if "own = OwnPPO(" in source]

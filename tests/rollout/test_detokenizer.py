@@ -22,10 +22,10 @@ def stream(tokenizer, ids, stops=()):
 
 
 @pytest.fixture(params=["bytes", "byte fallback"])
-def tokenizer(request, tiny_tokenizer):
+def tokenizer(request, tiny_tokenizer, stories_model_dir):
     if request.param == "bytes":
         return tiny_tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(request.getfixturevalue("assets") / "models" / "stories260K")
+    return PreTrainedTokenizerFast.from_pretrained(stories_model_dir)
 
 
 def test_pieces_add_up_without_half_characters(tokenizer):

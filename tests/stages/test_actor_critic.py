@@ -131,11 +131,11 @@ def test_weights_of_frozen_models_are_in_the_memory_of_the_cpu(rewards, tiny_mod
     assert places == {"idle": {"cpu"}, "policy": {"cuda"}, "asked": {"cuda"}}
 
 
-def test_a_critic_with_another_tokenizer_is_refused(tiny_model_dir, assets, rewards):
+def test_a_critic_with_another_tokenizer_is_refused(tiny_model_dir, stories_model_dir, rewards):
     """It would read other words than the policy wrote, and learn values of those."""
     for lora in (None, LoRA(r=2)):
         module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), lora=lora,
-                           critic=str(assets / "models" / "stories260K"), shared_backbone=False)  # fmt: skip
+                           critic=str(stories_model_dir), shared_backbone=False)  # fmt: skip
         with pytest.raises(ValueError, match=r"critic='.*stories260K' has another tokenizer than the policy"):
             module.configure_model()
         assert not hasattr(module, "critic")

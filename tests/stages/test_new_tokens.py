@@ -195,10 +195,10 @@ def test_a_reward_adapter_with_rows_of_its_own_shares_the_backbone(tied, runs, f
     assert (tables["policy"] - tables["critic"]).abs().max() > 0.01
 
 
-def test_a_model_learns_to_stop_by_a_token_that_its_template_brought(assets, tmp_path):
+def test_a_model_learns_to_stop_by_a_token_that_its_template_brought(stories_model_dir, tmp_path):
     """With frozen rows, alike at that, the stop token could never be the most probable."""
     torch.manual_seed(0)
-    module, data = stage("sft", assets / "models" / "stories260K", template="chatml", lr=0.01)
+    module, data = stage("sft", stories_model_dir, template="chatml", lr=0.01)
     data = InstructionDataModule(ROWS, batch_size=4, max_length=256, val_fraction=0.0, cache_dir=tmp_path / "cache")
     fit(module, data, 60, tmp_path, [HFExport(when="end")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf" / "last")

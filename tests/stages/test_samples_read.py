@@ -56,9 +56,11 @@ CASES = [
 
 @pytest.mark.parametrize("chat_template", ["chatml", "vicuna", "zephyr"])
 @pytest.mark.parametrize("model", ["bytes", "byte fallback"])
-def test_a_stop_string_ends_an_answer_the_same_for_every_reader(chat_template, model, tiny_model_dir, assets, tmp_path):
+def test_a_stop_string_ends_an_answer_the_same_for_every_reader(
+    chat_template, model, tiny_model_dir, stories_model_dir, tmp_path
+):
     """Function: the text before it. Reward model: the tokens of that text and the stop token, as it was trained."""
-    model_dir = tiny_model_dir if model == "bytes" else assets / "models" / "stories260K"
+    model_dir = tiny_model_dir if model == "bytes" else stories_model_dir
     module = module_of(model_dir, Read(), chat_template=chat_template)
     tokenizer = module.tokenizer
     lead = " " if chat_template == "vicuna" else ""
@@ -119,9 +121,9 @@ def test_what_stop_strings_end_is_shown_and_scored_as_in_training(tiny_model_dir
 
 
 @pytest.mark.parametrize("model", ["bytes", "byte fallback"])
-def test_texts_go_on_where_plain_prompts_end(model, tiny_model_dir, assets, tmp_path):
+def test_texts_go_on_where_plain_prompts_end(model, tiny_model_dir, stories_model_dir, tmp_path):
     """What rewards and samples see is what prompt and completion are as decoded together."""
-    model_dir = tiny_model_dir if model == "bytes" else assets / "models" / "stories260K"
+    model_dir = tiny_model_dir if model == "bytes" else stories_model_dir
     reward, callback = Read(), SampleCompletions(["Once upon a time", "The dog"], max_new_tokens=12)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     options = dict(sampling=Sampling(max_new_tokens=12), samples_per_prompt=4)

@@ -187,9 +187,9 @@ def test_every_stop_token_ends_rollouts_samples_and_answers(base, tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["<s>", '"<s>'])
-def test_a_special_token_as_a_stop_string_ends_a_rollout(stop, assets):
+def test_a_special_token_as_a_stop_string_ends_a_rollout(stop, stories_model_dir):
     """The text has neither it nor what decoding leaves out anyway; both engines alike."""
-    path = assets / "models" / "stories260K"
+    path = stories_model_dir
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), PreTrainedTokenizerFast.from_pretrained(path)
     prompt = tokenizer("Once upon a time").input_ids
     sampling = Sampling(max_new_tokens=400, temperature=0, stop_strings=[stop])
