@@ -99,7 +99,7 @@ NAMED = [name for head, row in tables("moving.md") if head[1] == "here" for name
 
 
 def test_tables_for_moving_over_name_much():
-    assert len(NAMED) > 150
+    assert len(set(NAMED)) > 100
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMED)))
@@ -257,9 +257,9 @@ def test_reward_model_of_colossalchat(tiny_model_dir, tmp_path):
     """Its state dict: a body named ``model.``, and a linear ``value_head`` with a bias; in two files with an index."""
     from transformers import AutoModel
 
-    [block] = [block for block in blocks("moving.md") if "def convert_reward_model" in block]
+    [block] = [block for block in blocks("reward.md") if "def convert_reward_model" in block]
     names = {}
-    exec(compile(block, "moving.md", "exec"), names)
+    exec(compile(block, "reward.md", "exec"), names)
     torch.manual_seed(0)
     body, head = AutoModel.from_pretrained(tiny_model_dir).eval(), torch.nn.Linear(32, 1)
     weights = {f"model.{name}": value for name, value in body.state_dict().items()}
