@@ -6,119 +6,42 @@ import hashlib
 import importlib.resources
 import json
 import os
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees
-from lightning_rlhf.data.planner import PlannedLoader, Planner, Size
+from lightning_rlhf.data.planner import PlannedLoader, Planner
 from lightning_rlhf.data.preference_formats import read_name
 from lightning_rlhf.data.sources import (
     BadRows,
+    OnBadRow,
     Row,
     Source,
     read_rows,
     source_state,
     weighted_sources,
 )
+from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, TokenRows, cache_key, distinct
 
-#: Changes whenever the same rows would be read, tokenized or stored otherwise.
-_CACHE_VERSION = 6
-#: Rows that a process tokenizes at a time, and how often as many are written at once.
-_ROWS, _BLOCK = 256, 64
 #: Faults that an empty cell may be behind.
 _LACKS = ("unknown format", "missing column", "no transcript")
 BUNDLED = "bundled"
 
 Item = TypeVar("Item")
-OnBadRow = Literal["raise", "skip"]
-
-
-class TokenRows:
-    """Tokenized rows, memory-mapped: index to tree.
-
-    Args:
-        stores: The folders of each source's rows.
-        tree: Makes a tree of a row, or what else batches are made of.
-        sizes: (rows, 4) the numbers of :class:`~lightning_rlhf.data.planner.Size`.
-        sources: Number of rows and weight of each source, in order.
-        blocks: For each source, the number of rows of every batch in its Arrow file.
-        content: A hash of the rows and their order.
-    """
-
-    def __init__(
-        self,
-        stores: Sequence[Path],
-        tree: Callable[[Mapping[str, Any]], Any],
-        sizes: NDArray[np.float64],
-        sources: list[tuple[int, float]],
-        blocks: Sequence[Sequence[int]],
-        content: str,
-    ) -> None:
-        self.tree, self.sizes, self.sources, self.content = tree, sizes, sources, content
-        self._files = [str(path / "tokens.arrow") for path in stores]
-        self._blocks = [(file, block) for file, counts in enumerate(blocks) for block in range(len(counts))]
-        self._ends = list(accumulate(chain.from_iterable(blocks)))
-        self._readers: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __call__(self, index: int) -> Any:
-        """The row's tree."""
-        return self.tree(self.row(index))
-
-    def sizes_of(self, index: int) -> Size:
-        """What the planner needs of a row."""
-        tokens, scored, sequences, pairs = self.sizes[index].tolist()
-        return Size(int(tokens), scored, int(sequences), pairs)
-
-    def column(self, name: str) -> list[Any]:
-        """One column of all rows."""
-        return [value for n in range(len(self._blocks)) for value in self._block(n).column(name).to_pylist()]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """The row's columns."""
-        number = bisect_right(self._ends, index)
-        batch = self._block(number)
-        row: dict[str, Any] = batch.slice(index - self._ends[number] + batch.num_rows, 1).to_pylist()[0]
-        return row
-
-    def _block(self, number: int) -> Any:
-        import pyarrow as pa
-
-        file, block = self._blocks[number]
-        if file not in self._readers:
-            self._readers[file] = pa.ipc.open_file(pa.memory_map(self._files[file]))
-        return self._readers[file].get_batch(block)  # nothing is copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sizes": None, "_readers": {}}  # worker processes open files anew, and need no sizes
-
-
-#: Columns of a tokenized row that say how large it is, in the order of :class:`~lightning_rlhf.data.planner.Size`.
-SIZE_TYPES = {"num_tokens": int, "num_scored": int, "num_sequences": int, "pair_weight": float}
-SIZE_COLUMNS = tuple(SIZE_TYPES)
 
 
 class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
@@ -215,7 +138,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self.val_fraction, self.seed = val_fraction, seed
         self.num_proc, self.num_workers = num_proc, num_workers
         default = os.environ.get("LIGHTNING_RLHF_CACHE", Path.home() / ".cache" / "lightning_rlhf")
-        self.cache_dir = Path(cache_dir or default) / "tokens"
+        self.cache = TokenCache(Path(cache_dir or default) / "tokens")
         self.bad_rows: dict[str, list[BadRows]] = {}
         self.unread: dict[str, Counter[str]] = {}
         self.doubled: dict[str, int] = {}
@@ -252,8 +175,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
         """A function of a module, called with ``dump``'s value, the tokenizer and these further arguments.
 
-        It returns the columns that ``tree`` reads and those of ``SIZE_COLUMNS``, ``kind`` and ``reason`` (empty
-        where the row is good), and ``cut``, whether it was shortened; where it tells of them, also ``unread``, keys
+        It returns the columns that ``tree`` reads, ``kind`` and ``reason`` (empty where the row is good), and ``cut``,
+        whether it was shortened; where it tells of them, also ``unread``, keys
         that it had no use for, and ``doubled``, whether a stop token was left out. The arguments are part of the
         cache's key.
         """
@@ -560,10 +483,10 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         if part == "train" and (len(sources) > 1 or sources[0][1] != 1):
             for source, (count, weight) in zip(self._weighted[origin], sources, strict=True):
                 rank_zero_info(f"{source.name}: {count:,} rows x {float(weight)}")
-        tree = self.finish(list(_distinct(_hashable(fact) for note in notes for fact in note["facts"])), part)
+        tree = self.finish(list(distinct(fact for note in notes for fact in note["facts"])), part)
         blocks = [note["blocks"] for note in notes]
         content = hashlib.sha256("".join(note["content"] for note in notes).encode()).hexdigest()[:16]
-        return TokenRows(stores, tree, _map_sizes(self._sizes(stores)), sources, blocks, content)
+        return TokenRows(stores, tree, self.cache.sizes(stores), sources, blocks, content)
 
     # ------------------------------------------------------------------------------------------------- what is told
 
@@ -630,220 +553,37 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                     self.val_fraction,
                     source.format or self.format,
                 ]
-                key = self._key(arguments, [json.dumps([*what, self.reading()])])
+                key = cache_key(self.tokenizer, type(self).__name__, arguments, [json.dumps([*what, self.reading()])])
             else:
                 texts = chain.from_iterable(self._records(self._rows_of(part, i)))
                 if self.streaming:  # what is noted counts the rows of both sides
                     texts = chain([str(sum(1 for _ in self._all_items(origin)))], texts)
-                key = self._key({**arguments, "streaming": self.streaming}, texts)
-            path = self.cache_dir / key
+                options = {**arguments, "streaming": self.streaming}
+                key = cache_key(self.tokenizer, type(self).__name__, options, texts)
+            path = self.cache.folder / key
             if not path.exists():
                 bad = BadRows(self.on_bad_row)
                 all_rows = _Counted(self._convert(origin, i, bad) if self.streaming else self._read(origin)[i])
                 rows = self._of_side(all_rows, origin, held_out)
-                work = partial(
-                    _encode_rows, encode=partial(encode, tokenizer=self.tokenizer, **arguments),
-                    columns={**self.columns, **SIZE_TYPES}, facts=type(self).facts,
-                )  # fmt: skip
-                with _writable(self.cache_dir):
-                    self.cache_dir.mkdir(parents=True, exist_ok=True)
-                    temporary = Path(tempfile.mkdtemp(dir=self.cache_dir))
-                try:
-                    records = self._records(rows, source.source != BUNDLED)
-                    notes = _write(temporary, records, work, self.num_proc, self.on_bad_row)
-                    notes |= {"read": bad.summary() if self.streaming else None, "parsed": all_rows.count}
-                    with _writable(self.cache_dir):
-                        (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-                        _move(temporary, path)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
+                records = self._records(rows, source.source != BUNDLED)
+                work = partial(encode, tokenizer=self.tokenizer, **arguments)
+                encoder = RowEncoder(work, self.columns, type(self).tree, type(self).facts)
+                notes = partial(self._notes, bad, all_rows)
+                self.cache.write(key, records, encoder, self.num_proc, self.on_bad_row, notes)
                 rank_zero_info(f"{self._called(part, i)}: tokenized rows are kept in {path}")
             paths.append(path)
         return paths
 
-    def _records(self, rows: Iterable[tuple[str, Item]], of_user: bool = True) -> Iterator[_Record]:
+    def _notes(self, bad: BadRows, rows: _Counted) -> dict[str, Any]:
+        """What is noted about the reading of rows."""
+        return {"read": bad.summary() if self.streaming else None, "parsed": rows.count}
+
+    def _records(self, rows: Iterable[tuple[str, Item]], of_user: bool = True) -> Iterator[Record]:
         """Rows as they are tokenized; a file's name may hold bytes that are no text."""
         for where, item in rows:
             unread = getattr(item, "unread", ()) if of_user else ()
             place = where.encode(errors="backslashreplace").decode()
-            yield _Record(place, json.dumps(self.dump(item), ensure_ascii=False), json.dumps(unread))
-
-    def _sizes(self, stores: list[Path]) -> Path:
-        """The file of all sizes; of several sources, they are joined in one."""
-        files = [path / "sizes" for path in stores]
-        if len(files) == 1:
-            return files[0]
-        path = self.cache_dir / (hashlib.sha256("\0".join(map(str, stores)).encode()).hexdigest()[:40] + ".sizes")
-        if not path.exists():
-            with _writable(self.cache_dir), tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as joined:
-                for file in files:
-                    with open(file, "rb") as part:
-                        shutil.copyfileobj(part, joined)
-            os.replace(joined.name, path)
-        return path
-
-    def _key(self, arguments: dict[str, Any], texts: Iterable[str]) -> str:
-        """Hash of all that decides the tokens."""
-        tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        specials = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
-        options = json.dumps([_CACHE_VERSION, type(self).__name__, arguments])
-        digest = hashlib.sha256()
-        for text in chain((options, words, specials, str(tokenizer.chat_template)), texts):
-            digest.update(text.encode() + b"\0")
-        return digest.hexdigest()[:40]
-
-
-# ---------------------------------------------------------------------------------------------------------- the store
-
-
-class _Record(NamedTuple):
-    """A row to be tokenized: its place, all that its tokens depend on, and a list of what nothing reads, as JSON."""
-
-    where: str
-    text: str
-    unread: str
-
-
-class _Encoded(NamedTuple):
-    """What became of some rows: those with tokens as an Arrow batch and what is to be noted of them, and the others."""
-
-    good: Any
-    refused: list[tuple[str, str, str]]
-    facts: list[Any]
-    cut: int
-    doubled: int
-    unread: Counter[str]
-    content: str
-
-
-def _encode_rows(
-    records: Sequence[_Record],
-    encode: Callable[..., dict[str, Any]],
-    columns: Mapping[str, Any],
-    facts: Callable[[Mapping[str, Any]], Iterable[Any]],
-) -> _Encoded:
-    """Runs in worker processes."""
-    import pyarrow as pa
-
-    good: list[dict[str, Any]] = []
-    refused = []
-    unread: Counter[str] = Counter()
-    content = hashlib.sha256()
-    for where, text, keys in records:
-        row = encode(json.loads(text))
-        if row["kind"]:
-            refused.append((where, row["kind"], row["reason"]))
-        else:
-            good.append({**row, "where": where})
-            unread.update({*json.loads(keys), *row.get("unread", ())})
-            content.update(text.encode() + b"\0")
-    return _Encoded(
-        good=pa.RecordBatch.from_pylist(good, _schema(columns)),
-        refused=refused,
-        facts=list(_distinct(_hashable(fact) for row in good for fact in facts(row))),
-        cut=sum(row["cut"] for row in good),
-        doubled=sum(row.get("doubled", False) for row in good),
-        unread=unread,
-        content=content.hexdigest(),
-    )
-
-
-def _write(
-    folder: Path,
-    records: Iterator[_Record],
-    work: Callable[[Sequence[_Record]], _Encoded],
-    num_proc: int | None,
-    on_bad_row: OnBadRow,
-) -> dict[str, Any]:
-    """Tokenizes rows into files, a block of them in memory at a time; returns what is to be noted."""
-    import pyarrow as pa
-
-    bad = BadRows(on_bad_row)
-    cut = doubled = 0
-    blocks: list[int] = []
-    facts: dict[Any, None] = {}
-    unread: Counter[str] = Counter()
-    content = hashlib.sha256()
-    schema = _schema(work.keywords["columns"])  # type: ignore[attr-defined]
-    parts = _mapped(work, _batched(records, _ROWS), num_proc)
-    with (
-        pa.OSFile(str(folder / "tokens.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-        open(folder / "sizes", "wb") as sizes,
-    ):
-        for block in _batched(parts, _BLOCK):
-            for part in block:
-                for where, kind, reason in part.refused:
-                    bad.add(where, kind, reason)
-                cut += part.cut
-                doubled += part.doubled
-                unread.update(part.unread)
-                facts.update(dict.fromkeys(part.facts))
-                content.update(part.content.encode())
-            table = pa.Table.from_batches([part.good for part in block], schema).combine_chunks()
-            if not len(table):
-                continue
-            blocks.append(len(table))
-            numbers = [table[name].to_numpy().astype(np.float64) for name in SIZE_COLUMNS]
-            with _writable(folder.parent):
-                writer.write_table(table)  # as one batch
-                sizes.write(np.stack(numbers, axis=1).tobytes())
-    return {
-        "rows": sum(blocks),
-        "blocks": blocks,
-        "cut": cut,
-        "doubled": doubled,
-        "unread": unread,
-        "refused": bad.summary(),
-        "facts": list(facts),
-        "content": content.hexdigest(),
-    }
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Says what to do where the cache can't be written."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"The token cache {folder} can't be written: {error.strerror or error}. Set data.cache_dir, or "
-            "LIGHTNING_RLHF_CACHE in the environment, to a folder that can."
-        ) from error
-
-
-def count_keys(counts: Counter[str]) -> str:
-    """Keys with the number of rows that bring them, in words."""
-    return ", ".join(f"{key} ({n:,} row{'' if n == 1 else 's'})" for key, n in counts.most_common())
-
-
-def _schema(columns: Mapping[str, Any]) -> Any:
-    import pyarrow as pa
-
-    def arrow(kind: Any) -> Any:
-        if isinstance(kind, list):
-            return pa.list_(arrow(kind[0]))
-        return {str: pa.string(), int: pa.int32(), float: pa.float64(), bool: pa.bool_()}[kind]
-
-    return pa.schema(
-        [("where", pa.string()), ("cut", pa.bool_()), *((name, arrow(kind)) for name, kind in columns.items())]
-    )
-
-
-def _map_sizes(path: Path) -> NDArray[np.float64]:
-    if not path.stat().st_size:  # which can't be mapped
-        return np.empty((0, len(SIZE_COLUMNS)))
-    return np.memmap(path, dtype=np.float64, mode="r").reshape(-1, len(SIZE_COLUMNS))
-
-
-def _move(folder: Path, path: Path) -> None:
-    try:
-        os.replace(folder, path)
-    except OSError:  # another process was first; its rows are the same
-        if not path.exists():
-            raise
+            yield Record(place, json.dumps(self.dump(item), ensure_ascii=False), json.dumps(unread))
 
 
 class _Counted:
@@ -858,42 +598,6 @@ class _Counted:
             yield item
 
 
-def _batched(items: Iterable[Any], n: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, n)):
-        yield batch
-
-
-def _mapped(work: Callable[[Any], Any], items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
-    """``map`` in several processes, in order, which takes no more of the items than it needs."""
-    if not num_proc or num_proc == 1:
-        yield from map(work, items)
-        return
-    with ProcessPoolExecutor(num_proc, initializer=_set_work, initargs=(work,)) as pool:
-        waiting: deque[Future[Any]] = deque()
-        for item in items:
-            waiting.append(pool.submit(_do_work, item))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-_work: Callable[[Any], Any]
-
-
-def _set_work(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work  # the tokenizer travels to each process once
-
-
-def _do_work(item: Any) -> Any:
-    return _work(item)
-
-
-def _distinct(items: Iterable[Any]) -> Iterable[Any]:
-    return dict.fromkeys(items)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def count_keys(counts: Counter[str]) -> str:
+    """Keys with the number of rows that bring them, in words."""
+    return ", ".join(f"{key} ({n:,} row{'' if n == 1 else 's'})" for key, n in counts.most_common())

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.base import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.base import BUNDLED, TreeDataModule
 from lightning_rlhf.data.formats import Conversation, to_conversation
 from lightning_rlhf.data.oasst import instruction_rows
 from lightning_rlhf.data.packed import Branch, Tree
-from lightning_rlhf.data.sources import Source
+from lightning_rlhf.data.sources import OnBadRow, Source
 from lightning_rlhf.data.tokens import LossOn, TokenizeError, check_answers, encode, truncate
 
 
@@ -146,8 +146,7 @@ def encode_instruction(
     """One row's tokens, or why it has none; runs in worker processes."""
     messages, text, options = row
     conversation = Conversation(None if messages is None else tuple(messages), text, options)
-    sizes = {"num_tokens": 0, "num_scored": 0, "num_sequences": 1, "pair_weight": 0.0}
-    empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False, **sizes}
+    empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False}
     try:
         tokens = encode(tokenizer, conversation, loss_on, stop_ids)
         if tokens.doubled:
@@ -169,8 +168,6 @@ def encode_instruction(
         **empty,
         "input_ids": tokens.input_ids,
         "scored": tokens.scored,
-        "num_tokens": len(tokens.input_ids),
-        "num_scored": sum(tokens.scored),
         "kind": "",
         "reason": "",
         "cut": length > limit,

@@ -5,9 +5,9 @@ Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees, P pai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,11 @@ class Tree(NamedTuple):
         """Tokens that the loss reads."""
         return sum(branch.num_scored for branch in self.branches)
 
+    @property
+    def size(self) -> Size:
+        """What the planner needs to know about the tree."""
+        return Size(self.num_tokens, StepTotals.of([self]))
+
 
 class Span(NamedTuple):
     """Where a piece of the packed row lies."""
@@ -130,21 +135,68 @@ class Forest:
         return mask
 
 
-class StepTotals(NamedTuple):
+def _total(count: Callable[[Tree], float]) -> Any:
+    return field(default=0.0, metadata={"count": count})
+
+
+@dataclass(frozen=True)
+class StepTotals:
     """Totals over all bins and ranks of the optimizer step that a batch belongs to.
+
+    A further total is one line: its name, and what a tree adds to it. Packing, the token cache and the planner go by
+    these lines.
 
     Attributes:
         tokens: Scored tokens by weight.
         sequences: Sequences by weight.
+        pairs: Pairs by weight.
         bins: Micro-batches of all ranks (``accumulate_grad_batches`` x data-parallel size): a mean over the step is
             ``loss_sum * bins / tokens``, since Lightning divides by the first factor and the ranks by the second.
-        pairs: Pairs by weight.
     """
 
-    tokens: float
-    sequences: float
-    bins: int
-    pairs: float = 0.0
+    tokens: float = _total(lambda tree: tree.weight * tree.num_scored)
+    sequences: float = _total(lambda tree: tree.weight * len(tree.branches))
+    pairs: float = _total(lambda tree: sum(pair.weight for pair in tree.pairs))
+    bins: int = 1
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> StepTotals:
+        """The totals of some trees in one bin."""
+        sums: dict[str, Any] = {name: sum(count(tree) for tree in trees) for name, count in _COUNTS.items()}
+        return cls(**sums)
+
+
+#: What a tree adds to each total.
+_COUNTS: dict[str, Callable[[Tree], float]] = {
+    entry.name: entry.metadata["count"] for entry in fields(StepTotals) if entry.metadata
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the planner needs to know about a tree.
+
+    Attributes:
+        num_tokens: Tokens that it takes in a packed row.
+        totals: What it adds to the totals of its step.
+    """
+
+    num_tokens: int
+    totals: StepTotals
+
+    #: Names of ``numbers``, in order.
+    NAMES: ClassVar[tuple[str, ...]] = ("num_tokens", *_COUNTS)
+
+    @property
+    def numbers(self) -> list[float]:
+        """The size as a row of numbers."""
+        return [float(self.num_tokens), *(float(getattr(self.totals, name)) for name in _COUNTS)]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> Size:
+        """The inverse of ``numbers``."""
+        totals: dict[str, Any] = dict(zip(_COUNTS, numbers[1:], strict=True))
+        return cls(int(numbers[0]), StepTotals(**totals))
 
 
 class Pairs(NamedTuple):
@@ -284,12 +336,7 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
             last.append(first + size - 1)
         spans.append((Span(start, length), tuple(branches)))
     if totals is None:
-        totals = StepTotals(
-            tokens=sum(t.weight * t.num_scored for t in trees),
-            sequences=sum(t.weight * len(t.branches) for t in trees),
-            bins=1,
-            pairs=sum(p.weight for t in trees for p in t.pairs),
-        )
+        totals = StepTotals.of(trees)
     better, worse, margin, pair_weight, origin = zip(*pairs, strict=True) if pairs else ((),) * 5
     return PackedBatch(
         input_ids=torch.tensor(ids, dtype=torch.long),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_rlhf.data.errors import DataError
-from lightning_rlhf.data.packed import Branch, PackedBatch, StepTotals, Tree, pack
+from lightning_rlhf.data.packed import Branch, PackedBatch, Size, StepTotals, Tree, pack
 from lightning_rlhf.utils.random import generator
 
 
@@ -33,15 +33,6 @@ class Bin(NamedTuple):
     totals: StepTotals
 
 
-class Size(NamedTuple):
-    """What the planner needs to know of a tree: tokens, scored tokens, branches, and pairs by weight."""
-
-    tokens: int
-    scored: float
-    sequences: int
-    pairs: float = 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class Planner:
     """Deals trees into steps and bins.
@@ -50,7 +41,7 @@ class Planner:
     that many, give or take part of a tree. The number of steps is the same in every epoch, as Lightning asks.
 
     Args:
-        sizes: Of every tree; a list, or an array (trees, 4) of the numbers of :class:`Size`, which may be
+        sizes: The size of every tree; a list, or an array (trees, ``len(Size.NAMES)``) of their numbers, which may be
             memory-mapped.
         batch_size: Sequences of an optimizer step, over all ranks and micro-batches; never less than the largest
             tree's.
@@ -100,7 +91,7 @@ class Planner:
         held = rows = np.empty(0, dtype=np.int64)
         held_numbers = held
         for rows, last in self._orders(epoch):
-            units = self._table[rows, 2].astype(np.int64) if self._cut.by_branches else np.ones_like(rows)
+            units = self._branches[rows].astype(np.int64) if self._cut.by_branches else np.ones_like(rows)
             before = done + np.cumsum(units) - units
             done += int(units.sum())
             numbers = before * self._cut.numerator // self._cut.denominator
@@ -126,8 +117,14 @@ class Planner:
 
     @cached_property
     def _table(self) -> NDArray[np.float64]:
-        """(trees, 4) the sizes."""
-        return np.asarray(self.sizes, dtype=np.float64).reshape(-1, len(Size._fields))
+        """(trees, ``len(Size.NAMES)``) the sizes as numbers."""
+        sizes = self.sizes if isinstance(self.sizes, np.ndarray) else [size.numbers for size in self.sizes]
+        return np.asarray(sizes, dtype=np.float64).reshape(-1, len(Size.NAMES))
+
+    @property
+    def _branches(self) -> NDArray[np.float64]:
+        """(trees,) number of branches of each tree."""
+        return self._table[:, Size.NAMES.index("sequences")]
 
     @cached_property
     def _drawn(self) -> list[tuple[int, int, int]]:
@@ -142,7 +139,7 @@ class Planner:
     @cached_property
     def _cut(self) -> _Cut:
         """How an epoch is cut into steps: as many in every epoch, and none of them empty."""
-        branches = self._table[:, 2]
+        branches = self._branches
         if not len(branches):
             return _Cut(0, True, 1, 1)
         most = int(branches.max())
@@ -207,12 +204,8 @@ class Planner:
         bins = self.micro_batches * self.ranks
         table = self._table[rows]
         tokens = [int(n) + self.overhead for n in table[:, 0]]
-        totals = StepTotals(
-            tokens=float(table[:, 1].sum()),
-            sequences=int(table[:, 2].sum()),
-            bins=bins,
-            pairs=sum(table[:, 3].tolist()),
-        )
+        sums = {name: sum(table[:, i].tolist()) for i, name in enumerate(Size.NAMES) if i}
+        totals = StepTotals(**sums, bins=bins)
         dealt = balance(tokens, bins)
         largest = max(sum(tokens[i] for i in b) for b in dealt)
         if self.max_tokens is not None and largest > self.max_tokens:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,23 +10,23 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.base import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.base import BUNDLED, TreeDataModule
 from lightning_rlhf.data.formats import Conversation, Message, to_conversation
 from lightning_rlhf.data.oasst import preference_rows
 from lightning_rlhf.data.packed import Branch, Pair, Tree
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, to_preference
-from lightning_rlhf.data.sources import Source
+from lightning_rlhf.data.sources import OnBadRow, Source
 from lightning_rlhf.data.tokens import LAST_ALONE, LossOn, TokenizeError, check_answers, encode, encode_prompt
 
 PairWeight = Literal["pair", "prompt"]
 
 
-def preference_tree(row: Mapping[str, Any], origins: Mapping[tuple[str, ...], int]) -> Tree:
-    """A tokenized row as its prompt with one branch an answer, and the number of its origin."""
+def preference_tree(row: Mapping[str, Any], origins: Mapping[tuple[str, ...], int] | None = None) -> Tree:
+    """A tokenized row as its prompt with one branch per answer, and the number of its origin where those are known."""
     branches = [Branch(ids, scored) for ids, scored in zip(row["answers"], row["scored"], strict=True)]
     columns = (row["better"], row["worse"], row["margin"], row["weight"])
     pairs = [Pair(*pair) for pair in zip(*columns, strict=True)]
-    return Tree(row["prompt"], branches, pairs=pairs, origin=origins[tuple(row["names"])])
+    return Tree(row["prompt"], branches, pairs=pairs, origin=origins[tuple(row["names"])] if origins else 0)
 
 
 def preference_names(row: Mapping[str, Any]) -> list[Any]:
@@ -191,9 +190,8 @@ def encode_preference(
     An answer ends with its stop token, as a completion does when it is sampled: what a template writes behind that
     (ChatML a line break) is left out, since the reward is read at the last token.
     """
-    sizes = {"num_tokens": 0, "num_scored": 0, "num_sequences": len(row["answers"]), "pair_weight": sum(row["weight"])}
     pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
-    empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs, **sizes}
+    empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs}
     messages: list[Message] = row["prompt"]
     unread: dict[str, None] = {}
     doubled = False
@@ -231,8 +229,6 @@ def encode_preference(
         "prompt": prompt,
         "answers": answers,
         "scored": scored,
-        "num_tokens": len(prompt) + sum(map(len, answers)),
-        "num_scored": sum(itertools.chain.from_iterable(scored)),
         "kind": "",
         "reason": "",
         "unread": list(unread),

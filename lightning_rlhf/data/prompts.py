@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.data.base import BUNDLED, OnBadRow, TreeDataModule
+from lightning_rlhf.data.base import BUNDLED, TreeDataModule
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import (
     FORMATS,
@@ -34,9 +34,10 @@ from lightning_rlhf.data.formats import (
 )
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.oasst import prompt_rows
+from lightning_rlhf.data.packed import Size, StepTotals
 from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
 from lightning_rlhf.data.preference_formats import read_prompt, to_preference
-from lightning_rlhf.data.sources import BadRows, Row, Source, read_json
+from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source, read_json
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 
 #: Stands where the answer would, since rows are checked as whole conversations.
@@ -236,6 +237,11 @@ class _PromptRow(NamedTuple):
     ids: list[int]
     messages: list[Message] | str
     columns: dict[str, Any]
+
+    @property
+    def size(self) -> Size:
+        """What the planner needs to know about the prompt."""
+        return Size(len(self.ids), StepTotals(sequences=1))
 
 
 def prompt_row(row: Mapping[str, Any]) -> _PromptRow:
@@ -560,10 +566,6 @@ def encode_prompt_row(
         "prompt": [],
         "messages": json.dumps(row["prompt"]),
         "further": row["further"],
-        "num_tokens": 0,
-        "num_scored": 0,
-        "num_sequences": 1,
-        "pair_weight": 0.0,
         "kind": "",
         "reason": "",
         "cut": False,
@@ -580,4 +582,4 @@ def encode_prompt_row(
         )
         reason = f"the prompt's {len(ids)} tokens are over {bound}, or shorten the row"
         return {**out, "kind": "too long", "reason": reason}
-    return {**out, "prompt": ids, "num_tokens": len(ids)}
+    return {**out, "prompt": ids}

@@ -133,6 +133,9 @@ class BadRowError(DataError):
         return f"{self.where}: {self.reason}"
 
 
+OnBadRow = Literal["raise", "skip"]
+
+
 class BadRows:
     """What happens to rows that can't be used: they stop the reading, or they are counted and reported.
 
@@ -144,7 +147,7 @@ class BadRows:
         first: The first of each kind.
     """
 
-    def __init__(self, policy: Literal["raise", "skip"] = "raise") -> None:
+    def __init__(self, policy: OnBadRow = "raise") -> None:
         if policy not in ("raise", "skip"):
             raise ValueError(f"The policy for bad rows is {policy!r}. Choose 'raise' or 'skip'.")
         self.policy = policy

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.base import TokenRows, TreeDataModule
-from lightning_rlhf.data.packed import PackedBatch, StepTotals
+from lightning_rlhf.data.base import TreeDataModule
+from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.planner import Bin, PlannedLoader
 from lightning_rlhf.data.prompts import PromptBatch, PromptsWithPtx
+from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
 from lightning_rlhf.inspection.statistics import Statistics, measure
 from lightning_rlhf.stages import RewardModule
@@ -184,9 +185,7 @@ def _view(
 ) -> RowView:
     """The row as a batch of its own."""
     rows: TokenRows = loader.rows  # type: ignore[assignment]
-    size = rows.sizes_of(number)
-    totals = StepTotals(size.scored, size.sequences, 1, size.pairs)
-    batch = loader.collate([rows(number)], Bin((number,), totals))
+    batch = loader.collate([rows(number)], Bin((number,), rows.size(number).totals))
     view = (_prompt if isinstance(batch, PromptBatch) else _tree)(module, tokenizer, batch)
     record = rows.row(number)
     view.number, view.where = number, record["where"]

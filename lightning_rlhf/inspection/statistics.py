@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 
-from lightning_rlhf.data.base import TokenRows, TreeDataModule, count_keys
+from lightning_rlhf.data.base import TreeDataModule, count_keys
 from lightning_rlhf.data.packed import Tree
 from lightning_rlhf.data.planner import PlannedLoader
 from lightning_rlhf.data.prompts import PromptDataModule
+from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.stages import RewardModule
 
 
@@ -61,10 +62,10 @@ def measure(
         The figures.
     """
     rows: TokenRows = loader.rows  # type: ignore[assignment]
-    sizes = [rows.sizes_of(i) for i in range(len(rows))]
-    tokens = [size.tokens for size in sizes]
+    sizes = [rows.size(i) for i in range(len(rows))]
+    tokens = [size.num_tokens for size in sizes]
     prompts = isinstance(data, PromptDataModule)
-    trees = [] if prompts or all(size.sequences == 1 for size in sizes) else [rows(i) for i in range(len(rows))]
+    trees = [] if prompts or all(size.totals.sequences == 1 for size in sizes) else [rows(i) for i in range(len(rows))]
     # each row's sequences: prompt and answer
     lengths = [[len(t.prompt) + len(b.input_ids) for b in t.branches] for t in trees] or [[n] for n in tokens]
     every = sorted(n for row in lengths for n in row)
@@ -72,7 +73,7 @@ def measure(
     if trees:
         facts += [("answers", f"{len(every):,}, behind {len(rows):,} prompts"), *_pairs(trees)]
     facts.append(("tokens", f"{sum(tokens):,}{', each prompt once' if trees else ''}"))
-    scored = len(every) if isinstance(module, RewardModule) else int(sum(size.scored for size in sizes))
+    scored = len(every) if isinstance(module, RewardModule) else int(sum(size.totals.tokens for size in sizes))
     if not prompts:
         what = ": the last of each answer" if isinstance(module, RewardModule) else ""
         facts.append(("read by the loss", f"{scored:,} ({scored / sum(tokens):.1%}){what}"))

@@ -16,12 +16,19 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_rlhf.data.base as home
 from lightning_rlhf import HFExport, SFTModule
-from lightning_rlhf.data import InstructionDataModule, PreferenceDataModule, PromptDataModule, WeightedSource
+from lightning_rlhf.data import (
+    InstructionDataModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    WeightedSource,
+    token_cache,
+)
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import Conversation
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.data.planner import Planner
 from lightning_rlhf.data.sources import BadRowError
+from lightning_rlhf.data.token_cache import TokenCache, batched, map_in_order
 
 SIDES = ("chosen", "rejected")
 
@@ -141,8 +148,8 @@ def test_sources_may_differ_in_format_and_count_their_own_bad_rows(tiny_tokenize
 
 def test_a_source_is_tokenised_once_whatever_its_weight_and_neighbours(tiny_tokenizer, tmp_path, monkeypatch):
     calls = []
-    real = home._write
-    monkeypatch.setattr(home, "_write", lambda *a: calls.append(1) or real(*a))
+    real = TokenCache.write
+    monkeypatch.setattr(TokenCache, "write", lambda *a: calls.append(1) or real(*a))
     a, b = ([row(name, i) for i in range(3)] for name in "ab")
 
     def count(*sources):
@@ -314,8 +321,8 @@ def test_streaming_counts_bad_rows_when_they_are_read_and_when_they_are_not(kind
 
 
 def test_streaming_stops_at_the_first_bad_row(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(home, "_ROWS", 1)
-    monkeypatch.setattr(home, "_BLOCK", 1)
+    monkeypatch.setattr(token_cache, "_ROWS", 1)
+    monkeypatch.setattr(token_cache, "_BLOCK", 1)
     path = tmp_path / "my.jsonl"
     write(path, [row("q", 0), row("long " * 300, 1), *(row("q", i) for i in range(2, 9))])
     seen = []
@@ -330,8 +337,8 @@ def test_streaming_stops_at_the_first_bad_row(tiny_tokenizer, tmp_path, monkeypa
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_streaming_holds_few_rows(num_proc, tiny_tokenizer, tmp_path, monkeypatch):
     """Rows that are alive at a time: no more than are being tokenised, however many there are."""
-    monkeypatch.setattr(home, "_ROWS", 4)
-    monkeypatch.setattr(home, "_BLOCK", 2)
+    monkeypatch.setattr(token_cache, "_ROWS", 4)
+    monkeypatch.setattr(token_cache, "_BLOCK", 2)
     path = write(tmp_path / "my.jsonl", [row("q", i) for i in range(400)])
     alive, most = 0, 0
     real = InstructionDataModule.parse
@@ -353,7 +360,7 @@ def test_streaming_holds_few_rows(num_proc, tiny_tokenizer, tmp_path, monkeypatc
     assert len(data._rows["train"]) == 400 and data._items == {}
     assert 1 <= most <= 3
     records = []
-    for block in home._batched(home._mapped(list, home._batched(iter(range(1000)), 4), num_proc), 2):
+    for block in batched(map_in_order(list, batched(iter(range(1000)), 4), num_proc), 2):
         records.append(sum(map(len, block)))
     assert sum(records) == 1000 and max(records) == 8
     taken = 0
@@ -363,7 +370,7 @@ def test_streaming_holds_few_rows(num_proc, tiny_tokenizer, tmp_path, monkeypatc
         for taken in range(1000):
             yield [taken]
 
-    mapped = home._mapped(list, counted(), num_proc)
+    mapped = map_in_order(list, counted(), num_proc)
     next(mapped)
     assert taken <= 5  # processes are given no more than they can start with
     mapped.close()

@@ -66,7 +66,7 @@ def test_padded_rows_are_prompt_then_completion(rows):
 @given(trees, st.integers(30, 60))
 @settings(max_examples=50, deadline=None)
 def test_split_keeps_trees_whole_and_in_order(rows, budget):
-    totals = StepTotals(7.0, 3.0, 2)
+    totals = StepTotals(7.0, 3.0, bins=2)
     parts = split(pack(rows, totals), budget)
     assert [t for p in parts for t in unpack(p)] == rows
     assert all(p.num_tokens <= budget and p.totals == totals for p in parts)
@@ -86,7 +86,7 @@ def test_equal_lone_sequences_share_one_attention_call():
 
 
 def test_moves_with_its_totals_and_a_fresh_mask_cache():
-    batch = pack([Tree([1], [Branch([2])])], StepTotals(10.0, 2.0, 4))
+    batch = pack([Tree([1], [Branch([2])])], StepTotals(10.0, 2.0, bins=4))
     batch.forest.mask(0, 1, None, torch.device("cpu"))
     moved = batch.to("cpu")
     assert moved.totals.bins == 4 and not moved.forest.masks

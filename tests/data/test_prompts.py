@@ -1,5 +1,6 @@
 """Prompts: rows of all formats, their further columns, plans over ranks, texts beside them, resume in any place."""
 
+import dataclasses
 import datetime
 import json
 import re
@@ -391,7 +392,7 @@ def test_texts_are_dealt_over_ranks(tiny_tokenizer):
     for whole, *parts in zip(alone, *group, strict=True):
         for name in ("prompts", "ptx"):
             assert sorted(whole[name].rows) == sorted(row for part in parts for row in part[name].rows)
-        assert {part["ptx"].totals for part in parts} == {whole["ptx"].totals._replace(bins=2)}
+        assert {part["ptx"].totals for part in parts} == {dataclasses.replace(whole["ptx"].totals, bins=2)}
 
 
 def test_held_out_texts_are_those_of_fine_tuning(tiny_tokenizer):
