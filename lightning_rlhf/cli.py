@@ -14,6 +14,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 #: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
 TOOLS = {
     "inspect": ("lightning_rlhf.inspection.command:main", "rows as the model will see them, with the options of fit"),
+    "configs": ("lightning_rlhf.config_files:main", "the config files that come with the package: list them, copy one"),
     "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
     "win-rate": ("lightning_rlhf.evaluation.command:main", "how often one model's answers are preferred to another's"),
     "report": ("lightning_rlhf.report.compare:main", "runs compared on one page: curves, answers, settings"),

@@ -16,6 +16,7 @@ from docstring_parser import parse
 import lightning_rlhf
 from lightning_rlhf import PPOModule
 from lightning_rlhf.cli import TOOLS, cli, main
+from lightning_rlhf.config_files import folder
 
 ROWS = [
     {"instruction": f"question {i}", "output": "fox dog"[: 3 + i % 4]} for i in range(12)
@@ -199,7 +200,7 @@ def test_a_broken_checkpoint_is_named_in_a_line(tiny_model_dir, rows, tmp_path):
 
 SFT = ["--model", "SFTModule", "--model.pretrained", "a/b", "--data", "InstructionDataModule", "--data.train", "c"]
 PPO = ["--model", "PPOModule", "--model.pretrained", "a/b", "--model.reward", "d", "--data", "PromptDataModule"]
-ALL = "All: fit, validate, test, predict, inspect, demo, win-rate, report"
+ALL = "All: fit, validate, test, predict, inspect, configs, demo, win-rate, report"
 
 
 @pytest.fixture
@@ -322,6 +323,11 @@ def test_what_must_be_given_is_named(told):
 @pytest.mark.parametrize(
     "arguments, answer",
     [
+        (
+            ["configs", "ppo/smollm_lora.yaml"],
+            "there is no config ppo/smollm_lora.yaml; did you mean ppo/smollm2_lora.yaml? `lightning-rlhf configs` "
+            "lists all.",
+        ),
         (["demo", "--step", "3"], "there is no option --step; did you mean --steps?"),
         (["demo", "sftt"], "there is no stage sftt; did you mean sft? All: sft, reward, ppo"),
         (
@@ -335,6 +341,21 @@ def test_what_must_be_given_is_named(told):
 )
 def test_wrong_options_of_tools_are_told_in_a_line(arguments, answer, told):
     assert told(*arguments) == f"lightning-rlhf {arguments[0]}: {answer}"
+
+
+def test_configs_are_listed_and_copied_but_never_over_a_file(told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["configs"])
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed["sft/smollm2_lora.yaml"] == "SmolLM2-135M-Instruct by LoRA: a laptop CPU is enough"
+    for arguments in (["sft/smollm2_lora.yaml"], ["configs/sft/smollm2_lora.yaml", "mine"]):
+        main(["configs", *arguments])
+    assert capsys.readouterr().out.split() == ["configs/sft/smollm2_lora.yaml", "mine/sft/smollm2_lora.yaml"]
+    copy = tmp_path / "configs/sft/smollm2_lora.yaml"
+    assert copy.read_bytes() == (folder() / "sft/smollm2_lora.yaml").read_bytes()
+    copy.write_text("mine")
+    assert "configs/sft/smollm2_lora.yaml exists" in told("configs", "sft/smollm2_lora.yaml")
+    assert copy.read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", *TOOLS])

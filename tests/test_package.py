@@ -5,8 +5,10 @@ import configparser
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,19 +77,43 @@ def test_version_is_the_same_everywhere(setup):
 
 
 def test_every_file_of_the_package_is_shipped(setup):
+    beside = dict(line.split(" = ") for line in lines(setup["options"]["package_dir"]))
     shipped = set()
     for package, patterns in setup["options.package_data"].items():
         for pattern in re.split(r"[,\s]+", patterns.strip()):
-            found = set((ROOT / package.replace(".", "/")).glob(pattern))
+            found = set((ROOT / beside.get(package, package.replace(".", "/"))).glob(pattern))
             assert found, f"{package}: nothing matches {pattern}"
             shipped |= found
     assert PACKAGE / "py.typed" in shipped
     files = {file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
-    assert {file for file in files if file.suffix != ".py"} == shipped
+    assert {file for file in files if file.suffix != ".py"} == {file for file in shipped if PACKAGE in file.parents}
+    assert set((ROOT / "configs").rglob("*.*")) <= shipped
     # find_packages passes over a folder without __init__.py
     assert {file.parent for file in files if not (file.parent / "__init__.py").is_file()} <= {
         PACKAGE / "data" / "bundled"
     }
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_data_and_the_configs_and_serves(tmp_path):
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    for name in ("lightning_rlhf", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tree)], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    packed = {file.relative_to(site).as_posix() for file in site.rglob("*") if file.is_file()}
+    files = [file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    wanted = {file.relative_to(ROOT).as_posix() for file in files}
+    wanted |= {f"lightning_rlhf/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
+    assert {name for name in packed if ".dist-info/" not in name} == wanted
+    code = "import lightning_rlhf, lightning_rlhf.cli as c; c.main(['configs']); print(lightning_rlhf.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=site, env=environment)
+    assert "ppo/smollm2_lora.yaml" in done.stdout and str(site) in done.stdout, done.stderr
 
 
 def test_console_script_is_the_command_line(setup):
