@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, TypedDict, cast
+from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
 from lightning_rlhf.data.sources import read_json
 
@@ -60,6 +60,9 @@ SHARED = (*SYSTEM, *_OPTIONS, "lang", "language")
 #: Columns that say whether an answer is good (KTO), and whether a row is learnt.
 _LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
 _TURN = {"role", "from", "content", "value", *_FOR_TEMPLATE, *_WEIGHTS, *_REFUSED_IN_TURNS}
+
+
+Made = TypeVar("Made")
 
 
 class UnfitRowError(ValueError):
@@ -131,36 +134,84 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(Generic[Made]):
     """A shape of rows.
 
     Attributes:
         name: Its name in configurations.
-        columns: The columns it needs.
-        convert: Makes the conversation of such a row, unchecked and without the ``system`` column.
-        also: What a row needs besides the columns to be recognized.
-        further: Columns that it reads too, where they are there.
-        other: Another name of a column that it needs.
+        columns: The columns that it needs; of a tuple of names, one suffices.
+        convert: Makes the conversation (or preference, or prompt) of such a row, unchecked and without the ``system``
+            column.
+        further: Columns that it also reads if they are there.
+        also: What else makes a row one of this format.
         user_first: Whether the first turn after the system turn must be the user's.
     """
 
     name: str
-    columns: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any]], Conversation]
-    also: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    columns: tuple[str | tuple[str, ...], ...]
+    convert: Callable[[Mapping[str, Any]], Made]
     further: tuple[str, ...] = ()
-    other: Mapping[str, str] = field(default_factory=dict)
+    also: Callable[[Mapping[str, Any]], bool] = lambda row: True
     user_first: bool = True
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All columns that it reads."""
+        return (*(name for group in self._groups for name in group), *self.further)
+
+    @property
+    def _groups(self) -> list[tuple[str, ...]]:
+        return [(group,) if isinstance(group, str) else group for group in self.columns]
+
     def matches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is of this shape."""
+        """Whether a row is of this format."""
         return not self.missing(row) and self.also(row)
 
-    def missing(self, row: Mapping[str, Any]) -> list[str]:
-        """The columns that a row lacks."""
-        return [
-            name for name in self.columns if not has_columns(row, name) and row.get(self.other.get(name, name)) is None
-        ]
+    def missing(self, row: Mapping[str, Any]) -> str:
+        """The columns that a row lacks, in words; empty if it lacks none."""
+        lacking = [group for group in self._groups if first_filled(row, *group) is None]
+        return ", ".join(" or ".join(map(repr, group)) for group in lacking)
+
+
+class FormatTable(dict[str, Format[Made]]):
+    """Formats by name, in the order in which ``auto`` tries them.
+
+    Args:
+        kind: What a format is called in messages.
+        formats: The formats.
+    """
+
+    def __init__(self, kind: str, *formats: Format[Made]) -> None:
+        super().__init__((format.name, format) for format in formats)
+        self.kind = kind
+
+    def detect(self, row: Mapping[str, Any]) -> Format[Made] | None:
+        """The first format that a row matches, if any."""
+        return next((format for format in self.values() if format.matches(row)), None)
+
+    def choose(self, row: Mapping[str, Any], name: str) -> Format[Made]:
+        """The format of a row.
+
+        Args:
+            row: Its columns.
+            name: The name of the format, or ``auto``.
+
+        Raises:
+            FormatError: The row is of no known format, or lacks a column of the one that is named.
+            ValueError: No format has this name: that is no fault of a row.
+        """
+        if name == "auto":
+            if (found := self.detect(row)) is not None:
+                return found
+            known = "; ".join(f"{format.name}: {format.missing({})}" for format in self.values())
+            reason = f"no known {self.kind} has the columns of this row: {column_names(row)}. Known are {known}"
+            raise FormatError("unknown format", f"{reason}{_turn_advice(row)}")
+        if name not in self:
+            raise ValueError(f"The {self.kind} {name!r} is not known. Choose 'auto' or one of: {', '.join(self)}.")
+        if missing := self[name].missing(row):
+            lacks = f"the {self.kind} {name!r} needs the column {missing}, and the row has {column_names(row)}"
+            raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
+        return self[name]
 
 
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:
@@ -183,7 +234,7 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
         FormatError: If the row can't be learnt from, or asks for what can't be done.
         ValueError: If ``format`` is no known name: that is no fault of a row.
     """
-    chosen = _choose(row, format)
+    chosen = FORMATS.choose(row, format)
     check_columns(row)
     for column in _LABELS:
         if str(row.get(column)).strip().lower() == "false":
@@ -193,9 +244,9 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
     if conversation.messages is None:
         if not (conversation.text or "").strip():
             raise FormatError("empty text", "the column 'text' is empty. Write the text or remove the row")
-        return replace(conversation, unread=unread_keys(row, ("lang", "language", *chosen.columns)))
+        return replace(conversation, unread=unread_keys(row, ("lang", "language", *chosen.reads)))
     check_conversation(conversation.messages, chosen.user_first)
-    unread = unread_keys(row, (*SHARED, *chosen.columns, *chosen.other.values(), *chosen.further))
+    unread = unread_keys(row, (*SHARED, *chosen.reads))
     made = replace(conversation, options=_read_options(row), unread=unread)
     own = read_system(row)
     if conversation.messages[0]["role"] == "system":
@@ -357,23 +408,7 @@ def check_conversation(messages: Sequence[Message], user_first: bool = True) -> 
         raise FormatError("last turn not assistant", reason)
 
 
-def _choose(row: Mapping[str, Any], name: str) -> Format:
-    if name == "auto":
-        for candidate in FORMATS.values():
-            if candidate.matches(row):
-                return candidate
-        known = "; ".join(f"{entry.name}: {', '.join(entry.columns)}" for entry in FORMATS.values())
-        reason = f"no known format has the columns of this row: {column_names(row)}. Known are {known}"
-        raise FormatError("unknown format", f"{reason}{turn_advice(row)}")
-    if name not in FORMATS:
-        raise ValueError(f"The format {name!r} is not known. Choose 'auto' or one of: {', '.join(FORMATS)}.")
-    if missing := FORMATS[name].missing(row):
-        lacks = f"the format {name!r} needs the column {_quoted(missing)}, and the row has {column_names(row)}"
-        raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
-    return FORMATS[name]
-
-
-def turn_advice(row: Mapping[str, Any]) -> str:
+def _turn_advice(row: Mapping[str, Any]) -> str:
     """What to do about a row that is a turn."""
     turn = row.keys() & {"role", "from"} and row.keys() & {"content", "value"}
     return ". A turn is no row: put all turns of a conversation into a list 'messages'" if turn else ""
@@ -382,6 +417,11 @@ def turn_advice(row: Mapping[str, Any]) -> str:
 def has_columns(row: Mapping[str, Any], *columns: str) -> bool:
     """Whether all these columns are filled; None counts as absent."""
     return all(row.get(column) is not None for column in columns)
+
+
+def first_filled(row: Mapping[str, Any], *columns: str) -> str | None:
+    """The first of these columns that is filled."""
+    return next((column for column in columns if has_columns(row, column)), None)
 
 
 def column_names(row: Mapping[str, Any]) -> str:
@@ -530,16 +570,13 @@ def _says_from(row: Mapping[str, Any]) -> bool:
     return any("from" in turn for turn in _turns_in(row.get("messages")))
 
 
-_BESIDE = ("input", "context", "history")
-#: The known formats, in the order in which they are tried.
-FORMATS: dict[str, Format] = {
-    entry.name: entry
-    for entry in (
-        Format("colossalchat", ("messages",), _from_messages, also=_says_from),
-        Format("messages", ("messages",), _from_messages),
-        Format("sharegpt", ("conversations",), _from_sharegpt),
-        Format("alpaca", ("instruction", "output"), _from_alpaca, further=_BESIDE, other={"output": "response"}),
-        Format("prompt_completion", ("prompt", "completion"), _from_prompt_completion, user_first=False),
-        Format("text", ("text",), _from_text),
-    )
-}
+#: The known formats of conversations and texts.
+FORMATS: FormatTable[Conversation] = FormatTable(
+    "format",
+    Format("colossalchat", ("messages",), _from_messages, also=_says_from),
+    Format("messages", ("messages",), _from_messages),
+    Format("sharegpt", ("conversations",), _from_sharegpt),
+    Format("alpaca", ("instruction", ("output", "response")), _from_alpaca, further=("input", "context", "history")),
+    Format("prompt_completion", ("prompt", "completion"), _from_prompt_completion, user_first=False),
+    Format("text", ("text",), _from_text),
+)

@@ -179,7 +179,8 @@ class PreferenceDataModule(TreeDataModule[Preference]):
 
 
 def _is_preference(row: Mapping[str, Any]) -> bool:
-    return any(not entry.missing(row) for name, entry in PREFERENCE_FORMATS.items() if name != "unpaired")
+    found = PREFERENCE_FORMATS.detect(row)
+    return found is not None and found.name != "unpaired"
 
 
 def encode_preference(

@@ -19,16 +19,17 @@ from lightning_rlhf.data.formats import (
     ROLES,
     SHARED,
     Conversation,
+    Format,
     FormatError,
+    FormatTable,
     Message,
     check_columns,
-    column_names,
+    first_filled,
     has_columns,
     read_list,
     read_text,
     read_turn,
     to_conversation,
-    turn_advice,
     unread_keys,
     wrong_type,
 )
@@ -90,27 +91,6 @@ class Candidate:
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class PreferenceFormat:
-    """A shape of preference rows.
-
-    Attributes:
-        name: Its name in configurations.
-        columns: What it needs: one column out of each of these groups.
-        convert: Makes the candidates of such a row, without the ``system`` column.
-        further: Columns that it reads too, where they are there.
-    """
-
-    name: str
-    columns: tuple[tuple[str, ...], ...]
-    convert: Callable[[Mapping[str, Any]], list[Candidate]]
-    further: tuple[str, ...] = ()
-
-    def missing(self, row: Mapping[str, Any]) -> str:
-        """The columns a row lacks, in words; empty if it is of this shape."""
-        return ", ".join(" or ".join(map(repr, group)) for group in self.columns if _filled(row, *group) is None)
-
-
 def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Preference:
     r"""Make a row a preference.
 
@@ -138,7 +118,7 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
             answer the same turn, or no answer is better than another.
         ValueError: If ``format`` is no known name: that is no fault of a row.
     """
-    chosen = _choose(row, format)
+    chosen = PREFERENCE_FORMATS.choose(row, format)
     check_columns(row)
     candidates = sorted(chosen.convert(row), key=lambda candidate: candidate.rank)
     conversations = [_checked(candidate, row, system) for candidate in candidates]
@@ -147,7 +127,6 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
     answers = tuple(messages[shared:] for messages in made)
     pairs = _pairs(candidates, answers)
     scores = tuple(candidate.score for candidate in candidates if candidate.score is not None)
-    read = (*SHARED, "margin", "source", *itertools.chain.from_iterable(chosen.columns), *chosen.further)
     return Preference(
         prompt=made[0][:shared],
         answers=answers,
@@ -157,7 +136,7 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
         source=read_name(row, "source"),
         lang=read_name(row, "lang", "language"),
         options=conversations[0].options,
-        unread=unread_keys(row, read),
+        unread=unread_keys(row, (*SHARED, "margin", "source", *chosen.reads)),
     )
 
 
@@ -166,29 +145,12 @@ def read_name(row: Mapping[str, Any], *columns: str) -> str:
 
     A number stands for itself, a list for its entries.
     """
-    column = _filled(row, *columns)
+    column = first_filled(row, *columns)
     value = row[column] if column else ""
     if isinstance(value, Mapping):
         wrong_type(f"the column {column!r}", value, "a text")
     texts = value if isinstance(value, (list, tuple)) else [value]
     return read_text(", ".join(map(str, texts)), f"the column {column!r}")
-
-
-def _choose(row: Mapping[str, Any], name: str) -> PreferenceFormat:
-    if name == "auto":
-        for candidate in PREFERENCE_FORMATS.values():
-            if not candidate.missing(row):
-                return candidate
-        known = "; ".join(f"{entry.name}: {entry.missing({})}" for entry in PREFERENCE_FORMATS.values())
-        reason = f"no known preference format has the columns of this row: {column_names(row)}. Known are {known}"
-        raise FormatError("unknown format", f"{reason}{turn_advice(row)}")
-    if name not in PREFERENCE_FORMATS:
-        names = ", ".join(PREFERENCE_FORMATS)
-        raise ValueError(f"The preference format {name!r} is not known. Choose 'auto' or one of: {names}.")
-    if missing := PREFERENCE_FORMATS[name].missing(row):
-        lacks = f"the format {name!r} needs the column {missing}, and the row has {column_names(row)}"
-        raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
-    return PREFERENCE_FORMATS[name]
 
 
 def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> Conversation:
@@ -245,10 +207,6 @@ def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None
         reason = f"the column 'margin' is one number, and the row has {num_pairs} pairs. Give 'scores' instead"
         raise FormatError("ambiguous margin", reason)
     return (margin,)
-
-
-def _filled(row: Mapping[str, Any], *columns: str) -> str | None:
-    return next((column for column in columns if has_columns(row, column)), None)
 
 
 def read_number(value: object, what: str) -> float:
@@ -338,7 +296,7 @@ def _chosen_rejected(
     row: Mapping[str, Any], read: Callable[[object, str], tuple[Message, ...]], prompt: tuple[Message, ...] = ()
 ) -> list[Candidate]:
     """The two candidates of a pair, with their scores."""
-    columns = {side: _filled(row, f"{side}_score", f"score_{side}") for side in ("chosen", "rejected")}
+    columns = {side: first_filled(row, f"{side}_score", f"score_{side}") for side in ("chosen", "rejected")}
     lone = [column for column in columns.values() if column]
     if len(lone) == 1:
         reason = f"the row has the score {lone[0]!r} alone. Give both answers a score, or none"
@@ -389,7 +347,7 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
         reason = f"the column {column!r} holds {count} of the two answers a comparison needs. Add answers"
         raise FormatError("too few answers", reason)
     scores = _numbers(row, "scores", count) if has_columns(row, "scores") else None
-    rank_column = _filled(row, "ranks", "rank")
+    rank_column = first_filled(row, "ranks", "rank")
     if rank_column:
         ranks = _numbers(row, rank_column, count)
     elif scores:
@@ -413,17 +371,14 @@ def _from_unpaired(row: Mapping[str, Any]) -> NoReturn:
     raise FormatError("unpaired", f"{reason}. Group good and bad answers to a prompt into 'chosen' and 'rejected'")
 
 
-_PAIR = (("chosen",), ("rejected",))
 _PAIR_SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
-#: The known preference formats, in the order in which they are tried.
-PREFERENCE_FORMATS: dict[str, PreferenceFormat] = {
-    entry.name: entry
-    for entry in (
-        PreferenceFormat("pair", (("prompt",), *_PAIR), _from_pair, _PAIR_SCORES),
-        PreferenceFormat("colossalchat", (("context",), *_PAIR), _from_colossalchat, _PAIR_SCORES),
-        PreferenceFormat("sharegpt_preference", (("conversations",), *_PAIR), _from_sharegpt, _PAIR_SCORES),
-        PreferenceFormat("transcripts", _PAIR, _from_transcripts, _PAIR_SCORES),
-        PreferenceFormat("ranking", (("prompt",), _ANSWERS), _from_ranking, ("ranks", "rank", "scores")),
-        PreferenceFormat("unpaired", (("prompt",), ("completion", "response"), ("label",)), _from_unpaired),
-    )
-}
+#: The known formats of preferences.
+PREFERENCE_FORMATS: FormatTable[list[Candidate]] = FormatTable(
+    "preference format",
+    Format("pair", ("prompt", "chosen", "rejected"), _from_pair, _PAIR_SCORES),
+    Format("colossalchat", ("context", "chosen", "rejected"), _from_colossalchat, _PAIR_SCORES),
+    Format("sharegpt_preference", ("conversations", "chosen", "rejected"), _from_sharegpt, _PAIR_SCORES),
+    Format("transcripts", ("chosen", "rejected"), _from_transcripts, _PAIR_SCORES),
+    Format("ranking", ("prompt", _ANSWERS), _from_ranking, ("ranks", "rank", "scores")),
+    Format("unpaired", ("prompt", ("completion", "response"), "label"), _from_unpaired),
+)

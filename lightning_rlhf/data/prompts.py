@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -15,48 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.base import BUNDLED, TreeDataModule
 from lightning_rlhf.data.errors import DataError
-from lightning_rlhf.data.formats import (
-    FORMATS,
-    REFUSED_IN_PROMPTS,
-    SYSTEM,
-    Conversation,
-    FormatError,
-    Message,
-    check_columns,
-    column_names,
-    has_columns,
-    read_system,
-    read_text,
-    read_turns,
-    to_conversation,
-    turn_advice,
-    unread_keys,
-)
+from lightning_rlhf.data.formats import Conversation, Message
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.oasst import prompt_rows
 from lightning_rlhf.data.packed import Size, StepTotals
 from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
-from lightning_rlhf.data.preference_formats import read_prompt, to_preference
-from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source, read_json
+from lightning_rlhf.data.prompt_formats import Prompt, to_prompt
+from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
-
-#: Stands where the answer would, since rows are checked as whole conversations.
-_ANSWER = Message(role="assistant", content="...")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a row becomes.
-
-    Attributes:
-        prompt: The messages, of which the last is the user's; or a plain text that no template touches.
-        columns: The row's further columns.
-        unread: Keys of its turns that nothing reads.
-    """
-
-    prompt: tuple[Message, ...] | str
-    columns: Mapping[str, Any]
-    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(eq=False)
@@ -81,153 +47,6 @@ class PromptBatch:
     def to(self, device: Any, non_blocking: bool = False) -> PromptBatch:
         """Itself: there are no tensors. Lightning asks for it, and would else look at every token."""
         return self
-
-
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
-class PromptFormat(NamedTuple):
-    """A shape of rows.
-
-    Attributes:
-        columns: The columns it needs.
-        convert: Makes the messages of such a row, with or without a last answer; or the text of a user turn.
-        further: Columns that the prompt is made of too, where they are there.
-        also: What a row needs besides the columns to be recognized.
-    """
-
-    columns: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any]], tuple[Message, ...] | str]
-    further: tuple[str, ...] = ()
-    also: Callable[[Mapping[str, Any]], bool] = lambda row: True
-
-    def matches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is of this shape."""
-        return has_columns(row, *self.columns) and self.also(row)
-
-
-def _column(row: Mapping[str, Any], *, name: str) -> str:
-    return read_text(row[name], f"the column {name!r}")
-
-
-def _from_prompt(row: Mapping[str, Any]) -> tuple[Message, ...] | str:
-    return row["prompt"] if isinstance(row["prompt"], str) else read_prompt(row)
-
-
-def _from_conversation(row: Mapping[str, Any], *, name: str) -> tuple[Message, ...]:
-    return FORMATS[name].convert(row).messages or ()
-
-
-def _from_alpaca(row: Mapping[str, Any]) -> tuple[Message, ...] | str:
-    messages = FORMATS["alpaca"].convert({**row, "output": _ANSWER["content"]}).messages or ()
-    return messages if len(messages) > 2 else messages[0]["content"]
-
-
-def _from_preference(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    return to_preference({"chosen": row["chosen"], "rejected": row["rejected"]}, "transcripts").prompt
-
-
-#: The known formats by name, in the order in which they are tried: those of instructions and preferences, of which no
-#: answer is needed, and a column ``question``.
-PROMPT_FORMATS: dict[str, PromptFormat] = {
-    "prompt": PromptFormat(("prompt",), _from_prompt),
-    "colossalchat": PromptFormat(
-        ("messages",), partial(_from_conversation, name="colossalchat"), also=FORMATS["colossalchat"].also
-    ),
-    "messages": PromptFormat(("messages",), partial(_from_conversation, name="messages")),
-    "colossalchat_preference": PromptFormat(
-        ("context",),
-        lambda row: read_turns(row, "context"),
-        also=lambda row: not isinstance(row["context"], str) or isinstance(read_json(row["context"]), list),
-    ),
-    "sharegpt": PromptFormat(("conversations",), partial(_from_conversation, name="sharegpt")),
-    "alpaca": PromptFormat(("instruction",), _from_alpaca, further=FORMATS["alpaca"].further),
-    "question": PromptFormat(("question",), partial(_column, name="question")),
-    "transcripts": PromptFormat(("chosen", "rejected"), _from_preference),
-    "text": PromptFormat(("text",), partial(_column, name="text")),
-}
-
-
-def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None = None, as_text: bool = False) -> Prompt:
-    """Make a row a prompt.
-
-    A last answer of a conversation is left out. Columns that are None count as absent. A column ``system`` or
-    ``system_prompt``, where it holds text, is the system turn of a prompt that brings none. All that the prompt isn't
-    made of is kept.
-
-    Args:
-        row: The columns of the row.
-        format: A name in :data:`PROMPT_FORMATS`, or ``"auto"`` for the first of them that matches.
-        system: System turn of prompts whose row has none.
-        as_text: Take a text as it is, not as the turn of a user.
-
-    Returns:
-        The prompt, checked.
-
-    Raises:
-        FormatError: If it is no prompt, or a further column holds what JSON can't.
-        ValueError: If ``format`` is no known name: that is no fault of a row.
-    """
-    chosen = _choose(row, format)
-    check_columns(row, REFUSED_IN_PROMPTS)
-    made = chosen.convert(row)
-    if as_text:
-        prompt: tuple[Message, ...] | str = _text(made, row)
-    else:
-        turns = _turns(made)
-        whole = {"messages": (*turns, _ANSWER), **{column: row.get(column) for column in SYSTEM}}
-        prompt = (to_conversation(whole, "messages", system).messages or ())[:-1]
-    used = {*chosen.columns, *chosen.further, *SYSTEM}
-    columns = {str(name): value for name, value in row.items() if name not in used}
-    for name, value in columns.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError, RecursionError) as error:
-            reason = f"the column {name!r} rides along for reward functions, and can't be written as JSON: {error}"
-            raise FormatError("no JSON", f"{reason}. Make it text or numbers, or remove it") from error
-    return Prompt(prompt, columns, unread_keys({name: row[name] for name in row if name in used}, used))
-
-
-def _choose(row: Mapping[str, Any], name: str) -> PromptFormat:
-    if name == "auto":
-        for candidate in PROMPT_FORMATS.values():
-            if candidate.matches(row):
-                return candidate
-        known = "; ".join(f"{name}: {', '.join(entry.columns)}" for name, entry in PROMPT_FORMATS.items())
-        reason = f"no known prompt format has the columns of this row: {column_names(row)}. Known are {known}"
-        raise FormatError("unknown format", f"{reason}{turn_advice(row)}")
-    if name not in PROMPT_FORMATS:
-        raise ValueError(
-            f"The prompt format {name!r} is not known. Choose 'auto' or one of: {', '.join(PROMPT_FORMATS)}."
-        )
-    missing = [column for column in PROMPT_FORMATS[name].columns if not has_columns(row, column)]
-    if missing:
-        lacks = f"the prompt format {name!r} needs the column {missing[0]!r}, and the row has {column_names(row)}"
-        raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
-    return PROMPT_FORMATS[name]
-
-
-def _turns(made: tuple[Message, ...] | str) -> tuple[Message, ...]:
-    """The messages up to a last user turn."""
-    if isinstance(made, str):
-        made = read_prompt({"prompt": made})  # a transcript, or the text of one turn
-    turns = made[:-1] if made and made[-1]["role"] == "assistant" else made
-    for turn in turns:
-        turn.pop("weight", None)  # nothing of a prompt is learnt
-    if not turns or turns[-1]["role"] != "user":
-        reason = "the prompt doesn't end with a turn of the user's, to be answered. Add one or remove the row"
-        raise FormatError("no user turn", reason)
-    return turns
-
-
-def _text(made: tuple[Message, ...] | str, row: Mapping[str, Any]) -> str:
-    if isinstance(made, tuple) or read_system(row):
-        reason = "with as_text the prompt is a plain text, and the row holds messages or a system prompt"
-        raise FormatError("no plain text", f"{reason}. Give it a text in the column 'prompt', or set as_text: false")
-    text = read_text(made, "the prompt")
-    if not text.strip():
-        raise FormatError("empty text", "the prompt is empty. Write its text or remove the row")
-    return text
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

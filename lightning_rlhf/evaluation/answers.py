@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import FormatError, Message
-from lightning_rlhf.data.prompts import to_prompt
+from lightning_rlhf.data.prompt_formats import to_prompt
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt

@@ -59,7 +59,7 @@ def test_conversation_formats(name, messages):
     before = json.dumps(row)
     expected = Conversation(messages=messages)
     assert to_conversation(row) == to_conversation(row, format=name) == expected
-    assert next(entry.name for entry in FORMATS.values() if entry.matches(row)) == name
+    assert FORMATS.detect(row).name == name
     assert expected.first_user_turn == next(m["content"] for m in messages if m["role"] == "user")
     assert json.dumps(row) == before
 
@@ -162,7 +162,11 @@ def chat(*pairs: tuple[str, object]) -> dict:
 
 UNFIT = [
     # kind, what the message names, row
-    ("unknown format", r"this row: 'frage', 'antwort'\. .*alpaca: instruction, output", {"frage": "a", "antwort": "b"}),
+    (
+        "unknown format",
+        r"row: 'frage', 'antwort'\. .*alpaca: 'instruction', 'output' or",
+        {"frage": "a", "antwort": "b"},
+    ),
     ("unknown format", "this row: none that is filled", {"text": None}),
     ("unknown format", "'instruction'", {"instruction": "a", "output": None}),
     ("no messages", "no turns", {"messages": []}),
@@ -240,7 +244,7 @@ def test_unfit_rows(kind, message, row):
         (
             "alpaca",
             {"instruction": "a", "output": None},
-            "'alpaca' needs the column 'output', and the row has 'instruction'",
+            "'alpaca' needs the column 'output' or 'response', and the row has 'instruction'",
         ),
         ("text", {"messages": []}, "'text' needs the column 'text', and the row has 'messages'"),
         ("sharegpt", {}, "needs the column 'conversations', and the row has none"),

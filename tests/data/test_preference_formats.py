@@ -74,7 +74,7 @@ def test_formats(name, case):
     before = json.dumps(row)
     preference = to_preference(row)
     assert preference == to_preference(row, name) == Preference(prompt, (best, worst), ((0, 1),))
-    assert next(entry.name for entry in PREFERENCE_FORMATS.values() if not entry.missing(row)) == name
+    assert PREFERENCE_FORMATS.detect(row).name == name
     assert preference.first_user_turn == next(m["content"] for m in prompt if m["role"] == "user")
     assert json.dumps(row) == before
     # the other way round, nothing but the order may change

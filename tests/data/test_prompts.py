@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.packed import PackedBatch, unpack
-from lightning_rlhf.data.prompts import PROMPT_FORMATS, PromptBatch, PromptDataModule, PromptsWithPtx, to_prompt
+from lightning_rlhf.data.prompt_formats import PROMPT_FORMATS, to_prompt
+from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule, PromptsWithPtx
 from lightning_rlhf.data.sources import BadRowError
 from lightning_rlhf.data.tokens import encode_prompt
 
@@ -97,7 +98,7 @@ def test_every_format_gives_its_prompt(name):
     if want[0]["role"] != "system":
         assert list(to_prompt(row, system="s").prompt) == [system("s"), *want]
         assert list(to_prompt({**row, "system": "own"}, system="s").prompt) == [system("own"), *want]
-    format = next(name for name, entry in PROMPT_FORMATS.items() if entry.matches(row))
+    format = PROMPT_FORMATS.detect(row).name
     assert to_prompt(row, format) == to_prompt(row)
 
 
