@@ -28,7 +28,8 @@ RLHF as PyTorch Lightning modules.
   fit       train:    lightning-rlhf fit --config configs/sft/smollm2_lora.yaml --data.train my.jsonl
   validate  held-out loss, accuracy ... of a model or checkpoint
   test      the same on test data
-  predict   scores by a reward model, or log-probs, of the answers in a file: --data.predict FILE
+  predict   a record per row of --data.predict FILE: an SFT model's log-probs and a reward model's scores of the
+            answers in it; the completions and their scores of PPO's policy
 {tools}
 Each command has its own --help; fit --print_config shows every key, and
 fit --model.help RewardModule, fit --data.help PreferenceDataModule what they mean.

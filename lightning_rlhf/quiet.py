@@ -1,4 +1,4 @@
-"""What commands leave unsaid: advertisements and warnings of libraries to their own developers."""
+"""What runs leave unsaid: advertisements and warnings of libraries to their own developers."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 #: Beginnings of lines that Lightning and bitsandbytes log, by logger.
 _LOGGED: dict[str, tuple[str, ...]] = {
-    "lightning.pytorch.utilities.rank_zero": ("💡 Tip:", "GPU available: False", "TPU available: False"),
+    "lightning.pytorch.utilities.rank_zero": ("💡 Tip:", "TPU available: False"),
     "lightning.fabric.utilities.rank_zero": ("💡 Tip:",),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward from kernels-community",),
 }
-#: Beginnings of warnings (as regular expressions) that nobody who runs a command can act upon, or need.
+#: Beginnings of warnings (as regular expressions) that nobody who runs a stage can act upon, or need.
 _WARNED = (
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # metrics.csv serves
     r"`is_gradient_checkpointing` is deprecated",  # peft's call of transformers
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's call of torch
     r"The '\w+' does not have many workers",  # packing is cheap
-    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"The dirpath has changed from",  # a resumed run logs to a new version_N
     r"`torch\.jit\.script_method` is deprecated",
+)
+#: What a config decides already.
+_WARNED_COMMANDS = (
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
     r"`max_epochs` was not set\. Setting it to 1000 epochs",
 )
+_HOME = str(Path(__file__).parent)
 
 
 def quiet() -> None:
-    """Has this process say what concerns the user alone; to be called before torch is loaded.
+    """Has this process say what concerns the user of a command alone; to be called before torch is loaded.
 
     Progress bars of downloads and of loading are for terminals. OpenMP's threads wait without spinning, so that a
     machine can do other work beside this. Whoever set the environment variables otherwise is obeyed.
@@ -34,11 +41,42 @@ def quiet() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_missing_gpu)
+    for message in _WARNED_COMMANDS:
+        warnings.filterwarnings("ignore", message)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Leaves out the lines of libraries that no user can act upon; our own warnings come without a source line.
+
+    A stage calls it when it is made. Warnings stay as they are where the user chose what is shown (``python -W``).
+    """
     for name in _LOGGED:
         logging.getLogger(name).addFilter(_concerns_users)  # the same function is added once
-    for message in _WARNED:
-        warnings.filterwarnings("ignore", message)
+    if not sys.warnoptions:
+        for message in _WARNED:
+            warnings.filterwarnings("ignore", message)
+    if getattr(warnings.formatwarning, "__name__", "") != "without_source":
+        warnings.formatwarning = _without_source(warnings.formatwarning)
+
+
+def _without_source(former: Callable[..., str]) -> Callable[..., str]:
+    """Formats our warnings for users, whom a path and a line of our source tell nothing, and others as before."""
+
+    def without_source(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename.startswith(_HOME):
+            return f"Warning: {message}\n"
+        return former(message, category, filename, lineno, line)
+
+    return without_source
 
 
 def _concerns_users(record: logging.LogRecord) -> bool:
     return not record.getMessage().lstrip().startswith(_LOGGED.get(record.name, ()))
+
+
+def _is_no_missing_gpu(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("GPU available: False")

@@ -18,6 +18,19 @@ print(os.environ["OMP_WAIT_POLICY"])
 """
 
 
+#: A run of Python's: only the Trainer's own lines, and a warning of ours.
+PYTHON = """
+import sys
+import lightning.pytorch as L
+from lightning_rlhf import HFExport, InstructionDataModule, LoRA, SFTModule
+module = SFTModule(sys.argv[1], lora=LoRA(r=2))
+data = InstructionDataModule("rows.jsonl", batch_size=4)
+trainer = L.Trainer(accelerator="cpu", max_steps=1, log_every_n_steps=1, callbacks=[HFExport(monitor="val/loss")])
+trainer.fit(module, data)
+"""
+FOREIGN = ("Tip:", "Warning:", "deprecat", "site-packages", "kernels-community", "Loading weights", "litlogger")
+
+
 @pytest.fixture(scope="module")
 def printed(tiny_model_dir, tmp_path_factory):
     """What each command printed into one file, and the value of OMP_WAIT_POLICY that torch found."""
@@ -46,14 +59,16 @@ def printed(tiny_model_dir, tmp_path_factory):
     # as from a shell: what conftest.py sets is the commands' own business
     ours = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "PYTHONWARNINGS")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    with (folder / "out").open("wb") as out:
-        command = [sys.executable, "-c", SCRIPT, json.dumps(list(runs.values()))]
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=environment, timeout=280)
-    text = (folder / "out").read_bytes().decode()
-    assert done.returncode == 0, text[-4000:]
-    *parts, last = text.split("== ")[1:]
+    texts = []
+    for command in (["-c", SCRIPT, json.dumps(list(runs.values()))], ["-c", PYTHON, str(tiny_model_dir)]):
+        with (folder / "out").open("wb") as out:
+            done = subprocess.run([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+                                  env=environment, timeout=280)  # fmt: skip
+        texts.append((folder / "out").read_bytes().decode())
+        assert done.returncode == 0, texts[-1][-4000:]
+    *parts, last = texts[0].split("== ")[1:]
     last, policy = last.rstrip().rsplit("\n", 1)
-    return dict(zip(runs, [*parts, last], strict=True)), policy
+    return dict(zip([*runs, "python"], [*parts, last, texts[1]], strict=True)), policy
 
 
 @pytest.mark.parametrize(
@@ -62,9 +77,15 @@ def printed(tiny_model_dir, tmp_path_factory):
 def test_a_command_prints_no_lines_of_libraries_and_no_carriage_returns(command, printed):
     text = printed[0][command]
     assert "\r" not in text
-    foreign = ("Tip:", "Warning", "deprecat", "site-packages", "kernels-community", "Loading weights", "litlogger")
-    assert [line for line in text.splitlines() if any(word in line for word in foreign)] == []
+    assert [line for line in text.splitlines() if any(word in line for word in FOREIGN)] == []
     assert len(text.splitlines()) > 1, "it says something of its own"
+
+
+def test_python_prints_no_lines_of_libraries_and_our_warnings_without_their_source(printed):
+    text = printed[0]["python"]
+    assert "\r" not in text
+    found = [line for line in text.splitlines() if any(word in line for word in FOREIGN)]
+    assert len(found) == 1 and found[0].startswith("Warning: HFExport: no 'best' was written: no validation was due")
 
 
 def test_torch_waits_passively(printed):

@@ -57,6 +57,7 @@ class HFExport(L.Callback):
         self.dirpath, self.when, self.monitor, self.mode = dirpath, when, monitor, mode
         self.adapter_only, self.max_shard_size = adapter_only, max_shard_size
         self.best: float | None = None
+        self._validated = False
 
     @property
     def state_key(self) -> str:
@@ -97,6 +98,7 @@ class HFExport(L.Callback):
         Raises:
             DataError: ``when: best``, and nothing is validated.
         """
+        self._validated = False
         validates = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
         if validates or not self._watches:
             return
@@ -114,6 +116,7 @@ class HFExport(L.Callback):
         """
         if not self._watches or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
+        self._validated = True
         own = trainer.callback_metrics.get(self.monitor)  # type: ignore[arg-type]
         found = [value for value in gather_objects(None if own is None else float(own)) if value is not None]
         if not found:
@@ -138,7 +141,15 @@ class HFExport(L.Callback):
             self._export(trainer, pl_module, "last")
             rank_zero_info(f"Hugging Face model: {self._path(trainer, 'last')}")
         if self._watches and self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(f"HFExport: {self.monitor} never came, or was never a number: no 'best' was written.")
+            reason = (
+                f"{self.monitor} was never a number"
+                if self._validated
+                else (
+                    "no validation was due before the run ended. Lower trainer.val_check_interval or "
+                    "trainer.check_val_every_n_epoch, or train for longer"
+                )
+            )
+            rank_zero_warn(f"HFExport: no 'best' was written: {reason}.")
 
     @property
     def _watches(self) -> bool:

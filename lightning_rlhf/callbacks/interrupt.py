@@ -293,8 +293,8 @@ class SaveOnInterrupt(L.Callback):
         if self.advice is not None or checkpoint is None:
             return self.advice or ""
         if any(isinstance(c, SaveConfigCallback) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            return f"Go on from there with --ckpt_path {shlex.quote(checkpoint)}"  # a LightningCLI's fit
-        return f"Go on from there with trainer.fit(..., ckpt_path={checkpoint!r})"
+            return f"To go on, repeat your command with --ckpt_path {shlex.quote(checkpoint)}"  # a LightningCLI's fit
+        return f"To go on, repeat trainer.fit(..., ckpt_path={checkpoint!r})"
 
 
 def _newest_checkpoint(trainer: L.Trainer) -> str | None:

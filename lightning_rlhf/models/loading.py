@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +33,14 @@ from transformers.utils import cached_file, find_adapter_config_file, has_file
 
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.quantization import DTYPE, Quantization, quantization_arguments, quantized
-from lightning_rlhf.models.saving import ADAPTED, merge_adapters, own_stop_token_ids, quiet_peft, stops_of
+from lightning_rlhf.models.saving import (
+    ADAPTED,
+    merge_adapters,
+    no_progress_bars,
+    own_stop_token_ids,
+    quiet_peft,
+    stops_of,
+)
 from lightning_rlhf.utils.random import generator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -314,7 +322,8 @@ def _load(
         _check_labels(config, pretrained)
     if quantization is not None:
         arguments = {**arguments, **quantization_arguments(quantization, arguments[DTYPE])}
-    with _unsaid() if auto is AutoModelForSequenceClassification else nullcontext():
+    unsaid = _unsaid() if auto is AutoModelForSequenceClassification else nullcontext()
+    with unsaid, nullcontext() if sys.stderr.isatty() else no_progress_bars():  # in a file a bar is a line per step
         model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
     missing = set(found["missing_keys"])
     if auto is AutoModelForSequenceClassification:

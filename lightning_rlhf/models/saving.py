@@ -79,7 +79,7 @@ def save_pretrained(
             "export with adapter_only=True, and merge them into the model in full precision."
         )
     _check_finite(model, state_dict or {}, directory)
-    with _no_progress_bars(), atomic_directory(directory) as folder:
+    with no_progress_bars(), atomic_directory(directory) as folder:
         given = stop_token_ids or [tokenizer.eos_token_id]
         every = [*given, tokenizer.eos_token_id, *own_stop_token_ids(base)]
         stops = list(dict.fromkeys(i for i in every if i is not None))
@@ -94,6 +94,8 @@ def save_pretrained(
                 for file in (folder / adapter).iterdir():
                     file.rename(folder / file.name)
                 (folder / adapter).rmdir()
+            _rewrite(folder / "adapter_config.json", _portable_adapter_config)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
             _save_adapted(base, folder)
         else:
             whole = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
@@ -108,7 +110,7 @@ def save_pretrained(
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Inside rich's bar, which Lightning shows, those of transformers recurse without end in Jupyter."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -338,6 +340,12 @@ def _portable_config(config: dict[str, Any]) -> None:
         config["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+
+
+def _portable_adapter_config(config: dict[str, Any]) -> None:
+    """A base in a directory is named from the root: adapters are loaded from other places than they were trained in."""
+    if os.path.isdir(base := config.get("base_model_name_or_path") or ""):
+        config["base_model_name_or_path"] = os.path.abspath(base)
 
 
 def _portable_tokenizer_config(config: dict[str, Any]) -> None:

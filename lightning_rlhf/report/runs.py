@@ -216,13 +216,19 @@ def _read_logs(files: Sequence[Path]) -> StageReport:
     """The last of some logs, after those that it goes on from."""
     chain: list[tuple[Path, Values]] = []
     notes = ""
+    measured: tuple[Path, Values, str] | None = None
     for file in reversed(files):
         values, note = _read_csv(file) if file.suffix == ".csv" else (_read_events(file), "")
+        if all(name.startswith(("val/", "test/")) for name, _, _ in values):  # validate and test log beside the run
+            measured = measured or ((file, values, note) if values else None)
+            continue
         if values and chain and file.parent != chain[0][0].parent and not _goes_on(*chain[0], values):
             break
         if values:
             chain.insert(0, (file, values))
             notes = note + notes
+    if not chain and measured:
+        chain, notes = [measured[:2]], measured[2]
     if not chain:
         raise ValueError(f"{files[-1]} holds no values.")
     curves: dict[str, list[tuple[int, float]]] = {}

@@ -90,7 +90,7 @@ def read_settings(folder: Path) -> dict[str, list[Setting]]:
         sections = {"Model": flatten(model) if model else {}, "Data": flatten(data) if data else {}}
         return {**{k: [(*row, False) for row in v.items()] for k, v in sections.items()}, "Trainer": _rows(trainer)}
     hparams = read_yaml(folder / "hparams.yaml")
-    kind = {"class": _short(hparams["_class_path"])} if "_class_path" in hparams else {}
+    kind = {"class": hparams["_stage"]} if "_stage" in hparams else {}
     own = {name: value for name, value in hparams.items() if not name.startswith("_")}
     rows = [*kind.items(), *flatten(own).items()] if own else []
     return {"Model": [(name, text, False) for name, text in rows]} if rows else {}

@@ -40,6 +40,7 @@ from lightning_rlhf.models import LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 from lightning_rlhf.models.loading import Dtype, load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import Quantization, is_quantized_layer, require_bitsandbytes
+from lightning_rlhf.quiet import quiet_libraries
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, gradient_norm, parameter_groups, parameters_of
@@ -104,6 +105,7 @@ class Stage(L.LightningModule):
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
+        quiet_libraries()
         if not isinstance(pretrained, (str, os.PathLike, PreTrainedModel)):
             raise ValueError(
                 f"pretrained is a {type(pretrained).__name__}: give a directory, a hub id, or a transformers model (of "
@@ -170,6 +172,11 @@ class Stage(L.LightningModule):
             for name, parameter in inspect.signature(base.__init__).parameters.items():  # type: ignore[misc]
                 defaults.setdefault(name, parameter.default)
         self._objects = {k: _name(settings[k]) for k in sorted(objects) if settings[k] is not defaults.get(k)}
+
+    @property
+    def hparams_initial(self) -> Any:
+        """What loggers keep: the settings, and as ``_stage`` the class, which names the run in a report."""
+        return type(found := super().hparams_initial)({"_stage": type(self).__name__, **found})
 
     @property
     def model_to_export(self) -> Backbone:

@@ -257,7 +257,7 @@ def test_the_line_that_says_how_to_go_on_stands_whole_under_the_bar(name, proces
     out, found = processes
     said = found[name][1].replace("\r\n", "\n").replace("\033[?25h", "")  # the cursor is back
     path = out / name / "interrupted.ckpt"
-    text = f"stopped after step 3, all is saved in {path}. Go on from there with trainer.fit(..., ckpt_path='{path}')\n"
+    text = f"stopped after step 3, all is saved in {path}. To go on, repeat trainer.fit(..., ckpt_path='{path}')\n"
     assert re.search(rf"\nSIG(INT|TERM): {re.escape(text)}$", said), said[-2000:]
     if name in ("tqdm", "rich"):
         assert "/" in said  # there is a bar
@@ -276,7 +276,7 @@ def test_a_shell_is_told_an_option_that_it_has(processes):
     out, found = processes
     line = found["shell"][1].splitlines()[-1]
     assert line.startswith("SIGINT: stopped after step 2, all is saved in ")
-    option = line.partition("Go on from there with ")[2].split()
+    option = line.partition("repeat your command with ")[2].split()
     assert option == ["--ckpt_path", str(out / "shell" / "interrupted.ckpt")]
 
 

@@ -141,10 +141,13 @@ def test_several_active_adapters_are_not_saved_as_one(tokenizer, tiny_model_dir,
         saving.save_pretrained(tuned, tokenizer, tmp_path / "hf", adapter_only=True)
 
 
-def test_an_adapter_directory_is_a_model_like_any_other(tokenizer, tiny_model_dir, tmp_path):
-    """It can be trained on, in full or with adapters again, and those know over what they are."""
-    first = shaken(load_causal_lm(tiny_model_dir, lora=LoRA(r=4)))
+def test_an_adapter_directory_is_a_model_like_any_other(tokenizer, tiny_model_dir, tmp_path, monkeypatch):
+    """It can be trained on, in full or with adapters again, and those know over what they are, wherever one stands."""
+    monkeypatch.chdir(tiny_model_dir.parent)
+    first = shaken(load_causal_lm(tiny_model_dir.name, lora=LoRA(r=4)))
     saving.save_pretrained(first, tokenizer, tmp_path / "one", adapter_only=True)
+    monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "one" / "README.md").exists()  # peft's, without content
     whole = load_causal_lm(tmp_path / "one")
     assert all(p.requires_grad for p in whole.parameters()) and not hasattr(whole, "peft_config")
     second = load_causal_lm(tmp_path / "one", lora=LoRA(r=2))

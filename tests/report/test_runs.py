@@ -107,6 +107,13 @@ def test_where_one_log_goes_back_the_later_values_hold_of_each_metric(tmp_path):
     assert curves(path) == {"train/loss": [[1, 4.0], [2, 30.0], [3, 20.0]], "val/loss": [[2, 9.0], [3, 8.0]]}
 
 
+def test_what_validate_logged_after_a_run_is_not_the_run(tmp_path):
+    log(tmp_path / "version_0", ["0,0,4.0,", "0,1,3.0,"])
+    log(tmp_path / "version_1", ["0,1,9.0"], "epoch,step,val/loss")
+    assert curves(tmp_path) == {"train/loss": [[1, 4.0], [2, 3.0]]}
+    assert curves(tmp_path / "version_1") == {"val/loss": [[2, 9.0]]}
+
+
 @pytest.mark.parametrize("rest", ["0,2,0.1", "0,2,0.125,", "0,", "0,2,0.1e"])
 def test_of_a_log_that_was_cut_off_the_last_line_is_left_out_and_that_is_said(rest, tmp_path):
     path = log(tmp_path, ["0,0,4.0,", "0,1,3.0,", rest], end="")

@@ -69,9 +69,7 @@ def test_long_texts_are_cut_and_their_length_is_said():
 
 def test_the_command_lines_config_comes_before_the_loggers_hparams(tmp_path):
     assert read_settings(tmp_path) == {}
-    (tmp_path / "hparams.yaml").write_text(
-        yaml.safe_dump({"_class_path": "x.SFTModule", "_instantiator": "y", "lr": 1.0})
-    )
+    (tmp_path / "hparams.yaml").write_text(yaml.safe_dump({"_stage": "SFTModule", "_instantiator": "y", "lr": 1.0}))
     assert read_settings(tmp_path) == {"Model": [("class", "SFTModule", False), ("lr", "1.0", False)]}
     config = {
         "seed_everything": 3,
