@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
-    from lightning_rlhf.data.prompts import PromptDataModule
+    from lightning_rlhf.data.prompts import PromptDataModule, Ptx
     from lightning_rlhf.models import LoRA, Policy, RewardModel
     from lightning_rlhf.rollout import Sampling
     from lightning_rlhf.stages import PPOModule, RewardModule, SFTModule
@@ -42,6 +42,7 @@ _HOMES = {
     "PPOModule": "stages",
     "PreferenceDataModule": "data.preference",
     "PromptDataModule": "data.prompts",
+    "Ptx": "data.prompts",
     "LoRA": "models",
     "Policy": "models",
     "Report": "callbacks",
@@ -62,6 +63,7 @@ __all__ = [
     "Policy",
     "PreferenceDataModule",
     "PromptDataModule",
+    "Ptx",
     "Report",
     "RewardModel",
     "RewardModule",

@@ -12,6 +12,7 @@ from lightning_rlhf import (
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
+    Ptx,
     RewardModule,
     Sampling,
     SFTModule,
@@ -33,6 +34,7 @@ OWNERS = {
     PreferenceDataModule: dict(train=ROWS),
     PromptDataModule: dict(train=ROWS),
     Sampling: dict(),
+    Ptx: dict(),
 }
 LEAST = {  # the last that is right, and the first that is wrong
     "at least 1": (1, 0),
@@ -71,19 +73,18 @@ RANGES = [
     (PPOModule, "at least 0 and at most 1", ["clip_low", "gamma", "lam"]),
     (SFTModule, "at least 1", ["max_skipped_updates"]),
     (RewardModule, "at least 1", ["max_skipped_updates"]),
-    (RewardModule, "at least 0", ["center"]),
+    (RewardModule, "at least 0", ["centering_coef"]),
     *(
         (kind, rule, names)
         for kind in (InstructionDataModule, PreferenceDataModule, PromptDataModule)
         for rule, names in {
-            "at least 1": ["batch_size", "eval_batch_size", "max_length", "window_rows"],
+            "at least 1": ["batch_size", "eval_batch_size", "max_length", "streaming_window"],
             "at least 0": ["num_proc"],
             "at least 0 and below 1": ["val_fraction"],
         }.items()
     ),
     (InstructionDataModule, "at least 1", ["max_tokens"]),
     (PreferenceDataModule, "at least 0", ["num_workers"]),
-    (PromptDataModule, "at least 1", ["ptx_batch_size", "ptx_max_length"]),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, pad, split, unpack
     from lightning_rlhf.data.planner import PlannedLoader, Planner
     from lightning_rlhf.data.preference import PreferenceDataModule
-    from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
+    from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule, Ptx
     from lightning_rlhf.data.sources import WeightedSource
 
 _HOMES = {
@@ -18,7 +18,7 @@ _HOMES = {
     "PreferenceDataModule": "preference",
     **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
     **dict.fromkeys(("PlannedLoader", "Planner"), "planner"),
-    **dict.fromkeys(("PromptBatch", "PromptDataModule"), "prompts"),
+    **dict.fromkeys(("PromptBatch", "PromptDataModule", "Ptx"), "prompts"),
     "WeightedSource": "sources",
 }
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PreferenceDataModule",
     "PromptBatch",
     "PromptDataModule",
+    "Ptx",
     "Tree",
     "WeightedSource",
     "pack",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import inspect
 import json
 import os
 from abc import ABC, abstractmethod
@@ -51,25 +52,32 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     (:meth:`encoder`) and how they make a tree (``tree``).
 
     Args:
-        train: Training rows: files, globs, a hub id, a ``datasets.Dataset``, a list of dicts, or ``bundled``; or a list
-            of several of these with weights, ``{source: ..., weight: ..., format: ...}``.
-        val: Validation rows; None takes ``val_fraction`` of the training rows.
-        test: Test rows; None uses the validation rows.
-        predict: Rows to predict; None uses the validation rows.
-        max_length: Most tokens of a sequence; default the model's context.
-        on_bad_row: ``raise`` or ``skip``.
-        batch_size: Sequences of an optimizer step.
-        max_tokens: Most tokens of a micro-batch.
-        eval_batch_size: Sequences of an evaluation batch on each rank.
-        val_fraction: Share held out by first user turn.
-        seed: Of the split and the shuffle.
-        num_proc: Processes that tokenize.
-        num_workers: Processes that pack batches.
-        cache_dir: Where tokenized rows are kept.
-        tokenizer: Default: the module's.
-        streaming: Hold no rows and no plan of a whole epoch in memory.
-        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
-        format: Row format, or ``auto``.
+        train: Training rows: files or globs (JSON, JSONL, CSV, Parquet, text; gzipped too), a hub data set id, a
+            ``datasets.Dataset``, a list of dicts, or ``bundled``: rows in Chinese and English that come with the
+            package. Several sources are a list of ``{source: ..., weight: ..., format: ...}``.
+        val: Validation rows. Default: ``val_fraction`` of the training rows.
+        test: Rows for ``trainer.test``. Default: the validation rows.
+        predict: Rows for ``trainer.predict``. Default: the validation rows.
+        format: Name of the row format. ``auto`` finds out for each row.
+        system: System prompt for rows that have none.
+        max_length: Maximum number of tokens per sequence. Longer rows are bad rows. Default: the model's context.
+        on_bad_row: ``raise`` stops at the first bad row and names file, line and reason. ``skip`` leaves bad rows out
+            and reports their number by reason.
+        batch_size: Sequences per optimizer step, over all ranks and micro-batches.
+        max_tokens: Maximum number of tokens per micro-batch. A larger value needs more memory; a step that exceeds it
+            is an error that names the accumulation that fits. Default: no limit.
+        eval_batch_size: Sequences per evaluation batch on each rank. A larger value needs more memory.
+        val_fraction: Share of the training rows to hold out for validation. Rows with the same first user turn are
+            either all held out or all trained on.
+        seed: Seed of the held-out share and of the shuffle.
+        num_proc: Number of processes that tokenize rows. Default: this process alone.
+        num_workers: Number of processes that pack batches ahead of time. 0 packs them in this process.
+        cache_dir: Folder in which tokenized rows are kept. Default: the environment variable
+            ``LIGHTNING_RLHF_CACHE``, or ``~/.cache/lightning_rlhf``.
+        tokenizer: Default: the module's, with its chat template.
+        streaming_window: For data sets larger than memory: number of rows to shuffle and plan at a time. A larger
+            value mixes better and needs more memory; 65536 is a good start. Rows are then read one by one into the
+            cache, which is found again by the files' names, sizes and times. Default: all rows are held in memory.
 
     Attributes:
         bad_rows: By part, the rows that reading and tokenizing it left out.
@@ -96,20 +104,20 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         val: Source | None,
         test: Source | None,
         predict: Source | None,
+        format: str,
+        system: str | None,
         max_length: int | None,
         on_bad_row: OnBadRow,
         batch_size: int,
-        max_tokens: int | None,
         eval_batch_size: int,
         val_fraction: float,
         seed: int,
         num_proc: int | None,
-        num_workers: int,
         cache_dir: str | os.PathLike[str] | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        streaming: bool,
-        window_rows: int,
-        format: str,
+        streaming_window: int | None,
+        max_tokens: int | None = None,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         check_arguments(
@@ -122,7 +130,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             val_fraction=Range(0, 1, below=True),
             num_proc=Range(0),
             num_workers=Range(0),
-            window_rows=Range(1),
+            streaming_window=Range(1),
         )
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self._weighted = {part: weighted_sources(s) for part, s in self.sources.items() if s is not None}
@@ -143,11 +151,16 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self.unread: dict[str, Counter[str]] = {}
         self.doubled: dict[str, int] = {}
         self._tokenizer = tokenizer
-        self.streaming, self.window_rows, self.format = streaming, window_rows, format
+        self.streaming_window, self.format, self.system = streaming_window, format, system
         self._items: dict[str, list[list[tuple[str, Item]]]] = {}
         self._rows: dict[str, TokenRows] = {}
         self._reported: set[tuple[str, int]] = set()
         self._usual: dict[str, str | None] = {}
+
+    @property
+    def streaming(self) -> bool:
+        """Whether rows are not held in memory."""
+        return self.streaming_window is not None
 
     # ------------------------------------------------------------------------------------------------- subclasses
 
@@ -283,13 +296,10 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             shuffle,
             self.seed,
             sources=rows.sources,
-            window=self._window(),
+            window=self.streaming_window,
             content=rows.content,
         )
         return PlannedLoader(rows, planner, rank, self.num_workers, pin_memory=torch.cuda.is_available())
-
-    def _window(self) -> int | None:
-        return self.window_rows if self.streaming else None
 
     # ------------------------------------------------------------------------------------------------- rows
 
@@ -584,6 +594,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             unread = getattr(item, "unread", ()) if of_user else ()
             place = where.encode(errors="backslashreplace").decode()
             yield Record(place, json.dumps(self.dump(item), ensure_ascii=False), json.dumps(unread))
+
+
+def shared_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a subclass's arguments that :class:`TreeDataModule` takes."""
+    return {name: given[name] for name in inspect.signature(TreeDataModule).parameters if name in given}
 
 
 class _Counted:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.base import BUNDLED, TreeDataModule
+from lightning_rlhf.data.base import BUNDLED, TreeDataModule, shared_arguments
 from lightning_rlhf.data.formats import Conversation, to_conversation
 from lightning_rlhf.data.oasst import instruction_rows
 from lightning_rlhf.data.packed import Branch, Tree
@@ -28,31 +28,10 @@ class InstructionDataModule(TreeDataModule[Conversation]):
     """Instruction data for supervised fine-tuning.
 
     Args:
-        train: Files or globs (JSON, JSONL, CSV, Parquet, text; gzip too), a hub data set id, a ``datasets.Dataset``, a
-            list of dicts, or ``bundled``: 266 rows in Chinese and English that come with the package. Several with
-            weights: a list of ``{source: ..., weight: ...}``.
-        val: Validation data; None takes ``val_fraction`` of the training rows.
-        test: Test data for ``trainer.test``; None uses the validation rows.
-        predict: Rows for ``trainer.predict``; None uses the validation rows.
-        format: Row format, or ``auto``.
-        system: System prompt of rows that have none.
-        loss_on: ``assistant``: every assistant turn; ``last``: the last; ``all``: all tokens.
-        max_length: Most tokens of a row; default the model's context.
-        truncate: Cut longer rows at ``max_length`` instead of calling them bad; cut rows are counted and reported.
-        on_bad_row: ``raise`` names file, line and reason; ``skip`` counts by reason and reports once.
-        batch_size: Sequences of an optimizer step, over all ranks and micro-batches.
-        max_tokens: Most tokens of a micro-batch; beyond it an error names the accumulation that fits.
-        eval_batch_size: Sequences of an evaluation batch on each rank.
-        val_fraction: Share held out by first user turn: rows that open alike stay on one side.
-        seed: Of the split and the shuffle.
-        num_proc: Processes that tokenize; None for one.
-        num_workers: Processes that pack batches.
-        cache_dir: Where tokenized rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
-            ``LIGHTNING_RLHF_CACHE``.
-        tokenizer: Default: the module's, with its chat template.
-        streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
-            files' names, sizes and times rather than their content, and an epoch is planned in windows.
-        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
+        loss_on: Tokens that the loss reads: those of every ``assistant`` turn, those of the ``last`` one, or ``all``.
+        truncate: Cut longer rows at ``max_length`` instead of treating them as bad; a warning tells how many were cut.
+
+    The other arguments are those of :class:`~lightning_rlhf.data.base.TreeDataModule`.
     """
 
     columns: ClassVar[Mapping[str, Any]] = {"input_ids": [int], "scored": [bool]}
@@ -81,31 +60,11 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         num_workers: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        streaming: bool = False,
-        window_rows: int = 65_536,
+        streaming_window: int | None = None,
     ) -> None:
         check_arguments(InstructionDataModule.__init__, locals())
-        super().__init__(
-            train,
-            val,
-            test,
-            predict,
-            max_length,
-            on_bad_row,
-            batch_size,
-            max_tokens,
-            eval_batch_size,
-            val_fraction,
-            seed,
-            num_proc,
-            num_workers,
-            cache_dir,
-            tokenizer,
-            streaming,
-            window_rows,
-            format,
-        )
-        self.system, self.loss_on, self.truncate = system, loss_on, truncate
+        super().__init__(**shared_arguments(locals()))
+        self.loss_on, self.truncate = loss_on, truncate
 
     def parse(self, row: Mapping[str, Any], part: str, format: str) -> Conversation:
         """A conversation or plain text."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.base import BUNDLED, TreeDataModule
+from lightning_rlhf.data.base import BUNDLED, TreeDataModule, shared_arguments
 from lightning_rlhf.data.formats import Conversation, Message, to_conversation
 from lightning_rlhf.data.oasst import preference_rows
 from lightning_rlhf.data.packed import Branch, Pair, Tree
@@ -38,32 +38,15 @@ class PreferenceDataModule(TreeDataModule[Preference]):
     """Preference data for reward models.
 
     Args:
-        train: Files or globs (JSON, JSONL, CSV, Parquet; gzip too), a hub data set id, a ``datasets.Dataset``, a list
-            of dicts, or ``bundled``: pairs in Chinese and English that come with the package. Several with weights: a
-            list of ``{source: ..., weight: ...}``.
-        val: Validation data; None takes ``val_fraction`` of the training rows.
-        test: Test data for ``trainer.test``; None uses the validation rows.
-        predict: Rows to score: preferences, or conversations of any instruction format; None uses the validation rows.
-        format: Row format, or ``auto``; see :data:`~lightning_rlhf.data.preference_formats.PREFERENCE_FORMATS`.
-        system: System prompt of rows that have none.
-        pair_weight: ``pair``: every pair weighs the same; ``prompt``: every prompt, its pairs sharing its weight
-            (InstructGPT's loss over rankings).
-        use_margin: Let the loss ask for the rows' margins; where a row has none but has scores, for their difference.
-        max_length: Most tokens of a prompt with its answer; default the model's context.
-        on_bad_row: ``raise`` names file, line and reason; ``skip`` counts by reason and reports once.
-        batch_size: Sequences (answers, two a pair) of an optimizer step, over all ranks and micro-batches.
-        max_tokens: Most tokens of a micro-batch; beyond it an error names the accumulation that fits.
-        eval_batch_size: Sequences of an evaluation batch on each rank.
-        val_fraction: Share held out by first user turn: rows that open alike stay on one side.
-        seed: Of the split and the shuffle.
-        num_proc: Processes that tokenize; None for one.
-        num_workers: Processes that pack batches.
-        cache_dir: Where tokenized rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
-            ``LIGHTNING_RLHF_CACHE``.
-        tokenizer: Default: the module's, with its chat template.
-        streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
-            files' names, sizes and times rather than their content, and an epoch is planned in windows.
-        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
+        predict: Rows to score: preferences, or conversations of any instruction format. Default: the validation rows.
+        pair_weight: ``pair`` gives every pair the same weight. ``prompt`` gives every prompt the same weight, which its
+            pairs share (InstructGPT's loss over rankings).
+        use_margin: Give the loss the rows' margins. A row without a margin but with scores gets their difference.
+        max_length: Maximum number of tokens of a prompt with one answer. Longer rows are bad rows. Default: the model's
+            context.
+        batch_size: Answers (two per pair) per optimizer step, over all ranks and micro-batches.
+
+    The other arguments are those of :class:`~lightning_rlhf.data.base.TreeDataModule`.
 
     Attributes:
         origins: For each part, the names (source, language) of the numbers that its pairs carry.
@@ -103,31 +86,10 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         num_workers: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        streaming: bool = False,
-        window_rows: int = 65_536,
+        streaming_window: int | None = None,
     ) -> None:
         check_arguments(PreferenceDataModule.__init__, locals())
-        super().__init__(
-            train,
-            val,
-            test,
-            predict,
-            max_length,
-            on_bad_row,
-            batch_size,
-            max_tokens,
-            eval_batch_size,
-            val_fraction,
-            seed,
-            num_proc,
-            num_workers,
-            cache_dir,
-            tokenizer,
-            streaming,
-            window_rows,
-            format,
-        )
-        self.system = system
+        super().__init__(**shared_arguments(locals()))
         self.pair_weight, self.use_margin = pair_weight, use_margin
         self.origins: dict[str, list[tuple[str, ...]]] = {}
 

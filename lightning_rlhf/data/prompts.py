@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.data.base import BUNDLED, TreeDataModule
+from lightning_rlhf.data.base import BUNDLED, TreeDataModule, shared_arguments
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import Conversation, Message
 from lightning_rlhf.data.instruction import InstructionDataModule
@@ -145,40 +145,47 @@ class PromptsWithPtx:
 # --------------------------------------------------------------------------------------------------------- data module
 
 
-class PromptDataModule(TreeDataModule[Prompt]):
-    """Prompts for PPO and its family, one batch an iteration.
+@dataclass(frozen=True)
+class Ptx:
+    """Texts beside the prompts; with them, training batches are ``{"prompts": PromptBatch, "ptx": PackedBatch}``.
 
     Args:
-        train: Files or globs (JSON, JSONL, CSV, Parquet, text; gzip too), a hub data set id, a ``datasets.Dataset``, a
-            list of dicts, or ``bundled``: the first user turns of the instruction data that comes with the package.
-            Several with weights: a list of ``{source: ..., weight: ...}``.
-        val: Prompts for validation; None takes ``val_fraction`` of the training rows.
-        test: Prompts for ``trainer.test``; None uses the validation rows.
-        predict: Prompts for ``trainer.predict``; None uses the validation rows.
-        format: Row format, or ``auto``; see :data:`PROMPT_FORMATS`.
-        system: System prompt of rows that have none.
-        as_text: A prompt is a plain text that no chat template touches, for base models.
-        max_length: Most tokens of a prompt. Besides, it must leave room for its completion: the limit is the module's
-            ``prompt_limit`` where it has one, else the model's context.
-        on_bad_row: ``raise`` names file, line and reason; ``skip`` counts by reason and reports once.
-        batch_size: Prompts of an iteration, over all ranks.
-        drop_last: Leave out an epoch's last batch where it is smaller.
-        eval_batch_size: Prompts of an evaluation batch on each rank.
-        ptx: Instruction data or plain texts, for a language-model loss beside PPO's (PPO-ptx): training batches are
-            then ``{"prompts": PromptBatch, "ptx": PackedBatch}``. ``val_fraction`` of it is held out as in fine-tuning.
-        ptx_batch_size: Sequences of ``ptx`` an iteration, over all ranks.
-        ptx_max_length: Most tokens of a row of ``ptx``; default the model's context.
-        val_fraction: Share held out by first user turn: rows that open alike stay on one side, in fine-tuning too.
-        seed: Of the split and the shuffle.
-        num_proc: Processes that tokenize; None for one.
-        cache_dir: Where tokenized rows are kept, by content; default ``~/.cache/lightning_rlhf``, or the environment's
-            ``LIGHTNING_RLHF_CACHE``.
-        tokenizer: Default: the module's, with its chat template.
-        streaming: For sets larger than memory: rows are read one after the other into the cache, which is known by the
-            files' names, sizes and times rather than their content, and an epoch is planned in windows.
-        window_rows: With ``streaming``, the rows that are shuffled and planned at a time.
+        source: Instruction data or plain texts, as ``train`` of ``InstructionDataModule``. Default: none. The share
+            ``val_fraction`` of it is held out, as in fine-tuning.
+        batch_size: Sequences per iteration, over all ranks.
+        max_length: Maximum number of tokens per text. Default: the model's context.
 
-    ``trainer.accumulate_grad_batches`` plays no part: an iteration is one batch, and micro-batches are the module's.
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    source: Source | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(Ptx, vars(self), "ptx.", batch_size=Range(1), max_length=Range(1))
+
+
+_NO_PTX = Ptx()
+
+
+class PromptDataModule(TreeDataModule[Prompt]):
+    """Prompts for PPO and its family, one batch per iteration.
+
+    ``trainer.accumulate_grad_batches`` has no effect: an iteration is one batch, which the module cuts itself.
+
+    Args:
+        as_text: Take each prompt as plain text that no chat template touches, for base models.
+        max_length: Maximum number of tokens per prompt. Longer rows are bad rows. Default, and upper limit: what leaves
+            room for a completion in the model's context.
+        batch_size: Prompts per iteration, over all ranks.
+        drop_last: Leave out the last batch of an epoch if it is smaller.
+        eval_batch_size: Prompts per evaluation batch on each rank. A larger value needs more memory.
+        ptx: Texts for a language-model loss beside PPO's (PPO-ptx, Ouyang et al. 2022).
+
+    The other arguments are those of :class:`~lightning_rlhf.data.base.TreeDataModule`. ``bundled`` are the first user
+    turns of the bundled instruction data.
     """
 
     columns: ClassVar[Mapping[str, Any]] = {"prompt": [int], "messages": str, "further": str}
@@ -201,58 +208,35 @@ class PromptDataModule(TreeDataModule[Prompt]):
         batch_size: int = 64,
         drop_last: bool = False,
         eval_batch_size: int = 16,
-        ptx: Source | None = None,
-        ptx_batch_size: int = 8,
-        ptx_max_length: int | None = None,
+        ptx: Ptx = _NO_PTX,
         val_fraction: float = 0.1,
         seed: int = 0,
         num_proc: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        streaming: bool = False,
-        window_rows: int = 65_536,
+        streaming_window: int | None = None,
     ) -> None:
-        check_arguments(PromptDataModule.__init__, locals(), ptx_batch_size=Range(1), ptx_max_length=Range(1))
-        super().__init__(
-            train,
-            val,
-            test,
-            predict,
-            max_length,
-            on_bad_row,
-            batch_size,
-            None,
-            eval_batch_size,
-            val_fraction,
-            seed,
-            num_proc,
-            0,
-            cache_dir,
-            tokenizer,
-            streaming,
-            window_rows,
-            format,
-        )
+        check_arguments(PromptDataModule.__init__, locals())
+        super().__init__(**shared_arguments(locals()))
         if as_text and system is not None:
             raise ValueError(
                 "With as_text prompts are plain texts, which have no system prompt. Leave one of them out."
             )
-        self.system, self.as_text, self.drop_last = system, as_text, drop_last
+        self.as_text, self.drop_last = as_text, drop_last
         self.ptx: InstructionDataModule | None = None
-        if ptx is not None:
-            self.sources["ptx"] = ptx
+        if ptx.source is not None:
+            self.sources["ptx"] = ptx.source
             self.ptx = InstructionDataModule(
-                ptx,
-                max_length=ptx_max_length,
+                ptx.source,
+                max_length=ptx.max_length,
                 on_bad_row=on_bad_row,
-                batch_size=ptx_batch_size,
+                batch_size=ptx.batch_size,
                 val_fraction=val_fraction,
                 seed=seed,
                 num_proc=num_proc,
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
-                streaming=streaming,
-                window_rows=window_rows,
+                streaming_window=streaming_window,
             )
             self.ptx.name = "ptx"
         self._names: dict[str, tuple[str, ...]] = {}
@@ -357,7 +341,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
             seed=self.seed,
             drop_last=drops,
             sources=rows.sources,
-            window=self._window(),
+            window=self.streaming_window,
             overhead=self.longest(part),
             content=rows.content,
         )

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import PurePath
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -64,8 +64,9 @@ class WeightedSource:
 
 
 #: Rows in memory, or paths, globs and hub ids; or a list of those with weights. The order matters to command lines:
-#: jsonargparse takes the first member that fits, and it can turn anything into a string. Of weighted sources it is told
-#: nothing, since where a list may hold a dataclass it reads a file as that list; it gives them as mappings.
+#: jsonargparse takes the first member that fits, and it can turn anything into a string. It doesn't see weighted
+#: sources, since it would read a file as a list of them (it gives them as mappings), and no Dataset, which no command
+#: line can write.
 if TYPE_CHECKING:
     Source: TypeAlias = (
         Sequence[Mapping[str, Any]]
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
         | Dataset
     )
 else:
-    Source = Union[Sequence[Mapping[str, Any]], Sequence[str | os.PathLike[str]], str, os.PathLike[str], "Dataset"]
+    Source = Sequence[Mapping[str, Any]] | Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
 
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")

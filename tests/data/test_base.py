@@ -20,6 +20,7 @@ from lightning_rlhf.data import (
     InstructionDataModule,
     PreferenceDataModule,
     PromptDataModule,
+    Ptx,
     WeightedSource,
     token_cache,
 )
@@ -99,11 +100,11 @@ def test_weights_are_passes_an_epoch(kind, tiny_tokenizer, tmp_path, caplog):
 
 
 @EACH
-@pytest.mark.parametrize("streaming", [False, True])
-def test_weighted_rows_are_dealt_over_ranks_and_resumed_exactly(kind, streaming, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("window", [None, 8])
+def test_weighted_rows_are_dealt_over_ranks_and_resumed_exactly(kind, window, tiny_tokenizer, tmp_path):
     a = write(tmp_path / "a.jsonl", [row("a", i) for i in range(23)])
     b = write(tmp_path / "b.jsonl", [row("b", i) for i in range(10)])
-    options = dict(streaming=streaming, window_rows=8, batch_size=4)
+    options = dict(streaming_window=window, batch_size=4)
     sources = [{"source": a, "weight": 1.5}, {"source": b}]
 
     def loaders(ranks, **more):
@@ -197,7 +198,7 @@ def test_weights_in_a_configuration(kind, tmp_path):
     parser.add_class_arguments(MODULES[kind], "data")
     (tmp_path / "my.yaml").write_text(
         "data:\n  train:\n  - {source: a.jsonl, weight: 2.0}\n  - {source: [b.parquet, c.csv], weight: 0.5}\n"
-        "  - {source: org/set, format: text}\n  streaming: true\n"
+        "  - {source: org/set, format: text}\n  streaming_window: 64\n"
     )
     data = instantiate(parser, parser.parse_args(["--config", str(tmp_path / "my.yaml")])).data
     assert data._weighted["train"] == [
@@ -205,7 +206,7 @@ def test_weights_in_a_configuration(kind, tmp_path):
         WeightedSource(["b.parquet", "c.csv"], 0.5),
         WeightedSource("org/set", 1, "text"),
     ]
-    assert data.streaming
+    assert data.streaming_window == 64
     there = write(tmp_path / "a.jsonl", [row("a", 0)])  # a file that is there stays a path, too
     for path in ("a.jsonl", there):
         one = instantiate(parser, parser.parse_args(["--data.train", path])).data
@@ -264,8 +265,7 @@ def test_lightning_loses_no_row_of_any_epoch(tiny_tokenizer):
 def test_streaming_gives_the_same_rows(kind, suffix, tiny_tokenizer, tmp_path):
     path = write(tmp_path / f"my.{suffix}", [row("q", i) for i in range(50)])
     held, streamed = (
-        ready(kind, tiny_tokenizer, path, val_fraction=0.3, streaming=streaming, window_rows=16)
-        for streaming in (False, True)
+        ready(kind, tiny_tokenizer, path, val_fraction=0.3, streaming_window=window) for window in (None, 16)
     )
 
     def content(data, part):
@@ -290,12 +290,13 @@ def test_streaming_reads_again_when_a_file_or_an_argument_changes(tiny_tokenizer
 
     def count(kind="instruction", **options):
         read.clear()
-        ready(kind, tiny_tokenizer, path, streaming=True, cache_dir=tmp_path / "cache", val=path, **options)
+        options = {"streaming_window": 16, **options}
+        ready(kind, tiny_tokenizer, path, cache_dir=tmp_path / "cache", val=path, **options)
         return len(read)
 
     assert count() == 1  # training and validation rows are the same
     assert count() == 0
-    assert count(batch_size=2, seed=1, window_rows=3) == 1  # rows that are held out depend on the seed
+    assert count(batch_size=2, seed=1, streaming_window=3) == 1  # rows that are held out depend on the seed
     assert count(system="Be brief.") == 1
     assert count(format="prompt_completion") == 1
     assert count("preference") == 1 and count("preference", use_margin=True) == 1 and count("preference") == 0
@@ -312,12 +313,12 @@ def test_streaming_counts_bad_rows_when_they_are_read_and_when_they_are_not(kind
         file.write('{"broken\n' + json.dumps({"nothing": 1}) + "\n" + json.dumps(row("long " * 300, 1)) + "\n")
     for _ in range(2):  # read, then found in the cache
         with pytest.warns(UserWarning, match="skipped") as seen:
-            ready(kind, tiny_tokenizer, str(path), streaming=True, on_bad_row="skip")
+            ready(kind, tiny_tokenizer, str(path), streaming_window=65_536, on_bad_row="skip")
         texts = [str(w.message) for w in seen if "skipped" in str(w.message)]
         assert len(texts) == 2 and "2 of 8 rows of train were" in texts[0] and "1 of 6 rows of train was" in texts[1]
         assert "my.jsonl:6: malformed JSON" in texts[0] and "my.jsonl:8: " in texts[1]
     with pytest.raises(BadRowError, match=r"my\.jsonl:6: malformed JSON"):  # the same cache, but another policy
-        ready(kind, tiny_tokenizer, str(path), streaming=True)
+        ready(kind, tiny_tokenizer, str(path), streaming_window=65_536)
 
 
 def test_streaming_stops_at_the_first_bad_row(tiny_tokenizer, tmp_path, monkeypatch):
@@ -329,7 +330,7 @@ def test_streaming_stops_at_the_first_bad_row(tiny_tokenizer, tmp_path, monkeypa
     real = home.TreeDataModule._parse
     monkeypatch.setattr(home.TreeDataModule, "_parse", lambda self, row, *a: seen.append(row) or real(self, row, *a))
     with pytest.raises(BadRowError, match=r"my\.jsonl:2: .*max_length=200"):
-        ready("instruction", tiny_tokenizer, str(path), streaming=True, cache_dir=tmp_path / "cache")
+        ready("instruction", tiny_tokenizer, str(path), streaming_window=65_536, cache_dir=tmp_path / "cache")
     assert len(seen) == 2
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []  # nothing half made stays
 
@@ -356,7 +357,7 @@ def test_streaming_holds_few_rows(num_proc, tiny_tokenizer, tmp_path, monkeypatc
         return item
 
     monkeypatch.setattr(InstructionDataModule, "parse", parse)
-    data = ready("instruction", tiny_tokenizer, path, streaming=True, num_proc=num_proc, window_rows=64)
+    data = ready("instruction", tiny_tokenizer, path, num_proc=num_proc, streaming_window=64)
     assert len(data._rows["train"]) == 400 and data._items == {}
     assert 1 <= most <= 3
     records = []
@@ -398,7 +399,7 @@ def test_a_plan_in_windows_holds_a_window(tmp_path):
 @pytest.mark.parametrize(("kind", "workers"), [("instruction", 2), *((kind, 0) for kind in MODULES)])
 def test_resume_within_a_window_gives_the_rest_bit_for_bit(kind, workers, tiny_tokenizer, tmp_path):
     path = write(tmp_path / "my.jsonl", [row("q", i) for i in range(61)])
-    options = dict(streaming=True, window_rows=16, batch_size=6, **({"num_workers": workers} if workers else {}))
+    options = dict(streaming_window=16, batch_size=6, **({"num_workers": workers} if workers else {}))
 
     def make(**more):
         return ready(kind, tiny_tokenizer, path, micro_batches=2, **options, **more).train_dataloader()
@@ -427,7 +428,7 @@ def test_a_resumed_run_streams_on_where_it_was_stopped(kind, tiny_tokenizer, tmp
     path = write(tmp_path / "my.jsonl", [row("q", i) for i in range(40)])
 
     def fit(steps, ckpt=None):
-        data = MODULES[kind](path, val=path, batch_size=6, streaming=True, window_rows=8, cache_dir=tmp_path / "cache")
+        data = MODULES[kind](path, val=path, batch_size=6, streaming_window=8, cache_dir=tmp_path / "cache")
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = L.Trainer(
             accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
@@ -449,20 +450,18 @@ def test_another_window_is_another_plan(tiny_tokenizer, tmp_path):
     def make(**options):
         return ready("instruction", tiny_tokenizer, path, **options).train_dataloader()
 
-    state = make(streaming=True, window_rows=8).state_dict()
-    for options in (dict(streaming=True, window_rows=9), {}):
+    state = make(streaming_window=8).state_dict()
+    for options in (dict(streaming_window=9), {}):
         with pytest.raises(ValueError, match="another plan"):
             make(**options).load_state_dict(state)
-    with pytest.raises(ValueError, match="window_rows"):
-        InstructionDataModule(path, window_rows=0)
 
 
 def test_texts_beside_prompts_stream_too(tiny_tokenizer, tmp_path):
     path = write(tmp_path / "my.jsonl", [row("q", i) for i in range(20)])
-    loader = ready("prompts", tiny_tokenizer, path, ptx=path, ptx_batch_size=3, streaming=True, window_rows=8)
+    loader = ready("prompts", tiny_tokenizer, path, ptx=Ptx(path, 3), streaming_window=8)
     batches = list(loader.train_dataloader())
     assert sorted(i for b in batches for i in b["prompts"].rows) == list(range(20))
-    assert loader.ptx.streaming and loader.ptx.window_rows == 8
+    assert loader.ptx.streaming_window == 8
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -517,13 +516,13 @@ def seed_that_holds_out(question, fraction=0.1):
     raise AssertionError
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("others", [0, 20])
-def test_a_usual_opening_is_never_held_out(tiny_tokenizer, tmp_path, streaming, others):
+def test_a_usual_opening_is_never_held_out(tiny_tokenizer, tmp_path, window, others):
     rows = [talk("Hello", f"friend {i}") for i in range(50)] + [talk(f"Hi {i}") for i in range(others)]
     seed = seed_that_holds_out("Hello")
     source = write(tmp_path / "a.jsonl", rows)
-    data = InstructionDataModule(source, tokenizer=tiny_tokenizer, max_length=200, seed=seed, streaming=streaming)
+    data = InstructionDataModule(source, tokenizer=tiny_tokenizer, max_length=200, seed=seed, streaming_window=window)
     if others:
         data.setup("fit")
         openings = [{tuple(data._rows[p].row(i)["input_ids"][:12]) for i in range(len(data._rows[p]))} for p in PARTS]
@@ -575,8 +574,8 @@ def test_an_empty_source_among_several_is_one_line(tiny_tokenizer, tmp_path):
 
 
 def test_texts_beside_prompts_may_not_be_empty(tiny_tokenizer, tmp_path):
-    data = PromptDataModule([{"prompt": "a"}], ptx=[talk("a" * 300)], tokenizer=tiny_tokenizer, max_length=50,
-                            ptx_max_length=5, val_fraction=0.0, on_bad_row="skip")  # fmt: skip
+    data = PromptDataModule([{"prompt": "a"}], ptx=Ptx([talk("a" * 300)], max_length=5), max_length=50,
+                            tokenizer=tiny_tokenizer, val_fraction=0.0, on_bad_row="skip")  # fmt: skip
     with pytest.warns(UserWarning, match="rows of ptx train"), pytest.raises(DataError, match="the ptx train data"):
         data.setup("fit")
 
@@ -612,15 +611,15 @@ def test_what_waits_for_validation_in_vain_is_told_at_the_start(tiny_model_dir, 
 # ----------------------------------------------------------------------------------------------- what nothing reads
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_keys_that_nothing_reads_are_counted_in_a_line(tiny_tokenizer, tmp_path, caplog, streaming):
+@pytest.mark.parametrize("window", [None, 64])
+def test_keys_that_nothing_reads_are_counted_in_a_line(tiny_tokenizer, tmp_path, caplog, window):
     rows = [talk(f"{i}", category="a") for i in range(30)]
     rows[0]["messages"][0]["id"] = 5
     rows[1] |= {"lang": "en", "reason": None, "train": True, "label": True}
     source = write(tmp_path / "a.jsonl", rows)
     for _ in range(2):  # the second time from the cache
         caplog.clear()
-        data = InstructionDataModule(source, tokenizer=tiny_tokenizer, max_length=200, streaming=streaming)
+        data = InstructionDataModule(source, tokenizer=tiny_tokenizer, max_length=200, streaming_window=window)
         with caplog.at_level("INFO"):
             data.setup("fit")
         (line,) = [r.message for r in caplog.records if "no setting reads" in r.message]
@@ -644,12 +643,12 @@ def test_a_cache_that_cant_be_written_is_named(tiny_tokenizer, tmp_path):
 
 
 @EACH
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_resume_with_other_rows_or_another_order_is_refused(kind, tiny_tokenizer, tmp_path, streaming):
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_resume_with_other_rows_or_another_order_is_refused(kind, tiny_tokenizer, tmp_path, window):
     rows = [row("a", i) for i in range(8)]
 
     def loader(rows, name="a.jsonl"):
-        return ready(kind, tiny_tokenizer, write(tmp_path / name, rows), streaming=streaming).train_dataloader()
+        return ready(kind, tiny_tokenizer, write(tmp_path / name, rows), streaming_window=window).train_dataloader()
 
     state = loader(rows).state_dict()
     loader(rows, "moved.jsonl").load_state_dict(state)  # the same rows elsewhere

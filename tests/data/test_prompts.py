@@ -16,7 +16,7 @@ from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.packed import PackedBatch, unpack
 from lightning_rlhf.data.prompt_formats import PROMPT_FORMATS, to_prompt
-from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule, PromptsWithPtx
+from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule, PromptsWithPtx, Ptx
 from lightning_rlhf.data.sources import BadRowError
 from lightning_rlhf.data.tokens import encode_prompt
 
@@ -233,13 +233,18 @@ def test_a_named_format_and_its_lacking_column(tiny_tokenizer):
         dict(val_fraction=1.0),
         dict(batch_size=0),
         dict(eval_batch_size=0),
-        dict(ptx_batch_size=0),
         dict(as_text=True, system="s"),
     ],
 )
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         PromptDataModule(ROWS, **options)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length"])
+def test_texts_have_positive_sizes(name):
+    with pytest.raises(ValueError, match=rf"^ptx\.{name} must be at least 1, got 0"):
+        Ptx(**{name: 0})
 
 
 @pytest.mark.parametrize(
@@ -372,7 +377,7 @@ def spell(batch):
 
 
 def test_texts_go_round_beside_the_prompts(tiny_tokenizer):
-    loader = ready(tiny_tokenizer, batch_size=3, ptx=TEXTS, ptx_batch_size=2).train_dataloader()
+    loader = ready(tiny_tokenizer, batch_size=3, ptx=Ptx(TEXTS, 2)).train_dataloader()
     assert isinstance(loader, PromptsWithPtx) and len(loader) == 8
     rounds, prompts = [], []
     for epoch in (0, 1):
@@ -388,7 +393,7 @@ def test_texts_go_round_beside_the_prompts(tiny_tokenizer):
 
 
 def test_texts_are_dealt_over_ranks(tiny_tokenizer):
-    options = dict(batch_size=5, ptx=TEXTS, ptx_batch_size=4)
+    options = dict(batch_size=5, ptx=Ptx(TEXTS, 4))
     group, (alone,) = on_ranks(tiny_tokenizer, 2, **options), on_ranks(tiny_tokenizer, 1, **options)
     for whole, *parts in zip(alone, *group, strict=True):
         for name in ("prompts", "ptx"):
@@ -397,7 +402,7 @@ def test_texts_are_dealt_over_ranks(tiny_tokenizer):
 
 
 def test_held_out_texts_are_those_of_fine_tuning(tiny_tokenizer):
-    loader = ready(tiny_tokenizer, ptx=TEXTS * 5, ptx_batch_size=50, val_fraction=0.5).train_dataloader()
+    loader = ready(tiny_tokenizer, ptx=Ptx(TEXTS * 5, 50), val_fraction=0.5).train_dataloader()
     held = ready(tiny_tokenizer, [{"prompt": row["text"]} for row in TEXTS], val_fraction=0.5, as_text=True)
     texts = {text for batch in held.train_dataloader() for text in batch.messages}
     (batch,) = loader
@@ -409,7 +414,7 @@ def test_held_out_texts_are_those_of_fine_tuning(tiny_tokenizer):
 @pytest.mark.parametrize("place", range(9))
 def test_resume_from_any_place_gives_the_rest(place, ranks, tiny_tokenizer):
     """8 batches an epoch of prompts, 4 and 2 a round of texts: places inside, and at the ends of both."""
-    options = dict(batch_size=3, ptx=TEXTS, ptx_batch_size=2)
+    options = dict(batch_size=3, ptx=Ptx(TEXTS, 2))
     for rank in range(ranks):
         whole, other = (on_ranks(tiny_tokenizer, ranks, **options)[rank] for _ in range(2))
         whole.set_epoch(0)
@@ -437,9 +442,9 @@ def test_another_plan_or_none_is_refused_on_resume(tiny_tokenizer):
     def state(**options):
         return ready(tiny_tokenizer, batch_size=3, **options).train_dataloader()
 
-    both = dict(ptx=TEXTS, ptx_batch_size=2)
+    both = dict(ptx=Ptx(TEXTS, 2))
     for was, now, reason in [
-        (both, both | dict(ptx_batch_size=3), "'batch_size': 2"),
+        (both, dict(ptx=Ptx(TEXTS, 3)), "'batch_size': 2"),
         (both, {}, "another plan"),
         ({}, both, "without ptx"),
     ]:
@@ -472,7 +477,7 @@ class Toy(L.LightningModule):
 
 
 def fit(tokenizer, folder, steps, ckpt=None, save=None):
-    data = PromptDataModule(ROWS, val=ROWS[:3], batch_size=3, ptx=TEXTS, ptx_batch_size=2, cache_dir=folder / "cache")
+    data = PromptDataModule(ROWS, val=ROWS[:3], batch_size=3, ptx=Ptx(TEXTS, 2), cache_dir=folder / "cache")
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save, save_top_k=-1) if save else None
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,

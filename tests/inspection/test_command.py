@@ -52,7 +52,7 @@ def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_
 
 
 def test_ptx_is_shown_beside_prompts(no_weights, capsys):
-    main([*small(CONFIGS / "ppo" / "smollm2_lora.yaml", no_weights), "--data.ptx", "bundled", "--rows", "1"])
+    main([*small(CONFIGS / "ppo" / "smollm2_lora.yaml", no_weights), "--data.ptx.source", "bundled", "--rows", "1"])
     out = capsys.readouterr().out
     assert (
         out.index("== prompts ==") < out.index("generation starts here") < out.index("== ptx ==") < out.index("^~~~~")

@@ -8,7 +8,7 @@ import pytest
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.packed import pad
 from lightning_rlhf.data.preference import PreferenceDataModule
-from lightning_rlhf.data.prompts import PromptDataModule
+from lightning_rlhf.data.prompts import PromptDataModule, Ptx
 from lightning_rlhf.data.sources import BadRowError
 from lightning_rlhf.inspection import inspect_data
 from lightning_rlhf.inspection.statistics import histogram
@@ -157,16 +157,16 @@ def test_prompts_are_those_that_are_sampled_from(tiny_model_dir):
 
 def test_texts_beside_prompts_are_the_second_section(tiny_model_dir):
     module = ppo(tiny_model_dir)
-    options = {"ptx": TALKS, "ptx_batch_size": 2, "val_fraction": 0.0}
+    options = {"ptx": Ptx(TALKS, 2, 256), "val_fraction": 0.0}
     found = inspect_data(module, PromptDataModule(TALKS[:3], **options), rows=10)
     assert [section.name for section in found.sections] == ["prompts", "ptx"]
-    data = PromptDataModule(TALKS[:3], tokenizer=module.tokenizer, max_length=200, ptx_max_length=256, **options)
+    data = PromptDataModule(TALKS[:3], tokenizer=module.tokenizer, max_length=200, **options)
     data.setup("fit")
     batches = list(data.train_dataloader().ptx)
     ids, places = held(batches)
     assert tokens(found.sections[1]) == ids
     assert shown(found.sections[1]) == targets(batches, places) != set()
-    held_out = PromptDataModule(TALKS[:3], val=TALKS[:1], ptx=TALKS)
+    held_out = PromptDataModule(TALKS[:3], val=TALKS[:1], ptx=Ptx(TALKS))
     assert [section.name for section in inspect_data(module, held_out, "val").sections] == [""]
 
 
@@ -263,7 +263,7 @@ def test_rows_are_chosen_by_number_place_or_seed(tiny_model_dir, tmp_path):
 
 
 def test_the_data_module_gets_its_trainer_back(tiny_model_dir):
-    data = PromptDataModule(TALKS[:3], ptx=TALKS, val_fraction=0.0)
+    data = PromptDataModule(TALKS[:3], ptx=Ptx(TALKS), val_fraction=0.0)
     data.trainer = mine = object()
     inspect_data(ppo(tiny_model_dir), data)
     assert data.trainer is mine and data.ptx.trainer is mine

@@ -29,6 +29,7 @@ from lightning_rlhf import (
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
+    Ptx,
     Report,
     RewardModule,
     SampleCompletions,
@@ -105,7 +106,7 @@ def make(stage, model_dir, out, n):
         model_dir, reward, lora=LoRA(r=4) if kind == "adapter" else None, epochs=2, minibatches=2, scale_scores=n > 1,
         sampling=Sampling(max_new_tokens=6, temperature=0.7), kl_target=1.0, ptx_coef=0.5 if ptx else 0.0, **common,
     )  # fmt: skip
-    return module, PromptDataModule(prompts, val=prompts, ptx=ptx, ptx_batch_size=n, **files), "val/score"
+    return module, PromptDataModule(prompts, val=prompts, ptx=Ptx(ptx, batch_size=n), **files), "val/score"
 
 
 def case(stage, strategy, model_dir, out, n):

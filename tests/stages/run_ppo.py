@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Sampling
+from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
 
 torch.set_num_threads(1)
 TEXTS = [{"prompt": f"Say {i}", "completion": f"dog {i} " * (1 + i % 3)} for i in range(10)]
@@ -59,8 +59,7 @@ def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max
         prompts(),
         batch_size=batch_size,
         val_fraction=val_fraction,
-        ptx=TEXTS if ptx else None,
-        ptx_batch_size=3,
+        ptx=Ptx(TEXTS if ptx else None, batch_size=3),
         cache_dir=Path(out_dir) / "cache",
     )
     callbacks = list(callbacks)

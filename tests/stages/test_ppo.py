@@ -22,7 +22,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Sampling
+from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
@@ -817,7 +817,7 @@ def test_what_would_end_the_run_in_its_middle_is_refused_before_it_samples(
             settings[name] = short_reward_dir
         if isinstance(settings.get(name), list):
             settings[name] = [WeightedReward(short_reward_dir), settings[name][1]]
-    data = PromptDataModule(LONG, val=LONG, batch_size=4, ptx=ptx, cache_dir=tmp_path / "cache")
+    data = PromptDataModule(LONG, val=LONG, batch_size=4, ptx=Ptx(ptx), cache_dir=tmp_path / "cache")
     module = PPOModule(tiny_model_dir, samples_per_prompt=2, engine=engine, **settings)
     with pytest.raises(ValueError, match=message):
         quiet(tmp_path, max_steps=1, num_sanity_val_steps=2).fit(module, data)
@@ -844,7 +844,7 @@ def test_the_numbers_that_a_refusal_names_would_do(tiny_model_dir, short_reward_
 
 def test_texts_that_nothing_weighs_are_said(tiny_model_dir, tmp_path):
     module = PPOModule(tiny_model_dir, happy, lora=LoRA(r=2), epochs=1, sampling=Sampling(max_new_tokens=2))
-    data = PromptDataModule(LONG, batch_size=2, val_fraction=0.0, ptx=run_ppo.TEXTS, cache_dir=tmp_path / "cache")
+    data = PromptDataModule(LONG, batch_size=2, val_fraction=0.0, ptx=Ptx(run_ppo.TEXTS), cache_dir=tmp_path / "cache")
     with pytest.warns(UserWarning, match="not learned from: model.ptx_coef is 0"):
         quiet(tmp_path, max_steps=1).fit(module, data)
 
@@ -943,7 +943,7 @@ def test_ptx_adds_the_language_models_gradient(tiny_model_dir, tmp_path):
             ptx_coef=coefficient,
             micro_batch_tokens=60,
         )
-        data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, ptx=run_ppo.TEXTS, ptx_batch_size=3)
+        data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, ptx=Ptx(run_ppo.TEXTS, 3))
         trainer = quiet(tmp_path, max_steps=1)
         trainer.fit(module, data)
         found[name] = {k: v.detach().clone() for k, v in module.policy.model.named_parameters()}

@@ -28,6 +28,7 @@ from lightning_rlhf import (
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
+    Ptx,
     RewardModule,
     Sampling,
     SFTModule,
@@ -135,7 +136,7 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}
         ptx = run.TEXTS if options.get("ptx_coef") else None
-        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, ptx=ptx, ptx_batch_size=3, **files)
+        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, ptx=Ptx(ptx, batch_size=3), **files)
         return PPOModule(model_dir, options.pop("reward", run.letters), sampling=sampling, **common, **options), data
     return TwoOptimizers(lr=lr), None
 
