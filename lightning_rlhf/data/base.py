@@ -37,11 +37,11 @@ from lightning_rlhf.data.sources import (
     weighted_sources,
 )
 from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, TokenRows, cache_key, distinct
+from lightning_rlhf.protocols import HasContext, HasStopTokens, HasTokenizer, SamplePrompt
 
 #: Faults that an empty cell may be behind.
 _LACKS = ("unknown format", "missing column", "no transcript")
 BUNDLED = "bundled"
-
 Item = TypeVar("Item")
 
 
@@ -195,7 +195,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """
 
     @abstractmethod
-    def messages(self, item: Item) -> list[dict[str, str]] | str | None:
+    def messages(self, item: Item) -> SamplePrompt | None:
         """The prompt of a row for showing samples: messages or a plain text; None where it has none."""
 
     def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -257,11 +257,15 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """Rows to predict, in order."""
         return self._eval_loader("predict")
 
-    def sample_prompts(self, n: int) -> list[list[dict[str, str]] | str]:
-        """Prompts of the first ``n`` validation rows, for showing samples."""
-        return [prompt for prompt, _ in self._shown(n)]
+    def sample_prompts(self, n: int) -> list[SamplePrompt]:
+        """Prompts of the first ``n`` validation rows, for samples; of training rows if there are none."""
+        return [prompt for prompt, _ in self._samples(n)]
 
-    def _shown(self, n: int) -> list[tuple[list[dict[str, str]] | str, Any]]:
+    def sample_columns(self, n: int) -> list[dict[str, Any]]:
+        """The columns beside those prompts, for reward functions."""
+        return [{} for _ in self._samples(n)]
+
+    def _samples(self, n: int) -> list[tuple[SamplePrompt, Item]]:
         """Those prompts, with what they were made of."""
         for part in ("val", "train"):
             sources = range(len(self._weighted[self._side(part)[0]]))
@@ -435,24 +439,27 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         Raises:
             ValueError: There is neither.
         """
-        module = None if self.trainer is None else self.trainer.lightning_module
-        tokenizer = self._tokenizer or getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(f"{type(self).__name__} has no tokenizer: give one, or use it with a module that has one.")
-        return tokenizer
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if isinstance(self._module, HasTokenizer):
+            return self._module.tokenizer
+        raise ValueError(f"{type(self).__name__} has no tokenizer: give one, or use it with a module that has one.")
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer by the module's ``stop_token_ids``; none where it has none."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return list(getattr(module, "stop_token_ids", ()))
+        return list(self._module.stop_token_ids) if isinstance(self._module, HasStopTokens) else []
+
+    @property
+    def _module(self) -> object:
+        """The Trainer's module."""
+        return None if self.trainer is None else self.trainer.lightning_module
 
     def _limit(self) -> int:
         """Most tokens of a row: the argument, else the model's context, else what the tokenizer says."""
         if self.max_length is not None:
             return self.max_length
-        module = None if self.trainer is None else self.trainer.lightning_module
-        context = getattr(module, "context_length", None)
+        context = self._module.context_length if isinstance(self._module, HasContext) else None
         return int(context or self.tokenizer.model_max_length)
 
     def _tokenized(self, part: str) -> TokenRows:

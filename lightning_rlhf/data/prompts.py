@@ -23,6 +23,7 @@ from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
 from lightning_rlhf.data.prompt_formats import Prompt, to_prompt
 from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
+from lightning_rlhf.protocols import LimitsPrompts, SamplePrompt
 
 
 @dataclass(eq=False)
@@ -265,15 +266,15 @@ class PromptDataModule(TreeDataModule[Prompt]):
         """:func:`encode_prompt_row` with the length limit."""
         return encode_prompt_row, {"limit": limit, "given": self.max_length == limit}
 
-    def messages(self, item: Prompt) -> list[dict[str, str]] | str:
+    def messages(self, item: Prompt) -> SamplePrompt:
         """The prompt."""
         if isinstance(item.prompt, str):
             return item.prompt
         return [{"role": m["role"], "content": m["content"]} for m in item.prompt]
 
     def sample_columns(self, n: int) -> list[dict[str, Any]]:
-        """The further columns of the prompts that ``sample_prompts`` gives."""
-        return [dict(item.columns) for _, item in self._shown(n)]
+        """The further columns of those prompts."""
+        return [dict(item.columns) for _, item in self._samples(n)]
 
     def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], _PromptRow]:
         """Notes the columns that any row has, so that all batches have the same."""
@@ -288,8 +289,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
 
     def _limit(self) -> int:
         """What leaves room for a completion, and ``max_length``."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        room = getattr(module, "prompt_limit", None)
+        room = self._module.prompt_limit if isinstance(self._module, LimitsPrompts) else None
         if room is None:
             return super()._limit()
         if room < 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning_rlhf.inspection.pieces import TokenPiece, visible
 from lightning_rlhf.inspection.rows import Inspection, RowView, Section
 from lightning_rlhf.inspection.statistics import Bar, Statistics
-from lightning_rlhf.inspection.terminal import shorten
+from lightning_rlhf.inspection.terminal import column_text
 from lightning_rlhf.report.page import escape as _e
 from lightning_rlhf.report.page import frame, write
 from lightning_rlhf.report.style import BASE
@@ -69,7 +69,8 @@ def _row(row: RowView) -> str:
     if row.starts:
         answers = f'<li><p class="note">▶ {_e(row.starts)}</p></li>'
     columns = "".join(
-        f'<tr><th scope="row">{_e(name)}</th><td>{_e(shorten(value))}</td></tr>' for name, value in row.columns.items()
+        f'<tr><th scope="row">{_e(name)}</th><td>{_e(column_text(value))}</td></tr>'
+        for name, value in row.columns.items()
     )
     return (
         f'<article><h3>Row {row.number} <span class="note">{_e(row.where)}{notes}</span></h3>'

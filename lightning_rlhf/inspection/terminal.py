@@ -9,6 +9,7 @@ from typing import Any
 from lightning_rlhf.inspection.pieces import TokenPiece, visible
 from lightning_rlhf.inspection.rows import Inspection, RowView
 from lightning_rlhf.inspection.statistics import Bar, Statistics
+from lightning_rlhf.utils.text import shorten
 
 _BAR = 30
 _LONGEST = 200
@@ -58,14 +59,13 @@ def _row(row: RowView, width: int, color: bool) -> Iterator[str]:
         yield f"{'└' if last else '├'}─ {answer.name} · {_tokens(answer.pieces)}{notes}"
         yield from _lines(answer.pieces, "  " if last else "│ ", width, color)
     for name, value in row.columns.items():
-        yield f"column {name}: {shorten(value)}"
+        yield f"column {name}: {column_text(value)}"
 
 
-def shorten(value: Any) -> str:
-    """A column's value as JSON, its beginning where it is long."""
+def column_text(value: Any) -> str:
+    """A column's value as JSON, or the beginning of it."""
     text = json.dumps(value, ensure_ascii=False)
-    text = "".join(character for character, _ in visible(text))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
+    return shorten("".join(character for character, _ in visible(text)), _LONGEST, count=True)
 
 
 def _tokens(shown: Sequence[TokenPiece]) -> str:
