@@ -1,4 +1,4 @@
-"""Rollouts: prompts and a policy in, completions with their log-probs out."""
+"""Rollouts: a policy completes prompts and returns the completions with their log-probs."""
 
 from lightning_rlhf.rollout.engine import CachedEngine
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine

@@ -1,4 +1,4 @@
-"""Text of a completion while its tokens arrive."""
+"""Decodes a completion while its tokens arrive."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.data.tokens import continued_ids
 
 UNFINISHED = "\ufffd"
-"""What a decoder writes for bytes that are no whole character (yet)."""
+"""What a decoder writes for bytes that do not form a whole character (yet)."""
 _LONGEST = 3
-"""Bytes of an unfinished character at most."""
+"""Largest number of bytes that an unfinished character has."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-    """The text of tokens as the model wrote it: no special tokens, and no blanks tidied away.
+    """Decodes tokens to the text that the model wrote: without special tokens, and with every space kept.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         ids: The tokens.
-        after: Tokens before them, which are not shown: some decoders drop the blank that begins a text.
+        after: Tokens that come before ``ids``. Their text is not returned, but some decoders drop the space that
+            begins a text, so they are decoded too.
     """
     alone, whole, before = (
         str(tokenizer.decode([*part], skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -30,7 +31,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequen
 
 
 def tail(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Sequence[int]:
-    """The last tokens of a prompt, as many as what follows needs to be decoded as it is behind all of them."""
+    """Returns enough of a prompt's last tokens that what follows decodes as it does after the whole prompt."""
     length = 1
     while length < len(ids) and (not (text := decode(tokenizer, ids[-length:])) or UNFINISHED in text):
         length *= 2
@@ -40,19 +41,19 @@ def tail(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Sequence[int
 def tokens_of(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, after: Sequence[int] = ()
 ) -> list[int]:
-    """The tokens of a text that others begin with, such as a completion up to a stop string.
+    """Returns the tokens that spell the beginning of a tokenized text, such as a completion up to a stop string.
 
     Args:
-        tokenizer: The model's.
-        ids: Tokens that spell the text and more.
-        text: The text; a blank before it in the tokens stays there.
-        after: Tokens before them.
+        tokenizer: The model's tokenizer.
+        ids: Tokens that spell ``text`` and possibly more after it.
+        text: The text to keep. A space that ``ids`` have before it is kept as well.
+        after: Tokens that come before ``ids``.
 
     Returns:
-        The first of ``ids``; where one of them reaches over the text's end, it is spelled anew up to there.
+        The first of ``ids``. If one token crosses the end of ``text``, its part within the text is tokenized again.
     """
     whole = decode(tokenizer, ids, after)
-    if text not in whole:  # an engine of another make, that decodes otherwise
+    if text not in whole:  # another engine, which decodes differently
         return continued_ids(tokenizer, text)
     wanted = whole[: whole.index(text) + len(text)]
     kept = [*ids]
@@ -66,22 +67,23 @@ def tokens_of(
 
 
 class Detokenizer:
-    """Turns tokens into text one by one, and looks for stop strings.
+    """Decodes tokens one by one, and looks for stop strings.
 
-    Only a window of the last tokens is decoded. It begins a step before the text that is still open, since a decoder
-    may treat the first token of a sequence differently. The text is that of decoding all tokens at once, but for broken
-    characters of a byte-fallback tokenizer, which then take whole ones beside them along.
+    Only a window of the last tokens is decoded. The window begins one step before the text that is still open, because
+    a decoder may treat the first token of a sequence differently. The text equals the text of decoding all tokens at
+    once, except for broken characters of a byte-fallback tokenizer: decoding all at once then also replaces whole
+    characters beside them.
 
-    Special tokens are no part of the text; stop strings are looked for in the text with them.
+    The text has no special tokens, but stop strings may contain them.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         stop_strings: Texts that end the completion.
-        after: Tokens before the first, which are not shown.
+        after: Tokens that come before the first one. Their text is not shown.
 
     Attributes:
-        text: What is certain so far: without half characters.
-        stop: Where in ``text`` a stop string begins, or None.
+        text: The text that is certain so far, without unfinished characters.
+        stop: The position in ``text`` where a stop string begins, or None.
     """
 
     def __init__(
@@ -92,19 +94,19 @@ class Detokenizer:
         self._tokenizer, self._stops = tokenizer, stop_strings
         self._special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._spelled = ""  # the text with special tokens
-        self._spans: list[tuple[int, int]] = []  # of those, in it
+        self._spans: list[tuple[int, int]] = []  # where in it the special tokens are
         self._ids = [*after]  # without special tokens
-        self._start, self._closed = 0, len(after)  # of the window, and of the tokens whose text is still open
-        self._known = decode(tokenizer, after)  # of the window's text
-        self._open = ""  # the rest of it
-        self._released = 0  # characters of ``text``
+        self._start, self._closed = 0, len(after)  # the first token of the window, and of the text that is still open
+        self._known = decode(tokenizer, after)  # the certain part of the window's text
+        self._open = ""  # the rest of the window's text
+        self._released = 0  # characters of ``text`` that were handed out
 
     def push(self, token: int, may_stop: bool = True) -> None:
-        """Takes a token.
+        """Appends a token.
 
         Args:
-            token: Its id.
-            may_stop: Whether a stop string that it completes counts.
+            token: The token's id.
+            may_stop: Look for a stop string that this token completes.
         """
         before = len(self._spelled)
         if token in self._special:
@@ -118,7 +120,7 @@ class Detokenizer:
             self.stop = None if first is None else self._shown(first)
 
     def _decode(self, token: int) -> None:
-        """Adds the text that has become certain."""
+        """Appends a token that is not special, and the text that it makes certain."""
         self._ids.append(token)
         window = decode(self._tokenizer, self._ids[self._start :])
         marks = len(window) - len(window.rstrip(UNFINISHED))
@@ -136,11 +138,11 @@ class Detokenizer:
         self._spelled += new
 
     def _shown(self, end: int) -> int:
-        """Characters of the text among so many with special tokens."""
+        """Converts a position in the text with special tokens to one in the text without them."""
         return end - sum(min(b, end) - a for a, b in self._spans if a < end)
 
     def release(self) -> str:
-        """What may be shown now: text not handed out yet that is not, and can't become, part of a stop string."""
+        """Returns the new text that can be shown: it is not, and cannot become, part of a stop string."""
         end = len(self.text)
         if self.stop is not None:
             end = self.stop
@@ -153,9 +155,9 @@ class Detokenizer:
         return self.text[start:end]
 
     def finish(self) -> str:
-        """The whole text, after the last token: before a stop string, or with half characters as they are."""
+        """Returns the whole text: up to a stop string, or with unfinished characters as the decoder writes them."""
         return self.text + self._open if self.stop is None else self.text[: self.stop]
 
     def rest(self) -> str:
-        """What of :meth:`finish` was not handed out yet."""
+        """Returns the part of :meth:`finish` that :meth:`release` has not returned yet."""
         return self.finish()[self._released :]

@@ -21,21 +21,23 @@ from lightning_rlhf.rollout.types import Completion, Request, Sampling
 log = logging.getLogger(__name__)
 
 _REASONS: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
-"""Why a model can't be run with the cache; None: it can. A model is tried once."""
+"""Why a model cannot run with the cache, or None if it can. Each model is tried once."""
 
 
 class CachedEngine:
-    """The decoding engine of one device: each distinct prompt is run once, and a finished row makes room for the next.
+    """Continuous batching on one device: each distinct prompt runs once, and a finished row makes room for the next.
 
-    A model that gives other logits with the cache than without is served by
-    :class:`~lightning_rlhf.rollout.HFGenerateEngine`: same results, less speed, and a warning that says so.
+    If a model's logits with the cache differ from those without it, :class:`~lightning_rlhf.rollout.HFGenerateEngine`
+    generates instead. The results are the same, but slower, and a warning tells why.
 
     Args:
-        max_live_tokens: Rows times columns that the cache may hold, where a row needs its prompt and
-            ``max_new_tokens``; None: no limit.
-        max_rows: Completions in the making at once; None: no limit. A larger batch is faster while memory lasts.
-        prefill_tokens: Padded tokens of prompts that the model runs on at once, unless one prompt has more. Prompts of
-            unlike length, whose padding would cost more than a pass over the weights, run apart anyway.
+        max_live_tokens: Maximum size of the cache in tokens: rows times the longest row's prompt and
+            ``max_new_tokens``. A larger value decodes more completions together and takes more memory. None: no limit.
+        max_rows: Maximum number of completions that are decoded together. A larger value is faster while memory lasts.
+            None: no limit.
+        prefill_tokens: Maximum number of prompt tokens, padding included, in one forward pass; a longer prompt runs
+            alone. A larger value takes fewer passes and more memory. Prompts of different lengths run in separate
+            passes if their padding would cost more than another pass over the weights.
 
     Raises:
         ValueError: A limit is below 1.
@@ -58,7 +60,7 @@ class CachedEngine:
         sampling: Sampling,
         stop_token_ids: Sequence[int],
     ) -> list[list[Completion]]:
-        """See :meth:`RolloutEngine.generate`."""
+        """Completes prompts; see :meth:`RolloutEngine.generate`."""
         if reason_against(policy):
             fallback = HFGenerateEngine(self.max_rows)
             return fallback.generate(policy, tokenizer, requests, sampling, stop_token_ids)
@@ -73,21 +75,24 @@ class CachedEngine:
 
     @contextmanager
     def session(self, policy: Backbone, tokenizer: PreTrainedTokenizerBase) -> Iterator[Scheduler]:
-        """Requests that come and go: for servers and chats, and for whoever wants tokens as they come.
+        """Accepts requests at any time and streams their tokens, for servers and chats.
 
         Args:
-            policy: A backbone whose model can generate. Within the context it is in eval mode and serves the session.
-            tokenizer: The model's.
+            policy: A backbone whose model can generate. Within the context it is in eval mode and reserved for the
+                session.
+            tokenizer: The model's tokenizer.
 
         Yields:
-            A session, which is closed afterwards.
+            A session. It is closed at the end of the context.
 
         Raises:
-            ValueError: The model can't be run with the cache.
+            ValueError: The model cannot run with the cache.
         """
         if reason := reason_against(policy):
-            raise ValueError(f"{type(policy.transformer).__name__} can't run in a session: {reason}.")
-        with policy.native_attention(NAME), _left_trainable(policy.transformer):
+            raise ValueError(
+                f"{type(policy.transformer).__name__} cannot run in a session: {reason}. Use HFGenerateEngine."
+            )
+        with policy.native_attention(NAME), _without_inference_tensors(policy.transformer):
             session = Scheduler(
                 Decoder(policy.transformer), tokenizer, self.max_live_tokens, self.max_rows, self.prefill_tokens
             )
@@ -98,10 +103,10 @@ class CachedEngine:
 
 
 @contextmanager
-def _left_trainable(model: PreTrainedModel) -> Iterator[None]:
-    """Steps run in inference mode, and what is made there can't meet a backward pass.
+def _without_inference_tensors(model: PreTrainedModel) -> Iterator[None]:
+    """Leaves no inference tensors behind: a backward pass could not use them.
 
-    That is half-precision copies of weights, which autocast keeps, and buffers that a model made anew.
+    They are the half-precision copies of weights that autocast caches, and buffers that the model replaced.
     """
     torch.clear_autocast_cache()
     try:
@@ -118,14 +123,14 @@ def _left_trainable(model: PreTrainedModel) -> Iterator[None]:
 
 
 def reason_against(policy: Backbone) -> str | None:
-    """Why a policy's model can't be run with the cache, or None; found by trying, once a model."""
+    """Returns why a policy's model cannot run with the cache, or None. Each model is tried once."""
     model = policy.transformer
     if model not in _REASONS:
         _REASONS[model] = reason = _by_config(model) or _by_trying(policy)
         if reason:
             log.warning(
-                "%s can't use the rollout cache (%s): completions are made by transformers' generate, with equal "
-                "results and less speed.",
+                "%s cannot use the rollout cache (%s). transformers' generate makes the completions instead: the "
+                "results are the same, but slower.",
                 type(model).__name__,
                 reason,
             )
@@ -133,15 +138,15 @@ def reason_against(policy: Backbone) -> str | None:
 
 
 def _by_config(model: PreTrainedModel) -> str | None:
-    """What a small trial would not show."""
-    types = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())  # by kind of layer in Gemma 3
+    """Returns a reason that a short trial would not show, or None."""
+    types = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())  # per layer type in Gemma 3
     if changing := next((name for name in ("dynamic", "longrope") if name in types), None):
-        return f"rotary embeddings of the type {changing} depend on the longest row of a batch"
+        return f"rotary embeddings of type {changing} depend on the longest row of a batch"
     return None
 
 
 def _by_trying(policy: Backbone) -> str | None:
-    """Runs two ragged rows with the cache, and whole without it."""
+    """Runs two rows of different lengths with the cache and without it, and compares their logits."""
     model = policy.transformer
     embeddings: Any = model.get_input_embeddings()
     config = model.config.get_text_config()
@@ -170,7 +175,7 @@ def _by_trying(policy: Backbone) -> str | None:
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not difference < (0.05 if half else 1e-4):
-        return f"logits differ by {difference:.1e} of their size"
+        return f"the relative difference of logits is {difference:.1e}"
     return untried(model, decoder.cache.windows)
 
 

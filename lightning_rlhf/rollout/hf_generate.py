@@ -1,4 +1,4 @@
-"""Rollouts by transformers' own ``generate``, for models that the cached engine can't run."""
+"""Rollouts with transformers' ``generate``, for models that the cached engine cannot run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from transformers import (
 )
 
 from lightning_rlhf.models.backbone import Backbone
-from lightning_rlhf.rollout.sampling import choose
+from lightning_rlhf.rollout.sampling import sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, make_sequences
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 
 class HFGenerateEngine:
-    """Rollouts by transformers' ``generate``: any model that has it, sharded ones too, at its speed.
+    """Rollouts with transformers' ``generate``, for any model that has it, sharded models included.
 
-    ``generate`` only runs the model. Tokens are chosen as :class:`~lightning_rlhf.rollout.CachedEngine` chooses them,
-    with the same noise, so that both give the same samples. Prompts of one length share a batch, since not every
-    family takes padding on the left.
+    ``generate`` only runs the model. Tokens are sampled as in :class:`~lightning_rlhf.rollout.CachedEngine` and with
+    the same noise, so both engines give the same samples. A batch has prompts of one length, because not every model
+    family accepts padding on the left.
 
     Args:
-        max_rows: Completions of one batch at most; None: no limit.
-        synced_gpus: All ranks were given the same requests and must run the model equally often (ZeRO-3, FSDP).
+        max_rows: Maximum number of completions per batch. A larger value is faster and takes more memory. None: no
+            limit.
+        synced_gpus: All ranks have the same requests and must run the model equally often (ZeRO-3, FSDP).
 
     Raises:
         ValueError: ``max_rows`` is below 1.
@@ -52,7 +53,7 @@ class HFGenerateEngine:
         sampling: Sampling,
         stop_token_ids: Sequence[int],
     ) -> list[list[Completion]]:
-        """See :meth:`RolloutEngine.generate`."""
+        """Completes prompts; see :meth:`RolloutEngine.generate`."""
         model: Any = policy.transformer
         groups = [
             make_sequences(model, tokenizer, request, sampling, stop_token_ids, name=f"Rollout request {i}")
@@ -63,7 +64,7 @@ class HFGenerateEngine:
             by_length.setdefault(len(row.prompt), []).append(row)
         settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1)
         device = model.get_input_embeddings().weight.device
-        with policy.native_attention(), torch.no_grad(), _no_settings_of_its_own(model):
+        with policy.native_attention(), torch.no_grad(), _empty_generation_config(model):
             for rows in by_length.values():
                 size = self.max_rows or len(rows)
                 for start in range(0, len(rows), size):
@@ -73,30 +74,30 @@ class HFGenerateEngine:
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
                         generation_config=settings,
-                        logits_processor=LogitsProcessorList([_Choose(part)]),
+                        logits_processor=LogitsProcessorList([_SampleTokens(part)]),
                         stopping_criteria=StoppingCriteriaList([_AllDone(part)]),
                         synced_gpus=self.synced_gpus,
                     )
         return [[row.future.result() for row in rows] for rows in groups]
 
 
-class _Choose(LogitsProcessor):
-    """Leaves the arg max no choice."""
+class _SampleTokens(LogitsProcessor):
+    """Samples a token per row, and masks every other logit, so that greedy decoding picks it."""
 
     def __init__(self, rows: Sequence[ActiveSequence]) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens, logprobs = choose(scores, self.rows)
+        tokens, logprobs = sample_tokens(scores, self.rows)
         for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
             if not row.done:
                 row.push(token, logprob)
-        chosen = torch.tensor(tokens, device=scores.device)[:, None]
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+        sampled = torch.tensor(tokens, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, sampled, 0.0)
 
 
 class _AllDone(StoppingCriteria):
-    """Ends rows where :class:`ActiveSequence` does, so that stops mean the same in every engine."""
+    """Ends a row when its :class:`ActiveSequence` ends, so that all engines stop at the same token."""
 
     def __init__(self, rows: Sequence[ActiveSequence]) -> None:
         self.rows = rows
@@ -106,8 +107,8 @@ class _AllDone(StoppingCriteria):
 
 
 @contextmanager
-def _no_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's generation config, which ``generate`` would fall back on wherever ours says nothing."""
+def _empty_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Hides the model's generation config, from which ``generate`` would take every setting that ours leaves out."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

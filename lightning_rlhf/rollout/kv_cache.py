@@ -1,7 +1,7 @@
-"""Keys and values of ragged rows, written in place, and the attention that reads them.
+"""A cache for keys and values of rows of different lengths, written in place, and the attention that reads it.
 
-A row lies from the left: the key of position p is in column p. So a new prompt can take a free row at any time, rows of
-different length share a batch without padding, and a row is moved by one copy.
+Rows are aligned on the left: column p holds the key of position p. So a new prompt can take a free row at any time,
+rows of different lengths share a batch without padding, and one copy moves a row.
 
 Shapes: R rows, C columns, H query heads, K key / value heads, E head size, L tokens of a prompt.
 """
@@ -25,15 +25,15 @@ _ACTIVE: ContextVar[SlotCache] = ContextVar("the cache that a model is being run
 
 
 class SlotCache(Cache):
-    """Keys and values in one (R, K, C, E) tensor a layer.
+    """Keys and values in two (R, K, C, E) tensors per layer.
 
-    transformers only ever calls ``update`` and asks for lengths; which rows and columns are meant is said beforehand by
-    :meth:`prefilling` or :meth:`decoding`, within which the model runs.
+    transformers only calls ``update`` and asks for lengths. :meth:`prefilling` and :meth:`decoding` set the rows and
+    columns to write; the model runs within one of these contexts.
 
     Attributes:
-        slots: R, rows that there is memory for.
-        columns: C.
-        windows: What the layers that ran gave as their sliding window.
+        slots: R, the number of rows that fit in memory.
+        columns: C, the number of positions that fit in memory.
+        windows: Sliding windows of the layers that have run.
     """
 
     def __init__(self) -> None:
@@ -51,13 +51,13 @@ class SlotCache(Cache):
         self._masks: dict[int | None, Tensor | None] = {}
 
     def arrange(self, sources: Sequence[int | None], slots: int, columns: int, width: int) -> None:
-        """Lays rows out anew, in place where the size stays.
+        """Reorders and resizes the cache, in place if the size stays the same.
 
         Args:
-            sources: For each row from the first, the row that it was; None: what it holds does not matter.
-            slots: Rows to have memory for.
-            columns: Columns to have memory for.
-            width: Columns that are in use.
+            sources: For each new row, the old row to take. None: the row's content does not matter.
+            slots: Number of rows to allocate.
+            columns: Number of columns to allocate.
+            width: Number of columns that are in use.
         """
         same = (slots, columns) == (self.slots, self.columns)
         moves = [(i, source) for i, source in enumerate(sources) if source is not None and not (same and i == source)]
@@ -73,20 +73,20 @@ class SlotCache(Cache):
                 store[layer] = new
 
     def free(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self._keys, self._values = [], []
         self.slots = self.columns = 0
 
     @contextmanager
     def prefilling(self, rows: Tensor, prompts: Tensor, longest: int) -> Iterator[None]:
-        """The model runs on whole prompts, padded on the right; row ``rows[i]`` gets those of prompt ``prompts[i]``."""
+        """Within it, the model runs on whole prompts, padded on the right: ``rows[i]`` takes prompt ``prompts[i]``."""
         self._rows, self._from, self._width, self._prefill = rows, prompts, longest, True
         with self._active():
             yield
 
     @contextmanager
     def decoding(self, positions: Tensor, width: int) -> Iterator[None]:
-        """The model runs on one token of each row from the first, at (R,) positions below ``width``."""
+        """Within it, the model runs on one token per row, at (R,) positions below ``width``."""
         self._positions, self._width, self._prefill = positions, width, False
         with self._active():
             yield
@@ -101,25 +101,25 @@ class SlotCache(Cache):
             _ACTIVE.reset(token)
 
     def _place(self, heads: int) -> Tensor:
-        """(R K) indices of the new keys among all (R K C): copying whole vectors is the fastest way to write."""
+        """Returns (R K) indices of the new keys in the flat (R K C) cache: copying whole vectors is fastest."""
         if len(self._places) != len(self._positions) * heads:
             lines = torch.arange(len(self._positions) * heads, device=self._positions.device)
             self._places = lines * self.columns + self._positions.repeat_interleave(heads)
         return self._places
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """What is added to the logits: (R, 1, 1, C) in decoding, (L, L) in prefilling, None for plain causality.
+        """Returns the mask to add to the logits: (R, 1, 1, C) in decoding, (L, L) in prefilling, None if only causal.
 
         Args:
-            window: Tokens a query sees at most, itself included; None: all.
-            like: Gives type and device.
+            window: Number of tokens that a query sees, itself included. None: all.
+            like: A tensor of the dtype and the device that the mask gets.
         """
         self.windows.add(window)
         if window is not None and window >= self._width:
             window = None
         if window not in self._masks:
             columns = torch.arange(self._width, device=like.device)
-            # padding on the right of a prompt is hidden by causality, and overwritten in decoding
+            # the causal mask hides padding on the right of a prompt, and decoding overwrites it
             queries = columns[:, None] if self._prefill else self._positions[:, None, None, None]
             seen = columns <= queries
             if window is not None:
@@ -129,7 +129,7 @@ class SlotCache(Cache):
             self._masks[window] = mask
         return self._masks[window]
 
-    # ------------------------------------------------------------------------------------------------- of transformers
+    # ------------------------------------------------------------------------------------------- called by transformers
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -137,7 +137,7 @@ class SlotCache(Cache):
         """Writes a layer's new keys and values, (R, K, 1 or L, E), and returns what its queries see."""
         for store, new in ((self._keys, key_states), (self._values, value_states)):
             if layer_idx == len(store):
-                # zeros: a masked column counts for nothing, unless it holds a NaN
+                # zeros, because a masked column has no effect unless it holds a NaN
                 store.append(new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3]))
             if self._prefill:
                 store[layer_idx][self._rows, :, : self._width] = new[self._from]
@@ -149,11 +149,11 @@ class SlotCache(Cache):
         return self._keys[layer_idx][:rows, :, : self._width], self._values[layer_idx][:rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Columns before the new ones."""
+        """Returns the number of columns before the new ones."""
         return 0 if self._prefill else self._width - 1
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
-        """Grows as needed."""
+        """Returns None: the cache grows when needed."""
         return None
 
 
@@ -170,32 +170,32 @@ def slot_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a :class:`SlotCache`, which makes the mask: each layer gets the one for its window.
+    """Attends over a :class:`SlotCache`. The cache makes the mask for each layer's window.
 
-    Keys are never repeated for the query heads that share them: in decoding those heads become positions of one head.
+    Keys are never repeated for the query heads that share them: in decoding, these heads become positions of one head.
 
     Args:
         module: The attention layer.
         query: (R, H, 1 or L, E).
-        key: (R, K, C, E), K dividing H.
+        key: (R, K, C, E), where K divides H.
         value: (R, K, C, E).
         attention_mask: Unused.
-        scaling: Factor on the logits; default ``E ** -0.5``.
-        dropout: Unused: the model is in eval mode.
-        sliding_window: Tokens a query sees at most, itself included, where the layer has a window.
+        scaling: Factor on the logits. Default: ``E ** -0.5``.
+        dropout: Unused, because the model is in eval mode.
+        sliding_window: Number of tokens that a query sees, itself included. None: all.
         softcap: Bound of soft-capped logits (Gemma 2).
         s_aux: (H,) attention sinks (GPT-OSS).
-        kwargs: What else transformers hands to attention functions.
+        kwargs: Other arguments that transformers passes; unused.
 
     Returns:
-        (R, 1 or L, H, E) and no attention weights.
+        (R, 1 or L, H, E) outputs, and None in place of attention weights.
     """
     mask = _ACTIVE.get().mask(sliding_window or None, query)
     rows, heads, length, _ = query.shape
     shared = key.shape[1]
     if softcap is not None or s_aux is not None:
         split = query.unflatten(1, (shared, -1))
-        out = _by_hand(split, key[:, :, None], value[:, :, None], mask, scaling, softcap, s_aux).flatten(1, 2)
+        out = _eager_attention(split, key[:, :, None], value[:, :, None], mask, scaling, softcap, s_aux).flatten(1, 2)
     elif length == 1 and mask is not None:
         packed = query.reshape(rows, shared, heads // shared, -1)
         out = F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling).reshape(rows, heads, 1, -1)
@@ -206,7 +206,7 @@ def slot_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _by_hand(
+def _eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -215,7 +215,10 @@ def _by_hand(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """What SDPA lacks; (R, K, H / K, 1 or L, E) queries, (R, K, 1, C, E) keys and values."""
+    """Attention with soft caps and sinks, which SDPA lacks.
+
+    Queries have the shape (R, K, H / K, 1 or L, E); keys and values have (R, K, 1, C, E).
+    """
     logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -223,7 +226,7 @@ def _by_hand(
     if mask is None:
         mask = torch.full(logits.shape[-2:], -torch.inf, device=logits.device).triu(1)
     logits = logits + (mask[:, None] if mask.ndim == 4 else mask)
-    if sinks is not None:  # a key without a value: it takes its share and gives nothing
+    if sinks is not None:  # a sink is a key without a value: it takes probability and adds nothing
         sink = sinks.view(1, key.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits)
         logits = torch.cat([logits, sink], -1)
     return logits.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value
@@ -233,7 +236,7 @@ AttentionInterface.register(NAME, slot_attention)
 
 
 class Decoder:
-    """A transformers model beside a cache: prompts and next tokens in, logits out.
+    """A transformers model with its cache: prompts and next tokens in, logits out.
 
     The model's attention must be set to :data:`NAME`.
 
@@ -247,11 +250,11 @@ class Decoder:
         self.device: torch.device = embeddings.weight.device
 
     def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> Tensor:
-        """Runs prompts once.
+        """Runs each prompt once.
 
         Args:
             prompts: B lists of token ids.
-            rows: For each, the cache rows that get its keys and values.
+            rows: For each prompt, the cache rows that get its keys and values.
 
         Returns:
             (B, V) logits of each prompt's next token.
@@ -266,7 +269,7 @@ class Decoder:
         def only_last(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             return (args[0][torch.arange(len(last), device=last.device), last][:, None],)
 
-        # logits of whole prompts would not fit; logits_to_keep takes one set of positions for all of them
+        # logits of whole prompts would not fit, and logits_to_keep takes the same positions for all prompts
         hook = self.model.get_output_embeddings().register_forward_pre_hook(only_last)
         try:
             with self.cache.prefilling(target, prompt_of, longest):
@@ -275,10 +278,10 @@ class Decoder:
             hook.remove()
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Runs one token of each cache row from the first.
+        """Runs one token per cache row, from the first row on.
 
         Args:
-            tokens: Their ids.
+            tokens: Token ids, one per row.
             positions: Their positions.
 
         Returns:
@@ -289,9 +292,9 @@ class Decoder:
             return self._run(self._tensor(tokens)[:, None], at[:, None])
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        # models hand a 4-D mask on as it is, and make none of their own; slot_attention does not read it
+        # with a 4-D mask models do not make their own, but pass it on; slot_attention does not read it
         mask = torch.zeros(len(ids), 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        # transformers 5.40 drops the name that came before
+        # transformers 5.40 drops the name past_key_values
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         cache = {name: self.cache, "use_cache": True}
         logits: Tensor = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **cache).logits

@@ -1,9 +1,9 @@
-"""The next token of every row, each a function of its own logits and key.
+"""Samples the next token of every row, each from its own logits and its own key.
 
 A token is the arg max of scores minus the log of exponential noise (the Gumbel trick), which samples from their
-softmax. The noise of (key, token) comes from a hash and not from a generator, so it does not matter which rows share a
-batch, and rounding changes a token only where two sums tie. (One uniform number and an inverse CDF would flip wherever
-it falls between two unlikely tokens.)
+softmax. The noise of (key, token) comes from a hash and not from a generator, so a row's token does not depend on the
+other rows of its batch, and rounding changes a token only if two sums tie. (With one uniform number and an inverse CDF,
+rounding would change a token whenever the number falls close to the border of two unlikely tokens.)
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from lightning_rlhf.rollout.sequence import ActiveSequence
 
 _CHUNK = 2**18
-"""Elements of noise alive at once on a CPU: they stay in its cache."""
+"""Number of noise elements that a CPU makes at once, so that they stay in its cache."""
 _NUCLEUS = 1024
-"""Tokens that top-p looks at first: sorting a whole vocabulary takes longer than the model's head."""
+"""Number of likeliest tokens that top-p sorts first: sorting a whole vocabulary takes longer than the model's head."""
 
 
-def choose(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[int], list[float]]:
-    """Draws the next token of each row.
+def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[int], list[float]]:
+    """Samples the next token of each row.
 
     Args:
         logits: (S, V), in any float type.
-        rows: S.
+        rows: S sequences.
 
     Returns:
-        S tokens, and their log-probs at the temperature, before any processor, in fp32.
+        S tokens, and their log-probs at the temperature, before any other processor, in fp32.
 
     Raises:
         FloatingPointError: Logits are not finite.
@@ -40,7 +40,7 @@ def choose(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[int], l
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if any(s.temperature not in (0, 1) for s in settings):
         scaled = scaled / scaled.new_tensor([s.temperature or 1.0 for s in settings])[:, None]
-    scores = _processed(scaled, rows)
+    scores = _process_scores(scaled, rows)
     token = torch.empty(len(rows), dtype=torch.long, device=logits.device)
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0]
     cut = [i for i, s in enumerate(settings) if s.temperature > 0 and (s.top_k or s.top_p < 1)]
@@ -53,21 +53,23 @@ def choose(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[int], l
         part = plain[start : start + chunk]
         token[part] = (scores[_span(part)] - _log_exponential(_keys(rows, part, ids), ids)).argmax(-1)
     if cut:
-        token[cut] = _from_the_top(scores[_span(cut)], [rows[i] for i in cut], ids)
+        token[cut] = _sample_likeliest(scores[_span(cut)], [rows[i] for i in cut], ids)
     logprobs: list[float] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
     if not all(map(math.isfinite, logprobs)):
-        raise FloatingPointError("Rollout: the policy's logits are not finite; its weights may have diverged.")
+        raise FloatingPointError(
+            "Rollout: the policy's logits are not finite. Its weights may have diverged: lower the learning rate."
+        )
     return token.tolist(), logprobs
 
 
 def _span(indices: list[int]) -> slice | list[int]:
-    """Neighbors as a slice, which copies nothing."""
+    """Returns consecutive indices as a slice, which copies nothing."""
     first, last = indices[0], indices[-1]
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
-def _processed(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
-    """Scores after repetition penalty and minimum length; ``scaled`` itself where neither is at work."""
+def _process_scores(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
+    """Applies repetition penalty and minimum length; returns ``scaled`` itself if there is nothing to apply."""
     penalized = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
     short = [i for i, row in enumerate(rows) if row.too_short and row.stops]
     if not penalized and not short:
@@ -86,8 +88,8 @@ def _processed(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
     return scores
 
 
-def _from_the_top(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
-    """(S, V) scores -> (S,) tokens, under top-k and then top-p; the ``width`` likeliest are looked at."""
+def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
+    """Samples (S,) tokens from (S, V) scores under top-k and then top-p, among the ``width`` likeliest tokens."""
     vocabulary = scores.shape[1]
     limits = [row.sampling.top_k or vocabulary for row in rows]
     width = min(vocabulary, max(width, *(k for k in limits if k < vocabulary), 1))
@@ -102,9 +104,9 @@ def _from_the_top(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, w
     noise = _log_exponential(_keys(rows, range(len(rows)), ids), ids[index])
     token = index.gather(1, (kept - noise).argmax(-1, keepdim=True))[:, 0]
     flat = (limit >= vocabulary) & (summed[:, -1:] < top_p) if width < vocabulary else None
-    if flat is not None and flat.any():  # so flat that the nucleus is wider
-        again: list[int] = flat[:, 0].nonzero()[:, 0].tolist()
-        token[again] = _from_the_top(scores[again], [rows[i] for i in again], ids, vocabulary)
+    if flat is not None and flat.any():  # so flat that the nucleus needs more tokens
+        wider: list[int] = flat[:, 0].nonzero()[:, 0].tolist()
+        token[wider] = _sample_likeliest(scores[wider], [rows[i] for i in wider], ids, vocabulary)
     return token
 
 
@@ -112,19 +114,19 @@ def _from_the_top(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, w
 
 
 def _keys(rows: Sequence[ActiveSequence], which: Sequence[int], ids: Tensor) -> Tensor:
-    """(len(which), 1) noise keys of rows."""
+    """Returns (len(which), 1) noise keys of rows."""
     signed = [(key := rows[i].noise_key) - (key >> 31 << 32) for i in which]
     return torch.tensor(signed, dtype=torch.int32, device=ids.device)[:, None]
 
 
 @lru_cache(maxsize=8)
 def _mixed_ids(vocabulary: int, device: torch.device) -> Tensor:
-    """(V,) int32 hashes of token ids."""
+    """Returns (V,) int32 hashes of token ids."""
     return _mix(torch.arange(1, vocabulary + 1, dtype=torch.int32, device=device))
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Hashes int32 in place: the multiply and xor-shift rounds of "lowbias32". Products wrap, on every device alike."""
+    """Hashes int32 in place with the multiply and xor-shift rounds of "lowbias32". Products wrap on all devices."""
     x *= 2146121005
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x *= -2073254261
@@ -133,15 +135,15 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _log_exponential(keys: Tensor, ids: Tensor) -> Tensor:
-    """Log of standard exponential noise, which is standard Gumbel noise with its sign turned.
+    """Returns the log of standard exponential noise, which is standard Gumbel noise with the opposite sign.
 
     Args:
         keys: (S, 1) int32.
         ids: (K,) or (S, K) int32 hashes of tokens.
 
     Returns:
-        (S, K) fp32, a function of each pair of key and token. It comes from u in (0, 1) with 31 bits, exact where u is
-        small, since the small values decide: so unlikely tokens keep their chance.
+        (S, K) fp32, a function of each pair of key and token. It is computed from u in (0, 1) with 31 bits. Small u are
+        exact, because they decide whether an unlikely token is sampled.
     """
     u = _mix(keys ^ ids).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31) * (1 - 2.0**-24))
     return u.log1p_().neg_().log_()

@@ -1,4 +1,4 @@
-"""Rows that come, are decoded together a token a step, and go."""
+"""Schedules rows that arrive at any time: all active rows advance by one token per step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.rollout.kv_cache import Decoder
-from lightning_rlhf.rollout.sampling import choose
+from lightning_rlhf.rollout.sampling import sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, make_sequences
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 _GRAIN = 128
-"""Columns are made in multiples of this, as rows get longer: attention is slower over keys that lie far apart."""
-
-
+"""The cache grows by multiples of this many columns: attention is slower over keys that lie far apart in memory."""
 _PADDING = 64
-"""Tokens of padding that cost as much as a further pass over the weights, about."""
+"""Number of padding tokens that cost about as much as another pass over the weights."""
 
 
 class _Group:
-    """Waiting rows of one prompt; ``logits`` (V,) of its next token while some of them are already running."""
+    """Waiting rows of one prompt, and the (V,) ``logits`` of its next token while some of its rows are running."""
 
     def __init__(self) -> None:
         self.rows: deque[ActiveSequence] = deque()
@@ -35,17 +33,17 @@ class _Group:
 
 
 class Scheduler:
-    """Submit requests at any time, and step while busy.
+    """A session: submit requests at any time, and call :meth:`step` while it is busy.
 
-    One thread steps; others may submit, and may cancel by cancelling a future. Nobody is left waiting: every future
-    gets a completion or the error of the step that failed, or is cancelled when the session closes.
+    One thread calls :meth:`step`. Other threads may submit requests, and cancel them by their futures. No future waits
+    forever: each one gets a completion or the error of the step that failed, or is cancelled when the session closes.
 
     Args:
-        decoder: The model, whose attention must stay set while the session lives.
-        tokenizer: The model's.
-        max_live_tokens: See :class:`~lightning_rlhf.rollout.CachedEngine`, as the following.
-        max_rows: Likewise.
-        prefill_tokens: Likewise.
+        decoder: The model with its cache. Its attention must stay set during the session.
+        tokenizer: The model's tokenizer.
+        max_live_tokens: See :class:`~lightning_rlhf.rollout.CachedEngine`.
+        max_rows: See there.
+        prefill_tokens: See there.
     """
 
     def __init__(
@@ -59,14 +57,14 @@ class Scheduler:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._budget, self._max_rows = max_live_tokens or sys.maxsize, max_rows or sys.maxsize
         self._prefill_tokens = prefill_tokens
-        self._waiting: dict[tuple[int, ...], _Group] = {}  # in the order of their arrival
-        self._rows: list[ActiveSequence] = []  # by their row in the cache
-        self._lock = threading.Lock()  # of what waits
+        self._waiting: dict[tuple[int, ...], _Group] = {}  # by prompt, in the order of arrival
+        self._rows: list[ActiveSequence] = []  # in the order of the cache's rows
+        self._lock = threading.Lock()  # guards self._waiting
         self._closed = False
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to step for."""
+        """Whether there are unfinished requests."""
         return bool(self._rows or self._waiting)
 
     def submit(
@@ -81,16 +79,16 @@ class Scheduler:
 
         Args:
             request: A prompt and keys.
-            sampling: How to draw.
+            sampling: Sampling settings.
             stop_token_ids: Tokens that end a completion.
-            on_token: Called by the stepping thread with each token and the text that can be shown since the last.
-            name: Of the request, in errors.
+            on_token: Called in the stepping thread with each token and the new text that can be shown.
+            name: The request's name in error messages.
 
         Returns:
-            A future for each key; ``cancel()`` takes its row out of the batch before the next step.
+            One future per key. Its ``cancel()`` removes the row from the batch before the next step.
 
         Raises:
-            ValueError: The request can never be served.
+            ValueError: The request does not fit the model or the cache.
             RuntimeError: The session is closed.
         """
         model = self._decoder.model
@@ -98,7 +96,7 @@ class Scheduler:
         if rows and rows[0].columns > self._budget:
             raise ValueError(
                 f"{name}: a prompt of {len(rows[0].prompt)} tokens and max_new_tokens {sampling.max_new_tokens} are "
-                f"more than max_live_tokens {self._budget}. Raise it, or shorten either."
+                f"more than max_live_tokens {self._budget}. Increase max_live_tokens, or shorten either."
             )
         with self._lock:
             if self._closed:
@@ -109,18 +107,18 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admits what fits, and makes a token of every row.
+        """Admits waiting rows that fit, and samples one token per row.
 
         Raises:
-            Exception: What went wrong. All futures have it; the session is empty and can go on.
+            Exception: The step failed. All futures get the error. The session is empty and can be used further.
         """
         try:
             self._admit()
             if not all(row.done for row in self._rows):
-                # one that was cancelled before its first token runs its prompt's last again: its keys stay as they are
+                # a row that was cancelled before its first token runs its prompt's last token again: the keys stay
                 last = [(row.ids or row.prompt)[-1] for row in self._rows]
                 logits = self._decoder.decode(last, [row.position for row in self._rows])
-                self._accept(self._rows, logits)
+                self._sample(self._rows, logits)
             if not self.busy:
                 self._decoder.cache.free()
         except BaseException as error:
@@ -128,7 +126,7 @@ class Scheduler:
             raise
 
     def close(self) -> None:
-        """Cancels what is left and gives the memory back."""
+        """Cancels all unfinished requests and frees the memory."""
         self._closed = True
         self._end(None)
 
@@ -145,39 +143,39 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------- rows
 
-    def _accept(self, rows: Sequence[ActiveSequence], logits: Tensor) -> None:
-        for row, token, logprob in zip(rows, *choose(logits, rows), strict=True):
+    def _sample(self, rows: Sequence[ActiveSequence], logits: Tensor) -> None:
+        for row, token, logprob in zip(rows, *sample_tokens(logits, rows), strict=True):
             if not row.done:  # it may have been cancelled
                 row.push(token, logprob)
 
     def _admit(self) -> None:
-        """Lets finished rows go and waiting ones take their place, and makes the first token of these."""
+        """Replaces finished rows by waiting ones, and samples the first token of each new row."""
         kept = [i for i, row in enumerate(self._rows) if not row.done]
-        new = self._take([self._rows[i] for i in kept])
+        new = self._take_waiting([self._rows[i] for i in kept])
         if len(kept) == len(self._rows) and not new:
             if any(row.position >= self._decoder.cache.columns for row in self._rows):
-                self._make_room(range(len(self._rows)))
+                self._fit_cache(range(len(self._rows)))
             return
-        # rows stay where they are if they can; the holes are filled from the tail, then by new rows
+        # rows keep their places if possible; rows from the end fill the gaps first, then new rows
         total = len(kept) + len(new)
         stays = {i for i in kept if i < total}
         fill: list[tuple[ActiveSequence, int | None]] = [(self._rows[i], i) for i in kept if i >= total]
-        fill += [(row, None if group.logits is None else self._holder(row.prompt)) for row, group in new]
+        fill += [(row, None if group.logits is None else self._row_with(row.prompt)) for row, group in new]
         following = iter(fill)
         layout = [(self._rows[i], i) if i in stays else next(following) for i in range(total)]
         self._rows = [row for row, _ in layout]
-        self._make_room([source for _, source in layout])
+        self._fit_cache([source for _, source in layout])
         if new:
             self._start(new)
 
-    def _take(self, kept: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, _Group]]:
-        """Waiting rows that fit beside those kept, first come first served."""
+    def _take_waiting(self, kept: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, _Group]]:
+        """Removes and returns the waiting rows that fit beside the kept ones, first come first served."""
         taken: list[tuple[ActiveSequence, _Group]] = []
         columns = max((row.columns for row in kept), default=0)
         with self._lock:
             for prompt, group in list(self._waiting.items()):
-                if group.logits is not None and self._holder(prompt) is None:
-                    group.logits = None  # all its rows left while a longer one waited for room
+                if group.logits is not None and self._row_with(prompt) is None:
+                    group.logits = None  # all its running rows ended while a longer one waited for room
                 while group.rows:
                     row, rows = group.rows[0], len(kept) + len(taken) + 1
                     if not row.done:
@@ -189,18 +187,18 @@ class Scheduler:
                 del self._waiting[prompt]
         return taken
 
-    def _holder(self, prompt: tuple[int, ...]) -> int | None:
-        """A row in the cache that has a prompt's keys and values; a finished one has them until it is replaced."""
+    def _row_with(self, prompt: tuple[int, ...]) -> int | None:
+        """Returns a cache row with a prompt's keys and values; a finished row keeps them until it is replaced."""
         return next((i for i, row in enumerate(self._rows) if row.prompt == prompt), None)
 
-    def _make_room(self, sources: Sequence[int | None]) -> None:
-        """Makes the cache fit the rows and a next token of each: as it is if they fit, else anew, within the budget."""
+    def _fit_cache(self, sources: Sequence[int | None]) -> None:
+        """Moves rows within the cache, and enlarges it if the rows with one more token each do not fit."""
         cache, rows = self._decoder.cache, self._rows
         slots, columns = len(rows), max((row.position + 2 for row in rows), default=0)
         if slots > cache.slots or columns > cache.columns:
             most = max(row.columns for row in rows)
             columns = min(-(-columns // _GRAIN) * _GRAIN, most)
-            if slots > cache.slots:  # a server's rows come one by one: grow in steps
+            if slots > cache.slots:  # a server's requests arrive one by one: grow in larger steps
                 slots = max(slots, min(2 * cache.slots, self._max_rows, self._budget // most))
         else:
             slots, columns = cache.slots, cache.columns
@@ -208,7 +206,7 @@ class Scheduler:
         cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
 
     def _start(self, new: Sequence[tuple[ActiveSequence, _Group]]) -> None:
-        """Runs the prompts that were not run yet, and makes the first token of each new row."""
+        """Runs the prompts that have not run yet, and samples the first token of each new row."""
         slot = {row: i for i, row in enumerate(self._rows)}
         members: dict[_Group, list[ActiveSequence]] = {}
         for row, group in new:
@@ -216,18 +214,17 @@ class Scheduler:
         first = {group: group.logits for group in members if group.logits is not None}
         unseen = sorted((g for g in members if g not in first), key=lambda g: len(members[g][0].prompt))
         lengths = [len(members[group][0].prompt) for group in unseen]
-        for part in _parts(lengths, self._prefill_tokens):
-            batch = unseen[part]
+        for batch in (unseen[part] for part in _prefill_batches(lengths, self._prefill_tokens)):
             prompts = [members[group][0].prompt for group in batch]
             logits = self._decoder.prefill(prompts, [[slot[row] for row in members[group]] for group in batch])
-            for group, its in zip(batch, logits, strict=True):
-                first[group] = its
-                group.logits = its.clone() if group.rows else None  # for those that wait
-        self._accept([row for row, _ in new], torch.stack([first[group] for _, group in new]))
+            for group, next_logits in zip(batch, logits, strict=True):
+                first[group] = next_logits
+                group.logits = next_logits.clone() if group.rows else None  # for the rows that still wait
+        self._sample([row for row, _ in new], torch.stack([first[group] for _, group in new]))
 
 
-def _parts(lengths: Sequence[int], most: int) -> list[slice]:
-    """Cuts prompts, sorted by length, into batches of little padding and at most ``most`` tokens with it."""
+def _prefill_batches(lengths: Sequence[int], most: int) -> list[slice]:
+    """Splits prompts, sorted by length, into batches with little padding and at most ``most`` tokens with it."""
     edges = [0]
     for i in range(1, len(lengths)):
         count = i - edges[-1]

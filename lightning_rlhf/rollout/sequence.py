@@ -1,4 +1,4 @@
-"""One completion in the making."""
+"""One completion that is being generated."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lightning_rlhf.rollout.types import Completion, Request, Sampling
 from lightning_rlhf.utils.random import sample_key
 
 OnToken = Callable[[int, str], None]
-"""Receives each token, and the text that can be shown since the last; the texts add up to the completion's."""
+"""Receives each token with the new text that can be shown. Joined, these texts are the completion's text."""
 
 
 class ActiveSequence:
-    """One completion in the making: the same rules in every engine.
+    """One completion that is being generated. It holds the stopping rules that all engines share.
 
     Args:
         prompt: Token ids.
-        key: Of the sample.
-        sampling: How it is drawn.
-        stops: Tokens that end it.
-        tokenizer: The model's.
-        on_token: Called in the thread that makes the tokens.
+        key: Seed of this sample's noise.
+        sampling: Sampling settings.
+        stops: Tokens that end the completion.
+        tokenizer: The model's tokenizer.
+        on_token: Called in the thread that samples the tokens.
 
     Attributes:
         ids: Tokens so far.
-        logprobs: Of those.
-        done: Finished, failed or cancelled.
-        future: Gets the completion, or what went wrong; cancelling it ends the row.
+        logprobs: Their log-probs.
+        done: The completion has finished, failed or been cancelled.
+        future: Gets the completion or an error. Cancelling it ends the row.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ActiveSequence:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.future: Future[Completion] = Future()
-        self.done = False  # asking the future takes its lock, and every row is asked several times a token
+        self.done = False  # future.done() takes a lock, and each row is asked several times per token
         self.future.add_done_callback(self._end)
         self._tokenizer, self._on_token = tokenizer, on_token
         streams = on_token is not None or sampling.stop_strings
@@ -55,26 +55,26 @@ class ActiveSequence:
 
     @property
     def position(self) -> int:
-        """Of the last token."""
+        """Position of the last token."""
         return len(self.prompt) + len(self.ids) - 1
 
     @property
     def columns(self) -> int:
-        """Positions that the row can come to have."""
+        """Maximum number of positions that the row can fill."""
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
     def noise_key(self) -> int:
-        """Of the next token."""
+        """Seed of the next token's noise."""
         return sample_key(self.key, len(self.ids))
 
     @property
     def too_short(self) -> bool:
-        """Whether stop tokens are impossible yet."""
+        """Whether the completion is below its minimum length, so that it cannot stop."""
         return len(self.ids) < self.sampling.min_new_tokens
 
     def push(self, token: int, logprob: float) -> None:
-        """Takes the next token. What the caller's ``on_token`` raises ends this row alone."""
+        """Appends the next token. An error in ``on_token`` ends this row only."""
         self.ids.append(token)
         self.logprobs.append(logprob)
         try:
@@ -88,7 +88,7 @@ class ActiveSequence:
                 self.future.set_result(completion)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the row with an error for whoever waits."""
+        """Ends the row with an error, which its future raises."""
         if not self.done and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
@@ -96,7 +96,7 @@ class ActiveSequence:
         self.done = True
 
     def _finished(self) -> Completion | None:
-        """The completion, if the last token ends it."""
+        """Returns the completion if the last token ends it."""
         ids, stream = self.ids, self._stream
         stopped = ids[-1] in self.stops
         if stream is not None and not stopped:
@@ -121,22 +121,22 @@ def make_sequences(
     on_token: OnToken | None = None,
     name: str = "Rollout request",
 ) -> list[ActiveSequence]:
-    """Rows of a request, if the model can serve it.
+    """Makes the rows of a request.
 
     Args:
         model: The transformers model.
-        tokenizer: The model's.
-        request: What is asked.
-        sampling: How to draw.
+        tokenizer: The model's tokenizer.
+        request: A prompt and keys.
+        sampling: Sampling settings.
         stop_token_ids: Tokens that end a completion.
-        on_token: Receives tokens as they come.
-        name: Of the request, in errors.
+        on_token: Receives each token.
+        name: The request's name in error messages.
 
     Returns:
-        A row for each key.
+        One row per key.
 
     Raises:
-        ValueError: It can't; the message says why.
+        ValueError: The model cannot serve the request; the message says why.
     """
     prompt = tuple(request.prompt)
     if not prompt:
@@ -145,12 +145,14 @@ def make_sequences(
     vocabulary: int = embeddings.weight.shape[0]
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         strange = next(t for t in prompt if not 0 <= t < vocabulary)
-        raise ValueError(f"{name}: the prompt has token {strange}, and the model's vocabulary {vocabulary} entries.")
-    stops = frozenset(i for i in stop_token_ids if 0 <= i < vocabulary)  # configs may name more than there are
+        raise ValueError(
+            f"{name}: the prompt has the token {strange}, but the model's vocabulary has only {vocabulary} entries."
+        )
+    stops = frozenset(i for i in stop_token_ids if 0 <= i < vocabulary)  # configs may name tokens that do not exist
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and len(prompt) + sampling.max_new_tokens > context:
         raise ValueError(
-            f"{name}: a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} are more than the "
-            f"model's context of {context}. Use shorter prompts or a smaller sampling.max_new_tokens."
+            f"{name}: a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's "
+            f"context of {context} tokens. Use shorter prompts or a smaller sampling.max_new_tokens."
         )
     return [ActiveSequence(prompt, key, sampling, stops, tokenizer, on_token) for key in request.keys]

@@ -1,4 +1,4 @@
-"""What every rollout engine takes and gives."""
+"""Inputs and outputs of all rollout engines."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from lightning_rlhf.models.backbone import Backbone
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Settings of how completions are sampled.
 
     Args:
-        max_new_tokens: Length limit of a completion, its stop token included.
-        min_new_tokens: Stop tokens are impossible, and stop strings do not count, before that many.
-        temperature: 0 is greedy.
-        top_k: Draw from so many of the likeliest tokens; 0: off.
-        top_p: Draw from the fewest tokens whose probabilities reach this sum, after ``top_k``; 1: off.
-        repetition_penalty: Of tokens that the prompt or the completion has already, as transformers defines it; 1: off.
-        stop_strings: Texts that end a completion, and are not part of its text. They may hold special tokens, as
-            written: ``<|im_end|>``.
+        max_new_tokens: Maximum number of tokens per completion, its stop token included. A larger value allows longer
+            completions and takes more memory.
+        min_new_tokens: Number of tokens before which a completion cannot stop: stop tokens have probability 0, and
+            stop strings are ignored. A larger value forces longer completions.
+        temperature: The logits are divided by it. A larger value samples more diverse tokens; 0 is greedy.
+        top_k: Sample from this many of the likeliest tokens. A larger value samples more diverse tokens; 0: off.
+        top_p: Sample from the smallest set of likeliest tokens whose probabilities add up to this, after ``top_k``. A
+            larger value samples more diverse tokens; 1: off.
+        repetition_penalty: Penalty on tokens that the prompt or the completion already has, as in transformers. A
+            larger value avoids repetition more; 1: off.
+        stop_strings: Texts that end a completion and are removed from its text. They may contain special tokens, such
+            as ``<|im_end|>``.
 
     Raises:
         ValueError: A setting is out of range; the message says which.
@@ -62,11 +66,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and a key for each completion wanted.
+    """A prompt, and one key per completion to sample.
 
     Args:
         prompt: Token ids, at least one.
-        keys: One completion a key, which is a function of (weights, prompt, key, sampling) alone.
+        keys: Seeds, one per completion. A completion depends on (weights, prompt, key, sampling) only.
     """
 
     prompt: Sequence[int]
@@ -74,15 +78,14 @@ class Request:
 
 
 class Completion(NamedTuple):
-    """What was sampled.
+    """A sampled completion.
 
     Attributes:
-        input_ids: The sampled tokens, stop token included.
-        logprobs: Of each of them, log-softmax of ``logits / temperature`` (temperature 1 when greedy), in fp32, before
-            top-k, top-p, penalty and minimum length.
-        text: What the tokens add to the prompt's text: without special tokens and the stop token, cut before a stop
-            string.
-        finish_reason: ``stop`` for a stop token or string, ``length`` at the limit.
+        input_ids: The sampled tokens, the stop token included.
+        logprobs: Log-prob of each token: log-softmax of ``logits / temperature`` (temperature 1 if greedy), in fp32,
+            before top-k, top-p, penalty and minimum length.
+        text: Text of the tokens after the prompt, without special tokens, and cut before a stop string.
+        finish_reason: ``stop`` after a stop token or a stop string, ``length`` at the length limit.
     """
 
     input_ids: list[int]
@@ -92,7 +95,7 @@ class Completion(NamedTuple):
 
     @property
     def truncated(self) -> bool:
-        """Whether the completion was cut at its length limit."""
+        """Whether the length limit cut the completion."""
         return self.finish_reason == "length"
 
 
@@ -101,15 +104,15 @@ def as_answers(
     prompts: Sequence[list[Message] | str],
     found: Sequence[Sequence[Completion]],
 ) -> list[list[Completion]]:
-    """Completions whose text is an answer's content.
+    """Removes the chat template's text from completions, so that their text is an answer's content.
 
-    Behind messages the model itself writes the blank that some chat templates have between the generation prompt and
-    the answer; it is the template's, and is taken off. Behind plain texts nothing changes.
+    Some chat templates put a space between the generation prompt and the answer. The model generates this space, but it
+    belongs to the template. Completions of plain texts do not change.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         prompts: Messages or plain texts.
-        found: Completions of each.
+        found: Completions of each prompt.
     """
     chats = not all(isinstance(prompt, str) for prompt in prompts)
     lead = answer_lead(tokenizer) if chats and tokenizer.chat_template else ""
@@ -120,7 +123,7 @@ def as_answers(
 
 
 class RolloutEngine(Protocol):
-    """Prompts and a policy in, completions out; the policy and the global random state stay as they were."""
+    """Generates completions. It changes neither the policy nor the global random state."""
 
     def generate(
         self,
@@ -133,17 +136,16 @@ class RolloutEngine(Protocol):
         """Completes prompts.
 
         Args:
-            policy: A backbone whose model can generate; active adapters apply.
-            tokenizer: The model's.
-            requests: Prompts, in any number.
-            sampling: How to draw.
+            policy: A backbone whose model can generate. Its active adapters apply.
+            tokenizer: The model's tokenizer.
+            requests: Any number of prompts with their keys.
+            sampling: Sampling settings.
             stop_token_ids: Tokens that end a completion.
 
         Returns:
-            For each request, a completion for each of its keys, in order.
+            For each request, one completion per key, in order.
 
         Raises:
-            ValueError: A request can't be served: no prompt, a token that the model has not, or longer than its
-                context.
+            ValueError: A prompt is empty, has a token that the model does not know, or exceeds the model's context.
         """
         ...

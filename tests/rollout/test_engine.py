@@ -70,7 +70,7 @@ def test_greedy_equals_generate(family, make_model, prompts, tiny_tokenizer, cap
         for engine in (CachedEngine(max_rows=3), CachedEngine(), *[HFGenerateEngine()] * (family not in WRONG)):
             got = engine.generate(policy, tiny_tokenizer, requests(prompts, 2), Sampling(24, temperature=0), [])
             assert ids(got) == [[answer, answer] for answer in want]
-    warnings = [r.message for r in caplog.records if "can't use the rollout cache" in r.message]
+    warnings = [r.message for r in caplog.records if "cannot use the rollout cache" in r.message]
     assert len(warnings) == (family in UNCACHED)  # once, although asked twice
     assert len(set(itertools.chain(*want))) > 2  # the answers say something
 
@@ -413,7 +413,7 @@ def test_rope_that_depends_on_the_batch_goes_to_generate(make_model, prompts, ti
     model = make_model("Llama", **({"rope_scaling": scaling} if OLD else {"rope_parameters": scaling}))
     policy = Policy(model)
     assert "dynamic" in module.reason_against(policy)
-    with pytest.raises(ValueError, match="LlamaForCausalLM can't run in a session"), \
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot run in a session"), \
             CachedEngine().session(policy, tiny_tokenizer):  # fmt: skip
         pass
 
@@ -423,7 +423,7 @@ def test_a_model_that_goes_wrong_with_a_cache_is_found(make_model, prompts, tiny
         SlotCache, "mask", lambda self, window, like: None if self._prefill else torch.zeros(1, 1, 1, 1)
     )
     policy = Policy(make_model("Llama"))
-    assert "logits differ" in module.reason_against(policy)
+    assert "difference of logits" in module.reason_against(policy)
 
 
 # ------------------------------------------------------------------------------------------------- bad requests
@@ -436,7 +436,7 @@ def test_bad_requests_are_named(engine, policy, tiny_tokenizer):
 
     with pytest.raises(ValueError, match="request 1: the prompt has no tokens"):
         run([])
-    with pytest.raises(ValueError, match="request 1: the prompt has token 300"):
+    with pytest.raises(ValueError, match="request 1: the prompt has the token 300"):
         run([5, 300])
     with pytest.raises(ValueError, match=r"request 1: a prompt of 121 tokens and max_new_tokens 8.*context of 128"):
         run([1] * 121)

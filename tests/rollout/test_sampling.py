@@ -12,7 +12,7 @@ from transformers import (
 
 from lightning_rlhf.rollout import Sampling
 from lightning_rlhf.rollout import sampling as module
-from lightning_rlhf.rollout.sampling import choose
+from lightning_rlhf.rollout.sampling import sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence
 
 VOCABULARY = 12
@@ -68,7 +68,7 @@ def expected(logits, prompt, s):
 )
 def test_tokens_have_the_exact_distribution(settings):
     n = 20_000
-    tokens, logprobs = choose(LOGITS.expand(n, -1), rows(n, **settings))
+    tokens, logprobs = sample_tokens(LOGITS.expand(n, -1), rows(n, **settings))
     want = expected(LOGITS, PROMPT, Sampling(**settings)).double()
     counts = torch.bincount(torch.tensor(tokens), minlength=VOCABULARY)
     possible = want > 0
@@ -83,10 +83,10 @@ def test_steps_and_keys_are_independent():
     """Of one key over many steps, and of neighbors at one step: pairs of tokens have the product distribution."""
     n = 20_000
     many = rows(n)
-    first, _ = choose(LOGITS.expand(n, -1), many)
+    first, _ = sample_tokens(LOGITS.expand(n, -1), many)
     for row in many:
         row.ids = [0]
-    second, _ = choose(LOGITS.expand(n, -1), many)
+    second, _ = sample_tokens(LOGITS.expand(n, -1), many)
     p = LOGITS.softmax(-1).double()
     product = (p[:, None] * p).flatten()
     for a, b in [(first, second), (first[:-1:2], first[1::2])]:
@@ -102,7 +102,7 @@ def test_unlikely_tokens_keep_their_chance():
     logits = torch.full((301,), 1e-5).log()
     logits[0] = 0.0
     n = 30_000
-    tokens, _ = choose(logits.expand(n, -1), rows(n))
+    tokens, _ = sample_tokens(logits.expand(n, -1), rows(n))
     assert abs(sum(token > 0 for token in tokens) - 90) < 40  # four standard deviations
     assert len(set(tokens)) > 60
 
@@ -118,10 +118,10 @@ def test_rows_do_not_see_their_neighbors():
         *rows(5, first=25, max_new_tokens=9, min_new_tokens=3, stops=[int(LOGITS.argmax())], temperature=0.2),
     ]
     logits = torch.randn(len(mixed), VOCABULARY, generator=torch.Generator().manual_seed(1)) + LOGITS
-    alone = [tuple(x[0] for x in choose(logits[i : i + 1], [row])) for i, row in enumerate(mixed)]
+    alone = [tuple(x[0] for x in sample_tokens(logits[i : i + 1], [row])) for i, row in enumerate(mixed)]
     for seed in range(3):
         order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).tolist()
-        together = list(zip(*choose(logits[order], [mixed[i] for i in order]), strict=True))
+        together = list(zip(*sample_tokens(logits[order], [mixed[i] for i in order]), strict=True))
         for i, (token, logprob) in zip(order, together, strict=True):
             assert token == alone[i][0] and logprob == pytest.approx(alone[i][1], abs=1e-6)
 
@@ -129,9 +129,9 @@ def test_rows_do_not_see_their_neighbors():
 def test_chunks_of_noise_change_nothing(monkeypatch):
     many = rows(50)
     logits = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(1))
-    want = choose(logits, many)
+    want = sample_tokens(logits, many)
     monkeypatch.setattr(module, "_CHUNK", 7 * VOCABULARY)
-    assert choose(logits, many) == want
+    assert sample_tokens(logits, many) == want
 
 
 def test_a_nucleus_wider_than_the_first_look_is_exact(monkeypatch):
@@ -139,9 +139,9 @@ def test_a_nucleus_wider_than_the_first_look_is_exact(monkeypatch):
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1))
     logits[::2] *= 4
     some = rows(40, top_p=0.9)
-    narrow, _ = choose(logits, some)
+    narrow, _ = sample_tokens(logits, some)
     monkeypatch.setattr(module, "_NUCLEUS", 3000)
-    assert choose(logits, some)[0] == narrow
+    assert sample_tokens(logits, some)[0] == narrow
     for row, token in enumerate(narrow):
         assert expected(logits[row], PROMPT, Sampling(top_p=0.9))[token] > 0
     assert max(int((logits[i] > logits[i, t]).sum()) for i, t in enumerate(narrow)) > 1024
@@ -150,16 +150,16 @@ def test_a_nucleus_wider_than_the_first_look_is_exact(monkeypatch):
 def test_stop_tokens_are_impossible_before_the_minimum():
     stop = int(LOGITS.argmax())
     (row,) = rows(1, temperature=0, max_new_tokens=9, min_new_tokens=2, stops=[stop])
-    tokens, logprobs = choose(LOGITS[None], [row])
+    tokens, logprobs = sample_tokens(LOGITS[None], [row])
     assert tokens == [int(LOGITS.topk(2).indices[1])]
     assert logprobs[0] == pytest.approx(LOGITS.log_softmax(-1)[tokens[0]].item(), abs=1e-6)
     row.ids = [0, 0]
-    assert choose(LOGITS[None], [row])[0] == [stop]
+    assert sample_tokens(LOGITS[None], [row])[0] == [stop]
 
 
 def test_half_precision_is_scored_in_fp32():
     half = LOGITS.bfloat16()[None]
-    tokens, logprobs = choose(half, rows(1))
+    tokens, logprobs = sample_tokens(half, rows(1))
     assert logprobs[0] == pytest.approx(half.float().log_softmax(-1)[0, tokens[0]].item(), abs=1e-6)
 
 
@@ -168,10 +168,10 @@ def test_logits_that_are_not_finite_are_an_error(bad):
     logits = LOGITS[None].clone()
     logits[0, 4] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
-        choose(logits, rows(1))
+        sample_tokens(logits, rows(1))
 
 
 def test_the_global_generator_is_not_drawn_from():
     before = torch.get_rng_state()
-    choose(LOGITS.expand(4, -1), rows(4, **EVERYTHING))
+    sample_tokens(LOGITS.expand(4, -1), rows(4, **EVERYTHING))
     assert torch.equal(before, torch.get_rng_state())
