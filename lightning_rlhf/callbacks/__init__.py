@@ -1,4 +1,4 @@
-"""Callbacks: Hugging Face export, averaged weights, sample answers, win rates, reports, interrupts, predictions."""
+"""Callbacks for exports, averaged weights, sample answers, win rates, reports, interrupts and predictions."""
 
 from lightning_rlhf.callbacks.ema import EMA, averaged_weights
 from lightning_rlhf.callbacks.export import HFExport

@@ -1,4 +1,4 @@
-"""An interrupt costs nothing: the run saves at the end of the step, and the work ends."""
+"""Saves the run at the end of the step when it is interrupted."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from lightning_rlhf.callbacks.progress import close_bars, say
 from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: Seconds that the main thread has to clean up after it was told to stop at once.
+#: Seconds that the main thread has to clean up when it must stop at once.
 GRACE = 5.0
 
 
 class Interrupted(SystemExit):
-    """Ctrl-C or SIGTERM ended the work.
+    """Ctrl-C or SIGTERM ended the run.
 
-    Where nothing catches it the process ends with status 130 or 143, without a traceback, so that no further stage of
-    a script starts. It is no :class:`Exception`: ``except Exception`` lets it pass.
+    If nothing catches it, the process ends with status 130 or 143 and without a traceback, so the next stage of a
+    script does not start. It is not an :class:`Exception`, so ``except Exception`` does not catch it.
 
     Attributes:
         signal: ``SIGINT`` or ``SIGTERM``.
-        checkpoint: Where to go on from; None where the run was complete, or nothing was ever saved.
-        code: The exit status: 130 or 143. Of a rank that Lightning started beside the script it is 0: with any other
-            Lightning would kill the script.
+        checkpoint: The checkpoint to resume from. None if the run was complete, or if nothing was saved.
+        code: The exit status: 130 or 143. In ranks that Lightning started beside the script it is 0, because with any
+            other status Lightning would kill the script.
     """
 
     def __init__(self, number: int, text: str, checkpoint: str | None = None) -> None:
@@ -55,37 +55,37 @@ class Interrupted(SystemExit):
 
 
 class SaveOnInterrupt(L.Callback):
-    """On SIGTERM or Ctrl-C: a checkpoint at the end of the optimizer step, then an end of the work.
+    """Saves a checkpoint at the end of the optimizer step on SIGTERM or Ctrl-C, and then ends the run.
 
-    The signal, on whichever rank, sets a flag and does nothing else. When a step ends, never within an accumulation
-    window, ranks agree on it and save ``interrupted.ckpt``. A validation that is due then still runs, and the
-    checkpoint is written once more after it, since a resumed run doesn't make up for it; a signal during a validation
-    acts at its end. Then ``fit`` raises :class:`Interrupted` on all ranks. No callback sees the end of an epoch or of a
-    training that isn't over, so nothing is exported that looks finished. Where it was the last step, the run ends as it
-    does undisturbed, and ``Interrupted`` is raised after that.
+    A signal on any rank only sets a flag. At the end of an optimizer step all ranks exchange their flags and save
+    ``interrupted.ckpt``. If a validation is due after that step, it still runs, and the checkpoint is written again
+    after it, because a resumed run does not repeat it. A signal during a validation takes effect at its end. Then
+    ``fit`` raises :class:`Interrupted` on all ranks. The hooks for the end of an epoch and of training do not run, so
+    nothing is exported that looks finished. If the signal comes in the last step, the run ends normally and then
+    raises ``Interrupted``.
 
-    A second signal stops at once, without saving; so does the first one while nothing trains (sanity check, dry run,
-    validate, test, predict), and SIGTERM when its step has not ended within ``time_limit``: a reward that never
-    answers, a rank that waits for a dead one. If this process can't even do that, it is ended ``GRACE`` seconds later.
+    A second signal stops at once, without saving. So does the first signal while nothing is trained (sanity check, dry
+    run, validate, test, predict), and SIGTERM if its step does not end within ``time_limit``, for instance because a
+    reward hangs or a rank waits for a dead one. If the process cannot stop, it is killed ``GRACE`` seconds later.
 
-    In the Trainer's list this callback moves itself to the end, so that the checkpoint holds what all others noted of
-    the step. While it is at work, Lightning's own reaction to SIGTERM is off; handlers are put back afterwards. Signals
-    reach Python's main thread only: in another thread ``fit`` isn't interruptible.
+    The callback moves itself to the end of the Trainer's list, so that the checkpoint holds what the other callbacks
+    noted in the step. While it is active, Lightning's handler of SIGTERM is off; afterwards the former handlers are
+    restored. Signals reach Python's main thread only, so ``fit`` in another thread cannot be interrupted.
 
     Args:
-        dirpath: Where ``interrupted.ckpt`` goes; default the Trainer's ``default_root_dir``.
-        time_limit: Seconds that a step may still take after SIGTERM; None: as long as it takes. Clusters usually kill
-            30 to 90 seconds after it.
-        advice: What the last line says of how to go on; None names ``ckpt_path``.
+        dirpath: Directory of ``interrupted.ckpt``. Default: the Trainer's ``default_root_dir``.
+        time_limit: Maximum number of seconds that a step may take after SIGTERM. A larger value waits longer for a slow
+            step; clusters usually kill a process 30 to 90 seconds after SIGTERM. None: no limit.
+        advice: Last line of the message, which says how to resume. None: a line that names ``ckpt_path``.
 
     Attributes:
-        interrupted: Path of the checkpoint, once an interrupt was served; None in an undisturbed run.
+        interrupted: Path of the checkpoint after an interrupt, otherwise None.
     """
 
     def __init__(self, dirpath: str | None = None, time_limit: float | None = 60.0, advice: str | None = None) -> None:
         self.dirpath, self.time_limit, self.advice = dirpath, time_limit, advice
         self.interrupted: str | None = None
-        self._signal = 0  # what came
+        self._signal = 0  # the signal that came, or 0
         self._saving = False
         self._leaving = False
         self._former: dict[signal.Signals, Any] = {}
@@ -93,7 +93,7 @@ class SaveOnInterrupt(L.Callback):
         self._watch: _Watch | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Goes last; has checkpoints written atomically where nothing else was asked for."""
+        """Moves this callback to the end of the list, and writes checkpoints atomically unless configured otherwise."""
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -103,30 +103,14 @@ class SaveOnInterrupt(L.Callback):
 
     # ------------------------------------------------------------------------------------------------- signals
 
-    # The first hooks after Lightning installed its own handlers, which must be replaced.
-
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the handlers."""
+        """Installs the handlers, in the first hook after Lightning has installed its own."""
         self._install(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the handlers where no sanity check ran."""
-        self._install(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the handlers in ``validate``."""
-        self._install(trainer)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the handlers."""
-        self._install(trainer)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the handlers."""
-        self._install(trainer)
+    on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Puts the former handlers back after ``validate``, ``test`` and ``predict``."""
+        """Restores the former handlers after ``validate``, ``test`` and ``predict``."""
         self._uninstall()
 
     def _install(self, trainer: L.Trainer) -> None:
@@ -141,7 +125,7 @@ class SaveOnInterrupt(L.Callback):
     def _uninstall(self) -> None:
         global _installed
         for number, handler in self._former.items():
-            # unless another took our place; None: not from Python, so Python can't put it back
+            # unless other code has replaced ours; Python cannot restore a handler that it did not install (None)
             if signal.getsignal(number) == self._on_signal and handler is not None:
                 signal.signal(number, handler)
         if self._watch is not None:
@@ -153,12 +137,12 @@ class SaveOnInterrupt(L.Callback):
         trains = trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking or trainer.fast_dev_run)
         if trains and not self._signal:
             self._signal = number
-        elif not self._leaving:  # else it is on its way out
+        elif not self._leaving:  # otherwise the run is ending already
             self._leaving = True
-            raise self._told(trainer, self._error(trainer, number, self._watch.why if self._watch else ""))
+            raise self._call_hooks(trainer, self._error(trainer, number, self._watch.why if self._watch else ""))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process: spawned ranks get a copy."""
+        """Returns the state without this process's handlers and threads: spawned ranks get a copy."""
         return {**vars(self), "_former": {}, "_trainer": None, "_watch": None}
 
     # ------------------------------------------------------------------------------------------------- training
@@ -166,59 +150,59 @@ class SaveOnInterrupt(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves, where this batch completed an optimizer step."""
+        """Saves after a signal if this batch completed an optimizer step."""
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._save_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves after a validation between two steps."""
+        """Saves after a signal if the validation ran between two steps."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save_if_asked(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops before the step after the one that was saved.
+        """Stops before the step that follows the saved one.
 
         Raises:
-            Interrupted: A signal was served.
+            Interrupted: The run was saved after a signal.
         """
         if self.interrupted is not None:
-            raise self._of_all(trainer, self._error(trainer, self._signal))
+            raise self._on_all_ranks(trainer, self._error(trainer, self._signal))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts the former handlers back."""
+        """Restores the former handlers."""
         self._agree(trainer)
         self._uninstall()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends the work, where the signal came in the last step.
+        """Ends the run if a signal came in the last step.
 
         Raises:
-            Interrupted: It did.
+            Interrupted: A signal came in the last step.
         """
         if self._signal:
             name = signal.Signals(self._signal).name
             text = f"{name} in the last step: the run is complete. {self.advice or ''}".rstrip()
-            raise self._of_all(trainer, Interrupted(self._signal, text))
+            raise self._on_all_ranks(trainer, Interrupted(self._signal, text))
 
-    def _of_all(self, trainer: L.Trainer, error: Interrupted) -> Interrupted:
-        """As ranks raise it together: those beside the script's own process end with 0."""
+    def _on_all_ranks(self, trainer: L.Trainer, error: Interrupted) -> Interrupted:
+        """Prepares an error that all ranks raise: ranks that Lightning started beside the script exit with 0."""
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             error.code = 0
-        return self._told(trainer, error)
+        return self._call_hooks(trainer, error)
 
-    def _told(self, trainer: L.Trainer, error: Interrupted) -> Interrupted:
-        """Calls the hooks that Lightning calls in no spawned or forked rank, only in the process that started it."""
+    def _call_hooks(self, trainer: L.Trainer, error: Interrupted) -> Interrupted:
+        """Calls ``on_exception`` in spawned and forked ranks; Lightning calls it only in their parent process."""
         if multiprocessing.parent_process() is not None and trainer.strategy.launcher is not None:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_exception(trainer, trainer.lightning_module, error)
         return error
 
     def _agree(self, trainer: L.Trainer) -> int:
-        """The signal that any rank got; all must ask."""
+        """Returns the signal that any rank got, or 0. All ranks must call it."""
         own = torch.tensor(self._signal, device=trainer.strategy.root_device)
         if found := int(trainer.strategy.reduce(own, reduce_op="max")):
             self._signal = found
@@ -234,26 +218,26 @@ class SaveOnInterrupt(L.Callback):
     # ------------------------------------------------------------------------------------------------- the end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Puts the former handlers back, and says how to go on, under whatever a progress bar left.
+        """Restores the former handlers, and prints below the progress bar how to resume.
 
         Raises:
-            Interrupted: In place of what an interrupt is called elsewhere: Lightning would end with status 1.
+            Interrupted: Replaces other exceptions of an interrupt, for which Lightning would exit with status 1.
         """
         error = exception if isinstance(exception, Interrupted) else None
-        if isinstance(exception, KeyboardInterrupt):  # of a moment without our handlers, while all is set up
+        if isinstance(exception, KeyboardInterrupt):  # during setup, when our handlers are not installed yet
             error = self._error(trainer, signal.SIGINT)
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has it ignored by now
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has set it to be ignored
         elif isinstance(exception, ProcessExitedException) and exception.exit_code - 128 in SIGNALS:
-            error = Interrupted(exception.exit_code - 128, "")  # in a spawned or forked rank, which has said it
+            error = Interrupted(exception.exit_code - 128, "")  # a spawned or forked rank, which has printed it
         if error is None:
             self._uninstall()
             return
         alone = self._leaving or error is not exception
-        if alone:  # the other ranks don't know of it
+        if alone:  # the other ranks do not stop on their own
             self._end_ranks(trainer)
         if alone and trainer.world_size > 1:
-            self._watch = None  # stays: what follows may wait for them
+            self._watch = None  # the thread keeps running, because the rest may wait for other ranks
         self._uninstall()
         close_bars(trainer)
         if trainer.is_global_zero and error.text and not error.said:
@@ -268,20 +252,20 @@ class SaveOnInterrupt(L.Callback):
         try:
             for process in getattr(launcher, "procs", ()):
                 if isinstance(process, multiprocessing.process.BaseProcess):
-                    process.join()  # spawned and forked ranks have the signal too, and save
+                    process.join()  # spawned and forked ranks got the signal too, and save
         except KeyboardInterrupt:
             pass
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
 
     def _error(self, trainer: L.Trainer, number: int, why: str = "stopped at once") -> Interrupted:
-        """The end, in words."""
+        """Makes the error with its message."""
         name, step = signal.Signals(number).name, trainer.global_step
         if trainer.state.fn != TrainerFn.FITTING:
             return Interrupted(number, f"{name}: stopped. {self.advice or ''}".rstrip())
         checkpoint = self.interrupted or _newest_checkpoint(trainer)
         if self.interrupted:
-            text = f"{name}: stopped after step {step}, all is saved in {checkpoint}."
+            text = f"{name}: stopped after step {step}. The run is saved in {checkpoint}."
         elif checkpoint:
             text = f"{name}: {why}; step {step + 1} is lost. The last checkpoint is {checkpoint}."
         else:
@@ -298,7 +282,7 @@ class SaveOnInterrupt(L.Callback):
 
 
 def _newest_checkpoint(trainer: L.Trainer) -> str | None:
-    """What was last saved, or gone on from."""
+    """Returns the checkpoint that was saved last, or the one that the run was resumed from."""
     found = {str(trainer.ckpt_path)} if trainer.ckpt_path else set()
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
@@ -307,11 +291,11 @@ def _newest_checkpoint(trainer: L.Trainer) -> str | None:
 
 
 class _Watch(threading.Thread):
-    """Hears signals where the main thread can't, says what will come of them, and holds it to its time.
+    """Receives signals while the main thread cannot, announces their effect, and enforces the time limits.
 
-    Python calls handlers between two of its own instructions: never, in a rank that waits for another. So the number of
-    each signal goes to a socket too, at the time it comes. This thread reads it. Where a step takes too long it sends
-    this process the second signal, and where that doesn't help it ends it.
+    Python calls signal handlers between two of its own instructions, so never in a rank that waits for another rank.
+    Therefore Python also writes each signal's number to a socket, which this thread reads. If a step takes too long,
+    the thread sends this process a second signal, and if that does not help, it ends the process.
     """
 
     def __init__(self, callback: SaveOnInterrupt) -> None:
@@ -328,7 +312,7 @@ class _Watch(threading.Thread):
         self.theirs.close()
 
     def run(self) -> None:
-        """Until it is closed, or the process is ended."""
+        """Runs until it is closed or the process ends."""
         came, number, deadline = 0, 0, None
         while True:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -343,28 +327,28 @@ class _Watch(threading.Thread):
                     if came == 1 and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
                         self.say(number)
                     elif came == 1:
-                        came, deadline = 2, time.monotonic() + GRACE  # nothing trains: it is served at once
+                        came, deadline = 2, time.monotonic() + GRACE  # nothing is trained: the process stops at once
             elif self.callback._saving:
                 deadline = time.monotonic() + 1
             elif came == 1:
                 self.why = f"the step did not end within {self.callback.time_limit:g} s"
-                os.kill(os.getpid(), number)  # comes back to this loop as the second
+                os.kill(os.getpid(), number)  # this loop receives it as the second signal
                 deadline = None
             else:
                 self.end(number)
 
     def say(self, number: int) -> None:
-        """Beside the bar."""
+        """Announces the effect of a signal, above the progress bar."""
         if not self.trainer.is_global_zero:
             return
         name, limit = signal.Signals(number).name, self.callback.time_limit
         after = "Press Ctrl-C again to stop at once, without saving."
         if number == signal.SIGTERM:
-            after = "" if limit is None else f"If it has not ended in {limit:g} s, nothing is saved."
+            after = "" if limit is None else f"If the step does not end within {limit:g} s, nothing is saved."
         say(self.trainer, f"{name}: saving at the end of this step. {after}".rstrip(), sys.stderr)
 
     def end(self, number: int) -> None:
-        """Of the whole process, whatever its main thread does."""
+        """Ends the whole process, whatever its main thread does."""
         error = self.callback._error(self.trainer, number, self.why)
         show = "\033[?25h" if os.isatty(2) else ""  # a bar may have hidden the cursor
         os.write(2, f"{show}\n{error.text}\n".encode())
@@ -377,7 +361,7 @@ _installed: SaveOnInterrupt | None = None
 
 
 def _in_forked_child() -> None:
-    """A loader's worker is ended by its process, and must not speak for it."""
+    """Restores default handling of signals in workers of data loaders, which their parent process ends."""
     if _installed is not None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Predictions as a file."""
+"""Writes predictions to a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_rlhf.utils.collectives import gather_objects
 
 
 class WritePredictions(L.Callback):
-    """Writes what ``predict`` found to ``predictions.jsonl``: a line a record, in the order of the data.
+    """Writes the results of ``predict`` to ``predictions.jsonl``: one line per record, in the order of the data.
 
-    For modules whose ``predict_step`` returns records with a ``row``. Each line also says ``where`` its row came from,
-    where the data module knows. While it runs each rank keeps what it has in a part file beside the target, which a
-    run that was cut off leaves behind. Under ``fast_dev_run`` nothing is written.
+    The module's ``predict_step`` must return records with a ``row``. If the data module knows where a row came from,
+    its line has this place as ``where``. During prediction each rank writes to a part file beside the target; a run
+    that is killed leaves these files behind. With ``fast_dev_run`` nothing is written.
 
     Args:
-        path: Of the file; default ``predictions.jsonl`` under the Trainer's ``default_root_dir``.
+        path: Path of the file. Default: ``predictions.jsonl`` under the Trainer's ``default_root_dir``.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -32,7 +32,7 @@ class WritePredictions(L.Callback):
         return Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens this rank's part."""
+        """Opens this rank's part file."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = self._target(trainer)
@@ -48,7 +48,7 @@ class WritePredictions(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Adds a batch's records."""
+        """Writes the records of a batch."""
         if self._part is None:
             return
         where = getattr(getattr(trainer, "datamodule", None), "where", None)
@@ -58,7 +58,7 @@ class WritePredictions(L.Callback):
         self._part.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Joins the parts of all ranks, in order."""
+        """Merges the part files of all ranks, in the order of the data."""
         if self._part is None:
             return
         self._part.seek(0)
@@ -66,7 +66,7 @@ class WritePredictions(L.Callback):
         parts = gather_objects(lines)
         target = self._target(trainer)
         if trainer.is_global_zero:
-            # a stable sort: a row's records stay as they were made
+            # the sort is stable: records of the same row keep their order
             records = sorted((line for part in parts for line in part), key=lambda line: json.loads(line)["row"])
             temporary = target.with_name(f"{target.name}.writing")
             temporary.write_text("".join(line + "\n" for line in records), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run did, as one HTML file that needs nothing else: settings, curves, answers before and after."""
+"""Writes a self-contained HTML report of a run: settings, curves, and answers before and after."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ _EVALUATION = ("val", "eval", "test")
 
 
 class Report(L.Callback):
-    """Writes an HTML report of the run: settings, curves of all that was logged, answers, final values.
+    """Writes an HTML report of the run: settings, curves of all logged metrics, answers and final values.
 
-    The file needs no network and runs no scripts. It is written when training ends, is interrupted or fails, and again
-    after a later ``trainer.validate`` or ``trainer.test``. What these log before training stands at step 0. Answers are
-    those of :class:`~lightning_rlhf.callbacks.SampleCompletions`. All of it is kept in checkpoints: the report of a
-    resumed run is whole. Under ``fast_dev_run`` nothing is written.
+    The file needs no network and no scripts. It is written when training ends, is interrupted or fails, and again after
+    a later ``trainer.validate`` or ``trainer.test``. Metrics that these log before training appear at step 0. The
+    answers come from :class:`~lightning_rlhf.callbacks.SampleCompletions`. Checkpoints hold the report's data, so the
+    report of a resumed run is complete. With ``fast_dev_run`` nothing is written.
 
     Args:
-        path: Of the file; default ``report.html`` under the Trainer's ``default_root_dir``.
-        title: Heading of the file; None keeps that of a file which is added to.
-        stage: Heading of this run; default the module's name, such as PPO.
-        append: Keep other stages that the file has, so that SFT, reward model and PPO make one report; a stage of the
-            same name is replaced. False replaces the file.
-        every_n_steps: Write every so many steps too.
+        path: Path of the file. Default: ``report.html`` under the Trainer's ``default_root_dir``.
+        title: Heading of the file. None: "Training report", or with ``append`` the heading of the existing file.
+        stage: Heading of this run. Default: the module's name, such as PPO.
+        append: Keep the other stages in the file, so that SFT, reward model and PPO share one report. A stage with the
+            same name is replaced. False: replace the file.
+        every_n_steps: Also write the report after every this many steps. A larger value writes it less often. None:
+            only at the end.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
@@ -49,35 +50,37 @@ class Report(L.Callback):
         every_n_steps: int | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, or null for the end alone; got {every_n_steps}.")
+            raise ValueError(
+                f"every_n_steps must be at least 1, or null to write at the end only; got {every_n_steps}."
+            )
         self.path, self.title, self.stage, self.append = path, title, stage, append
         self.every_n_steps = every_n_steps
         self.report = StageReport("")
-        self._answers: tuple[Path, int] | None = None  # the file of samples, and how far it was read
-        self._noted = -1
+        self._samples_read: tuple[Path, int] | None = None  # the file of samples, and the position read so far
+        self._noted = -1  # the last step whose metrics were noted
 
     # ------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses to write over what is no report, before compute is spent; finds the end of older answers.
+        """Checks before training that the file can be replaced, and skips the answers of earlier runs.
 
         Raises:
-            ValueError: A file that is no report is in its place.
+            ValueError: The path is taken by a file that is not a report.
         """
         if stage != TrainerFn.FITTING:
             return
         if self._target(trainer).exists():
             read_report(self._target(trainer))
-        answers = Path(trainer.default_root_dir) / "samples.jsonl"
-        self._answers = answers, answers.stat().st_size if answers.exists() else 0
+        samples = Path(trainer.default_root_dir) / "samples.jsonl"
+        self._samples_read = samples, samples.stat().st_size if samples.exists() else 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins, or goes on with what the checkpoint brought."""
+        """Starts the report, or continues the one in the checkpoint."""
         if trainer.global_step == 0:
             before = {} if self.report.ended else self.report.curves
             self.report = StageReport("", curves=before)
         elif self._target(trainer).exists():
-            self._complete(trainer)
+            self._add_missing_values(trainer)
         self._noted = trainer.global_step
         report = self.report
         report.name = self.stage or type(pl_module).__name__.removesuffix("Module") or type(pl_module).__name__
@@ -92,7 +95,7 @@ class Report(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notes the step before, all of whose hooks are done; writes where it is time."""
+        """Notes the metrics of the previous step, whose hooks are all done, and writes the report when it is due."""
         step = trainer.global_step
         if step > self._noted:
             self._note(trainer, step)
@@ -103,7 +106,7 @@ class Report(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes what is new already, for the checkpoint of this step; modules may log the rest after callbacks."""
+        """Notes the metrics logged so far, for this step's checkpoint; modules may log more after the callbacks."""
         if trainer.global_step > self._noted:
             self._note(trainer, trainer.global_step, only_new=True)
 
@@ -123,15 +126,15 @@ class Report(L.Callback):
         self._note(trainer, trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes, after all other callbacks have done what they do at the end of training."""
+        """Writes the report after all other callbacks have finished training."""
         self._end(trainer, "finished")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(f"Report: {self._target(trainer)}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Writes what there is."""
+        """Writes the report of a run that stops early."""
         if self.report.status == "running":
-            if trainer.world_size == 1:  # other ranks may be elsewhere, and not take part in computing a metric
+            if trainer.world_size == 1:  # computing a metric may need all ranks, and the others may not have stopped
                 self._note(trainer, trainer.global_step)
             kind, text = type(exception).__name__, str(exception)
             what = f"stopped at step {trainer.global_step} by {kind}{': ' if text else ''}{text}"
@@ -140,19 +143,19 @@ class Report(L.Callback):
             self._end(trainer, what)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the report will say, so that a resumed run's is whole."""
-        self._read_answers()
+        """Returns the report's data, so that the report of a resumed run is complete."""
+        self._read_samples()
         return asdict(self.report)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Restores the report's data."""
         self.report = StageReport(**state_dict)
 
     # ------------------------------------------------------------------------------------------------- collecting
 
     def _note(self, trainer: L.Trainer, step: int, only_new: bool = False, evaluation: bool = False) -> None:
-        """Adds values: of training or of evaluation, all or those that differ from their last."""
-        # on all ranks, since a metric may only now be computed, by all together
+        """Adds the values of training or of evaluation: all of them, or only those that have changed."""
+        # on all ranks, because computing a metric may need all of them
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         for name, value in values.items():
             if name.startswith(_EVALUATION) == evaluation:
@@ -160,8 +163,8 @@ class Report(L.Callback):
                 if not (only_new and curve.last and curve.last[1] == float(f"{value:.6g}")):
                     curve.add(step, value)
 
-    def _complete(self, trainer: L.Trainer) -> None:
-        """Takes from the file what modules logged of the checkpoint's step after it was saved."""
+    def _add_missing_values(self, trainer: L.Trainer) -> None:
+        """Reads from the file the values of the checkpoint's step that were logged after the checkpoint was saved."""
         _, stages = read_report(self._target(trainer))
         for curves in (stage.curves for stage in stages if stage.run == self.report.run):
             for name, curve in curves.items():
@@ -171,19 +174,19 @@ class Report(L.Callback):
                         own.add(int(step), value)
                         self.report.curves[name] = own
 
-    def _read_answers(self) -> None:
-        if self._answers is None or not self._answers[0].exists():
+    def _read_samples(self) -> None:
+        if self._samples_read is None or not self._samples_read[0].exists():
             return
-        path, place = self._answers
+        path, place = self._samples_read
         with path.open("rb") as file:
             file.seek(place)
             lines = file.readlines()
-        self._answers = path, place + sum(map(len, lines))
+        self._samples_read = path, place + sum(map(len, lines))
         for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:
-                rank_zero_warn(f"Report: a line of {path} is no JSON, and its answer is left out: {line[:80]!r}")
+                rank_zero_warn(f"Report: a line of {path} is not JSON, so its answer is left out: {line[:80]!r}")
                 continue
             known = self.report.samples.setdefault(row["prompt"], [])
             known[1:] = [row]
@@ -198,7 +201,7 @@ class Report(L.Callback):
         self._write(trainer)
 
     def _write_again(self, trainer: L.Trainer) -> None:
-        """After training, for evaluations that follow it."""
+        """Writes the report again after an evaluation that follows training."""
         if trainer.state.fn != TrainerFn.FITTING and self.report.ended:
             self._write(trainer)
 
@@ -206,7 +209,7 @@ class Report(L.Callback):
         self.report.ended = _now()
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._read_answers()
+        self._read_samples()
         target = self._target(trainer)
         title, stages = read_report(target) if self.append and target.exists() else ("Training report", [])
         places = {stage.name: i for i, stage in enumerate(stages)}

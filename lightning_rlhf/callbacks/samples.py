@@ -1,4 +1,4 @@
-"""What the model answers, while it learns."""
+"""Shows the model's answers to fixed prompts during training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, read_rows
 from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
-from lightning_rlhf.evaluation.answers import Refuse, complete, room, shown
+from lightning_rlhf.evaluation.answers import RaiseBadRows, complete, prompt_text, room
 from lightning_rlhf.models.saving import own_stop_token_ids
 from lightning_rlhf.rollout import (
     CachedEngine,
@@ -41,21 +41,21 @@ from lightning_rlhf.strategies import runs_alone, whole_weights
 
 
 class PromptCallback(L.Callback):
-    """Base of the callbacks that have the model answer fixed prompts. Its random generator is its own.
+    """Base of the callbacks in which the model answers fixed prompts. It has its own random generator.
 
     Args:
         prompts: User turns or message lists, a file of them, or None for the data module's ``sample_prompts``.
-        num_prompts: How many of the data module's.
-        max_new_tokens: Length limit of an answer.
-        temperature: 0 is greedy.
-        seed: Of the sampling.
-        every_n_steps: Optimizer steps between answers; None: after each validation.
+        num_prompts: Number of prompts to take from the data module.
+        max_new_tokens: Maximum number of tokens per answer.
+        temperature: The logits are divided by it. A larger value samples more diverse answers; 0 is greedy.
+        seed: Seed of the sampling.
+        every_n_steps: Number of optimizer steps between answers. None: after each validation.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
     """
 
-    #: What of the Trainer it takes part in.
+    #: Trainer functions in which the callback is active.
     stages: ClassVar[tuple[TrainerFn, ...]] = (TrainerFn.FITTING,)
 
     def __init__(
@@ -68,7 +68,9 @@ class PromptCallback(L.Callback):
         every_n_steps: int | None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, or null for each validation; got {every_n_steps}.")
+            raise ValueError(
+                f"every_n_steps must be at least 1, or null to run after each validation; got {every_n_steps}."
+            )
         self.prompts, self.num_prompts = prompts, num_prompts
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.every_n_steps = every_n_steps
@@ -76,10 +78,10 @@ class PromptCallback(L.Callback):
         self._last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Reads and tokenizes the prompts, so that a bad one shows before compute is spent.
+        """Reads and tokenizes the prompts, so that errors in them show before training.
 
         Raises:
-            ValueError: There are no prompts, or one of them is bad; the message says which.
+            ValueError: There are no prompts, or a prompt is malformed; the message says which one.
         """
         if stage not in self.stages:
             return
@@ -93,36 +95,36 @@ class PromptCallback(L.Callback):
             messages.append(prompt)
             further.append(columns)
         if not encoded:
-            raise ValueError(f"{type(self).__name__}: there are no prompts. Give prompts=[...] or a file of them.")
+            raise ValueError(f"{type(self).__name__}: there are no prompts. Set prompts to a list or to a file.")
         names = {name for columns in further for name in columns}
         every = {name: [columns.get(name) for columns in further] for name in sorted(names)}
         self._prompts = PromptBatch(encoded, messages, tuple(range(len(encoded))), every, len(encoded))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuses models that don't generate, and prompts that leave no room for an answer.
+        """Checks that the model can generate, and that each prompt leaves room for an answer.
 
-        Of the data module's own prompts those are left out, with a warning that says how many.
+        Prompts of the data module that are too long are left out with a warning.
 
         Raises:
-            ValueError: It is one, or there is one that was given, or no other.
+            ValueError: The model cannot generate, a prompt of the ``prompts`` argument is too long, or all prompts are.
         """
         name = type(self).__name__
         model = pl_module.model_to_export.transformer
         if not model.can_generate():
-            raise ValueError(f"{name}: {type(model).__name__} can't generate. Leave the callback out.")
+            raise ValueError(f"{name}: {type(model).__name__} cannot generate. Remove the callback.")
         asked = self._prompts
         fits = [room(pl_module.model_to_export, ids, 1) >= 1 for ids in asked.prompts]
         if all(fits):
             return
         first = fits.index(False)
         reason = (
-            f"the prompt {shown(asked.messages[first])[:40]!r} has {len(asked.prompts[first])} tokens and fills the "
-            "model's context"
+            f"the prompt {prompt_text(asked.messages[first])[:40]!r} has {len(asked.prompts[first])} tokens and fills "
+            "the model's context"
         )
         if self.prompts is not None or not any(fits):
-            raise ValueError(f"{name}: {reason}. Give shorter prompts.")
+            raise ValueError(f"{name}: {reason}. Use shorter prompts.")
         kept = [i for i, fit in enumerate(fits) if fit]
-        rank_zero_warn(f"{name}: {len(fits) - len(kept)} of {len(fits)} prompts are left out; the first: {reason}.")
+        rank_zero_warn(f"{name}: {len(fits) - len(kept)} of {len(fits)} prompts are left out. The first: {reason}.")
         self._prompts = PromptBatch(
             [asked.prompts[i] for i in kept],
             [asked.messages[i] for i in kept],
@@ -132,13 +134,13 @@ class PromptCallback(L.Callback):
         )
 
     def _find(self, trainer: Any) -> list[tuple[str, list[Message] | str, dict[str, Any]]]:
-        """Each prompt with the place it comes from, and its further columns."""
+        """Returns each prompt with the place where it was read, and its other columns."""
         data = trainer.datamodule
         found: list[tuple[str, Any, dict[str, Any]]]
         if isinstance(self.prompts, (str, os.PathLike)):
             keys = ["text"] if ".txt" in Path(self.prompts).suffixes else ["prompt", "messages"]
             found = []
-            for row in read_rows(self.prompts, Refuse()):
+            for row in read_rows(self.prompts, RaiseBadRows()):
                 further = {name: value for name, value in row.value.items() if name not in keys}
                 found.append((row.where, next(filter(None, map(row.value.get, keys)), None), further))
         elif self.prompts is not None:
@@ -148,27 +150,29 @@ class PromptCallback(L.Callback):
             columns = data.sample_columns(self.num_prompts) if hasattr(data, "sample_columns") else [{}] * len(prompts)
             found = [(f"sample_prompts[{i}]", *both) for i, both in enumerate(zip(prompts, columns, strict=True))]
         else:
-            raise ValueError(f"{type(self).__name__}: give prompts, or use a data module that has sample_prompts(n).")
+            raise ValueError(f"{type(self).__name__}: set prompts, or use a data module with sample_prompts(n).")
         as_text = getattr(data, "as_text", False)
-        return [(where, _read(prompt, where, as_text), further) for where, prompt, further in found]
+        return [(where, _parse_prompt(prompt, where, as_text), further) for where, prompt, further in found]
 
-    def _together(self, trainer: L.Trainer) -> bool:
-        """Whether all ranks must run the model for one of them to answer, since each holds a part of it."""
+    def _needs_all_ranks(self, trainer: L.Trainer) -> bool:
+        """Whether all ranks must run the model together, because each holds a part of it."""
         return not runs_alone(trainer.strategy)
 
     def _complete(
         self, trainer: L.Trainer, module: Any, batches: Sequence[Sequence[int]], *key: int
     ) -> list[Completion]:
-        """Completes prompts, given by their numbers; those of a batch are in the making at a time."""
+        """Completes prompts, which are given by their indices, one batch after the other."""
         tokenizer = module.tokenizer
         stops = getattr(module, "stop_token_ids", ())
         stops = stops or stop_token_ids(tokenizer, own_stop_token_ids(module.model_to_export.transformer))
-        engine: RolloutEngine = HFGenerateEngine(synced_gpus=True) if self._together(trainer) else CachedEngine()
-        strings = getattr(getattr(module, "sampling", None), "stop_strings", ())  # what ends them in training
+        engine: RolloutEngine = HFGenerateEngine(synced_gpus=True) if self._needs_all_ranks(trainer) else CachedEngine()
+        strings = getattr(getattr(module, "sampling", None), "stop_strings", ())  # as in training
         sampling = Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
         gathered: AbstractContextManager[None] = nullcontext()
         root = trainer.strategy.model
-        if isinstance(root, FullyShardedDataParallel):  # layers gather their own weights, the rest is gathered here
+        if isinstance(
+            root, FullyShardedDataParallel
+        ):  # layers gather their weights; the other weights are gathered here
             gathered = FullyShardedDataParallel.summon_full_params(root, recurse=False, writeback=False)
         found = []
         with torch.no_grad(), gathered, trainer.precision_plugin.forward_context():
@@ -183,26 +187,28 @@ class PromptCallback(L.Callback):
 class SampleCompletions(PromptCallback):
     """Shows answers to fixed prompts before training, after each validation or every few steps, and at the end.
 
-    They go to the terminal, to loggers that take text (W&B and others with ``log_table`` or ``log_text``, TensorBoard,
-    MLflow, Comet), and to ``samples.jsonl`` under the Trainer's ``default_root_dir``, but for ``fast_dev_run``, which
-    shows them alone. Training is not disturbed: sampling has a random generator of its own.
+    Answers go to the terminal, to loggers that accept text (W&B and others with ``log_table`` or ``log_text``,
+    TensorBoard, MLflow, Comet), and to ``samples.jsonl`` under the Trainer's ``default_root_dir``. With
+    ``fast_dev_run`` they go to the terminal and the loggers only. Training does not change, because sampling has its
+    own random generator.
 
-    The module says what is shown: ``model_to_export``, which must be able to generate, and ``tokenizer``; and where
-    it has ``score_completions``, as PPO does, what stands beside the answers: score and KL. Beside an
-    :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Where the strategy shards the model (FSDP)
-    all ranks generate, elsewhere one.
+    The module's ``model_to_export`` answers; it must be able to generate. If the module has ``score_completions``, as
+    PPO has, scores and KL are shown beside the answers. With an :class:`~lightning_rlhf.callbacks.EMA` the averaged
+    weights answer. One rank generates, or all ranks if the strategy shards the model (FSDP).
 
     Args:
-        prompts: User turns or message lists; or a file: ``.txt`` with one prompt a line, or ``.jsonl`` and the other
-            kinds that data modules read, with a column ``prompt`` (text or messages) or ``messages`` (whose last turn
-            is left out if it is an answer), and further ones for rewards that read them. None takes the data module's
-            ``sample_prompts``. With a data module's ``as_text`` they are texts that no chat template touches.
-        num_prompts: How many of the data module's.
-        max_new_tokens: Length limit of an answer.
-        temperature: 0 is greedy; otherwise sampling is keyed by seed, step and prompt.
-        seed: Of the sampling.
+        prompts: User turns, message lists, or a file: ``.txt`` with one prompt per line, or ``.jsonl`` or another
+            format that data modules read. The file has a column ``prompt`` (text or messages) or ``messages`` (a last
+            turn of the assistant is removed), and may have more columns for rewards. None: the data module's
+            ``sample_prompts``. If the data module has ``as_text``, prompts are plain texts without a chat template.
+        num_prompts: Number of prompts to take from the data module.
+        max_new_tokens: Maximum number of tokens per answer. A larger value shows longer answers and takes more time.
+        temperature: The logits are divided by it. A larger value samples more diverse answers; 0 is greedy. The noise
+            depends on seed, step and prompt.
+        seed: Seed of the sampling.
         on_start: Show answers before the first step.
-        every_n_steps: Show answers after so many optimizer steps; None: after each validation.
+        every_n_steps: Show answers after every this many optimizer steps. A larger value shows them less often. None:
+            after each validation.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
@@ -224,7 +230,7 @@ class SampleCompletions(PromptCallback):
     # ------------------------------------------------------------------------------------------------- hooks
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answers before training."""
+        """Shows answers before training."""
         if self.on_start:
             self._show(trainer, pl_module)
         self._last_step = trainer.global_step
@@ -232,17 +238,17 @@ class SampleCompletions(PromptCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Answers every few steps."""
+        """Shows answers every few steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answers after a validation inside ``fit``."""
+        """Shows answers after a validation in ``fit``."""
         if not self.every_n_steps and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answers at the end, unless they were just shown."""
+        """Shows answers at the end, unless they were shown at the same step."""
         self._show(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------- answers
@@ -254,22 +260,24 @@ class SampleCompletions(PromptCallback):
         self._last_step = step
         strategy = trainer.strategy
         with averaged_weights(trainer), whole_weights(strategy, pl_module.model_to_export):
-            if trainer.is_global_zero or self._together(trainer):
+            if trainer.is_global_zero or self._needs_all_ranks(trainer):
                 rows = self._generate(trainer, pl_module, step)
                 if trainer.is_global_zero:
                     self._write(trainer, rows, step)
             strategy.barrier("SampleCompletions")
 
     def _generate(self, trainer: L.Trainer, module: Any, step: int) -> list[dict[str, Any]]:
-        """One prompt at a time: an answer must not depend on what it is shown beside."""
+        """Completes one prompt at a time, so that an answer does not depend on the other prompts."""
         found = self._complete(trainer, module, [[i] for i in range(len(self._prompts.prompts))], step)
-        appraised = {}
+        scores = {}
         if hasattr(module, "score_completions"):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                appraised = module.score_completions(self._prompts, [[completion] for completion in found])
+                scores = module.score_completions(self._prompts, [[completion] for completion in found])
         answers = zip(self._prompts.messages, found, strict=True)
-        rows = [{"step": step, "prompt": shown(p), "completion": c.text, "ended": not c.truncated} for p, c in answers]
-        return [{**row, **{name: values[i] for name, values in appraised.items()}} for i, row in enumerate(rows)]
+        rows = [
+            {"step": step, "prompt": prompt_text(p), "completion": c.text, "ended": not c.truncated} for p, c in answers
+        ]
+        return [{**row, **{name: values[i] for name, values in scores.items()}} for i, row in enumerate(rows)]
 
     # ------------------------------------------------------------------------------------------------- output
 
@@ -287,16 +295,16 @@ class SampleCompletions(PromptCallback):
             for row, text in zip(rows, beside, strict=True)
         ]
         cells = [(row["prompt"], row["completion"].strip() + end) for row, end in zip(rows, ends, strict=True)]
-        place = "" if dry else f"; all in {file}"
+        place = "" if dry else f"; all answers are in {file}"
         title = f"Answers at step {step} (… = cut at {self.max_new_tokens} tokens{place})"
         size = shutil.get_terminal_size((100, 24))
         lines = table(cells, size.columns).splitlines()
-        most = size.lines - 6 if sys.stdout.isatty() else len(lines)  # the figures stay on the screen
+        most = size.lines - 6 if sys.stdout.isatty() else len(lines)  # the metrics stay on the screen
         if len(lines) > most:
-            lines[max(1, most) :] = ["… (there is more in the file)"]
-        figures = ", ".join(f"{k} {v:.4g}" for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float))
-        text = "\n".join(["", title, *lines, *([f"Last figures: {figures}"] if figures else [])])
-        encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
+            lines[max(1, most) :] = ["… (the file has the rest)"]
+        metrics = ", ".join(f"{k} {v:.4g}" for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float))
+        text = "\n".join(["", title, *lines, *([f"Latest metrics: {metrics}"] if metrics else [])])
+        encoding = sys.stdout.encoding or "utf-8"  # a character that the terminal lacks must not end the run
         say(trainer, text.encode(encoding, "replace").decode(encoding))
         data = [[str(row[name]) for name in names] for row in rows]
         for logger in trainer.loggers:
@@ -312,8 +320,8 @@ class SampleCompletions(PromptCallback):
                 experiment.log_text(markdown(names, data), step=step)
 
 
-def _read(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
-    """A prompt's turns, without the answer where it brings one; or a plain text."""
+def _parse_prompt(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
+    """Returns a prompt's turns without a final answer, or a plain text."""
     if isinstance(prompt, str) and prompt.strip():
         return prompt if as_text else [Message(role="user", content=prompt)]
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
@@ -322,8 +330,8 @@ def _read(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
         if turns and all(isinstance(text, str) for text in texts):
             return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
     raise BadRowError(
-        where, "no prompt", "not a prompt. Write a text, or a list of messages {role: ..., content: ...}; in a file, "
-        "as the column 'prompt' or 'messages'."
+        where, "no prompt", "not a prompt. Write a text or a list of messages {role: ..., content: ...}; in a file, "
+        "use the column 'prompt' or 'messages'."
     )  # fmt: skip
 
 
@@ -331,14 +339,14 @@ def _read(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
 
 
 def table(rows: Sequence[tuple[str, str]], width: int) -> str:
-    """Two columns of wrapped text, for a terminal.
+    """Formats two columns of wrapped text for a terminal.
 
     Args:
         rows: Left and right text of each row.
-        width: Columns of the terminal.
+        width: Width of the terminal in columns.
 
     Returns:
-        The lines. The left column takes a third at most, and of a long text eight lines.
+        The table. The left column is at most a third of the width, and its texts at most eight lines.
     """
     longest = max((columns(line) for left, _ in rows for line in left.splitlines()), default=1)
     first = max(2, min(longest, width // 3))
@@ -357,11 +365,11 @@ def table(rows: Sequence[tuple[str, str]], width: int) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Breaks text at blanks, between wide (Chinese) characters, and elsewhere if it must.
+    """Breaks text at spaces and between wide (Chinese) characters, and within a word if it is too long.
 
     Args:
-        text: Control characters in it become blanks.
-        width: Columns of a line, at least 2.
+        text: The text. Control characters are replaced by spaces.
+        width: Width of a line in columns, at least 2.
 
     Returns:
         The lines.
@@ -383,7 +391,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """Columns of a terminal that a text takes: two for a wide character, none for a combining one."""
+    """Returns the width of a text in terminal columns: two per wide character, none per combining character."""
     return sum(0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + _wide(c) for c in text)
 
 
@@ -392,7 +400,7 @@ def _wide(text: str) -> bool:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, such as TensorBoard shows."""
+    """Formats a Markdown table, which TensorBoard shows."""
     cells = [[c.strip().replace("|", "\\|").replace("\n", "<br>") for c in row] for row in (header, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])

@@ -1,4 +1,4 @@
-"""How often the model's answers are preferred to a baseline's, while it learns."""
+"""Measures during training how often the model's answers are preferred to a baseline's."""
 
 from __future__ import annotations
 
@@ -34,38 +34,42 @@ from lightning_rlhf.rollout import Sampling
 from lightning_rlhf.strategies import whole_weights
 from lightning_rlhf.utils.collectives import gather_objects
 
-#: Answers in the making at a time.
+#: Number of answers that are generated together.
 _BATCH = 32
 
 
 class MeasureWinRate(PromptCallback):
     """Compares the model's answers to validation prompts with a baseline's, after each validation or every few steps.
 
-    Each pair is judged in both orders; see ``docs/evaluation.md``. Logged: ``val/win_rate``, the ends of its 95 %
-    interval ``val/win_rate_low`` and ``val/win_rate_high``, and ``val/ties``, the share of pairs. They can be monitored
-    (``HFExport(monitor="val/win_rate", mode="max")``). Every pair goes to ``win_rate.jsonl`` under the Trainer's
-    ``default_root_dir``, where a resumed run goes on, and a new run begins a new file beside the old one. Under
-    ``trainer.validate`` it is ``win_rate_validate.jsonl``; under ``fast_dev_run`` nothing is written.
+    The judge sees each pair in both orders; see ``docs/evaluation.md``. Logged metrics are ``val/win_rate``, the bounds
+    of its 95 % interval ``val/win_rate_low`` and ``val/win_rate_high``, and ``val/ties``, the share of tied pairs.
+    Other callbacks can monitor them (``HFExport(monitor="val/win_rate", mode="max")``). All pairs go to
+    ``win_rate.jsonl`` under the Trainer's ``default_root_dir``. A resumed run continues this file; a new run renames it
+    and starts a new one. ``trainer.validate`` writes ``win_rate_validate.jsonl``. With ``fast_dev_run`` nothing is
+    written.
 
-    Training is not disturbed. Beside an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Ranks share
-    the prompts; where the strategy shards the model (FSDP) all generate all, and share the judging. A judge that fails
-    in the first comparison of a run ends it; later the comparison is left out with a warning, and NaN is logged.
+    Training does not change. With an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Each rank
+    answers and judges a share of the prompts; if the strategy shards the model (FSDP), each rank answers all prompts.
+    If the judge fails in the first comparison of a run, the run ends. If it fails later, a warning is shown and NaN is
+    logged.
 
     Args:
-        judge: Directory or hub id of a reward model, a function ``f(prompts, completions, **columns) -> scores`` or its
-            import path, a list of weighted ones; or a :class:`~lightning_rlhf.evaluation.Judge`, such as a
+        judge: Directory or hub id of a reward model; a function ``f(prompts, completions, **columns) -> scores`` or its
+            import path; a list of weighted rewards; or a :class:`~lightning_rlhf.evaluation.Judge`, such as a
             ``ChatJudge``.
-        against: ``start``, the model as it was when the run began; a file of answers; or directory or hub id of a
-            model, which is loaded once.
-        prompts: As of :class:`~lightning_rlhf.callbacks.SampleCompletions`. None takes the data module's validation
-            prompts.
-        num_prompts: How many of the data module's.
-        max_new_tokens: Length limit of an answer.
-        temperature: 0 is greedy; otherwise sampling is keyed by seed and prompt, alike for both models.
-        seed: Of the sampling.
-        every_n_steps: Compare after so many optimizer steps; None: in each validation.
-        name: Of one of several in a run: then it logs ``val/NAME/win_rate`` and so on, and writes
-            ``win_rate_NAME.jsonl``.
+        against: The baseline: ``start`` for the model at the start of the run, a file of answers, or the directory or
+            hub id of a model, which is loaded once.
+        prompts: See :class:`~lightning_rlhf.callbacks.SampleCompletions`. None: the data module's validation prompts.
+        num_prompts: Number of prompts to take from the data module. A larger value gives a narrower interval and takes
+            more time.
+        max_new_tokens: Maximum number of tokens per answer. A larger value allows longer answers and takes more time.
+        temperature: The logits are divided by it. A larger value samples more diverse answers; 0 is greedy. The noise
+            depends on seed and prompt, and is the same for both models.
+        seed: Seed of the sampling.
+        every_n_steps: Compare after every this many optimizer steps. A larger value compares less often. None: in each
+            validation.
+        name: Name that tells several win rates of a run apart: metrics become ``val/NAME/win_rate`` and so on, and the
+            file becomes ``win_rate_NAME.jsonl``.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
@@ -97,16 +101,16 @@ class MeasureWinRate(PromptCallback):
 
     @property
     def state_key(self) -> str:
-        """By its name."""
+        """Contains the name, because a run may have several win rates."""
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The baseline's answers, so that a resumed run compares with the same ones, and without that model."""
+        """Returns the baseline's answers, so that a resumed run has the same ones without the baseline model."""
         answers = [[answer.text, answer.truncated] for answer in self._baseline]
         return {"answers": answers, "of": self._asked()} if answers else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them back; they hold for the baseline and the prompts that they were made for."""
+        """Restores the baseline's answers. They are used only for the same baseline and the same prompts."""
         self._saved = state_dict
 
     def _asked(self) -> str:
@@ -115,11 +119,11 @@ class MeasureWinRate(PromptCallback):
     # ------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Reads the prompts, and makes the judge, so that a wrong one shows before compute is spent.
+        """Reads the prompts and makes the judge, so that errors in them show before training.
 
         Raises:
-            ValueError: There are no prompts, one of them is bad, or lacks a column that the judge needs; or there is
-                no such judge.
+            ValueError: There are no prompts, a prompt is malformed or lacks a column that the judge needs, or the judge
+                does not exist.
         """
         super().setup(trainer, pl_module, stage)
         if stage not in self.stages:
@@ -129,10 +133,13 @@ class MeasureWinRate(PromptCallback):
         self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, trainer.strategy.root_device)
         needs = self._judge.reward.needs if isinstance(self._judge, RewardJudge) else frozenset()
         if missing := sorted(needs - self._prompts.columns.keys()):
-            raise ValueError(f"MeasureWinRate: the judge needs the column {missing[0]}, which the prompts don't have.")
+            raise ValueError(
+                f"MeasureWinRate: the judge needs the column {missing[0]}, but the prompts do not have it. Add it to "
+                "the prompts."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Has the baseline answer; puts the file where the run stands."""
+        """Generates the baseline's answers, and prepares the file for a new or a resumed run."""
         self._prepare(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self._file(trainer)
@@ -155,17 +162,17 @@ class MeasureWinRate(PromptCallback):
             self._last_step = step
             values = self._compare(trainer, pl_module)
             pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=1)
-            for logger in trainer.loggers:  # also where log_every_n_steps leaves out this one
+            for logger in trainer.loggers:  # also if log_every_n_steps skips this step
                 logger.log_metrics(values, step=step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Outside ``fit``: as :meth:`on_fit_start` and :meth:`on_train_start`."""
+        """Outside ``fit``, does the work of :meth:`on_fit_start` and :meth:`on_train_start`."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self.on_fit_start(trainer, pl_module)
             self._prepare(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares in a validation, so that what it logs can be monitored."""
+        """Compares during a validation, so that other callbacks can monitor the metrics."""
         alone = trainer.state.fn == TrainerFn.VALIDATING
         if alone or not (self.every_n_steps or trainer.sanity_checking):
             pl_module.log_dict(self._compare(trainer, pl_module), batch_size=1, sync_dist=True)
@@ -173,7 +180,7 @@ class MeasureWinRate(PromptCallback):
     # ------------------------------------------------------------------------------------------------- answers
 
     def _prepare(self, trainer: L.Trainer, module: Any) -> None:
-        """The baseline's answers: from the checkpoint, the model as it stands, a file, or another model."""
+        """Gets the baseline's answers from the checkpoint, the current model, a file, or another model."""
         prompts = self._prompts.messages
         if self._saved.get("of") == self._asked():
             self._baseline = [Answer(*answer) for answer in self._saved["answers"]]
@@ -188,8 +195,8 @@ class MeasureWinRate(PromptCallback):
             stops = getattr(module, "stop_token_ids", ())
             if not isinstance(source, (str, os.PathLike)):
                 raise ValueError(
-                    "MeasureWinRate: the model that the run began with is gone. Give against: a directory or "
-                    "a file of answers."
+                    "MeasureWinRate: the run was resumed, and the model at its start is not available. Set against to "
+                    "a model's directory or to a file of answers."
                 )
         if names_file(os.fspath(source)):
             self._baseline = read_answers(source, prompts)
@@ -211,8 +218,8 @@ class MeasureWinRate(PromptCallback):
         self._baseline = [found[i] for i in range(len(prompts))]
 
     def _answers(self, trainer: L.Trainer, module: Any) -> Mapping[int, Answer]:
-        """The model's, by the number of the prompt, on all ranks; all must call."""
-        numbers = range(len(self._prompts.prompts)) if self._together(trainer) else self._share(trainer)
+        """Returns the model's answers by prompt index, on all ranks. All ranks must call it."""
+        numbers = range(len(self._prompts.prompts)) if self._needs_all_ranks(trainer) else self._share(trainer)
         batches = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
         with averaged_weights(trainer), whole_weights(trainer.strategy, module.model_to_export):
             found = self._complete(trainer, module, batches)
@@ -221,13 +228,13 @@ class MeasureWinRate(PromptCallback):
         return {i: answer for part in gather_objects(mine) for i, answer in part.items()}
 
     def _share(self, trainer: L.Trainer) -> range:
-        """The prompts of this rank."""
+        """Returns the indices of this rank's prompts."""
         return range(trainer.global_rank, len(self._prompts.prompts), trainer.world_size)
 
     # ------------------------------------------------------------------------------------------------- verdicts
 
     def _compare(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
-        """Asks both models and the judge, and writes what came of it; what is to be logged."""
+        """Generates answers, asks the judge, writes the pairs, and returns the metrics to log."""
         answers, columns = self._answers(trainer, module), self._prompts.columns
         mine = list(self._share(trainer))
         pairs = [
@@ -245,7 +252,7 @@ class MeasureWinRate(PromptCallback):
         if failure := next((text for _, text in everyone if text), ""):
             if not self._judged_before:
                 raise JudgeError(failure)
-            rank_zero_warn(f"MeasureWinRate: no comparison at step {trainer.global_step}. {failure}")
+            rank_zero_warn(f"MeasureWinRate: the comparison at step {trainer.global_step} failed. {failure}")
             judged = []
         else:
             judged = [j for _, j in sorted(((i, j) for part, _ in everyone for i, j in part), key=lambda both: both[0])]
@@ -256,7 +263,7 @@ class MeasureWinRate(PromptCallback):
             "win_rate": float(found.win_rate),
             "win_rate_low": float(found.low),
             "win_rate_high": float(found.high),
-            "ties": float(found.ties / (found.wins + found.ties + found.losses)),  # NaN without any
+            "ties": float(found.ties / (found.wins + found.ties + found.losses)),  # NaN without pairs
         }
         prefix = f"val/{self.name}/" if self.name else "val/"
         return {prefix + key: value for key, value in values.items()}
@@ -277,13 +284,13 @@ class MeasureWinRate(PromptCallback):
         rank_zero_info(
             f"{self.name or 'Win rate'} at step {step} against {self.against}: {found.win_rate:.3f} ({found.low:.3f} "
             f"to {found.high:.3f}), {found.wins:.0f} won, {found.ties:.0f} tied, {found.losses:.0f} lost{missing}"
-            + ("" if dry else f"; all in {file}")
+            + ("" if dry else f"; all pairs are in {file}")
         )
 
     def _add(self, file: Path, judged: Sequence[JudgedPair], step: int, validating: bool) -> None:
         if validating:
             self._keep(file, -1)
-        elif step <= self._written:  # it was judged before the checkpoint from which the run goes on
+        elif step <= self._written:  # the step was judged before the run was resumed
             self._keep(file, step - 1)
         self._written = step
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -293,18 +300,18 @@ class MeasureWinRate(PromptCallback):
 
     @staticmethod
     def _keep(file: Path, step: int) -> None:
-        """Drops pairs of later steps, which the run comes to again."""
+        """Drops pairs of later steps, which the run will repeat."""
         if file.exists():
-            lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would split in texts
-            kept = [f"{line}\n" for line in lines if _step(line) <= step]
+            lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would split within texts
+            kept = [f"{line}\n" for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines) - 1 or lines[-1]:
                 temporary = file.with_name(f"{file.name}.writing")
                 temporary.write_text("".join(kept), encoding="utf-8")
                 os.replace(temporary, file)
 
 
-def _step(line: str) -> float:
-    """Of a line; infinite of one that a killed process left unfinished."""
+def _step_of(line: str) -> float:
+    """Returns the step of a line, or infinity if a killed process left the line unfinished."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

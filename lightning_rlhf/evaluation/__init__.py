@@ -1,4 +1,4 @@
-"""Evaluation by win rate: answers of two models, and judges that prefer one of them."""
+"""Evaluation by win rate: two models answer prompts, and a judge chooses the better answers."""
 
 from lightning_rlhf.evaluation.answers import complete, generate_answers, names_file, read_answers
 from lightning_rlhf.evaluation.chat_judge import ChatJudge

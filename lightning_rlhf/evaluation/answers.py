@@ -1,4 +1,4 @@
-"""Answers to prompts: by a model, or from a file."""
+"""Generates answers to prompts, or reads them from a file."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import Dtype, load_stop_token_ids
 from lightning_rlhf.rollout import CachedEngine, Completion, Request, RolloutEngine, Sampling, as_answers, sample_key
 
-#: Columns in which a file may have an answer, in the order in which they are tried.
+#: Columns that may hold the answer in a file; the first that exists is used.
 COLUMNS = ("completion", "answer", "response", "output")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
-class Refuse(BadRows):
-    """No row is skipped."""
+class RaiseBadRows(BadRows):
+    """Raises an error for each bad row instead of skipping it."""
 
     def add(self, where: str, kind: str, reason: str) -> NoReturn:
-        """Raises."""
+        """Raises a :class:`BadRowError`."""
         raise BadRowError(where, kind, f"{reason}.")
 
 
@@ -41,7 +41,7 @@ class Refuse(BadRows):
 
 
 def room(policy: Backbone, prompt: Sequence[int], most: int) -> int:
-    """Tokens that the model's context leaves for an answer, at most so many."""
+    """Returns the number of tokens that the model's context leaves for an answer, but at most ``most``."""
     context = getattr(policy.transformer.config.get_text_config(), "max_position_embeddings", None)
     return most if context is None else min(most, context - len(prompt))
 
@@ -55,22 +55,22 @@ def complete(
     sampling: Sampling,
     stop_token_ids: Sequence[int],
 ) -> list[Completion]:
-    """A completion of each prompt, which ends where the model's context does.
+    """Completes each prompt once. A completion ends at the latest at the end of the model's context.
 
     Args:
-        engine: What samples.
+        engine: The rollout engine.
         policy: A backbone whose model can generate.
-        tokenizer: The model's.
-        prompts: Token ids of each; they leave room for a token.
-        keys: Of each completion; see :class:`~lightning_rlhf.rollout.Request`.
-        sampling: How to draw.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each prompt. Each prompt must leave room for at least one token.
+        keys: Seed of each completion; see :class:`~lightning_rlhf.rollout.Request`.
+        sampling: Sampling settings.
         stop_token_ids: Tokens that end a completion.
 
     Returns:
-        One a prompt, in order.
+        One completion per prompt, in order.
 
     Raises:
-        ValueError: A prompt that fills the context.
+        ValueError: A prompt fills the context.
     """
     by_limit: dict[int, list[int]] = {}
     for i, ids in enumerate(prompts):
@@ -79,7 +79,7 @@ def complete(
     for limit, rows in by_limit.items():
         if limit < 1:
             raise ValueError(
-                f"Prompt {rows[0]} has {len(prompts[rows[0]])} tokens and fills the model's context: shorten it."
+                f"Prompt {rows[0]} has {len(prompts[rows[0]])} tokens and fills the model's context. Shorten it."
             )
         requests = [Request(prompts[i], [keys[i]]) for i in rows]
         limited = replace(sampling, max_new_tokens=limit)
@@ -102,41 +102,41 @@ def generate_answers(
     batch_size: int = 32,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answers of a model.
+    """Generates a model's answers.
 
-    Models that are given the same seed draw by the same noise, prompt by prompt: the same model gives the same answers,
+    With the same seed two models sample with the same noise for each prompt. So the same model gives the same answers,
     and the difference of two models varies less.
 
     Args:
-        pretrained: Directory or hub id of a causal LM, or of adapters.
-        prompts: By number, which keys the sampling.
-        sampling: How to draw.
-        seed: Of the sampling.
-        tokenizer: Default: the model's.
-        stop_ids: Tokens that end an answer besides those of the tokenizer and of the model.
-        chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
-        dtype: Of the weights.
-        device: Where the model runs.
-        batch_size: Answers in the making at a time.
+        pretrained: Directory or hub id of a causal LM or of adapters.
+        prompts: Prompts by their numbers. The number is part of the sampling's seed.
+        sampling: Sampling settings.
+        seed: Seed of the sampling.
+        tokenizer: Tokenizer to use. Default: the model's tokenizer.
+        stop_ids: Tokens that end an answer, in addition to the tokenizer's and the model's.
+        chat_template: Preset name, path of a Jinja file, or None for the tokenizer's template.
+        dtype: Data type of the weights.
+        device: Device on which the model runs.
+        batch_size: Number of answers that are generated together. A larger value is faster and takes more memory.
         trust_remote_code: Run code that comes with the model.
 
     Yields:
         Number and answer of each prompt, in order.
 
     Raises:
-        OSError: Nothing is there.
-        ValueError: A prompt that can't be encoded, or that fills the model's context; the message says which.
+        OSError: The model does not exist or cannot be read.
+        ValueError: A prompt cannot be encoded, or fills the model's context; the message says which one.
     """
     try:
         if tokenizer is None:
             tokenizer = load_tokenizer(pretrained, trust_remote_code)
-            stop_ids = [*stop_ids, tokenizer.eos_token_id]  # which a template may replace
+            stop_ids = [*stop_ids, tokenizer.eos_token_id]  # a template may replace it
             needed = chat_template is not None or not all(isinstance(prompt, str) for prompt in prompts.values())
             if needed and set_chat_template(tokenizer, chat_template):
                 raise ValueError(f"the model does not know the tokens of chat_template={chat_template!r}.")
         model = load_causal_lm(pretrained, dtype=dtype, vocab_size=len(tokenizer), trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise OSError(f"{pretrained} can't be loaded as a model: {error}") from error
+        raise OSError(f"{pretrained} cannot be loaded as a model: {error}") from error
     except ValueError as error:
         raise ValueError(f"{pretrained}: {error}") from error
     policy = Policy(model.requires_grad_(False).to(device), layout="padded")
@@ -145,10 +145,11 @@ def generate_answers(
         try:
             encoded[i] = encode_prompt(tokenizer, prompt)
         except TokenizeError as error:
-            raise ValueError(f"{pretrained} can't read the prompt {shown(prompt)[:40]!r}: {error}.") from error
+            raise ValueError(f"{pretrained} cannot encode the prompt {prompt_text(prompt)[:40]!r}: {error}.") from error
         if room(policy, encoded[i], 1) < 1:
             raise ValueError(
-                f"The prompt {shown(prompt)[:40]!r} has {len(encoded[i])} tokens and fills the context of {pretrained}."
+                f"The prompt {prompt_text(prompt)[:40]!r} has {len(encoded[i])} tokens and fills the context of "
+                f"{pretrained}. Shorten it."
             )
     further = [*stop_ids, *load_stop_token_ids(pretrained, trust_remote_code)]
     stops, engine = stop_token_ids(tokenizer, further), CachedEngine()
@@ -156,7 +157,7 @@ def generate_answers(
     for start in range(0, len(numbers), batch_size):
         part = numbers[start : start + batch_size]
         keys = [sample_key(seed, i) for i in part]
-        with torch.no_grad():  # not around what is yielded to
+        with torch.no_grad():  # must not extend over the yield
             found = complete(engine, policy, tokenizer, [encoded[i] for i in part], keys, sampling, stops)
         answers = as_answers(tokenizer, [prompts[i] for i in part], [[c] for c in found])
         yield from ((i, Answer(c.text, c.truncated)) for i, (c,) in zip(part, answers, strict=True))
@@ -166,56 +167,59 @@ def generate_answers(
 
 
 def names_file(name: str) -> bool:
-    """Whether a text is a file that is there, or by its suffix looks like one with rows."""
+    """Whether a text is the path of an existing file, or has the suffix of a data file."""
     return os.path.isfile(name) or (not os.path.isdir(name) and name.lower().removesuffix(".gz").endswith(_SUFFIXES))
 
 
 def read_answers(source: str | os.PathLike[str], prompts: Sequence[list[Message] | str]) -> list[Answer]:
-    """Answers from a file, such as runs write.
+    """Reads answers from a file, such as the files that runs write.
 
-    A row's answer is in the first of :data:`COLUMNS` that it has, or the last turn of its ``messages``; ``truncated``
-    or ``ended`` says whether it was cut. Where rows have prompts, in any format that prompt data may have, an answer
-    belongs to the prompt that is the same, or to the only one that ends in the same user turn; of several the last
-    counts. Without, rows are in the order of the prompts.
+    The answer of a row is the first of :data:`COLUMNS` that it has, or the last turn of its ``messages``. ``truncated``
+    or ``ended`` says whether it was cut. If rows have prompts, in any format of prompt data, an answer belongs to the
+    equal prompt, or to the only prompt that ends in the same user turn. If a prompt has several answers, the last one
+    counts. If rows have no prompts, they must be in the order of ``prompts``.
 
     Args:
-        source: The file, of any kind that data modules read.
-        prompts: What is answered.
+        source: The file, in any format that data modules read.
+        prompts: The prompts to find answers for.
 
     Returns:
-        An answer each.
+        One answer per prompt.
 
     Raises:
-        FileNotFoundError: It isn't there.
-        ValueError: A row without an answer, or a prompt without one; the message says which.
+        FileNotFoundError: The file does not exist.
+        ValueError: A row or a prompt has no answer; the message says which one.
     """
     as_text = any(isinstance(prompt, str) for prompt in prompts)
-    rows = [(row.where, row.value) for row in read_rows(source, Refuse())]
+    rows = [(row.where, row.value) for row in read_rows(source, RaiseBadRows())]
     answers = [_answer(where, row) for where, row in rows]
     found = [_prompt(where, row, as_text) for where, row in rows]
     if not any(found):
         if len(answers) != len(prompts):
             raise ValueError(
-                f"{source} has {len(answers)} answers and no prompts, and there are {len(prompts)} prompts. Give each "
-                "row its prompt."
+                f"{source} has {len(answers)} answers without prompts, but there are {len(prompts)} prompts. Add a "
+                "prompt to each row."
             )
         return answers
     for (where, _), prompt in zip(rows, found, strict=True):
         if prompt is None:
-            raise BadRowError(where, "no prompt", "the row has no prompt, and others have one.")
+            raise BadRowError(where, "no prompt", "the row has no prompt, but other rows have one. Add it.")
     by_prompt = {json.dumps(prompt): answer for prompt, answer in zip(found, answers, strict=True)}
     if twice := len(answers) - len(by_prompt):
-        rank_zero_warn(f"{source}: {twice} of {len(answers)} answers were left out for later ones to the same prompts.")
-    # samples.jsonl has the last turn of a prompt alone
-    by_turn = {shown(p): a for p, a in zip(found, answers, strict=True) if isinstance(p, list) and len(p) == 1}
-    only = Counter(shown(json.loads(key)) for key in {json.dumps(prompt) for prompt in prompts})
+        rank_zero_warn(
+            f"{source}: {twice} of {len(answers)} answers are left out, because later ones have their prompts."
+        )
+    # samples.jsonl has only the last turn of a prompt
+    by_turn = {prompt_text(p): a for p, a in zip(found, answers, strict=True) if isinstance(p, list) and len(p) == 1}
+    only = Counter(prompt_text(json.loads(key)) for key in {json.dumps(prompt) for prompt in prompts})
     matched = []
     for i, prompt in enumerate(prompts):
         answer = by_prompt.get(json.dumps(prompt))
-        if answer is None and only[shown(prompt)] == 1:
-            answer = by_turn.get(shown(prompt))
+        text = prompt_text(prompt)
+        if answer is None and only[text] == 1:
+            answer = by_turn.get(text)
         if answer is None:
-            raise ValueError(f"{source} has no answer to prompt {i + 1} of {len(prompts)}: {shown(prompt)[:60]!r}.")
+            raise ValueError(f"{source} has no answer to prompt {i + 1} of {len(prompts)}: {text[:60]!r}. Add one.")
         matched.append(answer)
     return matched
 
@@ -228,7 +232,7 @@ def _answer(where: str, row: Mapping[str, Any]) -> Answer:
     if not texts or not isinstance(texts[0], str):
         raise BadRowError(
             where, "no answer", f"the row has no answer. Write it as a text in the column {COLUMNS[0]!r} (or "
-            f"{', '.join(COLUMNS[1:])}), or as the last turn of messages."
+            f"{', '.join(COLUMNS[1:])}) or as the last turn of messages."
         )  # fmt: skip
     return Answer(texts[0], bool(row.get("truncated", row.get("ended") is False)))
 
@@ -243,6 +247,6 @@ def _prompt(where: str, row: Mapping[str, Any], as_text: bool) -> list[Message] 
     return prompt if isinstance(prompt, str) else [Message(role=m["role"], content=m["content"]) for m in prompt]
 
 
-def shown(prompt: Sequence[Message] | str) -> str:
-    """What is shown of a prompt: its last turn."""
+def prompt_text(prompt: Sequence[Message] | str) -> str:
+    """Returns the text that represents a prompt: its last turn, or the plain text."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: vLLM, llama.cpp, LiteLLM, OpenAI and others."""
+"""A judge that asks an OpenAI-compatible endpoint: vLLM, llama.cpp, LiteLLM, OpenAI and others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.evaluation.judges import Judge, JudgeError, Question, Verdict
 
-#: What the judge is asked; a file may take its place.
+#: The judge's prompt. ``ChatJudge(template=...)`` replaces it by a file.
 TEMPLATE = """\
 Compare two answers to the same request, and decide which one serves better whoever made it: does it do what was \
 asked, is what it says right, is it clear? An answer in another language than the request's is worse, unless that was \
@@ -42,9 +42,9 @@ Verdict: B
 Verdict: tie
 """
 PLACES = ("prompt", "answer_a", "answer_b")
-#: Statuses by which servers say that another attempt may succeed.
+#: HTTP statuses after which another attempt may succeed.
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-#: So many questions in a row without a reply: there is nobody.
+#: Gives up after this many consecutive questions without a reply.
 PATIENCE = 5
 _LONGEST_WAIT = 60.0
 _VERDICT = re.compile(r"[\s*_#>]*verdict[\s*_]*[:：][\s*_\[]*(A|B|tie)[\s*_\].。]*", re.IGNORECASE)
@@ -53,27 +53,30 @@ _NAMES: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "seco
 
 
 class ChatJudge(Judge):
-    """Asks a language model, at temperature 0, by ``POST {base_url}/chat/completions``.
+    """Asks a language model at temperature 0, with ``POST {base_url}/chat/completions``.
 
-    A reply must end in a line ``Verdict: A``, ``Verdict: B`` or ``Verdict: tie``, or be such a word alone. Others are
-    no verdict, and are not asked for again: at temperature 0 they would come again. A busy or failing server is asked
-    again, after waits of ``backoff``, twice that and so on, or of what its ``Retry-After`` says.
+    A reply must end in a line ``Verdict: A``, ``Verdict: B`` or ``Verdict: tie``, or consist of ``A``, ``B`` or ``tie``
+    only. Any other reply is no verdict. The question is not repeated, because at temperature 0 the reply would be the
+    same. If the server is busy or fails, the question is sent again after waits of ``backoff``, twice ``backoff`` and
+    so on, or after the wait in its ``Retry-After``.
 
     Args:
-        base_url: Such as ``http://127.0.0.1:8000/v1``.
-        model: Its name there.
-        template: A file with the text to send, in which ``{prompt}``, ``{answer_a}`` and ``{answer_b}`` are replaced;
+        base_url: URL of the API, such as ``http://127.0.0.1:8000/v1``.
+        model: Name of the model on the server.
+        template: A file with the text to send, in which ``{prompt}``, ``{answer_a}`` and ``{answer_b}`` are replaced.
             None: :data:`TEMPLATE`.
-        api_key_env: Name of the environment variable that holds the API key; None: no key is sent.
-        max_tokens: Of a reply; None leaves it to the server.
-        concurrency: Requests at a time.
-        timeout: Seconds of silence after which an attempt is given up.
-        retries: Further attempts of a question.
-        backoff: Seconds before the first of them.
+        api_key_env: Name of the environment variable that holds the API key. None: no key is sent.
+        max_tokens: Maximum number of tokens per reply. A larger value leaves room for longer reasons. None: the
+            server's default.
+        concurrency: Number of requests at a time. A larger value is faster if the server can handle it.
+        timeout: Number of seconds without data after which an attempt fails. A larger value waits longer for a slow
+            server.
+        retries: Number of further attempts per question. A larger value tolerates longer outages.
+        backoff: Number of seconds before the first further attempt. The wait doubles with each attempt.
 
     Raises:
-        ValueError: A setting that can't work; the message says which.
-        OSError: The template can't be read.
+        ValueError: A setting is invalid; the message says which one.
+        OSError: The template cannot be read.
     """
 
     def __init__(
@@ -89,9 +92,9 @@ class ChatJudge(Judge):
         backoff: float = 1.0,
     ) -> None:
         if not re.match(r"https?://[^/]", base_url):
-            raise ValueError(f"ChatJudge: base_url={base_url!r} is no URL such as http://127.0.0.1:8000/v1.")
+            raise ValueError(f"ChatJudge: base_url={base_url!r} is not a URL. Use one like http://127.0.0.1:8000/v1.")
         if not model:
-            raise ValueError(f"ChatJudge: name the model that {base_url} serves (on a command line, --judge-model).")
+            raise ValueError(f"ChatJudge: model is empty. Set it (--judge-model) to a model that {base_url} serves.")
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if value < least:
                 raise ValueError(f"ChatJudge: {name} must be at least {least}; got {value}.")
@@ -100,15 +103,17 @@ class ChatJudge(Judge):
         self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
         self.template = TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
         if missing := [place for place in PLACES if f"{{{place}}}" not in self.template]:
-            raise ValueError(f"ChatJudge: {template} has no place {{{missing[0]}}}, so the judge would not see it.")
+            raise ValueError(
+                f"ChatJudge: {template} has no {{{missing[0]}}}, so the judge would not see it. Add {{{missing[0]}}}."
+            )
         self._key()
         self._unanswered = 0
 
     def compare(self, questions: Sequence[Question]) -> list[Verdict]:
-        """See :meth:`Judge.compare`.
+        """Judges questions; see :meth:`Judge.compare`.
 
         Raises:
-            JudgeError: The server refuses what it is asked, or answered none of the last few questions.
+            JudgeError: The server rejects requests, or several consecutive questions got no reply.
         """
         verdicts = []
         stop = threading.Event()
@@ -123,8 +128,8 @@ class ChatJudge(Judge):
                         self._unanswered += 1
                         if self._unanswered >= PATIENCE:
                             raise JudgeError(
-                                f"The judge at {self.url} left {PATIENCE} questions in a row without a reply. The "
-                                f"last time: {error}"
+                                f"The judge at {self.url} did not reply to {PATIENCE} consecutive questions. The last "
+                                f"problem: {error}"
                             ) from error
                         verdicts.append(Verdict(None, f"no reply: {error}"))
             finally:
@@ -134,8 +139,8 @@ class ChatJudge(Judge):
         return verdicts
 
     def _ask(self, question: Question, stop: threading.Event) -> str:
-        """The reply to a question; runs in a thread of its own."""
-        content = self._filled(question)
+        """Returns the reply to a question. It runs in a thread of its own."""
+        content = self._fill_template(question)
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -151,17 +156,17 @@ class ChatJudge(Judge):
             try:
                 return self._post(json.dumps(body).encode())
             except urllib.error.HTTPError as error:
-                problem = self._hidden(f"HTTP {error.code} {error.reason}: {_start_of(error)}")
+                problem = self._hide_key(f"HTTP {error.code} {error.reason}: {_first_bytes(error)}")
                 if error.code in (401, 403, 404, 405) or error.code < 400:
                     raise JudgeError(
-                        f"The judge at {self.url} refuses: {problem}. Check URL, model name and API key."
-                    ) from None  # the cause holds headers
+                        f"The judge at {self.url} rejects requests: {problem}. Check URL, model name and API key."
+                    ) from None  # the cause holds the headers with the key
                 if error.code not in RETRIED:
                     break
                 asked = error.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdigit() else wait
             except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = self._hidden(f"{type(error).__name__}: {error}")
+                problem = self._hide_key(f"{type(error).__name__}: {error}")
         raise _NoReplyError(problem)
 
     def _post(self, body: bytes) -> str:
@@ -178,33 +183,34 @@ class ChatJudge(Judge):
         return content if isinstance(content, str) else ""
 
     def _key(self) -> str:
-        """The API key, read when it is needed and kept nowhere."""
+        """Reads the API key. It is not stored."""
         if self.api_key_env is None:
             return ""
         key = os.environ.get(self.api_key_env, "").strip()
         if not key or not (key.isascii() and key.isprintable()):
-            raise ValueError(f"ChatJudge: the environment variable {self.api_key_env} holds no API key. Set it.")
+            raise ValueError(f"ChatJudge: the environment variable {self.api_key_env} has no valid API key. Set it.")
         return key
 
-    def _hidden(self, text: str) -> str:
-        """A text without the key, which some servers repeat."""
+    def _hide_key(self, text: str) -> str:
+        """Masks the API key in a text, because some servers repeat it."""
         key = self._key()
         return text.replace(key, "***") if key else text
 
-    def _filled(self, question: Question) -> str:
-        values = {"prompt": _shown(question.prompt), "answer_a": question.first.text, "answer_b": question.second.text}
-        # in one pass: what is filled in may have such places of its own
+    def _fill_template(self, question: Question) -> str:
+        prompt = _conversation(question.prompt)
+        values = {"prompt": prompt, "answer_a": question.first.text, "answer_b": question.second.text}
+        # in one pass, because the values may contain placeholders too
         return re.sub(r"\{(prompt|answer_a|answer_b)\}", lambda place: values[place[1]], self.template)
 
 
 def parse_verdict(reply: str) -> Verdict:
-    r"""What a judge's reply says; strictly.
+    r"""Reads the verdict in a judge's reply.
 
     Args:
-        reply: Its text; what stands before a ``</think>`` is no part of it.
+        reply: The reply's text. Everything before a ``</think>`` is ignored.
 
     Returns:
-        The verdict of its last line, unless another line says otherwise.
+        The verdict in the last line. It has no winner if the last line is not a verdict or another line contradicts it.
 
     Example:
         >>> parse_verdict("A is wrong.\nVerdict: B").winner
@@ -222,8 +228,8 @@ def parse_verdict(reply: str) -> Verdict:
     return Verdict(_NAMES[found[0]], "\n".join(line for line in lines[:-1] if not _VERDICT.fullmatch(line)))
 
 
-def _shown(prompt: list[Message] | str) -> str:
-    """A prompt as the judge reads it."""
+def _conversation(prompt: list[Message] | str) -> str:
+    """Formats a prompt for the judge."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -231,7 +237,7 @@ def _shown(prompt: list[Message] | str) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
-def _start_of(error: urllib.error.HTTPError) -> str:
+def _first_bytes(error: urllib.error.HTTPError) -> str:
     try:
         return error.read(500).decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -239,11 +245,11 @@ def _start_of(error: urllib.error.HTTPError) -> str:
 
 
 class _NoReplyError(Exception):
-    """A question that stayed without one."""
+    """A question got no reply."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the API key to another server."""
+    """Refuses redirects, which would send the API key to another server."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None

@@ -1,4 +1,4 @@
-"""``lightning-rlhf win-rate A B``: which of two models answers better."""
+"""``lightning-rlhf win-rate A B``: finds out which of two models answers better."""
 
 from __future__ import annotations
 
@@ -16,46 +16,54 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.formats import Message
     from lightning_rlhf.evaluation import Answer, Judge, JudgedPair
 
-#: Pairs of one call of the judge; after each, their verdicts are written.
+#: Number of pairs per call of the judge. Verdicts are written after each call.
 _PAIRS = 32
 _BAR = 60
 _ABOUT = """\
-Has two models answer the same prompts, and a judge compare their answers, each pair in both orders. A and B are
-directories or hub ids of models, or files of answers (docs/evaluation.md says of what kind). The judge is a reward
-model, a Python function as PPO takes, or a model behind an OpenAI-compatible endpoint."""
+Two models answer the same prompts, and a judge compares their answers, each pair in both orders. A and B are
+directories or hub ids of models, or files of answers (docs/evaluation.md describes their format). The judge is a reward
+model, a Python function like PPO's rewards, or a model behind an OpenAI-compatible endpoint."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """See ``--help``.
+    """Runs the command.
 
     Args:
-        args: Command line after ``win-rate``.
+        args: Arguments after ``win-rate``.
     """
     parser = Parser("win-rate", _ABOUT)
     parser.add_argument("a", metavar="A", help="a model's directory or hub id, or a file of answers")
-    parser.add_argument("b", metavar="B", help="the other")
+    parser.add_argument("b", metavar="B", help="the other model's directory or hub id, or a file of answers")
     parser.add_argument(
         "--judge", required=True, help="a reward model's directory or hub id, module.function, or http://host:port/v1"
     )
-    parser.add_argument("--prompts", help="file, glob, hub id or bundled; default the prompts in the file A, or B")
-    parser.add_argument("--limit", type=int, help="use the first so many prompts")
-    parser.add_argument("--system", help="system prompt of prompts that have none")
-    parser.add_argument("--as-text", action="store_true", help="prompts are plain texts that no chat template touches")
-    parser.add_argument("--out", type=Path, default=Path("win_rate.jsonl"), help="where every judged pair goes")
+    parser.add_argument("--prompts", help="file, glob, hub id or bundled; default: the prompts in the file A or B")
+    parser.add_argument("--limit", type=int, help="number of prompts to use, from the first on; default: all")
+    parser.add_argument("--system", help="system prompt for prompts without one")
+    parser.add_argument("--as-text", action="store_true", help="use prompts as plain texts, without a chat template")
+    parser.add_argument("--out", type=Path, default=Path("win_rate.jsonl"), help="file for all judged pairs")
     models = parser.add_argument_group("models")
-    models.add_argument("--max-new-tokens", type=int, default=256, help="length limit of an answer")
-    models.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    models.add_argument("--seed", type=int, default=0, help="of the sampling, alike for both models")
-    models.add_argument("--chat-template", help="preset or Jinja file, in the place of the models' own")
-    models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on a GPU")
-    models.add_argument("--batch-size", type=int, default=32, help="answers in the making at a time")
+    models.add_argument("--max-new-tokens", type=int, default=256, help="maximum number of tokens per answer")
+    models.add_argument(
+        "--temperature", type=float, default=0.0, help="a larger value samples more diverse answers; 0: greedy"
+    )
+    models.add_argument("--seed", type=int, default=0, help="seed of the sampling, the same for both models")
+    models.add_argument("--chat-template", help="preset or Jinja file that replaces the models' chat templates")
+    models.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, otherwise float32"
+    )
+    models.add_argument(
+        "--batch-size", type=int, default=32, help="answers that are generated together; more is faster, uses memory"
+    )
     models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
     judges = parser.add_argument_group("a judge behind an endpoint")
-    judges.add_argument("--judge-model", default="", help="its name there")
+    judges.add_argument("--judge-model", default="", help="name of the model on the server")
     judges.add_argument("--judge-key-env", metavar="NAME", help="environment variable that holds the API key")
-    judges.add_argument("--judge-template", metavar="FILE", help="what it is asked, in the place of our prompt")
-    judges.add_argument("--judge-concurrency", type=int, default=8, help="requests at a time")
-    judges.add_argument("--judge-timeout", type=float, default=60.0, help="seconds of silence; then it is asked again")
+    judges.add_argument("--judge-template", metavar="FILE", help="file that replaces our prompt to the judge")
+    judges.add_argument("--judge-concurrency", type=int, default=8, help="number of requests at a time")
+    judges.add_argument(
+        "--judge-timeout", type=float, default=60.0, help="seconds without data after which a request is repeated"
+    )
     options = parser.parse_args(args)
     from lightning_rlhf.evaluation import JudgeError
 
@@ -69,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
     from lightning_rlhf.evaluation import AnswerPair, RewardJudge, judge_pairs
 
     if any(Path(name).resolve() == options.out.resolve() for name in (options.a, options.b)):
-        raise ValueError(f"--out {options.out} would overwrite the answers there. Name another file.")
+        raise ValueError(f"--out {options.out} would overwrite the answers in that file. Choose another file.")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1; got {options.limit}.")
     device, dtype = _hardware(options)
@@ -79,9 +87,9 @@ def _run(options: argparse.Namespace) -> None:
     a, b = (_answers(options, side, prompts, columns, device, dtype) for side in ("a", "b"))
     pairs = [AnswerPair(*pair) for pair in zip(prompts, a, b, columns, strict=True)]
     if isinstance(judge, RewardJudge):
-        judge.reward.to(device)  # the models have gone from there
+        judge.reward.to(device)  # the models are no longer on the device
     judged: list[JudgedPair] = []
-    progress = _Progress("judging", len(pairs))
+    progress = _ProgressLine("judging", len(pairs))
     with options.out.open("w", encoding="utf-8") as out:
         for start in range(0, len(pairs), _PAIRS):
             found = judge_pairs(judge, pairs[start : start + _PAIRS])
@@ -90,23 +98,23 @@ def _run(options: argparse.Namespace) -> None:
             out.flush()
             progress(len(judged))
     text = summary(judged, options.a, options.b, options.judge)
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal that can't show a character must not end the run
-    print(f"{text}\nEvery pair, with its verdicts: {options.out}".encode(encoding, "replace").decode(encoding))
+    encoding = sys.stdout.encoding or "utf-8"  # a character that the terminal lacks must not end the run
+    print(f"{text}\nAll pairs with their verdicts: {options.out}".encode(encoding, "replace").decode(encoding))
     if all(pair.outcome is None for pair in judged):
         raise ValueError("no pair has a verdict in both orders.")
 
 
 def summary(judged: Sequence[JudgedPair], a: str, b: str, judge: str) -> str:
-    """What came of it, for a terminal.
+    """Summarizes the verdicts for a terminal.
 
     Args:
-        judged: The pairs.
-        a: What A is.
-        b: What B is.
-        judge: What judged.
+        judged: The judged pairs.
+        a: Name of A.
+        b: Name of B.
+        judge: Name of the judge.
 
     Returns:
-        The lines.
+        The text.
     """
     from lightning_rlhf.evaluation import rates
 
@@ -133,7 +141,7 @@ def summary(judged: Sequence[JudgedPair], a: str, b: str, judge: str) -> str:
         f"            |{bar}|",
         "",
         f"  win rate of A       {found.win_rate:.1%}, 95 % interval {found.low:.1%} to {found.high:.1%}",
-        f"  first place taken   {found.first_place:.1%} of verdicts (50 %: the judge looks at no place)",
+        f"  first answer wins   {found.first_place:.1%} of verdicts (50 %: the order does not matter)",
         f"  orders agree        {found.agreement:.1%} of pairs (the others are ties)",
         f"  mean length         A {lengths[0]:.0f}, B {lengths[1]:.0f} characters"
         + (f"; the longer answer won {sum(longer)} of {len(longer)}" if longer else ""),
@@ -141,11 +149,11 @@ def summary(judged: Sequence[JudgedPair], a: str, b: str, judge: str) -> str:
     if found.no_verdict:
         reasons = [v.reason for j in judged for v in (j.a_first, j.b_first) if v.winner is None]
         first = " ".join(reasons[0].split())[:200]
-        lines.append(f"  without a verdict   {found.no_verdict:.0f} pairs, which count for neither. First: {first}")
+        lines.append(f"  without a verdict   {found.no_verdict:.0f} pairs, which are not counted. First: {first}")
     return "\n".join([*lines, ""])
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------------------------- inputs
 
 
 def _hardware(options: argparse.Namespace) -> tuple[str, Any]:
@@ -171,19 +179,19 @@ def _judge(options: argparse.Namespace, dtype: Any) -> Judge:
 
 
 def _prompts(options: argparse.Namespace) -> tuple[list[list[Message] | str], list[dict[str, Any]]]:
-    """Prompts, and their rows' further columns."""
+    """Returns the prompts and the other columns of their rows."""
     from lightning_rlhf.data.prompts import PromptDataModule
     from lightning_rlhf.evaluation import names_file
     from lightning_rlhf.evaluation.answers import COLUMNS
 
     source = options.prompts or next(filter(names_file, (options.a, options.b)), None)
     if source is None:
-        raise ValueError("give --prompts: both A and B are models.")
+        raise ValueError("both A and B are models, so there are no prompts. Give --prompts.")
     data = PromptDataModule(source, val=source, system=options.system, as_text=options.as_text)
     try:
         found = list(zip(data.sample_prompts(sys.maxsize), data.sample_columns(sys.maxsize), strict=True))
     except ValueError as error:
-        hint = "" if options.prompts else f" Prompts were looked for in {source}: give --prompts for others."
+        hint = "" if options.prompts else f" Prompts were read from {source}. Give --prompts to use others."
         raise ValueError(f"{error}{hint}") from error
     if not options.prompts:  # a file of answers may answer a prompt several times
         found = list({json.dumps(prompt): (prompt, columns) for prompt, columns in found}.values())
@@ -201,7 +209,7 @@ def _answers(
     device: str,
     dtype: Any,
 ) -> list[Answer]:
-    """Of A or B; those of a model are kept beside the output, where they can be read again."""
+    """Returns the answers of A or B. A model's answers are also written to a file beside the output, for later use."""
     from lightning_rlhf.evaluation import generate_answers, names_file, read_answers
     from lightning_rlhf.models.pretrained import obtain
     from lightning_rlhf.rollout import Sampling
@@ -212,7 +220,7 @@ def _answers(
     sampling = Sampling(options.max_new_tokens, temperature=options.temperature)
     file = options.out.with_name(f"{options.out.stem}.{side}.jsonl")
     answers: list[Answer] = []
-    progress = _Progress(f"answers of {side.upper()}", len(prompts))
+    progress = _ProgressLine(f"answers of {side.upper()}", len(prompts))
     with file.open("w", encoding="utf-8") as out:
         for i, answer in generate_answers(
             obtain(source),
@@ -232,8 +240,8 @@ def _answers(
     return answers
 
 
-class _Progress:
-    """A line of progress on a terminal, or a line each quarter elsewhere; not among the results."""
+class _ProgressLine:
+    """Shows progress on standard error: one line that is updated in a terminal, otherwise a line per quarter."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.quarter = name, total, 0

@@ -1,4 +1,4 @@
-"""What every judge is: questions with two answers in, one verdict each out; and judges that compare scores."""
+"""The interface of judges, which compare two answers to a prompt, and a judge that compares scores."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward,
 
 
 class JudgeError(RuntimeError):
-    """A judge that can't judge: wrongly set up, or not to be reached."""
+    """A judge cannot judge, because its settings are wrong or its server cannot be reached."""
 
 
 class Answer(NamedTuple):
-    """What a model answered.
+    """A model's answer.
 
     Attributes:
-        text: Without special tokens.
-        truncated: Whether the length limit ended it.
+        text: The text, without special tokens.
+        truncated: Whether the length limit cut it.
     """
 
     text: str
@@ -36,13 +36,13 @@ class Answer(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Which of two answers is better?
+    """The question which of two answers is better.
 
     Attributes:
-        prompt: Messages, of which the last is the user's, or a plain text.
+        prompt: Messages that end in a user turn, or a plain text.
         first: The answer that is shown first.
-        second: The other.
-        columns: The prompt's further columns.
+        second: The other answer.
+        columns: Other columns of the prompt's row.
     """
 
     prompt: list[Message] | str
@@ -52,11 +52,11 @@ class Question(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a judge says.
+    """A judge's decision.
 
     Attributes:
-        winner: None where it said nothing that can be understood.
-        reason: Why, for people.
+        winner: The better answer. None if the judge gave no readable verdict.
+        reason: The judge's reason, for people.
     """
 
     winner: Literal["first", "second", "tie"] | None
@@ -64,32 +64,33 @@ class Verdict(NamedTuple):
 
 
 class Judge(ABC):
-    """Base of the judges."""
+    """Base of all judges."""
 
     @abstractmethod
     def compare(self, questions: Sequence[Question]) -> list[Verdict]:
-        """Judges.
+        """Judges questions.
 
         Args:
-            questions: Any number.
+            questions: Any number of questions.
 
         Returns:
-            A verdict each, in order.
+            One verdict per question, in order.
 
         Raises:
-            JudgeError: It can't judge at all.
+            JudgeError: The judge cannot judge.
         """
 
 
 class RewardJudge(Judge):
-    """Prefers the answer of the higher score; equal scores are a tie.
+    """Prefers the answer with the higher score. Equal scores are a tie.
 
-    An answer is scored once, wherever it stands, by its text: where a reward reads tokens, these are the text's.
+    Each distinct answer is scored once, in whichever place it stands. A reward that reads tokens gets the tokens of the
+    answer's text.
 
     Args:
-        reward: What scores.
-        tokenizer: Makes tokens of answers, for rewards that read tokens; Python functions need none.
-        device: Where the reward works, and rests on the CPU otherwise; None leaves it where it is.
+        reward: The reward that scores answers.
+        tokenizer: Tokenizes answers for rewards that read tokens. Python functions do not need it.
+        device: Device on which the reward works; between calls it is on the CPU. None: the reward is never moved.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class RewardJudge(Judge):
         self.reward, self.tokenizer, self.device = reward, tokenizer, device
 
     def compare(self, questions: Sequence[Question]) -> list[Verdict]:
-        """See :meth:`Judge.compare`.
+        """Judges questions; see :meth:`Judge.compare`.
 
         Raises:
-            ValueError: The reward can't score an answer, or needs a column that the prompts lack.
+            ValueError: The reward cannot score an answer, or needs a column that the prompts do not have.
         """
         numbers: dict[str, int] = {}
         distinct: list[tuple[Question, Answer]] = []
@@ -127,13 +128,13 @@ class RewardJudge(Judge):
         truncated = [answer.truncated for _, answer in items]
         names = {name for question, _ in items for name in question.columns}
         columns = {name: [question.columns.get(name) for question, _ in items] for name in sorted(names)}
-        # not in inference mode, in which validation may run: weights that move there could not move back elsewhere
+        # validation may run in inference mode, but weights moved in inference mode could not be moved back outside it
         with torch.inference_mode(False), torch.no_grad():
             self.reward.load()
             if self.device is not None:
                 self.reward.to(self.device)
             try:
-                if self.tokenizer is None:  # of functions, which read texts
+                if self.tokenizer is None:  # functions read texts only
                     trees = [Tree([0], [Branch([0])]) for _ in items]
                 else:
                     trees = render(self.tokenizer, prompts, completions, truncated)
@@ -149,7 +150,7 @@ class RewardJudge(Judge):
 def _by_score(first: float, second: float) -> Verdict:
     reason = f"{first:.6g} against {second:.6g}"
     if not (math.isfinite(first) and math.isfinite(second)):
-        return Verdict(None, f"no finite scores: {reason}")
+        return Verdict(None, f"scores are not finite: {reason}")
     return Verdict("tie" if first == second else "first" if first > second else "second", reason)
 
 
@@ -160,29 +161,29 @@ def make_judge(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> Judge:
-    """What an argument ``judge`` means.
+    """Makes a judge from the value of an argument ``judge``.
 
     Args:
-        spec: Directory or hub id of a reward model, a function ``f(prompts, completions, **columns) -> scores`` or its
-            import path, a list of weighted ones, a reward, or a judge.
-        tokenizer: Makes tokens of answers, for a list or a reward; a reward model alone reads by its own.
-        dtype: Of a reward model's weights.
-        device: Where a reward model works, if it is made here.
+        spec: Directory or hub id of a reward model; a function ``f(prompts, completions, **columns) -> scores`` or its
+            import path; a list of weighted rewards; a reward; or a judge.
+        tokenizer: Tokenizes answers for a list or a reward. A single reward model uses its own tokenizer.
+        dtype: Data type of a reward model's weights.
+        device: Device of a reward model that is loaded here.
         trust_remote_code: Run code that comes with a reward model.
 
     Raises:
-        ValueError: It is none of these; the message says what was tried.
-        ImportError: An import path at which there is nothing.
-        OSError: No reward model is there.
+        ValueError: ``spec`` is none of these; the message says what was tried.
+        ImportError: An import path does not exist.
+        OSError: A reward model does not exist.
     """
     if isinstance(spec, Judge):
         return spec
     name = os.fspath(spec) if isinstance(spec, (str, os.PathLike)) else ""
     if name.startswith(("http://", "https://")):
-        raise ValueError(f"judge: {name} is an endpoint, of which a judge needs more: give ChatJudge(base_url, model).")
+        raise ValueError(f"judge: {name} is an endpoint, which needs a model's name. Use ChatJudge(base_url, model).")
     if names_model(name):
         tokenizer = load_tokenizer(name, trust_remote_code)
-    # a function asks for no tokenizer
+    # a function does not use the tokenizer
     reward = make_reward(spec, tokenizer, dtype, trust_remote_code)  # type: ignore[arg-type]
     if isinstance(spec, Reward):
         return RewardJudge(reward, tokenizer)

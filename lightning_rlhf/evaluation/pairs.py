@@ -1,4 +1,4 @@
-"""Answers of two models to the same prompts, judged in both orders."""
+"""Pairs of answers by two models to the same prompts, judged in both orders."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class AnswerPair(NamedTuple):
     """Two answers to a prompt.
 
     Attributes:
-        prompt: Messages, or a plain text.
+        prompt: Messages or a plain text.
         a: The answer of A.
         b: The answer of B.
-        columns: The prompt's further columns, for rewards that read them.
+        columns: Other columns of the prompt's row, for rewards that read them.
     """
 
     prompt: list[Message] | str
@@ -36,8 +36,8 @@ class JudgedPair(NamedTuple):
 
     Attributes:
         pair: The answers.
-        a_first: The verdict where A's answer was shown first.
-        b_first: The verdict where B's was.
+        a_first: The verdict with A's answer shown first.
+        b_first: The verdict with B's answer shown first.
     """
 
     pair: AnswerPair
@@ -46,17 +46,17 @@ class JudgedPair(NamedTuple):
 
     @property
     def scores(self) -> tuple[float, float]:
-        """Both verdicts from A's side: 1 A won, 0.5 tie, 0 B won, NaN none."""
+        """Both verdicts as scores of A: 1 A won, 0.5 tie, 0 B won, NaN no verdict."""
         return _FOR_A[self.a_first.winner], 1 - _FOR_A[self.b_first.winner]
 
     @property
     def outcome(self) -> str | None:
-        """``a`` or ``b`` where both orders prefer it, else ``tie``; None where a verdict is missing."""
+        """``a`` or ``b`` if both orders prefer it, otherwise ``tie``; None if a verdict is missing."""
         a, b = self.scores
         return None if a != a or b != b else {1.0: "a", 0.0: "b"}.get(a, "tie") if a == b else "tie"
 
     def record(self) -> dict[str, Any]:
-        """What is written of it."""
+        """Returns the row that is written to a file."""
         winners = {1.0: "a", 0.5: "tie", 0.0: "b"}
         a, b = self.scores
         return {
@@ -71,17 +71,17 @@ class JudgedPair(NamedTuple):
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair]) -> list[JudgedPair]:
-    """Has each pair judged twice: with A's answer first, and with B's.
+    """Judges each pair twice: with A's answer first, and with B's answer first.
 
     Args:
-        judge: Any.
-        pairs: Any number.
+        judge: The judge.
+        pairs: Any number of pairs.
 
     Returns:
         The pairs with their verdicts, in order.
 
     Raises:
-        JudgeError: The judge can't judge.
+        JudgeError: The judge cannot judge.
     """
     questions = [
         Question(pair.prompt, *order, pair.columns) for pair in pairs for order in ((pair.a, pair.b), (pair.b, pair.a))
@@ -91,14 +91,14 @@ def judge_pairs(judge: Judge, pairs: Sequence[AnswerPair]) -> list[JudgedPair]:
 
 
 def rates(judged: Sequence[JudgedPair], confidence: float = 0.95) -> WinRates:
-    """The win rate of A over B, and what goes with it.
+    """Computes the win rate of A over B and related rates.
 
     Args:
-        judged: Any number; several pairs of one prompt are told by the prompt.
-        confidence: Of the interval.
+        judged: Any number of judged pairs. Pairs with equal prompts count as one prompt in the interval.
+        confidence: Confidence level of the interval. A larger value gives a wider interval.
 
     Returns:
-        See :func:`~lightning_rlhf.metrics.win_rate`.
+        The rates; see :func:`~lightning_rlhf.metrics.win_rate`.
     """
     numbers: dict[str, int] = {}
     prompts = [numbers.setdefault(json.dumps(j.pair.prompt), len(numbers)) for j in judged]

@@ -30,7 +30,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
-from lightning_rlhf.callbacks.progress import suited
+from lightning_rlhf.callbacks.progress import whole_run_bar
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
@@ -246,7 +246,7 @@ class Stage(L.LightningModule):
         """
         if self.works_on is not None:
             check_data(type(self).__name__, self.works_on, self.trainer)
-        self.trainer.callbacks = [suited(c) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
+        self.trainer.callbacks = [whole_run_bar(c) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
         given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if given else [SaveOnInterrupt()]
 

@@ -257,7 +257,8 @@ def test_the_line_that_says_how_to_go_on_stands_whole_under_the_bar(name, proces
     out, found = processes
     said = found[name][1].replace("\r\n", "\n").replace("\033[?25h", "")  # the cursor is back
     path = out / name / "interrupted.ckpt"
-    text = f"stopped after step 3, all is saved in {path}. To go on, repeat trainer.fit(..., ckpt_path='{path}')\n"
+    resume = f"To go on, repeat trainer.fit(..., ckpt_path='{path}')"
+    text = f"stopped after step 3. The run is saved in {path}. {resume}\n"
     assert re.search(rf"\nSIG(INT|TERM): {re.escape(text)}$", said), said[-2000:]
     if name in ("tqdm", "rich"):
         assert "/" in said  # there is a bar
@@ -275,7 +276,7 @@ def test_a_step_that_never_ends_is_left_after_the_time_limit(processes):
 def test_a_shell_is_told_an_option_that_it_has(processes):
     out, found = processes
     line = found["shell"][1].splitlines()[-1]
-    assert line.startswith("SIGINT: stopped after step 2, all is saved in ")
+    assert line.startswith("SIGINT: stopped after step 2. The run is saved in ")
     option = line.partition("repeat your command with ")[2].split()
     assert option == ["--ckpt_path", str(out / "shell" / "interrupted.ckpt")]
 
@@ -294,7 +295,7 @@ def test_spawned_ranks_end_the_script_with_the_status_too(tiny_model_dir, tmp_pa
     done = process(tiny_model_dir, tmp_path, "spawn")
     assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert saved(tmp_path / "interrupted.ckpt")["global_step"] == 3
-    assert "SIGTERM: stopped after step 3, all is saved" in done.stderr
+    assert "SIGTERM: stopped after step 3. The run is saved" in done.stderr
 
 
 @pytest.mark.distributed

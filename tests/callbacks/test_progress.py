@@ -114,7 +114,7 @@ def test_answers_stand_above_the_bar_and_leave_the_figures_on_the_screen(tiny_mo
     out = capfd.readouterr().out
     *_, last = out.split("Answers at step 3")
     assert last.count("a fox") == 12  # in a file there is room
-    assert "Last figures: train/score 1, train/kl " in last
+    assert "Latest metrics: train/score 1, train/kl " in last
     assert (
         re.search(r"\nIterations: 100%\|.*\| 3/3 \[", out.split("Answers at step 3")[0][-1:] + last) or "3/3 [" in out
     )
@@ -123,8 +123,8 @@ def test_answers_stand_above_the_bar_and_leave_the_figures_on_the_screen(tiny_mo
     monkeypatch.setenv("LINES", "16")
     ppo(tiny_model_dir, tmp_path, answers, TQDMProgressBar(), max_steps=3)
     shown = capfd.readouterr().out.split("Answers at step 3")[1].splitlines()
-    end = next(i for i, line in enumerate(shown) if line.startswith("Last figures"))
-    assert shown[end - 1] == "… (there is more in the file)" and end <= 12
+    end = next(i for i, line in enumerate(shown) if line.startswith("Latest metrics"))
+    assert shown[end - 1] == "… (the file has the rest)" and end <= 12
 
 
 def test_a_notebook_of_the_default_trainer_with_answers_runs(stories_model_dir, tmp_path):

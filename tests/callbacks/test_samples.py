@@ -94,7 +94,7 @@ def test_a_prompt_that_fills_the_context_is_told_before_training(short_fit, tiny
 
 def test_validation_prompts_that_fill_the_context_are_left_out_and_counted(short_fit, tmp_path):
     long = [{"prompt": "one " * 400, "completion": "1"}, {"prompt": "two " * 400, "completion": "2"}]
-    with pytest.warns(UserWarning, match=r"SampleCompletions: 2 of 4 prompts are left out; the first: the prompt 'one"):
+    with pytest.warns(UserWarning, match=r"SampleCompletions: 2 of 4 prompts are left out. The first: the prompt 'one"):
         short_fit([SampleCompletions(max_new_tokens=5, num_prompts=4)], val=long, max_length=2048)
     assert [row["prompt"] for row in rows(tmp_path)[:3]] == ["Say 0", "Say 1", "Say 0"]
 
@@ -256,7 +256,7 @@ def test_a_model_that_can_not_generate_is_refused():
     model = LlamaModel(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                    num_attention_heads=1))  # fmt: skip
     module = SimpleNamespace(model_to_export=SimpleNamespace(transformer=model))
-    with pytest.raises(ValueError, match="LlamaModel can't generate"):
+    with pytest.raises(ValueError, match="LlamaModel cannot generate"):
         SampleCompletions().on_fit_start(None, module)
 
 

@@ -268,7 +268,7 @@ def test_a_judge_that_fails_ends_a_run_at_first_and_later_is_told(sft, tmp_path)
         sft([MeasureWinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=2)], max_epochs=2)
     with (
         fake_judge.FakeJudge(fail=from_request(6)) as judge,
-        pytest.warns(UserWarning, match="no comparison at step 4"),
+        pytest.warns(UserWarning, match="the comparison at step 4 failed"),
     ):
         trainer, _ = sft(
             [MeasureWinRate(ChatJudge(judge.url, "fake"), prompts=PROMPTS, max_new_tokens=2)], max_epochs=2
@@ -332,7 +332,7 @@ def test_what_can_not_work_is_told_before_training(options, message, sft):
 def test_a_start_that_is_gone_is_told():
     callback = MeasureWinRate(letters)
     trainer = SimpleNamespace(global_step=3, state=SimpleNamespace(fn="fit"), strategy=None)
-    with pytest.raises(ValueError, match="is gone"):
+    with pytest.raises(ValueError, match="is not available"):
         callback._prepare(trainer, SimpleNamespace(pretrained=object(), tokenizer=None))
 
 

@@ -98,7 +98,7 @@ def test_rows_without_prompts_are_in_order(tmp_path):
     rows = [{"row": i, "completion": f"answer {i}", "truncated": i == 1, "score": 0.5} for i in range(3)]
     found = read_answers(file(tmp_path / "predictions.jsonl", *rows), PROMPTS)
     assert found == [Answer("answer 0"), Answer("answer 1", truncated=True), Answer("answer 2")]
-    with pytest.raises(ValueError, match="has 3 answers and no prompts, and there are 2 prompts"):
+    with pytest.raises(ValueError, match="has 3 answers without prompts, but there are 2 prompts"):
         read_answers(tmp_path / "predictions.jsonl", PROMPTS[:2])
 
 
@@ -108,7 +108,7 @@ def test_what_sample_completions_writes_is_matched_by_the_last_turn_and_the_last
         for step in (0, 4)
         for text in ("Say 1", "你好", "Say 3")
     ]
-    with pytest.warns(UserWarning, match="3 of 6 answers were left out"):
+    with pytest.warns(UserWarning, match="3 of 6 answers are left out"):
         assert texts(file(tmp_path / "samples.jsonl", *rows), PROMPTS) == ["Say 1 at 4", "你好 at 4", "Say 3 at 4"]
 
 

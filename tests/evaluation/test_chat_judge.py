@@ -76,7 +76,7 @@ def test_what_is_asked():
 def test_a_template_of_ones_own(tmp_path):
     file = tmp_path / "judge.txt"
     file.write_text("哪个更好？[request]\n{prompt}\n[end of request][answer A]\n{answer_a}\n[end of answer A]", "utf-8")
-    with pytest.raises(ValueError, match=r"judge\.txt has no place \{answer_b\}"):
+    with pytest.raises(ValueError, match=r"judge\.txt has no \{answer_b\}"):
         ChatJudge("http://127.0.0.1:1/v1", "fake", template=file)
     file.write_text(file.read_text("utf-8") + "[answer B]\n{answer_b}\n[end of answer B]", "utf-8")
     with FakeJudge() as judge:
@@ -163,7 +163,8 @@ def test_garbage_is_no_verdict_and_not_repeated():
 
 
 def test_a_judge_that_answers_nothing_ends_it():
-    with FakeJudge(fail=lambda n: (500, "down", {})) as judge, pytest.raises(JudgeError, match=r"in a row.*HTTP 500"):
+    down = FakeJudge(fail=lambda n: (500, "down", {}))
+    with down as judge, pytest.raises(JudgeError, match=r"consecutive.*HTTP 500"):
         ask(judge, 40, concurrency=2, retries=0)
     assert len(judge.requests) < 40
     judge = ChatJudge(judge.url, "fake", retries=0)  # nobody is there any more
@@ -213,7 +214,7 @@ def test_a_key_that_can_not_be_is_told_without_it(value, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("MY_KEY", value)
-    with pytest.raises(ValueError, match="MY_KEY holds no API key") as error:
+    with pytest.raises(ValueError, match="MY_KEY has no valid API key") as error:
         ChatJudge("http://127.0.0.1:1/v1", "fake", api_key_env="MY_KEY")
     assert not (value or "").strip() or value not in str(error.value)
 
@@ -229,7 +230,7 @@ def test_a_redirect_is_not_followed(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_url": "localhost:8000"}, "no URL"),
+        ({"base_url": "localhost:8000"}, "not a URL"),
         ({"model": ""}, "--judge-model"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"retries": -1}, "retries"),

@@ -41,8 +41,8 @@ def test_two_files_before_a_biased_judge(folder, capsys):
     with fake_judge.FakeJudge(fake_judge.first) as judge:
         run("long.jsonl", "short.jsonl", "--judge", judge.url, "--judge-model", "fake")
     out = capsys.readouterr().out
-    assert "win rate of A       50.0%, 95 % interval" in out and "first place taken   100.0%" in out
-    assert "orders agree        0.0%" in out and "Every pair, with its verdicts: win_rate.jsonl" in out
+    assert "win rate of A       50.0%, 95 % interval" in out and "first answer wins   100.0%" in out
+    assert "orders agree        0.0%" in out and "All pairs with their verdicts: win_rate.jsonl" in out
     assert [row["outcome"] for row in rows()] == ["tie"] * 9
     assert {(row["a_first"], row["b_first"]) for row in rows()} == {("a", "b")}
 
@@ -85,7 +85,7 @@ def test_two_models_before_a_reward_model_and_their_answers_once_more(folder, ti
     options = ["--max-new-tokens", 6, "--temperature", 1, "--batch-size", 4]
     run("other", tiny_model_dir, "--prompts", "prompts.jsonl", "--judge", reward_dir, *options)
     out, err = capsys.readouterr()
-    assert "first place taken   50.0%" in out and "orders agree        100.0%" in out
+    assert "first answer wins   50.0%" in out and "orders agree        100.0%" in out
     assert "answers of A  9/9" in err and "answers of B  9/9" in err
     found = rows()
     assert {row["outcome"] for row in found} >= {"a", "b"}
@@ -123,7 +123,7 @@ def test_verdicts_that_can_not_be_read_are_counted_and_shown(folder, capsys):
     with fake_judge.FakeJudge(lambda prompt, a, b: "Hm." if "7" in prompt else "Verdict: tie") as judge:
         run("long.jsonl", "short.jsonl", "--judge", judge.url, "--judge-model", "fake")
     out = capsys.readouterr().out
-    assert "without a verdict   1 pairs, which count for neither. First: unreadable: Hm." in out
+    assert "without a verdict   1 pairs, which are not counted. First: unreadable: Hm." in out
     assert [row["outcome"] for row in rows()].count(None) == 1
     with fake_judge.FakeJudge(lambda prompt, a, b: "Hm.") as judge, pytest.raises(SystemExit, match="no pair has a"):
         run("long.jsonl", "short.jsonl", "--judge", judge.url, "--judge-model", "fake")
@@ -143,7 +143,7 @@ def test_a_judge_that_breaks_off_leaves_what_was_judged(folder):
     [
         (("long.jsonl", "none.jsonl", "--judge", "builtins.len"), "reward function len must have the arguments"),
         (("long.jsonl", "none.jsonl", "--judge", "{length}"), "none.jsonl: no such file"),
-        (("org/a", "org/b", "--judge", "{length}"), "give --prompts: both A and B are models"),
+        (("org/a", "org/b", "--judge", "{length}"), "both A and B are models"),
         (("long.jsonl", "short.jsonl", "--judge", "http://127.0.0.1:1/v1"), "--judge-model"),
         (("long.jsonl", "short.jsonl", "--judge", "nothing"), "is no directory here"),
         (("long.jsonl", "short.jsonl", "--judge", "{length}", "--out", "short.jsonl"), "would overwrite"),

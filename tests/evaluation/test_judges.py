@@ -85,7 +85,7 @@ def test_scores_that_are_no_numbers_are_no_verdict():
 
     judged = judge_pairs(RewardJudge(Broken()), [AnswerPair("Say", Answer("x"), Answer("y"))])
     assert judged[0].outcome is None and rates(judged).no_verdict == 1
-    assert "no finite scores" in judged[0].a_first.reason
+    assert "scores are not finite" in judged[0].a_first.reason
 
 
 def test_what_a_judge_may_be(reward_dir, tiny_tokenizer):
