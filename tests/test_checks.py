@@ -105,7 +105,7 @@ def test_words_name_the_choices():
         PPOModule("nowhere", score, loss_mean="tokens")
     with pytest.raises(ValueError, match=r"sampling\.max_new_tokens must be a whole number, got 2.5"):
         Sampling(max_new_tokens=2.5)
-    with pytest.raises(ValueError, match="k1 can't be a loss"):
+    with pytest.raises(ValueError, match="k1 cannot be a loss"):
         PPOModule("nowhere", score, kl_penalty="k1")
     with pytest.raises(ValueError, match="set kl_coef above 0"):
         PPOModule("nowhere", score, kl_coef=0.0, kl_target=6.0)

@@ -1,4 +1,4 @@
-"""Pure tensor functions: no Lightning, no transformers."""
+"""Pure tensor functions, without Lightning or transformers."""
 
 from lightning_rlhf.functional.advantages import (
     Advantages,

@@ -1,6 +1,6 @@
-"""From scores to advantages, on packed tokens: rewards, GAE, whitening, and what adapts between iterations.
+"""Computes advantages from scores, on packed tokens: rewards, GAE, whitening, and the adaptive KL coefficient.
 
-N tokens lie in one row; ``sequence (N,)`` says whose each is, in rising order: a sequence's tokens are neighbors.
+N tokens lie in one row. ``sequence (N,)`` holds the number of each token's sequence, in ascending order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lightning_rlhf.functional.precision import wide
 
 
 class Advantages(NamedTuple):
-    """What :func:`gae` finds.
+    """Result of :func:`gae`.
 
     Attributes:
-        advantages: (N,) how much better a token was than the values said, not whitened.
-        returns: (N,) ``advantages + values``: what values are trained towards.
+        advantages: (N,) how much better a token was than the critic's values predicted; not whitened.
+        returns: (N,) ``advantages + values``, the targets of the values.
     """
 
     advantages: Tensor
@@ -29,21 +29,21 @@ class Advantages(NamedTuple):
 
 
 def token_rewards(kl_penalty: Tensor, scores: Tensor, sequence: Tensor) -> Tensor:
-    """A token's reward: minus its KL penalty, and on a sequence's last token alone, plus the score.
+    """Computes each token's reward: minus its KL penalty, plus the score on the last token of a sequence.
 
-    Ziegler et al. 2019, eq. 2, token by token (Stiennon et al. 2020; Ouyang et al. 2022, eq. 2).
+    This is eq. 2 of Ziegler et al. 2019 for each token (Stiennon et al. 2020; Ouyang et al. 2022, eq. 2).
 
     Args:
-        kl_penalty: (N,) ``kl_coef * k1``: a cost, which is subtracted; zeros where the KL is a loss.
-        scores: (S,) of whole completions.
-        sequence: (N,) each token's sequence, sorted.
+        kl_penalty: (N,) ``kl_coef * k1``, which is subtracted. Zeros if the KL is part of the loss.
+        scores: (S,) scores of whole completions.
+        sequence: (N,) number of each token's sequence, sorted.
 
     Returns:
         (N,) rewards in at least fp32.
 
     Raises:
-        ValueError: A sequence without tokens, whose score would be lost, tokens that are not sorted, or tensors of
-            other shapes, such as (B, T).
+        ValueError: A sequence has no tokens, so that its score would be lost; tokens are not sorted; or a tensor has
+            another shape, such as (B, T).
 
     Example:
         >>> token_rewards(torch.tensor([0.5, 0.0, 0.25]), torch.tensor([2.0, -1.0]), torch.tensor([0, 0, 1]))
@@ -56,27 +56,27 @@ def token_rewards(kl_penalty: Tensor, scores: Tensor, sequence: Tensor) -> Tenso
 
 
 def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, gamma: float, lam: float) -> Advantages:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
+    """Computes generalized advantage estimates (Schulman et al. 2016, eq. 16).
 
         delta_t = r_t + gamma V_(t+1) - V_t
         A_t     = delta_t + gamma lam A_(t+1)
 
-    The sums over a sequence's rest double their reach in each of log2(N) rounds, so no loop runs over tokens, and no
-    sequence hears of its neighbors.
+    The sums over the rest of a sequence double their length in each of log2(N) rounds. So there is no loop over tokens,
+    and sequences do not affect each other.
 
     Args:
         rewards: (N,) rewards.
-        values: (N,) value of the state that each token was chosen in: at the position that predicts it.
-        last_values: (S,) value behind the last token: 0 where the completion ended by itself.
-        sequence: (N,) each token's sequence, sorted.
-        gamma: Discount; 1 is usual for completions.
-        lam: Weight of later evidence: 0 trusts values, 1 trusts rewards.
+        values: (N,) value of the state in which each token was sampled, at the position that predicts it.
+        last_values: (S,) value after the last token: 0 if the completion ended by itself.
+        sequence: (N,) number of each token's sequence, sorted.
+        gamma: Discount factor per token. A larger value counts later rewards more; 1 is usual for completions.
+        lam: GAE lambda: 0 trusts the critic, 1 trusts the observed rewards.
 
     Returns:
         Advantages and returns, in at least fp32.
 
     Raises:
-        ValueError: A sequence without tokens, tokens that are not sorted, or tensors of other shapes, such as (B, T).
+        ValueError: A sequence has no tokens, tokens are not sorted, or a tensor has another shape, such as (B, T).
 
     Example:
         >>> gae(
@@ -92,7 +92,7 @@ def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, 
     advantages = rewards + gamma * after - values
     reach, decay = 1, gamma * lam
     while reach < len(sequence):
-        # advantages[t] holds delta_t ... delta_(t + reach - 1), or up to the sequence's end
+        # advantages[t] sums delta_t to delta_(t + reach - 1), or to the end of the sequence
         same = sequence[:-reach] == sequence[reach:]
         advantages = advantages + pad(torch.where(same, decay * advantages[reach:], 0), (0, reach))
         reach, decay = 2 * reach, decay * decay
@@ -100,26 +100,26 @@ def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, 
 
 
 def _check_packed(sequence: Tensor, by_sequence: Tensor, **by_token: Tensor) -> None:
-    """Refuses padded rectangles, which would be taken for something else."""
+    """Refuses padded (B, T) tensors, which would give wrong results."""
     for name, tensor in by_token.items():
         if tensor.ndim != 1 or tensor.shape != sequence.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)} and sequence {tuple(sequence.shape)}: both must be (N,), "
-                "the tokens of all sequences in one row, without padding. Of (B, T) tensors with a mask of what is no "
-                f"padding, give {name}[mask] and sequence=mask.nonzero()[:, 0]."
+                f"{name} has the shape {tuple(tensor.shape)} and sequence has {tuple(sequence.shape)}, but both must "
+                "be (N,): the tokens of all sequences in one row, without padding. For (B, T) tensors and a mask that "
+                f"is True for tokens, pass {name}[mask] and sequence=mask.nonzero()[:, 0]."
             )
     if by_sequence.ndim != 1:
-        raise ValueError(f"Scores and last values must be (S,), one a sequence; got {tuple(by_sequence.shape)}.")
+        raise ValueError(f"Scores and last values must be (S,), one per sequence; got {tuple(by_sequence.shape)}.")
 
 
 def _last_tokens(sequence: Tensor, sequences: int) -> Tensor:
-    """(S,) index of each sequence's last token."""
+    """Returns the (S,) index of each sequence's last token."""
     numbers = torch.arange(sequences, device=sequence.device)
     first, end = (torch.searchsorted(sequence, numbers, right=right) for right in (False, True))
     if (first == end).any() or (sequence[1:] < sequence[:-1]).any() or (end - first).sum() != len(sequence):
         raise ValueError(
-            f"sequence must number the {sequences} sequences of the batch from 0, each with a token, in rising order; "
-            f"got {sequence.tolist()[:20]}{' ...' if len(sequence) > 20 else ''}"
+            f"sequence must hold the numbers 0 to {sequences - 1} of the {sequences} sequences, each at least once and "
+            f"in ascending order; got {sequence.tolist()[:20]}{' ...' if len(sequence) > 20 else ''}"
         )
     return end - 1
 
@@ -128,16 +128,16 @@ def _last_tokens(sequence: Tensor, sequences: int) -> Tensor:
 
 
 def moments(values: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Count, mean and sum of squared deviations from it, in two passes: no large squares are subtracted.
+    """Computes count, mean, and sum of squared deviations from the mean, in two passes for accuracy.
 
-    Those of all ranks, gathered, become the whole's by :func:`merge_moments`: one small collective, and exact.
+    To combine ranks exactly, gather the moments of each rank and pass them to :func:`merge_moments`.
 
     Args:
-        values: Any shape.
-        weight: How much each of them counts, 0 for what fills up a batch, which may then be no number; default 1.
+        values: Values of any shape.
+        weight: Weight of each value. Values with weight 0, such as filler rows of a batch, may be NaN. Default: 1.
 
     Returns:
-        (3,) in at least fp32; zeros where nothing counts.
+        (3,) in at least fp32; zeros if all weights are 0.
     """
     values = wide(values)
     weight = torch.ones_like(values) if weight is None else weight.to(values.dtype)
@@ -147,35 +147,35 @@ def moments(values: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.stack([count, mean, (weight * (values - mean).square()).sum()])
 
 
-def merge_moments(parts: Tensor) -> Tensor:
-    """The moments of several sets together (Chan, Golub and LeVeque 1983).
+def merge_moments(moments_by_rank: Tensor) -> Tensor:
+    """Merges the moments of several sets of values (Chan, Golub and LeVeque 1983).
 
     Args:
-        parts: (R, 3) each row by :func:`moments`.
+        moments_by_rank: (R, 3), where each row comes from :func:`moments`.
 
     Returns:
-        (3,) of their union.
+        (3,) moments of all values together.
 
     Example:
         >>> merge_moments(torch.stack([moments(torch.tensor([1.0, 2.0])), moments(torch.tensor([6.0]))]))
         tensor([ 3.,  3., 14.])
     """
-    count, mean, squares = parts.reshape(-1, 3).unbind(1)
+    count, mean, squares = moments_by_rank.reshape(-1, 3).unbind(1)
     total = count.sum()
-    joint = (count * mean).sum() / total.clamp(min=torch.finfo(parts.dtype).tiny)
+    joint = (count * mean).sum() / total.clamp(min=torch.finfo(mean.dtype).tiny)
     return torch.stack([total, joint, (squares + count * (mean - joint).square()).sum()])
 
 
 def variance(whole: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The population's variance of what has these moments: squares over the count, not the count less one.
+    """Computes the population variance from moments: it divides by the count, not by the count minus one.
 
     Args:
-        whole: (3,) by :func:`moments` or :func:`merge_moments`.
-        dtype: In which the values were summed; default that of ``whole``.
+        whole: (3,) moments from :func:`moments` or :func:`merge_moments`.
+        dtype: Data type in which the values were summed. Default: that of ``whole``.
 
     Returns:
-        A scalar; 0 where nothing counts, and where values differ from their mean by rounding alone, since a division
-        by that makes large numbers of equal values.
+        A scalar. It is 0 if the count is 0, and if values differ from their mean only by rounding, because whitening
+        would turn these differences into large numbers.
 
     Example:
         >>> variance(moments(torch.tensor([1.0, 3.0]))), variance(moments(torch.full((3,), 0.1)))
@@ -188,15 +188,16 @@ def variance(whole: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def whiten(values: Tensor, whole: Tensor | None = None, shift_mean: bool = True) -> Tensor:
-    """Values at mean 0 and variance 1: ``(values - mean) / sqrt(variance + 1e-8)``, as by Ziegler et al. 2019.
+    """Scales values to mean 0 and variance 1: ``(values - mean) / sqrt(variance + 1e-8)`` (Ziegler et al. 2019).
 
     Args:
-        values: Any shape.
-        whole: (3,) moments of all that ``values`` are a part of, such as the rollout of all ranks; default their own.
-        shift_mean: Whether the mean goes; kept for rewards, where it says whether answers are good.
+        values: Values of any shape.
+        whole: (3,) moments of a larger set that contains ``values``, such as the rollout of all ranks. Default: the
+            moments of ``values``.
+        shift_mean: Subtract the mean. False keeps it, as for rewards, whose mean shows how good answers are.
 
     Returns:
-        Whitened values in at least fp32; where all are equal, their distance from the mean is 0.
+        Whitened values in at least fp32. If all values are equal, they become 0, or the mean with ``shift_mean=False``.
 
     Example:
         >>> whiten(torch.tensor([1.0, 2.0, 3.0]))
@@ -210,12 +211,12 @@ def whiten(values: Tensor, whole: Tensor | None = None, shift_mean: bool = True)
 
 
 class RunningMoments:
-    """Mean and standard deviation of all scores so far, to scale them by.
+    """Running mean and standard deviation of all scores, which scales them.
 
     Attributes:
-        count: Scores so far, by weight.
-        mean: Their mean; 0 before the first.
-        squares: Sum of their squared deviations from it.
+        count: Number of scores, or the sum of their weights.
+        mean: Mean of the scores; 0 before the first score.
+        squares: Sum of squared deviations from the mean.
     """
 
     def __init__(self) -> None:
@@ -223,60 +224,61 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """The population's standard deviation; 0 where there are no scores, or equal ones."""
+        """Population standard deviation; 0 if there are no scores or all are equal."""
         own = torch.tensor([self.count, self.mean, self.squares], dtype=torch.float64)
         return math.sqrt(variance(own, torch.float32))  # scores are fp32
 
     @property
     def scale(self) -> float:
-        """What to divide scores by: :attr:`std`, or 1 while there is none to divide by."""
+        """Divisor for scores: :attr:`std`, or 1 while it is 0."""
         return self.std or 1.0
 
     def update(self, new: Tensor) -> None:
-        """Takes in an iteration's scores.
+        """Adds the scores of an iteration.
 
         Args:
-            new: (3,) their :func:`moments`, merged over ranks, so that all ranks go on with the same.
+            new: (3,) :func:`moments` of the scores, merged over ranks, so that all ranks have the same.
 
         Raises:
-            ValueError: Scores that are not finite, which would never leave the mean again.
+            ValueError: A score is not finite. It would stay in the mean forever.
         """
         own = torch.tensor([self.count, self.mean, self.squares], dtype=torch.float64)
         merged = merge_moments(torch.stack([own, new.detach().to("cpu", torch.float64)]))
         if not merged.isfinite().all():
-            raise ValueError(f"Scores must be finite; their count, mean and squares are {new.tolist()}.")
+            raise ValueError(
+                f"Scores must be finite, but their count, mean and squares are {new.tolist()}. Check the reward."
+            )
         self.count, self.mean, self.squares = merged.tolist()
 
     def state_dict(self) -> dict[str, float]:
-        """For the checkpoint."""
+        """Returns the state for a checkpoint."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes it back."""
+        """Restores the state."""
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
 def adapt_kl_coef(coef: float, kl: float, target: float, horizon: float, samples: int) -> float:
-    """The next iteration's KL coefficient, by a proportional controller (Ziegler et al. 2019, sec. 2.2).
+    """Computes the next iteration's KL coefficient with a proportional controller (Ziegler et al. 2019, sec. 2.2).
 
         error = clip(kl / target - 1, -0.2, 0.2)
         coef' = coef (1 + error samples / horizon)
 
-    A fixed coefficient is one that is never passed here.
-
     Args:
         coef: The coefficient of this iteration.
-        kl: Its mean KL a completion: over sequences of ``k1`` summed over tokens, on all ranks.
-        target: The KL to hold, in nats.
-        horizon: Samples in which a steady error of 1 % changes the coefficient by about 1 %; 10000 there.
-        samples: Completions of the iteration, on all ranks.
+        kl: Mean KL per completion of this iteration: ``k1`` summed over tokens, averaged over completions of all ranks.
+        target: The KL per completion to reach, in nats. A larger value lets the policy move further.
+        horizon: Number of samples over which the coefficient reacts: a constant error of 1 % changes it by about 1 %
+            per ``horizon`` samples. A larger value reacts more slowly; the paper uses 10000.
+        samples: Number of completions of the iteration, on all ranks.
 
     Returns:
-        The coefficient.
+        The new coefficient.
 
     Raises:
-        ValueError: A target or horizon that is not positive, a horizon so short that the coefficient could turn
-            negative, or a KL that is not finite.
+        ValueError: The target or the horizon is not positive, the horizon is so short that the coefficient could become
+            negative, or the KL is not finite.
 
     Example:
         >>> round(adapt_kl_coef(0.2, kl=9.0, target=6.0, horizon=10_000, samples=512), 6)
@@ -286,10 +288,10 @@ def adapt_kl_coef(coef: float, kl: float, target: float, horizon: float, samples
         raise ValueError(f"KL target and horizon must be above 0, got {target} and {horizon}.")
     if 0.2 * samples >= horizon:
         raise ValueError(
-            f"A KL horizon of {horizon} is too short for {samples} samples an iteration: one error could take the "
+            f"A KL horizon of {horizon} is too short for {samples} samples per iteration: one iteration could set the "
             f"coefficient to zero. Use at least {samples}."
         )
     if not math.isfinite(kl):
-        raise ValueError(f"The KL is {kl}: no coefficient follows from it. Look at the log-probs.")
+        raise ValueError(f"The KL is {kl}, so the KL coefficient cannot adapt. Check the policy's log-probs.")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * samples / horizon)

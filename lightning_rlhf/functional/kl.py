@@ -1,6 +1,6 @@
-"""Estimates of KL(policy || reference) from tokens that the policy sampled (Schulman 2020, "Approximating KL").
+"""Estimators of KL(policy || reference) from tokens that the policy sampled (Schulman 2020, "Approximating KL").
 
-All take ``log_ratio = logp_policy - logp_reference`` of the sampled tokens. The sign is what public code gets wrong: on
+All take ``log_ratio = logp_policy - logp_reference`` of the sampled tokens. Public code often has the wrong sign: on
 the policy's samples ``k3`` is ``exp(-log_ratio) - 1 + log_ratio``.
 """
 
@@ -15,10 +15,10 @@ from lightning_rlhf.functional.precision import wide
 
 
 def k1(log_ratio: Tensor) -> Tensor:
-    """``log_ratio``: unbiased, of high variance, negative where the reference likes a token better.
+    """Returns ``log_ratio``: unbiased, with a high variance, and negative if the reference prefers the token.
 
     Args:
-        log_ratio: (N,) policy's minus reference's log-probs.
+        log_ratio: (N,) the policy's minus the reference's log-probs.
 
     Returns:
         (N,) estimates in nats, in at least fp32.
@@ -27,12 +27,12 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """``log_ratio ** 2 / 2``: never negative, biased; it agrees with the KL to second order in their distance.
+    """Returns ``log_ratio ** 2 / 2``: never negative, but biased. It equals the KL to second order in the log-ratio.
 
-    On the policy's own samples its expected gradient is exactly the KL's.
+    On the policy's own samples its expected gradient is exactly the gradient of the KL.
 
     Args:
-        log_ratio: (N,) policy's minus reference's log-probs.
+        log_ratio: (N,) the policy's minus the reference's log-probs.
 
     Returns:
         (N,) estimates in nats, in at least fp32.
@@ -41,13 +41,13 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """``exp(-log_ratio) - 1 + log_ratio``: unbiased, never negative, mostly of lower variance than :func:`k1`.
+    """Returns ``exp(-log_ratio) - 1 + log_ratio``: unbiased, never negative, usually less noisy than :func:`k1`.
 
-    It grows without bound, to infinity in fp32 at a log-ratio of -89, where the policy gives a token next to nothing
-    that the reference finds likely; the policy hardly ever samples such a token.
+    It has no upper bound, and is infinite in fp32 below a log-ratio of -89: the token is likely under the reference,
+    but almost impossible under the policy. The policy hardly ever samples such a token.
 
     Args:
-        log_ratio: (N,) policy's minus reference's log-probs.
+        log_ratio: (N,) the policy's minus the reference's log-probs.
 
     Returns:
         (N,) estimates in nats, in at least fp32.
@@ -61,21 +61,21 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def kl_loss(log_ratio: Tensor, estimator: Literal["k2", "k3"]) -> Tensor:
-    """A KL penalty to differentiate.
+    """Computes a KL penalty for gradient descent.
 
-    ``k2`` is the one whose gradient is right: on the policy's own samples its mean is the gradient of
-    KL(policy || reference). ``k3``'s is that of KL(reference || policy), the reverse. Both hold where each sample is
-    used by the weights that drew it; later updates of an iteration are off by the change since.
+    ``k2`` has the right gradient: on the policy's own samples its mean gradient is the gradient of
+    KL(policy || reference). The mean gradient of ``k3`` is that of the reverse, KL(reference || policy). Both
+    statements hold for the weights that sampled the tokens, and only approximately for later updates of an iteration.
 
     Args:
-        log_ratio: (N,) policy's log-probs, with their gradient, minus the reference's.
+        log_ratio: (N,) the policy's log-probs, with gradient, minus the reference's.
         estimator: ``k2`` or ``k3``.
 
     Returns:
         (N,) losses in at least fp32.
 
     Raises:
-        ValueError: ``k1``, which teaches nothing as a loss, or an unknown name.
+        ValueError: ``estimator`` is unknown, or it is ``k1``, whose mean gradient is zero.
     """
     if estimator == "k2":
         return k2(log_ratio)
@@ -83,7 +83,7 @@ def kl_loss(log_ratio: Tensor, estimator: Literal["k2", "k3"]) -> Tensor:
         return k3(log_ratio)
     if estimator == "k1":
         raise ValueError(
-            "k1 can't be a loss: its gradient is that of the log-prob alone, whose mean over the policy's samples is "
-            "zero. Choose k2 or k3, or put k1 into the reward."
+            "k1 cannot be a loss: its gradient is the gradient of the log-prob, whose mean over the policy's samples "
+            "is zero. Choose k2 or k3, or put k1 into the reward."
         )
     raise ValueError(f"KL estimator {estimator!r} is unknown. Choose k2 or k3.")

@@ -1,11 +1,11 @@
-"""The scored head: log-probabilities of chosen tokens under a linear head, without ``(N, V)`` logits.
+"""Log-probabilities of given tokens under a linear head, without ``(N, V)`` logits in memory.
 
-Logits are made for a few rows at a time (``chunk`` of them, counted in elements), in fp32 at least, reduced, and
-dropped. Two forms share the arithmetic:
+Logits are computed for a few rows at a time (``chunk`` elements), in at least fp32, reduced, and freed. Two functions
+share the arithmetic:
 
-* :func:`linear_logprobs` when each token's gradient is known only after all log-probs are (PPO, DPO);
-* :func:`linear_nll` when the loss is a weighted sum (SFT): gradients are made beside the logits, so that nothing is
-  computed twice.
+* :func:`linear_logprobs`: a token's gradient may depend on all log-probs (PPO, DPO);
+* :func:`linear_nll`: the loss is a weighted sum (SFT), and gradients are computed together with the logits, so that
+  nothing is computed twice.
 
 Shapes: N scored tokens, V vocabulary, D width.
 """
@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_rlhf.functional.precision import plain
+from lightning_rlhf.functional.precision import without_subclass
 from lightning_rlhf.utils.compilation import uncompiled
 
-#: Elements of one block of logits: 16 MiB in fp32. Larger blocks cost memory and, on a CPU, leave the cache.
+#: Elements per block of logits: 16 MiB in fp32. Larger blocks take more memory and do not fit into a CPU's cache.
 CHUNK = 2**22
 
 
 class ScoredTokens(NamedTuple):
-    """What the head says of each scored token.
+    """Results for each scored token.
 
     Attributes:
         logprobs: (N,) log-softmax of the logits at the token, in fp32 (float64 for float64 input).
-        entropies: (N,) entropy of the distribution the token was drawn from, in nats, or None.
-        correct: (N,) bool, whether the token is the most probable one. Carries no gradient.
-        loss: Scalar weighted sum of ``-logprobs`` where weights were given, else None; with it the z-loss.
-        z_loss: (N,) each token's z-loss, where one was asked for, else None. Carries no gradient.
+        entropies: (N,) entropy of the distribution that the token was sampled from, in nats, or None.
+        correct: (N,) bool, whether the token is the most probable one; no gradient.
+        loss: Scalar weighted sum of ``-logprobs`` plus z-loss, or None without weights.
+        z_loss: (N,) each token's z-loss, or None without z-loss; no gradient.
     """
 
     logprobs: Tensor
@@ -54,7 +54,7 @@ class _Head(NamedTuple):
     temperature: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V) logits as the softmax reads them."""
+        """Returns (n, V) logits for the softmax, from (n, D) hidden states."""
         logits = F.linear(hidden, self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap is not None:
@@ -64,7 +64,7 @@ class _Head(NamedTuple):
         return logits
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of :meth:`logits` by the product ``hidden @ weight.T``, read off its own output."""
+        """Returns the derivative of :meth:`logits` with respect to ``hidden @ weight.T``, computed from its output."""
         if self.softcap is None:
             return self.scale / self.temperature
         cap = self.softcap
@@ -72,12 +72,12 @@ class _Head(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """One block of rows, reduced: all that the callers need of its logits."""
+    """One block of rows, with the values that callers need."""
 
     rows: slice
     log_p: Tensor  # (n, V)
-    log_z: Tensor | None  # (n,) log of the softmax's denominator, where a z-loss is wanted
-    slope: Tensor | float  # of the logits by the head's product, where gradients are wanted
+    log_z: Tensor | None  # (n,) log of the softmax's denominator, for the z-loss
+    slope: Tensor | float  # derivative of the logits with respect to the head's product, for gradients
 
 
 def _blocks(
@@ -89,7 +89,7 @@ def _blocks(
     gradient: bool,
     log_z: bool = False,
 ) -> Iterator[_Block]:
-    """Makes the logits block by block, fills ``out`` and hands each block's log-probabilities on."""
+    """Computes the logits block by block, fills ``out``, and yields each block's log-probabilities."""
     rows = max(1, chunk // head.weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         s = slice(start, min(start + rows, hidden.shape[0]))
@@ -117,17 +117,17 @@ def _empty(hidden: Tensor, entropy: bool) -> ScoredTokens:
 
 
 def _product_gradient(block: _Block, d_log_p: Tensor, target: Tensor, d_log_z: Tensor | None = None) -> Tensor:
-    """(n, V) gradient at the head's product from (n,) gradients at each target's log-prob and at log Z.
+    """Computes the (n, V) gradient of the head's product from (n,) gradients of each target's log-prob and of log Z.
 
-    d log p[t] / d logits = onehot(t) - p, and d log Z / d logits = p. Writes over ``block.log_p``.
+    d log p[t] / d logits = onehot(t) - p, and d log Z / d logits = p. It overwrites ``block.log_p``.
     """
     gradient = block.log_p.exp_().mul_((-d_log_p if d_log_z is None else d_log_z - d_log_p)[:, None])
     gradient.scatter_add_(-1, target[:, None], d_log_p[:, None])
     return gradient.mul_(block.slope)
 
 
-class _Sums:
-    """Gradients of the head's inputs, summed in fp32 over blocks and cast once."""
+class _GradientSums:
+    """Gradients of the head's inputs, summed over blocks in fp32 and cast once."""
 
     def __init__(self, hidden: Tensor, head: _Head, wanted: tuple[bool, bool, bool]) -> None:
         self.inputs = hidden, head
@@ -157,11 +157,11 @@ class _Sums:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probs and entropies whose incoming gradients may be anything.
+    """Log-probs and entropies with arbitrary gradients.
 
-    With a trainable head the blocks of logits are made again in the backward pass. With a frozen one (LoRA) each
-    token's Jacobian ``d log p / d hidden``, a row of D numbers, is exact whatever gradient arrives, and is made in
-    the forward pass while the logits are there.
+    With a trainable head, the backward pass computes the blocks of logits again. With a frozen head (LoRA), the forward
+    pass computes each token's Jacobian ``d log p / d hidden``, a row of D numbers, from the logits. This Jacobian is
+    enough for any gradient.
     """
 
     @staticmethod
@@ -171,7 +171,7 @@ class _LinearLogprobs(torch.autograd.Function):
         scale, softcap, temperature, entropy, chunk, grad = options
         head = _Head(weight, bias, scale, softcap, temperature)
         out = _empty(hidden, entropy)
-        ctx.set_materialize_grads(False)  # entropies that are only logged cost nothing in the backward pass
+        ctx.set_materialize_grads(False)  # entropies without a gradient then take no time in the backward pass
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         jacobian = grad and frozen and hidden.requires_grad
         d_logprobs = torch.empty_like(hidden) if jacobian else None
@@ -206,7 +206,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if d_logprob is None:
             d_logprob = torch.zeros_like(target, dtype=torch.promote_types(hidden.dtype, torch.float32))
         head = _Head(weight, bias, scale, softcap, temperature)
-        sums = _Sums(hidden, head, ctx.needs_input_grad[:3])
+        sums = _GradientSums(hidden, head, ctx.needs_input_grad[:3])
         for block in _blocks(hidden, target, head, chunk, None, gradient=True):
             s = block.rows
             extra = None
@@ -218,12 +218,12 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _entropy_gradient(block: _Block, entropies: Tensor) -> Tensor:
-    """(n, V): d entropy / d logits = -p (log p + entropy)."""
+    """Returns (n, V) d entropy / d logits = -p (log p + entropy)."""
     return block.log_p.exp().mul_(block.log_p + entropies[:, None]).neg_()
 
 
 class _LinearNLL(torch.autograd.Function):
-    """Weighted sum of ``-log p`` and z-loss; its gradients are made in the forward pass, while the logits are there."""
+    """Weighted sum of ``-log p`` and z-loss. The forward pass also computes the gradients from the logits."""
 
     @staticmethod
     def forward(
@@ -239,7 +239,7 @@ class _LinearNLL(torch.autograd.Function):
         head = _Head(weight, bias, scale, softcap, temperature)
         out = _empty(hidden, entropy)
         wanted = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and ctx.needs_input_grad[2])
-        sums = _Sums(hidden, head, wanted)
+        sums = _GradientSums(hidden, head, wanted)
         penalty = torch.empty_like(out.logprobs) if z_loss else None
         for block in _blocks(hidden, target, head, chunk, out, gradient=any(wanted), log_z=penalty is not None):
             s, d_log_z = block.rows, None
@@ -258,9 +258,9 @@ class _LinearNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("linear_nll can be differentiated once; call it again for a second backward pass.")
+            raise RuntimeError("linear_nll can be differentiated only once. Call it again for a second backward pass.")
         gradients, ctx.gradients = ctx.gradients, None
-        # in place: a copy of the weight's gradient would be the largest tensor of the step
+        # in place, because a copy of the weight's gradient would be the largest tensor of the step
         return (*(None if g is None else g.mul_(grads[0]) for g in gradients), None, None, None)
 
 
@@ -269,18 +269,19 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if hidden.dim() != 2 or weight.dim() != 2 or target.shape != hidden.shape[:1]:
         raise ValueError(
-            f"Expected hidden (N, D), weight (V, D) and target (N,), got {tuple(hidden.shape)}, "
+            f"hidden must be (N, D), weight (V, D) and target (N,); got {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)} and {tuple(target.shape)}."
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     device = hidden.device.type
-    # Cast here, where autograd casts the gradient back: inside a Function autocast is off.
+    # Cast here, so that autograd casts the gradient back; inside a Function autocast is off.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return plain(hidden.to(dtype)), plain(weight.to(dtype)), None if bias is None else plain(bias.to(dtype))
+    hidden, weight = without_subclass(hidden.to(dtype)), without_subclass(weight.to(dtype))
+    return hidden, weight, None if bias is None else without_subclass(bias.to(dtype))
 
 
-@uncompiled  # its loop goes by the number of tokens
+@uncompiled  # the number of its loops depends on the number of tokens
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -293,27 +294,27 @@ def linear_logprobs(
     entropy: bool = False,
     chunk: int = CHUNK,
 ) -> ScoredTokens:
-    """Log-probs of ``target`` under ``softmax(f(hidden @ weight.T + bias) / temperature)``.
+    """Computes log-probs of ``target`` under ``softmax(f(hidden @ weight.T + bias) / temperature)``.
 
-    ``f`` multiplies by ``scale`` and, with ``softcap`` c, maps x to ``c * tanh(x / c)`` (Gemma 2). Differentiable
-    in ``hidden``, ``weight`` and ``bias``; a tied weight is one that autograd reaches twice.
+    ``f`` multiplies by ``scale`` and, with a ``softcap`` c, maps x to ``c * tanh(x / c)`` (Gemma 2). The result is
+    differentiable with respect to ``hidden``, ``weight`` and ``bias``. For a tied weight autograd adds both gradients.
 
     Args:
         hidden: (N, D) hidden states at the positions that predict the scored tokens.
-        weight: (V, D) head weight as it acts (a LoRA delta already added).
+        weight: (V, D) effective weight of the head, a LoRA delta included.
         target: (N,) ids of the scored tokens.
         bias: (V,) or None.
-        temperature: The sampling temperature; log-probs are those of the distribution sampled from.
-        scale: Factor a family applies to its logits.
+        temperature: The sampling temperature, by which logits are divided.
+        scale: Factor that some model families apply to logits.
         softcap: Bound of soft-capped logits.
         entropy: Also return entropies.
-        chunk: Elements of logits alive at once; at least one row of V is.
+        chunk: Number of logits in memory at once, but at least one row of V. A larger value takes more memory.
 
     Returns:
-        Log-probs, entropies (or None) and whether each target is the arg max.
+        Log-probs, entropies (or None), and whether each target is the arg max.
 
     Raises:
-        ValueError: Shapes that do not fit, or a temperature that is not positive.
+        ValueError: Shapes do not fit, or the temperature is not positive.
 
     Example:
         >>> hidden, weight = torch.eye(2), torch.eye(2)
@@ -326,7 +327,7 @@ def linear_logprobs(
     return ScoredTokens(logprobs, entropies, correct)
 
 
-@uncompiled  # its loop goes by the number of tokens
+@uncompiled  # the number of its loops depends on the number of tokens
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -341,30 +342,29 @@ def linear_nll(
     chunk: int = CHUNK,
     z_loss: float = 0.0,
 ) -> ScoredTokens:
-    """Weighted negative log-likelihood ``-sum(weights * logprobs)`` as ``loss``, its gradient made in one pass.
+    """Computes the weighted negative log-likelihood ``-sum(weights * logprobs)`` and its gradient in one pass.
 
-    With ``z_loss`` c, ``c * sum(weights * log(Z)^2)`` is added to it, Z being the softmax's denominator (Chowdhery et
-    al. 2022, PaLM, section 5). The other fields carry no gradient; arguments as :func:`linear_logprobs`. Differentiable
-    once.
+    A ``z_loss`` c adds ``c * sum(weights * log(Z)^2)``, where Z is the softmax's denominator (Chowdhery et al. 2022,
+    PaLM, section 5). Only ``loss`` has a gradient, and can be differentiated once.
 
     Args:
-        hidden: (N, D).
-        weight: (V, D).
-        target: (N,).
+        hidden: (N, D) hidden states; see :func:`linear_logprobs` for this and the other arguments.
+        weight: (V, D) weight of the head.
+        target: (N,) ids of the scored tokens.
         weights: (N,) weight of each token in the loss; constants.
         bias: (V,) or None.
-        temperature: Sampling temperature.
-        scale: Factor a family applies to its logits.
+        temperature: The sampling temperature.
+        scale: Factor on the logits.
         softcap: Bound of soft-capped logits.
         entropy: Also return entropies.
-        chunk: Elements of logits alive at once.
-        z_loss: Weight of the z-loss; 0 for none.
+        chunk: Number of logits in memory at once.
+        z_loss: Weight of the z-loss. A larger value keeps Z closer to 1; 0: no z-loss.
 
     Returns:
-        Scored tokens with ``loss`` set, and ``z_loss`` where it is not 0.
+        Scored tokens with ``loss``, and with ``z_loss`` if it is not 0.
 
     Raises:
-        ValueError: Shapes that do not fit, a temperature that is not positive, or a negative ``z_loss``.
+        ValueError: Shapes do not fit, the temperature is not positive, or ``z_loss`` is negative.
     """
     if z_loss < 0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}.")

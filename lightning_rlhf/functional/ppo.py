@@ -1,4 +1,4 @@
-"""The losses of PPO, token by token: means and weights are the caller's. N tokens."""
+"""The losses of PPO for each of N tokens. The caller applies weights and takes the mean."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from lightning_rlhf.functional.precision import wide
 
 
 class PolicyLoss(NamedTuple):
-    """What :func:`policy_loss` finds.
+    """Result of :func:`policy_loss`.
 
     Attributes:
         loss: (N,) losses.
-        ratio: (N,) how much likelier the policy makes a token than it did when it was sampled; no gradient.
-        clipped: (N,) where the clip is what counts, so that a token has no gradient.
+        ratio: (N,) probability of the token under the policy, divided by its probability when it was sampled; no
+            gradient.
+        clipped: (N,) whether the loss is clipped, so that the token has no gradient.
     """
 
     loss: Tensor
@@ -26,11 +27,11 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """What :func:`value_loss` finds.
+    """Result of :func:`value_loss`.
 
     Attributes:
         loss: (N,) losses.
-        clipped: (N,) where the clip is what counts, so that a value has no gradient.
+        clipped: (N,) whether the loss is clipped, so that the value has no gradient.
     """
 
     loss: Tensor
@@ -40,16 +41,16 @@ class ValueLoss(NamedTuple):
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> PolicyLoss:
-    """``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` (Schulman et al. 2017, eq. 7).
+    """Computes ``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` (Schulman et al. 2017, eq. 7).
 
-    The paper's range is even, 0.2 both ways; DAPO (Yu et al. 2025, sec. 3.1) has a wider upper one.
+    The paper uses 0.2 for both ranges. DAPO (Yu et al. 2025, sec. 3.1) uses a larger ``clip_high``.
 
     Args:
-        logprobs: (N,) of the sampled tokens, with their gradient.
-        old_logprobs: (N,) when they were sampled.
+        logprobs: (N,) log-probs of the sampled tokens, with gradient.
+        old_logprobs: (N,) their log-probs when they were sampled.
         advantages: (N,) advantages.
-        clip_low: How far the ratio may fall below 1.
-        clip_high: How far it may rise above 1.
+        clip_low: Range of the ratio below 1. A larger value allows larger updates.
+        clip_high: Range of the ratio above 1. A larger value allows larger updates.
 
     Returns:
         Losses in at least fp32, ratios, and where they were clipped.
@@ -67,16 +68,16 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> ValueLoss:
-    """``0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)``: half the squared error.
+    """Computes ``0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)``: half the squared error, clipped.
 
-    The clip is that of OpenAI's PPO code (Engstrom et al. 2020, sec. 3; Ziegler et al. 2019): a value that moved
-    further than c is held by the worse of both errors.
+    OpenAI's PPO code clips in this way (Engstrom et al. 2020, sec. 3; Ziegler et al. 2019): for a value that moved
+    further than c, the larger of both errors counts.
 
     Args:
-        values: (N,) with their gradient.
-        old_values: (N,) when the tokens were sampled.
-        returns: (N,) what values are trained towards.
-        clip: How far values may move in an iteration; None leaves them free.
+        values: (N,) values, with gradient.
+        old_values: (N,) values when the tokens were sampled.
+        returns: (N,) targets of the values.
+        clip: Range c in which values may move per iteration. A larger value allows larger updates. None: no clipping.
 
     Returns:
         Losses in at least fp32, and where they were clipped.
@@ -94,17 +95,17 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def explained_variance(values: Tensor, returns: Tensor, weight: Tensor | None = None) -> Tensor:
-    """``1 - Var(R - V) / Var(R)``: 1 where values foretell returns but for a constant, 0 where they say nothing.
+    """Computes ``1 - Var(R - V) / Var(R)``: 1 if values predict returns up to a constant, 0 if they predict nothing.
 
-    Over ranks it is :func:`variance_explained` of the merged ``moments`` of ``R - V`` and of ``R``.
+    Over several ranks, use :func:`variance_explained` with the merged ``moments`` of ``R - V`` and of ``R``.
 
     Args:
         values: (N,) values.
         returns: (N,) returns.
-        weight: (N,) how much each token counts; default 1.
+        weight: (N,) weight of each token. Default: 1.
 
     Returns:
-        A number, negative where values mislead, NaN where all returns are equal.
+        A scalar. It is negative if values are worse than a constant, and NaN if all returns are equal.
 
     Example:
         >>> explained_variance(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
@@ -114,15 +115,15 @@ def explained_variance(values: Tensor, returns: Tensor, weight: Tensor | None = 
     return variance_explained(moments(returns - values, weight), moments(returns, weight))
 
 
-def variance_explained(left: Tensor, whole: Tensor) -> Tensor:
-    """As :func:`explained_variance`, from moments.
+def variance_explained(residuals: Tensor, returns: Tensor) -> Tensor:
+    """Computes :func:`explained_variance` from moments.
 
     Args:
-        left: (3,) of returns less values.
-        whole: (3,) of returns.
+        residuals: (3,) moments of returns minus values.
+        returns: (3,) moments of returns.
 
     Returns:
-        A number; NaN where all returns are equal.
+        A scalar; NaN if all returns are equal.
     """
-    spread = variance(whole)
-    return torch.where(spread > 0, 1 - variance(left) / spread, torch.nan)
+    spread = variance(returns)
+    return torch.where(spread > 0, 1 - variance(residuals) / spread, torch.nan)

@@ -1,4 +1,4 @@
-"""The precision that reductions and exponentials run in."""
+"""The precision of reductions and exponentials."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def wide(values: Tensor) -> Tensor:
-    """Half precision becomes fp32; fp32 and fp64 stay."""
+    """Casts half precision to fp32, and leaves fp32 and fp64 unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The same values in a tensor without a subclass: ColossalAI's makes in-place functions of it do nothing."""
+def without_subclass(tensor: Tensor) -> Tensor:
+    """Returns the tensor without its subclass: in-place functions have no effect on ColossalAI's subclass."""
     return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else tensor.as_subclass(Tensor)

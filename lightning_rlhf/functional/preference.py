@@ -1,4 +1,4 @@
-"""Losses over pairs of a better and a worse completion. P pairs."""
+"""Losses for P pairs of a better and a worse completion."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lightning_rlhf.functional.precision import wide
 
 
 def bradley_terry_loss(better: Tensor, worse: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """``-log sigmoid(better - worse - margin)``: a pair's negative log-likelihood (Bradley and Terry 1952).
+    """Computes ``-log sigmoid(better - worse - margin)``, a pair's negative log-likelihood (Bradley and Terry 1952).
 
-    What ColossalChat calls the log-sig and the log-exp loss is this one function, here finite at any difference. With
-    all pairs of a ranking of K answers it is InstructGPT's equation 1; a margin is Llama 2's, equation 2.
+    ColossalChat's log-sig and log-exp losses are both this function; here it is finite for any difference. For all
+    pairs of a ranking of K answers it is equation 1 of InstructGPT. The margin is that of Llama 2, equation 2.
 
     Args:
         better: (P,) scores of the better completions.
         worse: (P,) scores of the worse ones.
-        margin: By how much the better should win; (P,) or one for all.
+        margin: (P,) or a scalar: the difference to reach. A larger value separates scores further.
 
     Returns:
         (P,) losses, in nats, in at least fp32.
@@ -36,7 +36,9 @@ log_exp_loss = bradley_terry_loss
 
 
 def centering_penalty(better: Tensor, worse: Tensor) -> Tensor:
-    """``(better + worse) ** 2``: holds scores near zero, which pairs alone leave free (Eisenstein et al. 2023, sec. 4).
+    """Computes ``(better + worse) ** 2``, which keeps scores near zero (Eisenstein et al. 2023, sec. 4).
+
+    Pairs alone only determine differences of scores.
 
     Args:
         better: (P,) scores of the better completions.

@@ -1,4 +1,4 @@
-"""Metrics, each exact over ranks and micro-batches, with a functional twin."""
+"""Metrics that are exact over ranks and micro-batches, each with a function that computes the same."""
 
 from lightning_rlhf.metrics.comparison import WinRate, WinRates, win_rate
 from lightning_rlhf.metrics.preference import PreferenceAccuracy, calibration, calibration_error, share_won

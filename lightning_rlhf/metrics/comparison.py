@@ -1,4 +1,4 @@
-"""How often one model's answers are preferred to another's, judged in both orders. P pairs."""
+"""Win rates: how often a judge prefers one model's answers to another's, in both orders. P pairs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torchmetrics import Metric
 
 
 class WinRates(NamedTuple):
-    """What the verdicts on P pairs of answers, of A and of B, come to; all are scalars.
+    """Rates over P pairs of answers by A and B. All fields are scalars.
 
-    A pair is won where A is preferred in both orders, lost where B is, and a tie else: also where the orders disagree
-    (Zheng et al. 2023, sec. 3.4). Pairs without a verdict in one of the orders count nowhere but in ``no_verdict``.
+    A wins a pair if it is preferred in both orders, and loses if B is preferred in both. Otherwise the pair is a tie,
+    also if the orders disagree (Zheng et al. 2023, sec. 3.4). A pair without a verdict in one of the orders counts in
+    ``no_verdict`` only.
 
     Attributes:
-        win_rate: Wins and half the ties, over all judged pairs; NaN without any.
-        low: Lower end of its confidence interval.
-        high: Upper end.
-        wins: Pairs.
-        ties: Pairs.
-        losses: Pairs.
-        no_verdict: Pairs that a verdict lacks.
-        first_place: Share of all verdicts that went to the answer shown first, ties counting half; 0.5 is no bias.
-        agreement: Share of judged pairs whose orders agree.
+        win_rate: Wins plus half the ties, divided by the number of judged pairs; NaN without judged pairs.
+        low: Lower bound of the win rate's confidence interval.
+        high: Upper bound.
+        wins: Number of pairs that A won.
+        ties: Number of tied pairs.
+        losses: Number of pairs that B won.
+        no_verdict: Number of pairs without a verdict in one of the orders.
+        first_place: Share of all verdicts that prefer the answer shown first; a tie counts half. 0.5 is no bias.
+        agreement: Share of judged pairs with the same verdict in both orders.
     """
 
     win_rate: Tensor
@@ -40,18 +41,18 @@ class WinRates(NamedTuple):
 
 
 def win_rate(a_first: Tensor, b_first: Tensor, prompt: Tensor | None = None, confidence: float = 0.95) -> WinRates:
-    """Win rate of A over B, with an interval that takes prompts, not verdicts, for the independent draws.
+    """Computes the win rate of A over B, with an interval in which prompts, not verdicts, are independent samples.
 
-    The interval is Wilson's (1927) with the variance of the prompts' scores in the place of ``rate (1 - rate)``, which
-    it equals where each prompt has one pair and none is tied. Of m prompts, with z the normal quantile::
+    The interval is Wilson's (1927), with the variance of the prompts' scores instead of ``rate (1 - rate)``. Both are
+    equal if each prompt has one pair and no pair is tied. For m prompts and the normal quantile z::
 
         (m rate + z^2 / 2 -+ z sqrt(m variance + z^2 / 4)) / (m + z^2)
 
     Args:
-        a_first: (P,) verdicts where A's answer was shown first: 1 A won, 0.5 tie, 0 B won, NaN no verdict.
-        b_first: (P,) verdicts where B's was, also from A's side.
-        prompt: (P,) number of each pair's prompt; None, or a negative one: a prompt of its own.
-        confidence: Of the interval.
+        a_first: (P,) verdicts with A's answer shown first: 1 A won, 0.5 tie, 0 B won, NaN no verdict.
+        b_first: (P,) verdicts with B's answer shown first, also as scores of A.
+        prompt: (P,) number of each pair's prompt. None or a negative number: the pair has a prompt of its own.
+        confidence: Confidence level of the interval. A larger value gives a wider interval.
 
     Returns:
         The rates.
@@ -83,7 +84,7 @@ def win_rate(a_first: Tensor, b_first: Tensor, prompt: Tensor | None = None, con
 
 
 def _interval(scores: Tensor, prompt: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
-    """Both ends; the rate is a ratio of sums over prompts, whose variance is that of its residuals."""
+    """Returns both bounds. The rate is a ratio of sums over prompts; its variance is the residuals' variance."""
     _, place = prompt.unique(return_inverse=True)
     pairs = torch.bincount(place).to(scores)
     m, rate = len(pairs), scores.mean()
@@ -97,12 +98,12 @@ def _interval(scores: Tensor, prompt: Tensor, confidence: float) -> tuple[Tensor
 
 
 class WinRate(Metric):
-    """:func:`win_rate` over all updates and ranks; verdicts are kept, so that no split changes the result.
+    """:func:`win_rate` over all updates and ranks. All verdicts are kept, so the result does not depend on batches.
 
     ``compute`` returns the fields of :class:`WinRates` by name.
 
     Args:
-        confidence: Of the interval.
+        confidence: Confidence level of the interval. A larger value gives a wider interval.
 
     Example:
         >>> metric = WinRate()
@@ -128,12 +129,12 @@ class WinRate(Metric):
         """Adds (P,) verdicts in both orders, and numbers of prompts (below 2**24, the same on all ranks)."""
         prompt = -torch.ones_like(a_first) if prompt is None else prompt
         for name, value in zip(self.COLUMNS, (a_first, b_first, prompt), strict=True):
-            # one dtype: torchmetrics gathers fp32 from a rank that never updates
+            # always fp32, because torchmetrics gathers fp32 from a rank without updates
             getattr(self, name).append(value.detach().float())
 
     def compute(self) -> dict[str, Tensor]:
-        """All of it, over all ranks."""
+        """Returns all rates, over all ranks."""
         empty = torch.empty(0, device=self.device)
-        columns = (getattr(self, name) for name in self.COLUMNS)  # after a sync the states are tensors already
+        columns = (getattr(self, name) for name in self.COLUMNS)  # after a sync the states are tensors, not lists
         a, b, prompt = (torch.cat([empty, *v]) if isinstance(v, list) else v for v in columns)
         return win_rate(a, b, prompt, self.confidence)._asdict()

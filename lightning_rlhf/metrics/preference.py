@@ -1,4 +1,4 @@
-"""How well scores agree with preferences, beside what length alone would say. P pairs."""
+"""Metrics of how well scores agree with preferences, and how well length alone would agree. P pairs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-#: Answers are of matched length when the longer one has at most this share of tokens more.
+#: The lengths of two answers match if they differ by at most this share of the longer one.
 MATCHED = 0.1
 
 
 class Calibration(NamedTuple):
-    """How often the answer that was predicted to win did, by how sure the prediction was.
+    """How often predicted winners won, by the predicted probability.
 
     Attributes:
         probability: (bins,) mean predicted probability of the predicted winner, from 0.5 to 1; NaN in empty bins.
-        won: (bins,) share of these predictions that came true.
-        pairs: (bins,) pairs.
+        won: (bins,) share of correct predictions.
+        pairs: (bins,) number of pairs.
     """
 
     probability: Tensor
@@ -28,10 +28,10 @@ class Calibration(NamedTuple):
 
 
 def share_won(margin: Tensor) -> Tensor:
-    """Share of pairs with a positive margin, ties counting half; NaN without pairs.
+    """Computes the share of pairs with a positive margin. A tie counts half; NaN without pairs.
 
     Args:
-        margin: (P,) of the better over the worse.
+        margin: (P,) score of the better answer minus the score of the worse one.
 
     Returns:
         A scalar in [0, 1].
@@ -44,18 +44,19 @@ def share_won(margin: Tensor) -> Tensor:
 
 
 def _won(margin: Tensor) -> Tensor:
-    """(P,) 1 where it is positive, 0.5 where it is zero, NaN where it is NaN: a model that diverged has not lost."""
+    """Returns (P,) 1 for positive margins, 0.5 for zero, 0 for negative ones and NaN for NaN (a diverged model)."""
     return torch.where(margin.isnan(), torch.nan, (margin > 0).float() + 0.5 * (margin == 0).float())
 
 
 def calibration(margin: Tensor, bins: int = 10) -> Calibration:
-    """Predicted against observed shares of won pairs.
+    """Compares predicted with observed shares of won pairs.
 
-    The model says the answer of higher score wins with probability ``sigmoid(|margin|)``; it does where ``margin > 0``.
+    The predicted winner is the answer with the higher score, with probability ``sigmoid(|margin|)``. The prediction is
+    correct if ``margin > 0``.
 
     Args:
-        margin: (P,) score of the better answer minus that of the worse.
-        bins: Between probabilities 0.5 and 1.
+        margin: (P,) score of the better answer minus the score of the worse one.
+        bins: Number of bins between the probabilities 0.5 and 1. A larger value gives a finer, noisier table.
 
     Returns:
         The table.
@@ -73,7 +74,9 @@ def calibration(margin: Tensor, bins: int = 10) -> Calibration:
 
 
 def calibration_error(margin: Tensor, bins: int = 10) -> Tensor:
-    """Mean distance between predicted and observed shares, weighted by pairs (Naeini et al. 2015); NaN without pairs.
+    """Computes the mean distance between predicted and observed shares, weighted by pairs; NaN without pairs.
+
+    This is the expected calibration error of Naeini et al. 2015.
 
     Example:
         >>> calibration_error(torch.tensor([9.0, 9.0]))
@@ -85,14 +88,14 @@ def calibration_error(margin: Tensor, bins: int = 10) -> Tensor:
 
 
 class PreferenceAccuracy(Metric):
-    """What a reward model gets right, kept pair by pair, so that no split or padding changes it.
+    """Accuracy of a reward model. All pairs are kept, so the result does not depend on batches or padding.
 
     ``compute`` returns ``accuracy``, ``margin``, ``chosen_score``, ``rejected_score``, ``calibration_error``;
-    ``length_accuracy``, that of "the longer answer wins"; ``matched_accuracy`` and ``matched_pairs``, on pairs whose
-    lengths differ by at most a tenth; and ``accuracy/NAME`` for each name that :attr:`names` gives an origin.
+    ``length_accuracy``, the accuracy of the rule "the longer answer wins"; ``matched_accuracy`` and ``matched_pairs``
+    of pairs whose lengths differ by at most a tenth; and ``accuracy/NAME`` for each name in :attr:`names`.
 
     Attributes:
-        names: For each number of an origin its names, such as its source and its language.
+        names: Names of each origin, in the order of the origins' numbers, such as a source and a language.
 
     Example:
         >>> metric = PreferenceAccuracy()
@@ -124,21 +127,21 @@ class PreferenceAccuracy(Metric):
         rejected_length: Tensor,
         origin: Tensor | None = None,
     ) -> None:
-        """Adds (P,) scores, lengths in tokens, and numbers of origins."""
+        """Adds (P,) scores, lengths in tokens, and the numbers of the pairs' origins."""
         origin = torch.zeros_like(chosen_length) if origin is None else origin
         values = (chosen, rejected, chosen_length, rejected_length, origin)
         for name, value in zip(self.COLUMNS, values, strict=True):
-            # one dtype: torchmetrics gathers fp32 from a rank that never updates
+            # always fp32, because torchmetrics gathers fp32 from a rank without updates
             getattr(self, name).append(value.detach().float())
 
     def compute(self) -> dict[str, Tensor]:
-        """All of it, over all ranks; NaN where there are no pairs."""
+        """Returns all metrics, over all ranks; NaN without pairs."""
         chosen, rejected, long, short, origin = self._columns()
         margin = chosen - rejected
-        apart = {}
+        by_name = {}
         for name in sorted({name for names in self.names for name in names}):
             numbers = torch.tensor([i for i, names in enumerate(self.names) if name in names], device=origin.device)
-            apart[f"accuracy/{name}"] = share_won(margin[torch.isin(origin, numbers)])
+            by_name[f"accuracy/{name}"] = share_won(margin[torch.isin(origin, numbers)])
         matched = (long - short).abs() <= MATCHED * torch.maximum(long, short)
         return {
             "accuracy": share_won(margin),
@@ -149,16 +152,16 @@ class PreferenceAccuracy(Metric):
             "length_accuracy": share_won(long - short),
             "matched_accuracy": share_won(margin[matched]),
             "matched_pairs": matched.sum().float(),
-            **apart,
+            **by_name,
         }
 
     def calibration(self, bins: int = 10) -> Calibration:
-        """:func:`calibration` of this process's pairs."""
+        """Returns the :func:`calibration` of this process's pairs."""
         chosen, rejected, *_ = self._columns()
         return calibration(chosen - rejected, bins)
 
     def _columns(self) -> list[Tensor]:
-        # after a sync the states are tensors already
+        # after a sync the states are tensors, not lists
         empty = torch.empty(0, device=self.device)
         columns = (getattr(self, name) for name in self.COLUMNS)
         return [torch.cat([empty, *v]) if isinstance(v, list) else v for v in columns]

@@ -1,4 +1,4 @@
-"""Means over tokens: sums and counts are kept, so no split of the tokens changes the result."""
+"""Means over tokens. Sums and counts are kept, so the result does not depend on how tokens are batched."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torchmetrics import Metric
 
 
 def token_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over tokens; NaN where the weights sum to 0.
+    """Computes the weighted mean over tokens; NaN if the weights sum to 0.
 
     Args:
-        values: (N,) one value a token.
+        values: (N,) one value per token.
         weight: (N,) weights.
 
     Returns:
@@ -25,7 +25,7 @@ def token_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def perplexity(logprobs: Tensor, weight: Tensor) -> Tensor:
-    """``exp`` of the mean negative log-prob of a token.
+    """Computes ``exp`` of the mean negative log-prob per token.
 
     Args:
         logprobs: (N,) natural log-probs.
@@ -64,17 +64,17 @@ class TokenMean(Metric):
     def update(self, values: Tensor, weight: Tensor) -> None:
         """Adds (N,) values with (N,) weights."""
         weight = weight.to(self.weight.dtype)  # a sum of 513 weights in bf16 would be 512
-        # not in place: a reset inside trainer.validate leaves inference tensors, which fit may not write to
+        # not in place, because a reset in trainer.validate leaves inference tensors, which fit cannot write to
         self.total = self.total + (values.detach().to(self.total.dtype) * weight).sum()
         self.weight = self.weight + weight.sum()
 
     def compute(self) -> Tensor:
-        """The mean of all that was added, in fp32."""
+        """Returns the mean over all updates and ranks, in fp32."""
         return (self.total / self.weight).float()
 
 
 class Perplexity(TokenMean):
-    """:func:`perplexity` over all updates and ranks; updated with (N,) log-probs and weights.
+    """:func:`perplexity` over all updates and ranks. ``update`` takes (N,) log-probs and weights.
 
     Example:
         >>> metric = Perplexity()
@@ -84,5 +84,5 @@ class Perplexity(TokenMean):
     """
 
     def compute(self) -> Tensor:
-        """``exp`` of the mean negative log-prob."""
+        """Returns ``exp`` of the mean negative log-prob, in fp32."""
         return (-self.total / self.weight).exp().float()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.packed import PackedBatch, pad
-from lightning_rlhf.functional.precision import plain, wide
+from lightning_rlhf.functional.precision import wide, without_subclass
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 
 
@@ -72,7 +72,7 @@ def read_head(head: nn.Module, states: Tensor) -> Tensor:
         head: A linear layer to one label, or peft's wrapper around one.
         states: (M, D) hidden states.
     """
-    exact = {name: plain(wide(p)) for name, p in head.named_parameters()}
+    exact = {name: without_subclass(wide(p)) for name, p in head.named_parameters()}
     with torch.autocast(states.device.type, enabled=False):
         out: Tensor = torch.func.functional_call(head, exact, states.to(next(iter(exact.values())).dtype))
     return out[:, 0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lightning_rlhf.functional.precision import plain
+from lightning_rlhf.functional.precision import without_subclass
 from lightning_rlhf.models.quantization import dequantized, is_quantized, is_quantized_layer
 from lightning_rlhf.utils.filesystem import atomic_directory
 
@@ -130,7 +130,7 @@ def _check_finite(model: nn.Module, state_dict: Mapping[str, Tensor], directory:
     idle = {*model.peft_config} - {*model.active_adapters} if is_peft else set()  # type: ignore[misc]
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and idle.isdisjoint(name.split(".")):
-            value = plain(state_dict.get(name, parameter).detach())
+            value = without_subclass(state_dict.get(name, parameter).detach())
             if not value.isfinite().all():
                 what = "NaN" if value.isnan().any() else "infinite values"
                 raise ValueError(

@@ -108,9 +108,9 @@ def test_the_score_is_paid_once_on_the_last_token():
 
 @pytest.mark.parametrize("sequence", [[0, 0, 2], [0, 2, 2], [1, 0, 2], [0, 1, 0], [1, 1, 2], [0, 1, 3]])
 def test_a_score_is_never_lost(sequence):
-    with pytest.raises(ValueError, match="3 sequences of the batch"):
+    with pytest.raises(ValueError, match="numbers 0 to 2 of the 3 sequences"):
         token_rewards(torch.zeros(3), torch.ones(3), torch.tensor(sequence))
-    with pytest.raises(ValueError, match="rising order"):
+    with pytest.raises(ValueError, match="ascending order"):
         gae(torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.tensor(sequence), 1.0, 1.0)
 
 
@@ -273,7 +273,7 @@ def test_padded_rectangles_are_refused_with_the_way_to_pack_them():
     ):
         with pytest.raises(ValueError, match=r"must be \(N,\).*sequence=mask.nonzero\(\)\[:, 0\]"):
             wrong()
-    with pytest.raises(ValueError, match=r"must be \(S,\), one a sequence; got \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"must be \(S,\), one per sequence; got \(2, 1\)"):
         gae(rewards, values, last[:, None], sequence, 1.0, 0.95)
     packed = gae(padded_rewards[mask], padded_values[mask], last, mask.nonzero()[:, 0], 1.0, 0.95)
     torch.testing.assert_close(packed.advantages, gae(rewards, values, last, sequence, 1.0, 0.95).advantages)

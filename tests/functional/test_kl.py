@@ -82,7 +82,7 @@ def test_gradients_on_policy():
 
 
 def test_k1_is_no_loss():
-    with pytest.raises(ValueError, match=r"k1 can't be a loss.*zero\. Choose k2 or k3"):
+    with pytest.raises(ValueError, match=r"k1 cannot be a loss.*zero\. Choose k2 or k3"):
         kl_loss(torch.zeros(3), "k1")
     with pytest.raises(ValueError, match="'k4' is unknown"):
         kl_loss(torch.zeros(3), "k4")

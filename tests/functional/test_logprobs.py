@@ -214,7 +214,7 @@ def test_second_backward_through_the_loss_is_refused():
 
 def test_shape_and_temperature_errors():
     hidden, weight, target, _ = inputs()
-    with pytest.raises(ValueError, match=r"hidden \(N, D\)"):
+    with pytest.raises(ValueError, match=r"hidden must be \(N, D\)"):
         linear_logprobs(hidden, weight, target[1:])
     with pytest.raises(ValueError, match="temperature"):
         linear_logprobs(hidden, weight, target, temperature=0)

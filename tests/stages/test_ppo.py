@@ -990,7 +990,7 @@ def test_validation_repeats_its_samples(tiny_model_dir, tmp_path):
 def test_what_is_refused(tiny_model_dir):
     with pytest.raises(ValueError, match="greedy completions teach PPO nothing"):
         PPOModule(tiny_model_dir, letters, sampling=Sampling(temperature=0.0))
-    with pytest.raises(ValueError, match="k1 can't be a loss"):
+    with pytest.raises(ValueError, match="k1 cannot be a loss"):
         PPOModule(tiny_model_dir, letters, kl_penalty="k1")
     with pytest.raises(ValueError, match="critic: an object of type Linear is none"):
         PPOModule(tiny_model_dir, letters, critic=torch.nn.Linear(2, 1))
