@@ -151,7 +151,7 @@ def tensors_of(strategy: Strategy, module: Causal, optimizer: Any) -> dict[str, 
     for child in boosted:
         optimizer = child.wrapped.optim
         gradients += [gradient for _, gradient in child.gradients()]
-        masters += [piece.weight for slot in child.slots if (piece := child.piece(slot)) is not None]
+        masters += [shard.weight for slot in child.slots if (shard := child.local_shard(slot)) is not None]
         if isinstance(child, GeminiBoosted):
             for chunk in child.chunks.get_chunks(child.model.fp16_params):
                 weights += vars(chunk).values()

@@ -1,7 +1,7 @@
-"""ColossalAI's data parallelism for the ordinary Trainer: DDP, ZeRO and Gemini by one flag.
+"""ColossalAI's data parallelism for Lightning's Trainer: DDP, ZeRO and Gemini.
 
-Importing this room registers the names of :data:`~lightning_rlhf.strategies.colossalai.NAMES` with Lightning; it
-imports no ColossalAI.
+Importing this package registers the names of :data:`~lightning_rlhf.strategies.colossalai.NAMES` with Lightning. It
+does not import ColossalAI.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -32,38 +32,38 @@ ColossalAIStrategy.register_strategies(StrategyRegistry)
 
 
 def runs_alone(strategy: Strategy) -> bool:
-    """Whether a rank can run a model without the others, if need be within :func:`whole_weights`.
+    """Whether a rank can run a model without the other ranks, possibly within :func:`whole_weights`.
 
     Args:
-        strategy: Any.
+        strategy: Any strategy.
     """
     return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
 
 
 def holds_whole_models(strategy: Strategy) -> bool:
-    """Whether each device has all weights, as they are, all the time.
+    """Whether each device always holds all weights.
 
     Args:
-        strategy: Any.
+        strategy: Any strategy.
     """
     return runs_alone(strategy) and not (isinstance(strategy, ColossalAIStrategy) and strategy.sharded)
 
 
 def whole_weights(strategy: Strategy | None, child: nn.Module) -> AbstractContextManager[None]:
-    """Within it each rank can run a model alone, for instance to generate; all ranks must enter and leave.
+    """Within it, each rank can run a model alone, for instance to generate. All ranks must enter and leave.
 
     Args:
-        strategy: Any, or None where no Trainer is; only under one that shards weights is there something to do.
-        child: Of the LightningModule; others stay as they are.
+        strategy: Any strategy, or None without a Trainer. It has an effect only if the strategy shards weights.
+        child: A child of the LightningModule. Other modules do not change.
     """
     return strategy.whole_weights(child) if isinstance(strategy, ColossalAIStrategy) else nullcontext()
 
 
 def whole_state_dict(strategy: Strategy) -> dict[str, Any]:
-    """The module's state dict on rank 0, whatever checkpoints hold; all ranks must call: it may gather shards.
+    """Returns the module's whole state dict on rank 0. All ranks must call it, because it may gather shards.
 
     Args:
-        strategy: Any.
+        strategy: Any strategy.
     """
     if isinstance(strategy, ColossalAIStrategy):
         return strategy.whole_state_dict()

@@ -1,4 +1,4 @@
-"""Whole and sharded forms of what boosted children hold."""
+"""Whole and sharded checkpoints of boosted children."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_rlhf.strategies.sharded import Boosted, LocalShard, Slot
 from lightning_rlhf.utils.collectives import gather_objects
 from lightning_rlhf.utils.filesystem import COMPLETE, atomic_directory, sync
 
-#: The Lightning checkpoint in a sharded directory, without what the ranks' files hold.
+#: Name of the Lightning checkpoint in a sharded directory. The ranks' files hold the rest.
 META = "meta.ckpt"
 
 
@@ -25,27 +25,27 @@ def _is_sharded(name: str, value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and name != "step" and value.numel() == size
 
 
-def settings(boosted: Boosted) -> dict[str, Any]:
-    """An optimizer's state without its tensors: the settings of its groups."""
+def group_settings(boosted: Boosted) -> dict[str, Any]:
+    """Returns an optimizer's state without its tensors: the settings of its parameter groups."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in boosted.groups]
     numbered = [{**g, "params": indices} for g, indices in zip(groups, boosted.indices, strict=True)]
     return {"state": {}, "param_groups": numbered}
 
 
 def optimizer_state(boosted: Boosted) -> dict[str, Any]:
-    """The whole state of a child's optimizer as ``torch.optim``'s own, on rank 0, elsewhere without tensors."""
-    held = [(slot, boosted.piece(slot)) for slot in boosted.slots]
-    states = [{} if piece is None else boosted.state(piece.key) for _, piece in held]
+    """Gathers the state of a child's optimizer in the format of ``torch.optim``. Other ranks get no tensors."""
+    held = [(slot, boosted.local_shard(slot)) for slot in boosted.slots]
+    states = [{} if shard is None else boosted.state(shard.key) for _, shard in held]
     kinds: dict[str, bool] = {}
     mine = {
-        name: _is_sharded(name, value, piece.weight.numel())
-        for (_, piece), state in zip(held, states, strict=True)
-        if piece is not None
+        name: _is_sharded(name, value, shard.weight.numel())
+        for (_, shard), state in zip(held, states, strict=True)
+        if shard is not None
         for name, value in state.items()
     }
     for found in gather_objects(mine):
         kinds |= found
-    # -1: this rank has no state of it
+    # -1: this rank does not have the state
     scalars = torch.full((len(kinds), len(held)), -1.0, dtype=torch.float64)
     for row, name in enumerate(kinds):
         for column, state in enumerate(states):
@@ -59,67 +59,68 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
         for row, (name, sharded) in enumerate(kinds.items()):
             value = scalars[row, column].item()
             if value >= 0:
-                part = lambda piece, name=name: boosted.state(piece.key)[name]  # noqa: E731
-                entry[name] = boosted.collect(slot, part) if sharded else torch.tensor(value, dtype=torch.float32)
+                part = lambda shard, name=name: boosted.state(shard.key)[name]  # noqa: E731
+                entry[name] = boosted.gather(slot, part) if sharded else torch.tensor(value, dtype=torch.float32)
         if entry:
             whole[slot.number] = entry
-    return {**settings(boosted), "state": whole if dist.get_rank() == 0 else {}}
+    return {**group_settings(boosted), "state": whole if dist.get_rank() == 0 else {}}
 
 
 def _fill_states(
     boosted: Boosted, saved: Sequence[dict[str, Any]], read: Callable[[Slot, LocalShard], dict[str, Any]]
 ) -> None:
-    """Sets an optimizer's groups and states.
+    """Sets the parameter groups and states of an optimizer.
 
     Args:
-        boosted: Whose.
-        saved: Settings of its groups.
-        read: The states of a piece by name, (size,) where they are as large as it; empty where there are none.
+        boosted: The child of the optimizer.
+        saved: Settings of its parameter groups.
+        read: Returns the states of a shard by name, as (size,) tensors or scalars; empty if there are none.
 
     Raises:
-        ValueError: They are another optimizer's.
+        ValueError: They belong to a different optimizer.
     """
     sizes = [len(group["params"]) for group in saved]
     if sizes != [len(indices) for indices in boosted.indices]:
         raise ValueError(
-            f"The checkpoint's optimizer of {boosted.place!r} has parameter groups of {sizes} parameters, this one of "
-            f"{[len(indices) for indices in boosted.indices]}: it was made by another model or optimizer."
+            f"The optimizer of {boosted.path!r} has parameter groups of {[len(i) for i in boosted.indices]} "
+            f"parameters, but in the checkpoint they have {sizes}. Resume with the model and the optimizer that wrote "
+            "the checkpoint."
         )
     for group, former in zip(boosted.groups, saved, strict=True):
         group.update({name: value for name, value in former.items() if name != "params"})
     boosted.wrapped.optim.state.clear()
     for slot in boosted.slots:
-        piece = boosted.piece(slot)
-        state = {} if piece is None else read(slot, piece)
-        if piece is None or not state:
+        shard = boosted.local_shard(slot)
+        state = {} if shard is None else read(slot, shard)
+        if shard is None or not state:
             continue
         own = {}
         for name, value in state.items():
-            if _is_sharded(name, value, piece.size):
-                own[name] = torch.zeros_like(piece.weight)
-                own[name][: piece.size] = value
+            if _is_sharded(name, value, shard.size):
+                own[name] = torch.zeros_like(shard.weight)
+                own[name][: shard.size] = value
             else:
                 own[name] = _scalar(boosted, value)
-        boosted.wrapped.optim.state[piece.key] = own
+        boosted.wrapped.optim.state[shard.key] = own
 
 
 def _scalar(boosted: Boosted, value: Any) -> Any:
-    """A step count, as the optimizer counts."""
+    """Returns a step count in the type that the optimizer uses."""
     if type(boosted.wrapped.optim).__module__.startswith("colossalai"):
         return int(value)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def load_optimizer_state(boosted: Boosted, saved: dict[str, Any]) -> None:
-    """Takes this rank's pieces of a whole state.
+    """Loads this rank's shards of a whole optimizer state.
 
     Raises:
-        ValueError: It is another optimizer's.
+        ValueError: The state belongs to a different optimizer.
     """
 
-    def read(slot: Slot, piece: LocalShard) -> dict[str, Any]:
+    def read(slot: Slot, shard: LocalShard) -> dict[str, Any]:
         return {
-            name: value.reshape(-1)[piece.start : piece.start + piece.size]
+            name: value.reshape(-1)[shard.start : shard.start + shard.size]
             if _is_sharded(name, value, slot.shape.numel())
             else value
             for name, value in saved["state"].get(slot.number, {}).items()
@@ -132,18 +133,18 @@ def load_optimizer_state(boosted: Boosted, saved: dict[str, Any]) -> None:
 
 
 def save_sharded(boosted: Sequence[Boosted], checkpoint: dict[str, Any], directory: str, write_meta: Any) -> None:
-    """Writes a directory of one file a rank; all ranks must call.
+    """Writes a directory with one file per rank. All ranks must call it.
 
-    It takes its name when all files are on the disk, and a former one of that name stays whole until then.
+    The directory gets its name when all files are on the disk. Until then an older directory of that name stays.
 
     Args:
         boosted: The children.
-        checkpoint: All else.
-        directory: On a disk that all ranks see.
-        write_meta: Writes the checkpoint to a path.
+        checkpoint: The Lightning checkpoint without the children's weights and states.
+        directory: The directory, on a disk that all ranks share.
+        write_meta: Writes ``checkpoint`` to a path.
 
     Raises:
-        OSError: A rank could not write, or the name belongs to something else; the same on all ranks.
+        OSError: A rank could not write, or the path is taken by something else. All ranks raise it.
     """
     first = dist.get_rank() == 0
     error: Exception | None = None
@@ -154,121 +155,122 @@ def save_sharded(boosted: Sequence[Boosted], checkpoint: dict[str, Any], directo
                 folder = [stack.enter_context(atomic_directory(directory))]
         except OSError as problem:
             error = problem
-        _agree(error, directory)
+        _raise_on_all_ranks(error, directory)
         dist.broadcast_object_list(folder, 0)
         try:
-            torch.save([_pieces(b) for b in boosted], file := folder[0] / _name(dist.get_rank(), dist.get_world_size()))
+            file = folder[0] / f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.pt"
+            torch.save([_local_state(b) for b in boosted], file)
             sync(file)
             if first:
                 write_meta(checkpoint, folder[0] / META)
-        except (OSError, RuntimeError) as problem:  # torch's writer raises the latter where a disk is full
+        except (OSError, RuntimeError) as problem:  # torch raises RuntimeError if the disk is full
             error = problem
-        _agree(error, directory)
+        _raise_on_all_ranks(error, directory)
     dist.barrier()
 
 
-def _name(rank: int, ranks: int) -> str:
-    return f"rank-{rank:05d}-of-{ranks:05d}.pt"
-
-
-def _agree(error: Exception | None, target: str) -> None:
-    """Raises on all ranks where one met an error, so that none waits for it."""
+def _raise_on_all_ranks(error: Exception | None, target: str) -> None:
+    """Raises an error on all ranks if one rank failed, so that no rank waits for it."""
     every = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text is not None]
     if failed:
-        raise OSError(f"{target} was not written ({'; '.join(failed)}). What was there before is whole.") from error
+        raise OSError(f"{target} was not written ({'; '.join(failed)}). An older one is still complete.") from error
 
 
-def _pieces(boosted: Boosted) -> dict[str, Any]:
+def _local_state(boosted: Boosted) -> dict[str, Any]:
     found = {}
     for slot in boosted.slots:
-        piece = boosted.piece(slot)
-        if piece is None or (piece.replicated and dist.get_rank() > 0):
+        shard = boosted.local_shard(slot)
+        if shard is None or (shard.replicated and dist.get_rank() > 0):
             continue
         state = {
-            name: value[: piece.size].detach().cpu().clone()
-            if _is_sharded(name, value, piece.weight.numel())
+            name: value[: shard.size].detach().cpu().clone()
+            if _is_sharded(name, value, shard.weight.numel())
             else value
-            for name, value in boosted.state(piece.key).items()
+            for name, value in boosted.state(shard.key).items()
         }
         found[slot.name] = {
-            "start": piece.start,
-            "weight": piece.weight[: piece.size].detach().cpu().clone(),
+            "start": shard.start,
+            "weight": shard.weight[: shard.size].detach().cpu().clone(),
             "state": state,
         }
-    return {"pieces": found, "slots": [(s.name, s.number, tuple(s.shape)) for s in boosted.slots]}
+    return {"shards": found, "slots": [(s.name, s.number, tuple(s.shape)) for s in boosted.slots]}
 
 
-class Shards:
-    """A directory that :func:`save_sharded` wrote, by whatever number of ranks under whichever plugin.
+class ShardedCheckpoint:
+    """A directory that :func:`save_sharded` wrote, with any number of ranks and any plugin.
 
     Args:
         directory: The directory.
 
     Raises:
-        FileNotFoundError: It isn't complete.
+        FileNotFoundError: The directory is missing or incomplete.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         if not (self.directory / COMPLETE).exists():
-            raise FileNotFoundError(f"{directory} is no complete sharded checkpoint: it has no file {COMPLETE}.")
+            raise FileNotFoundError(
+                f"{directory} is not a complete sharded checkpoint, because it has no file {COMPLETE}. Use another one."
+            )
 
     @cached_property
     def files(self) -> list[list[dict[str, Any]]]:
-        """What each rank wrote; tensors are read from the disk when they are used."""
+        """The content of each rank's file. Tensors are read from the disk when they are used."""
         names = sorted(self.directory.glob("rank-*.pt"))
         return [torch.load(name, map_location="cpu", mmap=True, weights_only=True) for name in names]
 
     def read(self, number: int, name: str, start: int, size: int, state: str | None = None) -> Tensor:
-        """(size,) part of a flattened parameter, or of one of its states.
+        """Reads a (size,) part of a flattened parameter or of one of its optimizer states.
 
         Args:
-            number: Which child.
-            name: Of the parameter.
-            start: Of the part.
-            size: Of the part.
-            state: Of the optimizer; None: the weights.
+            number: Index of the child.
+            name: Name of the parameter.
+            start: First element of the part.
+            size: Number of elements.
+            state: Name of the optimizer state. None: the weights.
 
         Raises:
-            ValueError: It isn't there.
+            ValueError: The checkpoint does not have the parameter.
         """
         parts, covered = [], 0
-        for piece in self._held(number, name):
-            value = piece["weight"] if state is None else piece["state"][state]
-            a, b = max(start, piece["start"]), min(start + size, piece["start"] + len(value))
+        for shard in self._saved_shards(number, name):
+            value = shard["weight"] if state is None else shard["state"][state]
+            a, b = max(start, shard["start"]), min(start + size, shard["start"] + len(value))
             if a < b:
-                parts.append((a - start, value[a - piece["start"] : b - piece["start"]]))
+                parts.append((a - start, value[a - shard["start"] : b - shard["start"]]))
                 covered += b - a
         if covered != size:
-            raise ValueError(f"{self.directory} lacks {name!r}: it was made by another model.")
+            raise ValueError(
+                f"{self.directory} does not have {name!r}: another model wrote it. Resume with that model."
+            )
         out = torch.empty(size, dtype=parts[0][1].dtype) if parts else torch.empty(0)
         for at, part in parts:
             out[at : at + len(part)] = part
         return out
 
-    def _held(self, number: int, name: str) -> list[dict[str, Any]]:
-        files = (file[number]["pieces"] for file in self.files)
-        return [pieces[name] for pieces in files if name in pieces]
+    def _saved_shards(self, number: int, name: str) -> list[dict[str, Any]]:
+        files = (file[number]["shards"] for file in self.files)
+        return [shards[name] for shards in files if name in shards]
 
     def states(self, number: int, name: str) -> dict[str, Any]:
-        """The optimizer's states of a parameter: None where they are as large as it, else the value."""
-        held = self._held(number, name)
-        piece = held[0] if held else {"state": {}, "weight": ()}
-        size = len(piece["weight"])
-        return {k: None if _is_sharded(k, v, size) else v for k, v in piece["state"].items()}
+        """Returns a parameter's optimizer states: None for a tensor of the parameter's size, otherwise the value."""
+        held = self._saved_shards(number, name)
+        shard = held[0] if held else {"state": {}, "weight": ()}
+        size = len(shard["weight"])
+        return {k: None if _is_sharded(k, v, size) else v for k, v in shard["state"].items()}
 
     def load_weights(self, number: int, boosted: Boosted) -> None:
-        """Fills a child's pieces, and what its forward passes read."""
+        """Loads a child's weights on this rank."""
         for slot in boosted.slots:
-            boosted.put(slot, partial(self.read, number, slot.name))
+            boosted.set_value(slot, partial(self.read, number, slot.name))
 
     def load_optimizer(self, number: int, boosted: Boosted, settings: Sequence[dict[str, Any]]) -> None:
-        """Fills a child's optimizer states."""
+        """Loads a child's optimizer states on this rank."""
 
-        def read(slot: Slot, piece: LocalShard) -> dict[str, Any]:
+        def read(slot: Slot, shard: LocalShard) -> dict[str, Any]:
             return {
-                name: self.read(number, slot.name, piece.start, piece.size, name) if value is None else value
+                name: self.read(number, slot.name, shard.start, shard.size, name) if value is None else value
                 for name, value in self.states(number, slot.name).items()
             }
 
@@ -276,36 +278,36 @@ class Shards:
 
 
 def consolidate(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """Makes one ordinary Lightning checkpoint out of a sharded directory.
+    """Converts a sharded directory to an ordinary Lightning checkpoint.
 
     Args:
         directory: A sharded checkpoint.
         file: The checkpoint to write.
 
     Raises:
-        FileNotFoundError: The directory isn't complete.
+        FileNotFoundError: The directory is missing or incomplete.
     """
     from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
 
-    shards = Shards(directory)
-    checkpoint: dict[str, Any] = torch.load(shards.directory / META, map_location="cpu", weights_only=True)
-    for number, (place, aliases) in enumerate(checkpoint.pop("boosted")):
+    source = ShardedCheckpoint(directory)
+    checkpoint: dict[str, Any] = torch.load(source.directory / META, map_location="cpu", weights_only=True)
+    for number, (path, aliases) in enumerate(checkpoint.pop("boosted")):
         states: dict[int, dict[str, Any]] = {}
-        for name, index, shape in shards.files[0][number]["slots"]:
+        for name, index, shape in source.files[0][number]["slots"]:
             size = torch.Size(shape).numel()
-            value = shards.read(number, name, 0, size).view(shape)
+            value = source.read(number, name, 0, size).view(shape)
             for alias in aliases[name]:
-                checkpoint["state_dict"][f"{place}.{alias}"] = value
+                checkpoint["state_dict"][f"{path}.{alias}"] = value
             states[index] = {
-                k: shards.read(number, name, 0, size, k).view(shape) if v is None else torch.as_tensor(float(v))
-                for k, v in shards.states(number, name).items()
+                k: source.read(number, name, 0, size, k).view(shape) if v is None else torch.as_tensor(float(v))
+                for k, v in source.states(number, name).items()
             }
         checkpoint["optimizer_states"][number]["state"] = {i: s for i, s in states.items() if s}
     AtomicCheckpointIO().save_checkpoint(checkpoint, file)
 
 
 def aliases(boosted: Boosted) -> dict[str, list[str]]:
-    """All names of each parameter: tied weights have several."""
+    """Returns all names of each parameter. Tied weights have several."""
     by_id: dict[int, list[str]] = {}
     for name, parameter in boosted.child.named_parameters(remove_duplicate=False):
         by_id.setdefault(id(parameter), []).append(name)
@@ -313,17 +315,17 @@ def aliases(boosted: Boosted) -> dict[str, list[str]]:
 
 
 def whole_weights(boosted: Boosted, exact: bool) -> dict[str, Tensor]:
-    """All trained weights of a child by all their names, on rank 0; elsewhere none. All ranks must call.
+    """Gathers all trained weights of a child by all their names on rank 0. All ranks must call it.
 
     Args:
         boosted: The child.
-        exact: As the optimizer steps them, to resume from; else in the number type that they came in.
+        exact: Keep the optimizer's fp32 weights, to resume from. Otherwise weights get their original data type.
     """
     found: dict[str, Tensor] = {}
     names = aliases(boosted)
-    boosted.adopt()
+    boosted.sync_master_weights()
     for slot in boosted.slots:
-        value = boosted.collect(slot, lambda piece: piece.weight)
+        value = boosted.gather(slot, lambda shard: shard.weight)
         if value is not None:
             found |= dict.fromkeys(
                 names[slot.name], value if exact and boosted.master_weights else value.to(slot.dtype)

@@ -1,4 +1,4 @@
-"""ColossalAI's ZeRO and Gemini as a Lightning strategy that boosts the children of a module one by one; and DDP."""
+"""ColossalAI's ZeRO and Gemini as a Lightning strategy that boosts each trained child of a module."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from lightning_rlhf.strategies.sharded import (
     GeminiBoosted,
     ShardedOptimizer,
     ZeroBoosted,
-    is_kept,
+    is_persistent,
     named_buffers,
 )
 
-#: What Lightning registers, with the arguments each stands for.
+#: Names that are registered with Lightning, and their arguments.
 NAMES: dict[str, dict[str, Any]] = {
     "colossalai": {"plugin": "zero2"},
     "colossalai_ddp": {"plugin": "ddp"},
@@ -57,55 +57,62 @@ INSTALL = (
 
 
 class ColossalAIStrategy(DDPStrategy):
-    """Shards what training keeps of a model over ranks, by ColossalAI, for any LightningModule.
+    """ShardedCheckpoint optimizer states, gradients and weights over ranks with ColossalAI, for any LightningModule.
 
-    * ``ddp`` splits nothing: it is Lightning's own DDP, around the whole module, with all of its precisions; gradients
-      are exchanged once a step.
-    * ``zero1`` splits optimizer states; 32-true, bf16, 16-mixed; once a step.
-    * ``zero2`` splits gradients too; they are exchanged after each backward pass.
-    * ``gemini`` splits weights too, by chunks that each pass gathers; bf16 and 16-mixed.
+    * ``ddp`` shards nothing: it is Lightning's DDP around the whole module, with all precisions. Gradients are reduced
+      once per step.
+    * ``zero1`` shards optimizer states; 32-true, bf16 and 16-mixed. Gradients are reduced once per step.
+    * ``zero2`` also shards gradients, which are reduced after each backward pass.
+    * ``gemini`` also shards weights, in chunks that each pass gathers; bf16 and 16-mixed.
 
-    Under all but ``ddp`` each optimizer must train parameters of one child module, and each such child has one
-    optimizer; children that none trains (references, metrics) are whole on every rank. The module itself is not
-    wrapped: a boosted child keeps its class, its names and its place, and its forward passes run through the plugin.
-    After ``fit`` all is an ordinary module again, whole on every rank.
+    With all plugins except ``ddp``, each optimizer must train parameters of one child module, and each trained child
+    must have one optimizer. Children that are not trained (references, metrics) are whole on every rank. The module
+    itself is not wrapped: a boosted child keeps its class and its names, and its forward passes run through the plugin.
+    After ``fit`` it is an ordinary module again, whole on every rank.
 
     Args:
-        plugin: What is split. See ``docs/strategies.md`` for how to choose.
-        checkpoint: ``full``: one file, collected on rank 0, that needs no ColossalAI. ``sharded``: a directory of one
-            file a rank, which costs no rank more memory than it has in use; any number of ranks reads it.
-        cpu_offload: ZeRO: optimizer states and fp32 weights lie in the CPU's memory and are stepped there. Frees 12
-            bytes a parameter and rank; costs a copy of gradients and weights each step, and a slower step.
-        overlap_communication: ZeRO: reduce gradients while the backward pass goes on. Costs memory for buckets in
-            flight.
-        bucket_elements: ZeRO: gradients reduced in one exchange, in elements.
-        placement: Gemini: ``static``: by the three fractions; ``auto``: by the memory that the first step leaves free.
-        shard_param_frac: Gemini, static: share of the weights that is split over ranks. 1 saves most and gathers
-            weights in each pass; 0 keeps them whole, as ZeRO-2 does.
-        offload_optim_frac: Gemini, static: share of optimizer states and fp32 weights in the CPU's memory, stepped
-            there. Raise it first where memory lacks: each step is slower, passes are not.
-        offload_param_frac: Gemini, static: share of the weights in the CPU's memory. Needs the two others to be 1;
-            each pass waits for copies.
-        warmup_non_model_data_ratio: Gemini, auto: share of memory kept for activations in the first step.
-        steady_cuda_cap_ratio: Gemini, auto: share of the rest that weights may take later.
-        pin_memory: Gemini: lock the CPU's copies, which copies faster and leaves that memory to nobody else.
-        max_prefetch: Gemini: chunks gathered ahead of their use; each costs its size.
-        min_chunk_elements: Gemini: smallest chunk, in elements. Small models need small ones to be split at all.
-        find_unused_parameters: ddp: look for parameters that a pass left out, as modules that step by hand always have
-            it: their passes differ.
-        initial_scale: 16-mixed: first factor against underflow.
-        accelerator: Lightning's own, as the following.
-        parallel_devices: One a process.
-        cluster_environment: Where ranks come from.
-        checkpoint_io: Writes and reads files.
-        precision_plugin: Rather set ``Trainer(precision=...)``.
+        plugin: What is sharded. ``docs/strategies.md`` explains how to choose.
+        checkpoint: ``full``: one file, gathered on rank 0, that can be read without ColossalAI. ``sharded``: a
+            directory with one file per rank, which takes no extra memory; any number of ranks can read it.
+        cpu_offload: ZeRO: keep and update optimizer states and fp32 weights in CPU memory. This frees 12 bytes per
+            parameter on each GPU, but steps are slower, because gradients and weights are copied.
+        overlap_communication: ZeRO: reduce gradients during the backward pass. This is faster, but takes memory for
+            buckets.
+        bucket_elements: ZeRO: number of gradient elements per reduction. A larger value takes fewer reductions and more
+            memory.
+        placement: Gemini: ``static`` places chunks by the three fractions, ``auto`` by the memory that is free in the
+            first step.
+        shard_param_frac: Gemini, static: share of the weights that is sharded over ranks. A larger value saves more
+            memory and gathers more weights in each pass; 0 keeps weights whole, as ZeRO-2 does.
+        offload_optim_frac: Gemini, static: share of optimizer states and fp32 weights that are kept and updated in CPU
+            memory. A larger value saves GPU memory and makes steps slower, but not passes. If memory is short,
+            increase it first.
+        offload_param_frac: Gemini, static: share of the weights in CPU memory. A larger value saves GPU memory and
+            makes passes slower. It needs the other two fractions to be 1.
+        warmup_non_model_data_ratio: Gemini, auto: share of memory that is reserved for activations in the first step. A
+            larger value is safer.
+        steady_cuda_cap_ratio: Gemini, auto: share of the remaining memory that weights may use in later steps. A larger
+            value keeps more weights on the GPU.
+        pin_memory: Gemini: lock CPU memory, so that copies are faster. Other programs cannot use this memory.
+        max_prefetch: Gemini: number of chunks that are gathered ahead. A larger value waits less and takes more memory.
+        min_chunk_elements: Gemini: smallest chunk, in elements. A larger value gives fewer, larger exchanges; small
+            models need a small value to be sharded at all.
+        find_unused_parameters: ddp: look for parameters without a gradient. It is always on for manual optimization,
+            where passes differ.
+        initial_scale: 16-mixed: initial factor of the loss. A larger value avoids underflow, but may overflow at first.
+        accelerator: Lightning's accelerator.
+        parallel_devices: Devices, one per process.
+        cluster_environment: Lightning's cluster environment.
+        checkpoint_io: Writes and reads checkpoint files.
+        precision_plugin: Lightning's precision plugin. Set ``Trainer(precision=...)`` instead.
         process_group_backend: ``nccl`` on GPUs, ``gloo`` on CPUs.
-        timeout: Of an exchange: when a rank is gone, the others end after it.
-        start_method: ``popen``: the script runs once a rank; ``fork`` in notebooks; ``spawn``.
+        timeout: Maximum time of a collective. If a rank is lost, the others stop after this time.
+        start_method: How ranks are started: ``popen`` runs the script once per rank, ``fork`` works in notebooks;
+            ``spawn`` and ``forkserver`` start processes of the interpreter.
 
     Raises:
-        ValueError: Arguments that do not fit together.
-        ModuleNotFoundError: ColossalAI isn't installed (when the run starts).
+        ValueError: Arguments do not fit together.
+        ModuleNotFoundError: ColossalAI is not installed (raised when the run starts).
     """
 
     strategy_name = "colossalai"
@@ -138,25 +145,25 @@ class ColossalAIStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         if plugin not in get_args(Plugin):
-            later = " Tensor and pipeline parallelism are not here yet." if str(plugin) == "hybrid" else ""
-            raise ValueError(f"plugin={plugin!r} is none of {', '.join(get_args(Plugin))}.{later}")
+            later = " Tensor and pipeline parallelism are not supported yet." if str(plugin) == "hybrid" else ""
+            raise ValueError(f"plugin must be one of {', '.join(get_args(Plugin))}; got {plugin!r}.{later}")
         if checkpoint not in ("full", "sharded"):
-            raise ValueError(f"checkpoint={checkpoint!r} is neither full nor sharded.")
+            raise ValueError(f"checkpoint must be full or sharded; got {checkpoint!r}.")
         if checkpoint == "sharded" and plugin == "ddp":
-            raise ValueError("checkpoint='sharded' has nothing to split under plugin='ddp': use full.")
+            raise ValueError("plugin='ddp' shards nothing, so checkpoint='sharded' is not possible. Use full.")
         fractions = (shard_param_frac, offload_optim_frac, offload_param_frac)
         if not all(0 <= fraction <= 1 for fraction in fractions):
             raise ValueError(
-                f"shard_param_frac, offload_optim_frac and offload_param_frac are shares, got {fractions}."
+                f"shard_param_frac, offload_optim_frac and offload_param_frac must be between 0 and 1; got {fractions}."
             )
         if offload_param_frac and (shard_param_frac, offload_optim_frac) != (1, 1):
             raise ValueError(
-                "offload_param_frac needs shard_param_frac=1 and offload_optim_frac=1: Gemini ignores it else."
+                "offload_param_frac needs shard_param_frac=1 and offload_optim_frac=1: otherwise Gemini ignores it."
             )
         if cpu_offload and plugin not in ("zero1", "zero2"):
-            raise ValueError(f"cpu_offload is ZeRO's, not that of plugin={plugin!r}: Gemini has offload_optim_frac.")
+            raise ValueError(f"cpu_offload needs ZeRO; plugin={plugin!r} ignores it. Gemini has offload_optim_frac.")
         if plugin != "gemini" and (fractions != (1, 0, 0) or placement != "static"):
-            raise ValueError(f"placement and the three fractions are Gemini's, not those of plugin={plugin!r}.")
+            raise ValueError(f"placement and the three fractions need plugin='gemini'; plugin={plugin!r} ignores them.")
         self.plugin_name, self.checkpoint = plugin, checkpoint
         self.cpu_offload, self.overlap_communication = cpu_offload, overlap_communication
         self.bucket_elements, self.initial_scale = bucket_elements, initial_scale
@@ -168,9 +175,9 @@ class ColossalAIStrategy(DDPStrategy):
         )
         self.pin_memory, self.max_prefetch, self.min_chunk_elements = pin_memory, max_prefetch, min_chunk_elements
         self.boosted: list[Boosted] = []
-        self._last: list[Boosted] = []  # whom the last backward pass reached
+        self._last_used: list[Boosted] = []  # the children that the last backward pass reached
         self._failed = False
-        self._shards: checkpoints.Shards | None = None
+        self._sharded_checkpoint: checkpoints.ShardedCheckpoint | None = None
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -192,52 +199,52 @@ class ColossalAIStrategy(DDPStrategy):
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks hold parts: gradients are then not those of ``parameter.grad``."""
+        """Whether ranks hold shards; gradients are then not in ``parameter.grad``."""
         return self.plugin_name != "ddp"
 
     @property
     def loss_scale(self) -> float:
-        """The largest factor that a plugin multiplies losses by; 1 where none does."""
+        """The largest factor by which a plugin multiplies losses; 1 without loss scaling."""
         return max((boosted.scale for boosted in self.boosted), default=1.0)
 
     # ------------------------------------------------------------------------------------------------- set-up
 
     @property
     def precision_plugin(self) -> Precision:
-        """Lightning's own under ddp, else a :class:`ColossalAIPrecision`."""
+        """Lightning's plugin under ddp, otherwise a :class:`ColossalAIPrecision`."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        # Lightning's connector makes one of its own for any strategy that it does not know
+        # Lightning makes its own plugin for any strategy that it does not know
         if plugin is not None and self.sharded and not isinstance(plugin, ColossalAIPrecision):
             plugin = ColossalAIPrecision(str(plugin.precision), self.plugin_name)
         self._precision_plugin = plugin
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Pieces are there to be filled only then."""
+        """Whether a checkpoint is loaded after setup: shards exist only then."""
         return self.sharded or super().restore_checkpoint_after_setup
 
     def setup_environment(self) -> None:
         """Starts the process group.
 
         Raises:
-            ModuleNotFoundError: ColossalAI isn't installed, and the plugin needs it.
+            ModuleNotFoundError: The plugin needs ColossalAI, which is not installed.
         """
         if self.sharded and importlib.util.find_spec("colossalai") is None:
             raise ModuleNotFoundError(
-                f"strategy='colossalai_...' needs ColossalAI: {INSTALL} (docs/strategies.md has other environments)",
+                f"strategy='colossalai_...' needs ColossalAI. Install it: {INSTALL} (see docs/strategies.md)",
                 name="colossalai",
             )
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Builds the plugin and boosts the children that optimizers train; outside ``fit`` only moves the module.
+        """Builds the plugin and boosts the trained children. Outside ``fit`` it only moves the module to the device.
 
         Raises:
-            ValueError: Optimizers and children that don't match, a module that overrides ``backward``, or a callback
-                that reads weights that are in pieces.
+            ValueError: Optimizers and children do not match, the module overrides ``backward``, or a callback reads
+                sharded weights.
         """
         module = self.lightning_module
         assert self.accelerator is not None and module is not None
@@ -246,13 +253,13 @@ class ColossalAIStrategy(DDPStrategy):
             super().setup(trainer)
             return
         if is_overridden("backward", module):
-            raise ValueError(f"{type(module).__name__} overrides backward, which ColossalAI makes itself.")
+            raise ValueError(f"{type(module).__name__} overrides backward, but ColossalAI has its own. Remove it.")
         self._refuse_callbacks(trainer)
         self.accelerator.setup(trainer)
         if self._layer_sync:  # Trainer(sync_batchnorm=True)
             self.model = self._layer_sync.apply(module)
         self.precision_plugin.convert_module(module)
-        self._as_on_rank_zero(module)
+        self._broadcast_weights(module)
         self.setup_optimizers(trainer)
         pairs = trained_children(module, self.optimizers)
         self._move_others(module, [child for _, child in pairs])
@@ -261,40 +268,42 @@ class ColossalAIStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
-        """Under ddp: wraps the module."""
+        """Wraps the module, under ddp."""
         assert self.lightning_module is not None
-        if not self.lightning_module.automatic_optimization:  # a loss may be one network's of several
-            self._ddp_kwargs["find_unused_parameters"] = True  # what it hands to torch's DDP; nothing public changes it
+        if not self.lightning_module.automatic_optimization:  # a loss may depend on one of several networks only
+            self._ddp_kwargs["find_unused_parameters"] = True  # arguments of torch's DDP; there is no public way
         super().configure_ddp()
 
     def _refuse_callbacks(self, trainer: Trainer) -> None:
-        """Refuses Lightning's own callbacks that would fail later, when compute is spent.
+        """Refuses callbacks of Lightning that would fail later, during training.
 
         Raises:
-            ValueError: There is one.
+            ValueError: There is such a callback.
         """
-        refused: dict[type, str] = {BackboneFinetuning: "has more parameters train than ColossalAI split at the start"}
+        refused: dict[type, str] = {
+            BackboneFinetuning: "unfreezes parameters that ColossalAI did not shard at the start"
+        }
         if self.plugin_name == "gemini":
-            reads = "reads whole weights while training, and Gemini holds them in pieces"
+            reads = "reads whole weights during training, but Gemini shards them"
             refused |= {StochasticWeightAveraging: reads, WeightAveraging: reads}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for kind, reason in refused.items():
                 if isinstance(callback, kind):
                     other = "zero2 or ddp" if kind is not BackboneFinetuning else "ddp"
-                    raise ValueError(f"{type(callback).__name__} {reason}: use {other}, or leave the callback out.")
+                    raise ValueError(f"{type(callback).__name__} {reason}. Use {other}, or remove the callback.")
 
-    def _as_on_rank_zero(self, module: nn.Module) -> None:
-        """What was drawn at random on each rank becomes the same."""
+    def _broadcast_weights(self, module: nn.Module) -> None:
+        """Copies all parameters and buffers from rank 0, because each rank has initialized its own."""
         for tensor in chain(module.parameters(), module.buffers()):
             value = tensor.data.to(self.root_device)
             dist.broadcast(value, 0)
             tensor.data.copy_(value)
 
-    def _share_buffers(self) -> None:
-        """All ranks get rank 0's buffers, such as running statistics, as under DDP; those that a checkpoint keeps."""
+    def _broadcast_buffers(self) -> None:
+        """Copies persistent buffers, such as running statistics, from rank 0, as DDP does."""
         assert self.lightning_module is not None
-        kept = [b for part, name, b in named_buffers(self.lightning_module) if is_kept(part, name) and b.numel()]
-        for dtype in {b.dtype: None for b in kept}:  # in their order, which a set would not keep on all ranks
+        kept = [b for part, name, b in named_buffers(self.lightning_module) if is_persistent(part, name) and b.numel()]
+        for dtype in {b.dtype: None for b in kept}:  # a dict, because a set's order may differ between ranks
             alike = [b for b in kept if b.dtype == dtype]
             flat = torch.cat([b.detach().reshape(-1).to(self.root_device) for b in alike])
             dist.broadcast(flat, 0)
@@ -302,19 +311,19 @@ class ColossalAIStrategy(DDPStrategy):
                 buffer.data.copy_(value.view_as(buffer))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Each step begins with the same buffers."""
+        """Makes buffers equal on all ranks before each step."""
         super().on_train_batch_start(batch, batch_idx)
         if self.boosted:
-            self._share_buffers()
+            self._broadcast_buffers()
 
     def on_validation_start(self) -> None:
-        """Validation has the same buffers; not batch by batch, of which ranks may have unlike numbers."""
+        """Makes buffers equal on all ranks, once, because ranks may have different numbers of validation batches."""
         super().on_validation_start()
         if self.boosted:
-            self._share_buffers()
+            self._broadcast_buffers()
 
     def _move_others(self, module: nn.Module, children: list[nn.Module]) -> None:
-        """Trained children go to the device piece by piece, by the plugin: whole they might not fit."""
+        """Moves all other modules to the device. The plugin moves trained children, which may not fit whole."""
         theirs = {id(m) for child in children for m in child.modules()}
         for part in module.modules():
             if id(part) not in theirs:
@@ -331,8 +340,8 @@ class ColossalAIStrategy(DDPStrategy):
         plugin = self._make_plugin()
         kind = GeminiBoosted if self.plugin_name == "gemini" else ZeroBoosted
         precision: Any = self.precision_plugin
-        for (place, child), optimizer in zip(pairs, self.optimizers, strict=True):
-            boosted = kind(place, child, optimizer, plugin, precision.dtype, precision.master_weights)
+        for (path, child), optimizer in zip(pairs, self.optimizers, strict=True):
+            boosted = kind(path, child, optimizer, plugin, precision.dtype, precision.master_weights)
             self.boosted.append(boosted)
         precision.boosted = True
 
@@ -355,7 +364,7 @@ class ColossalAIStrategy(DDPStrategy):
                 pin_memory=self.pin_memory and not on_cpu,
                 max_prefetch=self.max_prefetch,
                 min_chunk_size_m=self.min_chunk_elements / 2**20,
-                # gradients apart from weights: modules may make several backward passes before a step
+                # keep gradients and weights in separate chunks, because a step may follow several backward passes
                 enable_gradient_accumulation=True,
                 enable_async_reduce=self.pin_memory and not on_cpu,
             )
@@ -366,56 +375,55 @@ class ColossalAIStrategy(DDPStrategy):
             cpu_offload=self.cpu_offload,
             overlap_communication=self.overlap_communication and not on_cpu,
             reduce_bucket_size_in_m=self.bucket_elements / 2**20,
-            cast_inputs=False,  # the boosted child's own affair
+            cast_inputs=False,  # the boosted child casts its inputs
         )
 
     def teardown(self) -> None:
         """Makes the children ordinary modules again."""
         trained = self.boosted or isinstance(self.model, DistributedDataParallel)
         if trained and not self._failed:
-            self._share_buffers()
+            self._broadcast_buffers()
         for boosted in self.boosted:
-            boosted.release(weights=not self._failed)
-        self.boosted, self._last = [], []
+            boosted.unboost(weights=not self._failed)
+        self.boosted, self._last_used = [], []
         if isinstance(self.precision_plugin, ColossalAIPrecision):
             self.precision_plugin.boosted = False
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
-        """From now on no rank waits for another."""
+        """Notes the failure, so that no rank waits for another."""
         self._failed = True
         super().on_exception(exception)
 
     # ------------------------------------------------------------------------------------------------- training
 
     def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """A backward pass, reduced over ranks for each child that it reached.
+        """Runs a backward pass, and reduces gradients over ranks for each child that it reaches.
 
         Raises:
-            RuntimeError: It reached none, or more than one where only one can be.
+            RuntimeError: The loss depends on no trained child, or on several if the plugin allows only one.
         """
-        used = [b for b in self.boosted if b.used] or self._last
+        used = [b for b in self.boosted if b.used] or self._last_used
         if not used:
             raise RuntimeError(
-                "A loss hangs on no child that an optimizer trains: call the child itself, self.child(...), not a part "
-                f"or a method of it. Trained: {', '.join(b.place for b in self.boosted)}."
+                "The loss does not depend on a trained child. Call the child itself, self.child(...), not one of its "
+                f"submodules or methods. Trained children: {', '.join(b.path for b in self.boosted)}."
             )
         if len(used) > 1 and (self.plugin_name == "gemini" or used[0].scale != 1):
             raise RuntimeError(
-                f"One backward pass reached {', '.join(b.place for b in used)}: Gemini and 16-mixed take one child "
-                "at a time. Make the loss hang on one of them and run the others under no_grad, "
-                "or use zero2 with another precision."
+                f"The loss depends on {', '.join(b.path for b in used)}, but Gemini and 16-mixed allow one child per "
+                "backward pass. Run the others under no_grad, or use zero2 with another precision."
             )
         for b in used:
             b.used = False
             b.check_trained()
-        self._last = used
+        self._last_used = used
         with ExitStack() as stack:
             for b in used:
-                stack.enter_context(b.inside())  # layers that are checkpointed run again
+                stack.enter_context(b.running())  # checkpointed layers run again
             if isinstance(used[0], GeminiBoosted):
                 if args or any(kwargs.values()):
-                    raise RuntimeError(f"Gemini's backward pass takes the loss alone, not {args or kwargs}.")
+                    raise RuntimeError(f"Gemini's backward pass takes no arguments but the loss; got {args or kwargs}.")
                 used[0].backward(loss)
             else:
                 if (mixin := getattr(used[0].wrapped, "mixed_precision_mixin", None)) is not None:
@@ -424,17 +432,17 @@ class ColossalAIStrategy(DDPStrategy):
                 for b in self.boosted:
                     b.flush()  # type: ignore[attr-defined]
         for b in used:
-            b.stepping = True
+            b.has_gradients = True
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-        """As ``torch.nn.utils.clip_grad_norm_``, over all ranks' pieces; all ranks must call.
+        """Clips gradients over all ranks, like ``torch.nn.utils.clip_grad_norm_``. All ranks must call it.
 
         Args:
-            parameters: Of children; their norm is taken together.
-            max_norm: None only measures.
+            parameters: Parameters of children, whose common norm is clipped.
+            max_norm: Largest norm. A larger value clips less. None: no clipping.
 
         Returns:
-            Scalar norm.
+            The scalar norm before clipping.
         """
         if not self.sharded:
             return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
@@ -442,7 +450,7 @@ class ColossalAIStrategy(DDPStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Within it gradients stay on their rank, where the plugin can (ddp, zero1)."""
+        """Within it, gradients are not reduced over ranks, if the plugin allows it (ddp, zero1)."""
         with ExitStack() as stack:
             if not self.sharded:
                 stack.enter_context(super().block_backward_sync())
@@ -452,20 +460,20 @@ class ColossalAIStrategy(DDPStrategy):
 
     @contextmanager
     def whole_weights(self, child: nn.Module) -> Iterator[None]:
-        """Within it each rank runs a child alone, on whole weights, without gradients; all enter and leave."""
+        """Within it, each rank can run a child alone on whole weights, without gradients. All ranks must enter."""
         with ExitStack() as stack:
             for boosted in self.boosted:
                 if boosted.child is child:
-                    stack.enter_context(boosted.whole())
+                    stack.enter_context(boosted.gathered())
             yield
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def whole_state_dict(self, exact: bool = False) -> dict[str, Any]:
-        """The module's state dict, collected on rank 0; elsewhere empty. All ranks must call.
+        """Gathers the module's state dict on rank 0; it is empty on other ranks. All ranks must call it.
 
         Args:
-            exact: Keep fp32 weights that the optimizer steps; else weights are of the number type that they came in.
+            exact: Keep the optimizer's fp32 weights. Otherwise weights get their original data type.
         """
         module = self.lightning_module
         assert module is not None
@@ -476,11 +484,11 @@ class ColossalAIStrategy(DDPStrategy):
             found = checkpoints.whole_weights(boosted, exact)
             if self.is_global_zero:
                 found |= boosted.frozen()
-            trained |= {f"{boosted.place}.{name}": value for name, value in found.items()}
+            trained |= {f"{boosted.path}.{name}": value for name, value in found.items()}
         return {**module.state_dict(), **trained} if self.is_global_zero else {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: without what each rank writes itself."""
+        """Returns the state dict for a checkpoint, without weights that each rank writes to its own file."""
         if self.checkpoint == "full" or not self.boosted:
             return self.whole_state_dict(exact=True)
         assert self.lightning_module is not None
@@ -492,81 +500,83 @@ class ColossalAIStrategy(DDPStrategy):
         for boosted in self.boosted:
             names = checkpoints.aliases(boosted)
             for slot in boosted.slots:
-                found |= {f"{boosted.place}.{name}": (boosted, slot) for name in names[slot.name]}
+                found |= {f"{boosted.path}.{name}": (boosted, slot) for name in names[slot.name]}
         return found
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole on rank 0; of a sharded checkpoint only the settings of groups."""
+        """Returns the whole state on rank 0, or only the settings of parameter groups for a sharded checkpoint."""
         if self.checkpoint == "sharded" and self.boosted:
             assert isinstance(optimizer, ShardedOptimizer)
-            return checkpoints.settings(optimizer.boosted)
+            return checkpoints.group_settings(optimizer.boosted)
         return super().optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes a file by rank 0, or a directory by all.
+        """Writes a file on rank 0, or a directory on all ranks.
 
         Raises:
-            OSError: A rank could not write its part of a directory; the former one is whole.
+            OSError: A rank could not write its file of a directory. An older directory is still complete.
         """
         if self.checkpoint == "full" or not self.boosted:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        checkpoint["boosted"] = [(b.place, checkpoints.aliases(b)) for b in self.boosted]
+        checkpoint["boosted"] = [(b.path, checkpoints.aliases(b)) for b in self.boosted]
         checkpoints.save_sharded(self.boosted, checkpoint, str(filepath), self.checkpoint_io.save_checkpoint)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a file, or a directory without the ranks' parts, which are read when they are filled in."""
-        self._shards = None
+        """Reads a file, or the shared part of a directory. The ranks' files are read later."""
+        self._sharded_checkpoint = None
         if os.path.isdir(checkpoint_path):
-            self._shards = checkpoints.Shards(checkpoint_path)
-            checkpoint_path = self._shards.directory / checkpoints.META
+            self._sharded_checkpoint = checkpoints.ShardedCheckpoint(checkpoint_path)
+            checkpoint_path = self._sharded_checkpoint.directory / checkpoints.META
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Fills the module, and every rank's pieces.
+        """Loads the module's weights, with each rank's shards.
 
         Raises:
-            RuntimeError: Names or shapes that don't fit.
-            ValueError: A sharded directory outside ``fit``.
+            RuntimeError: Names or shapes do not match.
+            ValueError: The checkpoint is a sharded directory, and this is not ``fit``.
         """
         module, state = self.lightning_module, checkpoint["state_dict"]
         assert module is not None
-        if self._shards is not None and not self.boosted:
+        if self._sharded_checkpoint is not None and not self.boosted:
             raise ValueError(
-                f"{self._shards.directory} is a sharded checkpoint, which only fit under ColossalAI's strategy reads: "
-                "lightning_rlhf.strategies.checkpoints.consolidate(directory, file) makes an ordinary one of it."
+                f"{self._sharded_checkpoint.directory} is a sharded checkpoint, which only fit under ColossalAI's "
+                "strategy reads. Convert it with lightning_rlhf.strategies.checkpoints.consolidate(directory, file)."
             )
         if not self.boosted:
             super().load_model_state_dict(checkpoint, strict)
             return
         trained = self._trained_names()
         rest = module.load_state_dict({k: v for k, v in state.items() if k not in trained}, strict=False)
-        wrong = [f"{name} is unknown here" for name in rest.unexpected_keys]
+        wrong = [f"{name} is unknown" for name in rest.unexpected_keys]
         wrong += [f"{name} is missing" for name in rest.missing_keys if name not in trained]
-        if self._shards is not None:
+        if self._sharded_checkpoint is not None:
             for number, boosted in enumerate(self.boosted):
-                self._shards.load_weights(number, boosted)
+                self._sharded_checkpoint.load_weights(number, boosted)
         else:
             for name, (boosted, slot) in trained.items():
                 if name not in state:
                     wrong.append(f"{name} is missing")
                 elif state[name].shape != slot.shape:
-                    wrong.append(f"{name} is {tuple(state[name].shape)} there and {tuple(slot.shape)} here")
+                    wrong.append(
+                        f"{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(slot.shape)} in the module"
+                    )
                 else:
-                    boosted.put(slot, partial(state[name].reshape(-1).narrow, 0))
+                    boosted.set_value(slot, partial(state[name].reshape(-1).narrow, 0))
         if wrong and strict:
-            raise RuntimeError(f"The checkpoint doesn't fit {type(module).__name__}: {'; '.join(wrong[:8])}.")
+            raise RuntimeError(f"The checkpoint does not match {type(module).__name__}: {'; '.join(wrong[:8])}.")
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Fills every rank's pieces of the optimizers' states.
+        """Loads each rank's shards of the optimizers' states.
 
         Raises:
-            ValueError: They are other optimizers' states.
+            ValueError: The states belong to different optimizers.
         """
-        if self._shards is not None:
+        if self._sharded_checkpoint is not None:
             for number, (boosted, state) in enumerate(zip(self.boosted, checkpoint["optimizer_states"], strict=True)):
-                self._shards.load_optimizer(number, boosted, state["param_groups"])
-            self._shards = None
+                self._sharded_checkpoint.load_optimizer(number, boosted, state["param_groups"])
+            self._sharded_checkpoint = None
         elif self.sharded:
             for boosted, state in zip(self.boosted, checkpoint["optimizer_states"], strict=True):
                 checkpoints.load_optimizer_state(boosted, state)
@@ -575,21 +585,22 @@ class ColossalAIStrategy(DDPStrategy):
 
 
 def trained_children(module: LightningModule, optimizers: list[Optimizer]) -> list[tuple[str, nn.Module]]:
-    """The child of a module that each optimizer trains.
+    """Finds the child that each optimizer trains.
 
-    Children of ``ModuleDict`` and ``ModuleList`` count as the module's own.
+    Children of a ``ModuleDict`` or ``ModuleList`` count as the module's own children.
 
     Args:
         module: The LightningModule.
         optimizers: Its optimizers.
 
     Returns:
-        Name and child, in the optimizers' order.
+        Path and child, in the order of the optimizers.
 
     Raises:
-        ValueError: An optimizer of several children, or of the module's own parameters; two of one child.
+        ValueError: An optimizer trains several children or the module's own parameters, or two optimizers train one
+            child.
     """
-    owners = {id(p): (place, child) for place, child in _children(module) for p in child.parameters()}
+    owners = {id(p): (path, child) for path, child in _children(module) for p in child.parameters()}
     found: list[tuple[str, nn.Module]] = []
     for number, optimizer in enumerate(optimizers):
         mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -599,15 +610,15 @@ def trained_children(module: LightningModule, optimizers: list[Optimizer]) -> li
                 [*places, *(["parameters of the module itself"] if any(i not in owners for i in mine) else [])]
             )
             raise ValueError(
-                f"Optimizer {number} of {type(module).__name__} trains {own or 'nothing'}, and ColossalAI takes whole "
-                "children, one an optimizer: put what it trains into one child module, whose forward computes with it."
+                f"Optimizer {number} of {type(module).__name__} trains {own or 'nothing'}, but under ColossalAI it "
+                "must train exactly one child. Put these parameters into one child module whose forward uses them."
             )
         found += places.items()
-    names = [place for place, _ in found]
+    names = [path for path, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"Two optimizers of {type(module).__name__} train one child ({', '.join(names)}), which ColossalAI can't "
-            "split: give it one optimizer with two parameter groups."
+            f"Two optimizers of {type(module).__name__} train the same child ({', '.join(names)}), which ColossalAI "
+            "does not support. Use one optimizer with two parameter groups."
         )
     return found
 

@@ -1,8 +1,8 @@
-"""ColossalAI on a CPU: a test mode for numerics, sharding, checkpoints and control flow; it says nothing of speed.
+"""ColossalAI on a CPU: a test mode for numerics, sharding, checkpoints and control flow, but not for speed.
 
-ColossalAI 0.5.0 asks for CUDA in five places. They are replaced by the nearest thing that a CPU has, so that all else
-runs as on GPUs. An accelerator and a host are told apart for Gemini by ``torch.device("cpu", 0)`` and
-``torch.device("cpu")``: its placement and offloading run for real.
+ColossalAI 0.5.0 requires CUDA in five places. They are replaced by CPU equivalents, so that everything else runs as on
+GPUs. For Gemini ``torch.device("cpu", 0)`` is the accelerator and ``torch.device("cpu")`` the host, so its placement
+and offloading really run.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Plays the accelerator.
+#: The device that stands for the accelerator.
 ACCELERATOR = torch.device("cpu", 0)
 _enabled = False
 
 
 def enable() -> None:
-    """Turns the mode on for this process; at most once is there something to do.
+    """Turns the mode on for this process. Further calls have no effect.
 
     Raises:
-        RuntimeError: There is CUDA here: runs would be slow and prove nothing.
+        RuntimeError: The machine has CUDA.
     """
     global _enabled
     if torch.cuda.is_available():
         raise RuntimeError(
-            "ColossalAI's CPU mode is for tests on machines without CUDA, and this one has it: set "
+            "ColossalAI's CPU mode is for tests on machines without CUDA, but this machine has it. Set "
             "trainer.accelerator=gpu."
         )
     if not _enabled:
@@ -37,16 +37,16 @@ def enable() -> None:
         _install_accelerator()
         _install_adam()
         _skip_device_check()
-        _tell_devices_apart()
+        _distinguish_devices()
 
 
 def _install_accelerator() -> None:
-    """An accelerator whose streams do nothing: on a CPU all is in order anyway. By ``set_accelerator``."""
+    """Sets an accelerator whose streams do nothing, because operations on a CPU run in order anyway."""
     from colossalai.accelerator import set_accelerator
     from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 
-    class Nothing:
-        """A stream, or an event on one."""
+    class NoStream:
+        """A stream or an event that does nothing."""
 
         def wait_stream(self, other: Any) -> None: ...
         def wait_event(self, event: Any) -> None: ...
@@ -71,17 +71,17 @@ def _install_accelerator() -> None:
         def synchronize(self, device: Any = None) -> None: ...
         def empty_cache(self) -> None: ...
         def set_stream(self, stream_: Any) -> None: ...
-        def Stream(self, device: Any = None, priority: int = 0, **options: Any) -> Nothing:
-            return Nothing()
+        def Stream(self, device: Any = None, priority: int = 0, **options: Any) -> NoStream:
+            return NoStream()
 
-        def Event(self, *args: Any, **options: Any) -> Nothing:
-            return Nothing()
+        def Event(self, *args: Any, **options: Any) -> NoStream:
+            return NoStream()
 
-        def current_stream(self, device: Any = None) -> Nothing:
-            return Nothing()
+        def current_stream(self, device: Any = None) -> NoStream:
+            return NoStream()
 
-        def default_stream(self, device: Any = None) -> Nothing:
-            return Nothing()
+        def default_stream(self, device: Any = None) -> NoStream:
+            return NoStream()
 
         def stream(self, stream_: Any) -> AbstractContextManager[None]:
             return nullcontext()
@@ -108,7 +108,7 @@ def _install_accelerator() -> None:
 
 
 class TorchAdam:
-    """ColossalAI's C++ Adam in torch, one tensor at a time: Kingma and Ba 2015, and decoupled decay (AdamW)."""
+    """Adam (Kingma and Ba 2015) and AdamW in torch, with the interface of ColossalAI's C++ Adam."""
 
     def __init__(
         self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool
@@ -130,7 +130,7 @@ class TorchAdam:
         v: Tensor,
         div_scale: float = -1.0,
     ) -> None:
-        """Steps ``p`` and its moments in place, by a gradient that is ``div_scale`` times too large where positive."""
+        """Updates ``p`` and its moments in place. The gradient is divided by ``div_scale`` if that is positive."""
         gradient = g.float() / div_scale if div_scale > 0 else g.float()
         weight = p.float()
         if self.decoupled:
@@ -145,7 +145,7 @@ class TorchAdam:
 
 
 def _install_adam() -> None:
-    """A torch Adam in place of the C++ one, which would be compiled. By ``register_extension``."""
+    """Registers the torch Adam in place of the C++ one, which would have to be compiled."""
     from colossalai.kernel.extensions.base_extension import _Extension
     from colossalai.kernel.kernel_loader import CPUAdamLoader
 
@@ -166,20 +166,20 @@ def _install_adam() -> None:
 
 
 def _skip_device_check() -> None:
-    """ZeRO's optimizer asks for CUDA by name in the method that checks number types too; the latter check stays."""
+    """Replaces the method of ZeRO's optimizer that requires CUDA and one data type by a check of the data type only."""
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     def check(self: Any) -> None:
         for group in self.optim.param_groups:
             kinds = {p.dtype for p in group["params"] if not getattr(p, "skip_zero_check", False)}
             if kinds - {self.dtype}:
-                raise ValueError(f"ZeRO needs weights of one number type, got {self.dtype} and {kinds}.")
+                raise ValueError(f"ZeRO needs weights of one data type; got {self.dtype} and {kinds}.")
 
     LowLevelZeroOptimizer._sanity_checks = check
 
 
-class _Device:
-    """The accelerator in the eyes of a chunk: it asks for a type, and whether it is the current one."""
+class _FakeCudaDevice:
+    """The accelerator as Gemini's chunks see it: they read its type, and compare it with the current device."""
 
     type = "cuda"
     __hash__ = None  # type: ignore[assignment]
@@ -188,8 +188,8 @@ class _Device:
         return True
 
 
-def _tell_devices_apart() -> None:
-    """Gemini's chunks tell accelerator and host by ``device.type``, which is the same here."""
+def _distinguish_devices() -> None:
+    """Lets Gemini's chunks distinguish accelerator and host, which have the same ``device.type`` here."""
     from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 
     init, move = Chunk.__init__, Chunk.shard_move
@@ -197,10 +197,10 @@ def _tell_devices_apart() -> None:
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         if self.shard_device == ACCELERATOR:
-            self.shard_device = _Device()
+            self.shard_device = _FakeCudaDevice()
 
     def shard_move(self: Any, device: Any, *args: Any, **options: Any) -> None:
-        move(self, _Device() if device == ACCELERATOR else device, *args, **options)
+        move(self, _FakeCudaDevice() if device == ACCELERATOR else device, *args, **options)
 
     def device_type(self: Any) -> str:
         there = self.chunk_temp is None and (self.is_gathered or self.cuda_shard is not None)

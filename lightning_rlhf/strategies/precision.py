@@ -1,4 +1,4 @@
-"""Precision under ColossalAI: the plugin casts weights and scales losses; Lightning only says in which number type."""
+"""Precision under ColossalAI: its plugins cast weights and scale losses, to the data type that Lightning is given."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lightning_rlhf.strategies.sharded import Boosted, ShardedOptimizer
 
 Plugin = Literal["ddp", "zero1", "zero2", "gemini"]
 
-#: What ColossalAI calls a Trainer's precision, the type that forward passes compute in, and whether the optimizer steps
-#: an fp32 copy of the weights.
-KINDS: dict[str, tuple[str, torch.dtype | None, bool]] = {
+#: For each precision of the Trainer: ColossalAI's name, the data type of forward passes, and whether the optimizer
+#: updates an fp32 copy of the weights.
+MODES: dict[str, tuple[str, torch.dtype | None, bool]] = {
     "32-true": ("fp32", None, False),
     "bf16-mixed": ("bf16", torch.bfloat16, True),
     "bf16-true": ("bf16", torch.bfloat16, False),
@@ -29,39 +29,39 @@ KINDS: dict[str, tuple[str, torch.dtype | None, bool]] = {
 
 
 class ColossalAIPrecision(Precision):
-    """What the strategy makes of ``Trainer(precision=...)`` under ZeRO and Gemini.
+    """The meaning of ``Trainer(precision=...)`` under ZeRO and Gemini.
 
-    ``32-true`` (ZeRO only); ``bf16-mixed`` and ``16-mixed``: weights, activations and gradients in 16 bits, and sharded
-    fp32 weights that the optimizer steps; ``bf16-true``: no fp32 weights at all. There is no autocast during training,
-    and batches are not cast, but tensors that a boosted child is called with are; a child with the class attribute
-    ``cast_inputs = False`` is spared. Outside ``fit`` nothing is boosted, and autocast serves.
+    ``32-true`` exists under ZeRO only. ``bf16-mixed`` and ``16-mixed`` have weights, activations and gradients in 16
+    bits, and sharded fp32 weights that the optimizer updates. ``bf16-true`` has no fp32 weights. Training does not use
+    autocast. Batches are not cast, but tensors passed to a boosted child are, unless the child has the class attribute
+    ``cast_inputs = False``. Outside ``fit`` no child is boosted, and autocast is used.
 
     Args:
-        precision: As the Trainer's.
-        plugin: Refuses what this one can't do.
+        precision: The Trainer's precision.
+        plugin: The strategy's plugin, which must support the precision.
 
     Raises:
-        ValueError: It can't.
+        ValueError: The plugin does not support the precision.
     """
 
     def __init__(self, precision: str = "32-true", plugin: Plugin = "zero2") -> None:
-        if precision not in KINDS or (precision == "32-true" and plugin == "gemini"):
+        if precision not in MODES or (precision == "32-true" and plugin == "gemini"):
             reason = {
-                "32-true": "its chunks are of 16 bits; bf16-mixed keeps fp32 weights for the optimizer",
-                "16-true": "fp16 weights without fp32 ones lose small updates",
+                "32-true": "its chunks have 16 bits, and bf16-mixed keeps fp32 weights for the optimizer",
+                "16-true": "fp16 weights without an fp32 copy lose small updates",
                 "64-true": "its optimizers keep fp32",
-            }.get(precision, "there is no such mode in its plugins")
-            choice = [p for p in KINDS if not (p == "32-true" and plugin == "gemini")]
+            }.get(precision, "its plugins do not have this mode")
+            choice = [p for p in MODES if not (p == "32-true" and plugin == "gemini")]
             raise ValueError(
-                f"trainer.precision={precision!r} can't be had under ColossalAI's {plugin}: {reason}. Set "
+                f"ColossalAI's {plugin} does not support trainer.precision={precision!r}: {reason}. Set "
                 f"trainer.precision to one of {', '.join(choice)}."
             )
         self.precision: Any = precision
-        self.name, self.dtype, self.master_weights = KINDS[precision]
-        self.boosted = False  # the strategy says so while children are
+        self.name, self.dtype, self.master_weights = MODES[precision]
+        self.boosted = False  # the strategy sets it while children are boosted
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast, unless weights are cast."""
+        """Returns autocast, unless the plugin casts weights."""
         if self.boosted or self.dtype is None:
             return nullcontext()
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", self.dtype)
@@ -69,13 +69,13 @@ class ColossalAIPrecision(Precision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Has the strategy do it: it knows whose weights the loss hangs on."""
+        """Calls the strategy, which knows the children that the loss depends on."""
         model.trainer.strategy.run_backward(tensor, *args, **kwargs)  # type: ignore[attr-defined]
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Runs the closure, clips, steps.
+        """Runs the closure, clips gradients, and steps.
 
         Raises:
             RuntimeError: ``training_step`` returned None under automatic optimization.
@@ -83,8 +83,8 @@ class ColossalAIPrecision(Precision):
         result = closure()
         if model.automatic_optimization and result is None:
             raise RuntimeError(
-                "training_step returned None: under ColossalAI a rank can't skip a step, since the others wait for its "
-                "gradients. Return a loss of zero that hangs on the model, such as 0 * out.sum()."
+                "training_step returned None, but under ColossalAI a rank cannot skip a step, because the others wait "
+                "for its gradients. Return a loss of zero that depends on the model, such as 0 * out.sum()."
             )
         self._after_closure(model, optimizer)
         optimizer.step(**kwargs)
@@ -96,10 +96,10 @@ class ColossalAIPrecision(Precision):
         clip_val: int | float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        """Clips what all ranks hold of the gradients.
+        """Clips the gradients of all ranks.
 
-        Not by the plugins' own ``max_norm``: ColossalAI 0.5.0 loses it for bf16 gradients on the CPU, and bounds all of
-        an optimizer's parameters at once.
+        It does not use the plugins' ``max_norm``: ColossalAI 0.5.0 ignores it for bf16 gradients on the CPU, and always
+        takes all parameters of an optimizer together.
         """
         if clip_val <= 0:
             return
@@ -116,17 +116,18 @@ class ColossalAIPrecision(Precision):
 def clip_grad_norm(
     children: list[Boosted], parameters: list[torch.nn.Parameter] | None, max_norm: float | None
 ) -> Tensor:
-    """As ``torch.nn.utils.clip_grad_norm_``, of gradients that lie in pieces on all ranks; all must call.
+    """Clips gradients that are sharded over ranks, like ``torch.nn.utils.clip_grad_norm_``. All ranks must call it.
 
     Args:
-        children: Where the gradients are.
-        parameters: The children's own, of which to take the norm together; None: all that are trained.
-        max_norm: Beyond which gradients are shrunk; None: never. Nor are they where the norm is not finite.
+        children: The children with the gradients.
+        parameters: Parameters of the children whose common norm is clipped. None: all trained parameters.
+        max_norm: Largest norm; gradients with a larger one are scaled down. A larger value clips less. None: no
+            clipping. Gradients with a norm that is not finite are not clipped either.
 
     Returns:
-        Scalar norm, the same on all ranks.
+        The scalar norm before clipping, the same on all ranks.
     """
-    norm = torch.stack([child.squares(parameters) for child in children]).sum().sqrt().float()
+    norm = torch.stack([child.grad_squares(parameters) for child in children]).sum().sqrt().float()
     if max_norm is not None and norm.isfinite():
         shrink = min(1.0, max_norm / (norm.item() + 1e-6))
         if shrink < 1:

@@ -1,12 +1,12 @@
-"""One child module and its optimizer under a ColossalAI plugin, and what each rank holds of them.
+"""A child module and its optimizer under a ColossalAI plugin, with this rank's shards of them.
 
-ColossalAI splits the flattened weights of a child over ranks, each plugin in its own way. Here both ways look alike: a
-:class:`Slot` is a trained parameter, a :class:`LocalShard` what this rank holds of it. Clipping, checkpoints and export
-are written once, over shards.
+Each ColossalAI plugin shards the flattened weights of a child in its own way. This module gives both ways one
+interface: a :class:`Slot` is a trained parameter, and a :class:`LocalShard` is this rank's part of it. So clipping,
+checkpoints and export are written once.
 
-ColossalAI has public methods for all but these, which are read from its objects: the reduced gradients of a ZeRO
-optimizer and of Gemini's chunks, and where in a chunk a parameter lies. ``tests/strategies`` compares every one with a
-single process, and fails where a new version moves them.
+ColossalAI has no public methods for the reduced gradients of a ZeRO optimizer and of Gemini's chunks, and for the
+position of a parameter in a chunk. These are read from its objects. ``tests/strategies`` compares each of them with a
+single process, and fails if a new version of ColossalAI changes them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from lightning_rlhf.functional.precision import plain
+from lightning_rlhf.functional.precision import without_subclass
 
 
 class Slot(NamedTuple):
-    """A parameter that the optimizer trains.
+    """A trained parameter.
 
     Attributes:
-        name: In the child.
-        number: By which torch's optimizer states call it: its place among all parameters of the optimizer.
-        group: Its parameter group.
-        parameter: The child's own, which forward passes read.
-        shape: As a whole.
-        dtype: As it came, and as exports keep it.
+        name: Name in the child.
+        number: Index among all parameters of the optimizer, which is its key in torch's optimizer states.
+        group: Index of its parameter group.
+        parameter: The child's parameter, which forward passes read.
+        shape: Shape of the whole parameter.
+        dtype: Original data type, which exports keep.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Slot(NamedTuple):
 
 
 class LocalShard(NamedTuple):
-    """What this rank holds of a slot.
+    """This rank's part of a slot.
 
     Attributes:
-        start: Where it lies in the flattened parameter.
-        size: Its elements; what follows them in the tensors is padding.
-        weight: (size or more,) what the optimizer steps.
-        key: What the optimizer's ``state`` calls it.
-        replicated: Every rank holds the same.
+        start: First element of the flattened parameter.
+        size: Number of elements. Further elements of the tensors are padding.
+        weight: (size or more,) weights that the optimizer updates.
+        key: Key in the optimizer's ``state``.
+        replicated: Whether every rank holds the same elements.
     """
 
     start: int
@@ -66,14 +66,14 @@ class LocalShard(NamedTuple):
 
 
 class _Call:
-    """Arguments of a forward pass, in a form that wrappers pass on unread."""
+    """Arguments of a forward pass, hidden from ColossalAI's wrappers."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
 
 
 class _Inner(nn.Module):
-    """What a plugin wraps: the child's own forward, without its hooks, which fire once, outside."""
+    """The module that a plugin wraps: the child's forward without its hooks, which already run outside."""
 
     def __init__(self, child: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -90,22 +90,22 @@ class _Inner(nn.Module):
 
 
 class Boosted(ABC):
-    """A child of the LightningModule that one optimizer trains, boosted by a plugin that splits it.
+    """A child of the LightningModule with its optimizer, sharded by a plugin.
 
-    The child stays where it is, under its own class and names: calls of it go through the plugin's wrapper, which the
-    module never sees. :meth:`release` gives all back.
+    The child keeps its class and its names. Its calls go through the plugin's wrapper, which the LightningModule does
+    not see. :meth:`unboost` undoes everything.
 
     Attributes:
-        can_freeze: Whether a parameter may stop training in between.
-        splits_weights: Whether passes gather what they read.
+        can_freeze: Whether a parameter may be frozen during training.
+        splits_weights: Whether weights are sharded, so that passes gather them.
 
     Args:
-        place: The child's name in the LightningModule.
+        path: Path of the child in the LightningModule.
         child: The child.
-        optimizer: Over parameters of the child alone.
+        optimizer: An optimizer of the child's parameters.
         plugin: A ColossalAI plugin.
-        dtype: That forward passes compute in, where the plugin casts weights; None: as they are.
-        master_weights: Whether the optimizer steps fp32 weights beside those.
+        dtype: Data type to which the plugin casts weights. None: weights are not cast.
+        master_weights: Whether the optimizer updates fp32 copies of the weights.
     """
 
     can_freeze: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class Boosted(ABC):
 
     def __init__(
         self,
-        place: str,
+        path: str,
         child: nn.Module,
         optimizer: Optimizer,
         plugin: Any,
@@ -122,228 +122,230 @@ class Boosted(ABC):
     ) -> None:
         from colossalai.booster import Booster
 
-        self.place, self.child, self.master_weights = place, child, master_weights
-        self._dtype, self._inside = dtype, False
+        self.path, self.child, self.master_weights = path, child, master_weights
+        self._dtype, self._running = dtype, False
         self.original = optimizer
-        self.used = False  # whether a graph hangs on a forward pass
-        self.alone = False  # whether calls pass the wrapper by
-        self.stepping = False  # whether gradients wait for a step
+        self.used = False  # whether a forward pass with gradients has run
+        self.bypass = False  # whether calls bypass the wrapper
+        self.has_gradients = False  # whether there are gradients for the next step
         names = {id(p): name for name, p in child.named_parameters()}
         every = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
         self.slots = [
             Slot(names[id(p)], i, g, p, p.shape, p.dtype) for i, (g, p) in enumerate(every) if p.requires_grad
         ]
-        self._trains = {id(p): p.requires_grad for p in child.parameters()}
+        self._trainable = {id(p): p.requires_grad for p in child.parameters()}
         edges = itertools.accumulate((len(group["params"]) for group in optimizer.param_groups), initial=0)
-        self.members = [list(group["params"]) for group in optimizer.param_groups]  # ColossalAI puts pieces there
+        # ColossalAI replaces these lists' parameters in the groups
+        self.group_parameters = [list(group["params"]) for group in optimizer.param_groups]
         self.indices = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
-        constants = _constants(child) if dtype is not None else {}
-        # the plugins cast all of a child; references only: they put new tensors in their place
-        self._types = [(module, name, buffer.dtype) for module, name, buffer in named_buffers(child)]
-        self._given = {id(p): p.data for p in child.parameters()}
+        constants = _constant_buffers(child) if dtype is not None else {}
+        # the plugins cast the whole child; these are only references, because the plugins make new tensors
+        self._buffer_dtypes = [(module, name, buffer.dtype) for module, name, buffer in named_buffers(child)]
+        self._original_data = {id(p): p.data for p in child.parameters()}
         self.booster = Booster(plugin=plugin)
         self.model, self.wrapped, *_ = self.booster.boost(_Inner(child, dtype), self.prepare(optimizer))
         self.attach()
         for (module, name), buffer in constants.items():
             module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
         for slot in self.slots:
-            given = self._given.pop(id(slot.parameter))
-            if master_weights:  # ColossalAI makes them of the 16-bit ones
-                self.fill(slot, partial(given.reshape(-1).narrow, 0))
-        cast = {id(p) for p in child.parameters() if p.dtype != self._given.get(id(p), p).dtype}
-        self._given = {i: weight for i, weight in self._given.items() if i in cast}
+            given = self._original_data.pop(id(slot.parameter))
+            if master_weights:  # ColossalAI makes master weights from the 16-bit weights
+                self.set_shard(slot, partial(given.reshape(-1).narrow, 0))
+        cast = {id(p) for p in child.parameters() if p.dtype != self._original_data.get(id(p), p).dtype}
+        self._original_data = {i: weight for i, weight in self._original_data.items() if i in cast}
         own = child.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.alone:
-                return tree_map_only(Tensor, plain, own(*args, **kwargs))
+            if self.bypass:
+                return tree_map_only(Tensor, without_subclass, own(*args, **kwargs))
             self.used = self.used or torch.is_grad_enabled()
             self.check()
-            with self.inside():
-                return tree_map_only(Tensor, plain, self.model(_Call(args, kwargs)))
+            with self.running():
+                return tree_map_only(Tensor, without_subclass, self.model(_Call(args, kwargs)))
 
         child.forward = forward
         parts = [part for part in child.modules() if part is not child and any(True for _ in part.parameters(False))]
-        # functions, not methods: who copies the module must not copy this
+        # functions instead of methods, so that a copy of the module does not copy self
         self._guards = [part.register_forward_pre_hook(lambda *call: self._refuse_part(*call)) for part in parts]
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
-        """The optimizer in a form that the plugin takes."""
+        """Returns an optimizer that the plugin supports."""
         return optimizer
 
     def attach(self) -> None:
-        """Notes what the plugin made, once it is there."""
+        """Notes the objects that the plugin has made."""
         return
 
     def check(self) -> None:
-        """Refuses a forward pass that the plugin can't make."""
+        """Refuses a forward pass that the plugin does not support."""
         return
 
     def check_trained(self) -> None:
-        """Refuses a backward pass where other parameters train than when the child was split.
+        """Checks before a backward pass that the same parameters are trained as at the start of ``fit``.
 
         Raises:
-            RuntimeError: They do.
+            RuntimeError: The trained parameters have changed.
         """
         changed = [
             (name, p.requires_grad)
             for name, p in self.child.named_parameters()
-            if p.requires_grad != self._trains.get(id(p)) and (p.requires_grad or not self.can_freeze)
+            if p.requires_grad != self._trainable.get(id(p)) and (p.requires_grad or not self.can_freeze)
         ]
         if changed:
             name, trains = changed[0]
-            now, then = ("trains", "was frozen") if trains else ("is frozen", "trained")
+            now, then = ("trained", "frozen") if trains else ("frozen", "trained")
             raise RuntimeError(
-                f"{self.place}.{name} {now} now and {then} when fit began, when ColossalAI splits what trains "
-                f"({len(changed)} such parameters): set requires_grad before fit, or use ddp."
+                f"{self.path}.{name} is {now} now, but was {then} at the start of fit, when ColossalAI shards "
+                f"parameters ({len(changed)} such parameters). Set requires_grad before fit, or use ddp."
             )
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Within it parts of the child may run: a pass of the whole is under way."""
-        former, self._inside = self._inside, True
+    def running(self) -> Iterator[None]:
+        """Within it, submodules of the child may run, because the child itself is running."""
+        former, self._running = self._running, True
         try:
             yield
         finally:
-            self._inside = former
+            self._running = former
 
     def _refuse_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before each pass of a part of the child.
+        """Checks before each forward pass of a submodule that the child itself is running.
 
         Raises:
-            RuntimeError: It is called by itself, where weights are in pieces or of another number type.
+            RuntimeError: The submodule is called directly, but its weights are sharded or cast.
         """
-        if self._inside or self.alone:
+        if self._running or self.bypass:
             return
         cast = self._dtype is not None and any(
             isinstance(t, Tensor) and t.is_floating_point() and t.dtype != self._dtype for t in args
         )
         if cast or self.splits_weights:
             raise RuntimeError(
-                f"{type(part).__name__}, a part of {self.place}, was called by itself: under ColossalAI weights are "
-                f"cast, and split under Gemini, for passes of the child alone. Call self.{self.place}(...), or use ddp."
+                f"{type(part).__name__}, a submodule of {self.path}, was called directly. ColossalAI casts weights, "
+                f"and gathers them under Gemini, only in calls of the child. Call self.{self.path}(...), or use ddp."
             )
 
-    def adopt(self) -> None:
-        """Takes over what others wrote to the weights since the last step, such as averages or bounds.
+    def sync_master_weights(self) -> None:
+        """Copies changes of the weights since the last step, such as averages or bounds, to the fp32 weights.
 
-        Where the optimizer steps fp32 weights, those are roundings of them.
+        Unchanged weights are the rounded fp32 weights.
         """
         for slot in self.slots if self.master_weights else ():
-            piece = self.piece(slot)
-            if piece is not None and piece.size:
-                stepped = piece.weight[: piece.size]
-                stepped.copy_(_finer(stepped, self.working(slot, piece)))
+            shard = self.local_shard(slot)
+            if shard is not None and shard.size:
+                stepped = shard.weight[: shard.size]
+                stepped.copy_(_keep_digits(stepped, self.working_weight(slot, shard)))
 
     def frozen(self) -> dict[str, Tensor]:
-        """What does not train, as it was given, by all its names, where passes read it in fewer digits."""
+        """Returns cast parameters that are not trained, in their original data type, by all their names."""
         named = self.child.named_parameters(remove_duplicate=False)
-        return {name: _finer(self._given[id(p)], p.data).cpu() for name, p in named if id(p) in self._given}
+        given = self._original_data
+        return {name: _keep_digits(given[id(p)], p.data).cpu() for name, p in named if id(p) in given}
 
     @property
     def device(self) -> torch.device:
-        """Where its ranks talk."""
+        """The device of collectives."""
         device = next(self.child.parameters()).device
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else device
 
     # ------------------------------------------------------------------------------------------------- training
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Within it backward passes leave gradients to this rank, where the plugin can."""
+        """Within it, backward passes do not reduce gradients, if the plugin allows it."""
         return cast(AbstractContextManager[None], self.booster.no_sync(self.model, self.wrapped))
 
     def step(self) -> None:
-        """One optimizer step; none where no backward pass came before."""
-        if self.stepping:
-            self.adopt()
+        """Steps the optimizer, unless there was no backward pass."""
+        if self.has_gradients:
+            self.sync_master_weights()
             self.wrapped.step()
-        self.stepping = False
+        self.has_gradients = False
 
     def zero_grad(self) -> None:
-        """Drops gradients."""
+        """Clears gradients."""
         self.wrapped.zero_grad()
-        self.stepping = False
+        self.has_gradients = False
 
-    # ------------------------------------------------------------------------------------------------- pieces
-
-    @abstractmethod
-    def piece(self, slot: Slot) -> LocalShard | None:
-        """What this rank holds of it; None: nothing."""
+    # ------------------------------------------------------------------------------------------------- shards
 
     @abstractmethod
-    def gradient(self, slot: Slot, piece: LocalShard) -> Tensor | None:
-        """(size or more,) the piece's reduced gradient, times :attr:`scale`; None where there is none."""
+    def local_shard(self, slot: Slot) -> LocalShard | None:
+        """Returns this rank's part of a slot, or None."""
 
     @abstractmethod
-    def working(self, slot: Slot, piece: LocalShard) -> Tensor:
-        """What forward passes read of the piece, on this rank; shares its memory."""
+    def gradient(self, slot: Slot, shard: LocalShard) -> Tensor | None:
+        """Returns the shard's (size or more,) reduced gradient, multiplied by :attr:`scale`, or None."""
+
+    @abstractmethod
+    def working_weight(self, slot: Slot, shard: LocalShard) -> Tensor:
+        """Returns a view of the weights that forward passes read, for the shard's elements."""
 
     @property
     def scale(self) -> float:
-        """What gradients are multiplied by, against underflow in fp16."""
+        """Factor of gradients, against underflow in fp16."""
         mixin = getattr(self.wrapped, "mixed_precision_mixin", getattr(self.wrapped, "mix_precision_mixin", None))
         return float(getattr(mixin, "loss_scale", 1.0))
 
     def gradients(self, parameters: Collection[nn.Parameter] | None = None) -> Iterator[tuple[LocalShard, Tensor]]:
-        """This rank's pieces with their gradients; of some parameters, or of all."""
+        """Yields this rank's shards with their gradients, for some parameters or for all."""
         wanted = None if parameters is None else {id(p) for p in parameters}
         for slot in self.slots:
             if wanted is None or id(slot.parameter) in wanted:
-                piece = self.piece(slot)
-                gradient = None if piece is None else self.gradient(slot, piece)
-                if piece is not None and gradient is not None:
-                    yield piece, gradient
+                shard = self.local_shard(slot)
+                gradient = None if shard is None else self.gradient(slot, shard)
+                if shard is not None and gradient is not None:
+                    yield shard, gradient
 
-    def squares(self, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
-        """(1,) sum of the gradients' squares over all ranks, in fp64."""
+    def grad_squares(self, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
+        """Returns the (1,) sum of squared gradients over all ranks, in fp64."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for piece, gradient in self.gradients(parameters):  # added up on the device: it is waited for once
-            total[int(piece.replicated)] += gradient.float().norm().double().to(self.device) ** 2
+        for shard, gradient in self.gradients(parameters):  # summed on the device, to wait for it only once
+            total[int(shard.replicated)] += gradient.float().norm().double().to(self.device) ** 2
         dist.all_reduce(total[:1])
         return (total[:1] + total[1:]).cpu() / self.scale**2
 
     def state(self, key: Tensor) -> dict[str, Any]:
-        """What the optimizer keeps of a piece."""
+        """Returns the optimizer's state of a shard."""
         found: dict[str, Any] = self.wrapped.optim.state.get(key, {})
         return found
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, which schedules write to."""
+        """The optimizer's parameter groups, to which schedulers write."""
         groups: list[dict[str, Any]] = self.wrapped.optim.param_groups
         return groups
 
-    def put(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
-        """Sets a parameter, in all forms in which this rank holds it.
+    def set_value(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
+        """Sets a parameter on this rank, with its fp32 weights.
 
         Args:
-            slot: Which.
-            read: ``read(start, size)`` is that part of the new value, flattened.
+            slot: The parameter.
+            read: ``read(start, size)`` returns this part of the flattened new value.
         """
         slot.parameter.data.copy_(read(0, slot.shape.numel()).view(slot.shape))
-        self.fill(slot, read)
+        self.set_shard(slot, read)
 
-    def fill(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
-        """As :meth:`put`, of this rank's piece alone."""
-        piece = self.piece(slot)
-        if piece is not None and piece.size:
-            piece.weight[: piece.size].copy_(read(piece.start, piece.size))
-            self.working(slot, piece).copy_(piece.weight[: piece.size])
+    def set_shard(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
+        """Sets this rank's shard of a parameter; see :meth:`set_value`."""
+        shard = self.local_shard(slot)
+        if shard is not None and shard.size:
+            shard.weight[: shard.size].copy_(read(shard.start, shard.size))
+            self.working_weight(slot, shard).copy_(shard.weight[: shard.size])
 
-    # ------------------------------------------------------------------------------------------------- whole
+    # ------------------------------------------------------------------------------------------------- whole tensors
 
-    def collect(self, slot: Slot, of: Callable[[LocalShard], Tensor], everywhere: bool = False) -> Tensor | None:
-        """A whole tensor out of all ranks' pieces, in fp32 at least.
+    def gather(self, slot: Slot, select: Callable[[LocalShard], Tensor], everywhere: bool = False) -> Tensor | None:
+        """Gathers a whole tensor from the shards of all ranks, in at least fp32.
 
         Args:
-            slot: Of which parameter.
-            of: (size or more,) its part, such as the weight or a state.
-            everywhere: On every rank, else on rank 0, and None elsewhere.
+            slot: The parameter.
+            select: Returns a shard's (size or more,) tensor, such as the weight or a state.
+            everywhere: Gather on every rank. Otherwise only rank 0 gets the tensor, and the others get None.
         """
-        piece = self.piece(slot)
+        shard = self.local_shard(slot)
         flat = torch.zeros(slot.shape.numel(), dtype=torch.promote_types(slot.dtype, torch.float32))
-        if piece is not None and (dist.get_rank() == 0 or not piece.replicated):
-            flat[piece.start : piece.start + piece.size] = of(piece)[: piece.size].to(flat)
+        if shard is not None and (dist.get_rank() == 0 or not shard.replicated):
+            flat[shard.start : shard.start + shard.size] = select(shard)[: shard.size].to(flat)
         flat = flat.to(self.device)
         if everywhere:
             dist.all_reduce(flat)
@@ -352,69 +354,69 @@ class Boosted(ABC):
         return flat.view(slot.shape).cpu() if everywhere or dist.get_rank() == 0 else None
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within it calls of the child run on whole weights, on this rank alone; all ranks enter and leave."""
-        former, self.alone = self.alone, True
+    def gathered(self) -> Iterator[None]:
+        """Within it, each rank can call the child alone, with whole weights. All ranks must enter and leave."""
+        former, self.bypass = self.bypass, True
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.alone = former
+            self.bypass = former
 
-    def release(self, weights: bool) -> None:
+    def unboost(self, weights: bool) -> None:
         """Makes the child an ordinary module again, whole on every rank.
 
         Args:
-            weights: Collect them from all ranks; False where a rank may be gone, and they are lost.
+            weights: Gather the weights from all ranks. False if a rank may be lost; the weights are then lost too.
         """
         del self.child.forward
         for guard in self._guards:
             guard.remove()
         self.detach()
         if weights:
-            self.adopt()
+            self.sync_master_weights()
             for slot in self.slots:
-                value = self.collect(slot, lambda piece: piece.weight, everywhere=True)
+                value = self.gather(slot, lambda shard: shard.weight, everywhere=True)
                 slot.parameter.data = value.to(slot.dtype)  # type: ignore[union-attr]
                 slot.parameter.grad = None
         for p in self.child.parameters():
-            if id(p) in self._given:
-                p.data = _finer(self._given[id(p)], p.data)
-        for module, name, dtype in self._types:
+            if id(p) in self._original_data:
+                p.data = _keep_digits(self._original_data[id(p)], p.data)
+        for module, name, dtype in self._buffer_dtypes:
             buffer = module._buffers.get(name)
             if buffer is not None and buffer.dtype != dtype:
                 module._buffers[name] = buffer.to(dtype)
 
     @abstractmethod
     def detach(self) -> None:
-        """Takes the plugin's hooks off the child."""
+        """Removes the plugin's hooks from the child."""
 
 
 class ZeroBoosted(Boosted):
-    """Under ZeRO-1 or ZeRO-2: each parameter is flattened, padded and cut into one piece a rank."""
+    """A child under ZeRO-1 or ZeRO-2: each parameter is flattened, padded, and split into one shard per rank."""
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """ZeRO-2 reduces after each backward pass, whatever is asked for."""
+        """Has no effect under ZeRO-2, which reduces after each backward pass."""
         return nullcontext() if self.booster.plugin.stage == 2 else super().no_sync()
 
     def flush(self) -> None:
-        """Reduces what a backward pass left in buckets.
+        """Reduces gradients that a backward pass left in buckets.
 
-        The public ``backward`` does this for one optimizer; where one graph reaches several, each must.
+        ColossalAI's ``backward`` does this for one optimizer, but a graph may reach several.
         """
         if self.wrapped.require_grad_sync:
             self.wrapped._reduce_grad(self.wrapped._partition_grads)
 
-    def piece(self, slot: Slot) -> LocalShard | None:
-        """Its share of the flattened parameter."""
+    def local_shard(self, slot: Slot) -> LocalShard | None:
+        """Returns this rank's part of the flattened parameter."""
         master = self.wrapped.get_working_to_master_map().get(id(slot.parameter))
         if master is None:
             return None
         start = dist.get_rank() * master.numel()
         return LocalShard(start, max(0, min(master.numel(), slot.shape.numel() - start)), master, master)
 
-    def gradient(self, slot: Slot, piece: LocalShard) -> Tensor | None:
-        """Its share of the reduced gradient."""
+    def gradient(self, slot: Slot, shard: LocalShard) -> Tensor | None:
+        """Returns this rank's part of the reduced gradient."""
         store = self.wrapped.pid_to_grad_store[id(slot.parameter)]
         found = store.get_partitioned_gradients_by_param_id(slot.group, id(slot.parameter))
         if not found:
@@ -423,154 +425,154 @@ class ZeroBoosted(Boosted):
         gradient: Tensor = found[index]
         return gradient
 
-    def working(self, slot: Slot, piece: LocalShard) -> Tensor:
-        """Its share of the parameter, which is whole on every rank."""
-        return slot.parameter.data.view(-1)[piece.start : piece.start + piece.size]
+    def working_weight(self, slot: Slot, shard: LocalShard) -> Tensor:
+        """Returns this rank's part of the parameter, which is whole on every rank."""
+        return slot.parameter.data.view(-1)[shard.start : shard.start + shard.size]
 
     def detach(self) -> None:
-        """Takes the hooks off that reduce gradients."""
+        """Removes the hooks that reduce gradients."""
         for handle in self.wrapped.grad_handles:
             handle.remove()
 
 
 class GeminiBoosted(Boosted):
-    """Under Gemini: parameters lie one behind the other in chunks, and each chunk is cut into one part a rank."""
+    """A child under Gemini: parameters are concatenated to chunks, and each chunk is split into one part per rank."""
 
     can_freeze = False
     splits_weights = True
 
     def attach(self) -> None:
-        """Notes the chunks, and has passes note what they read."""
+        """Notes the chunks, and records the parameters that passes read."""
         self.chunks = self.model.chunk_manager
         self._fake = {id(self.wrapped.id_to_real_params[i]): p for i, p in self.wrapped.id_to_fake_params.items()}
-        self._seen = _seen()
-        self.model.hooks.append(self._seen)
+        self._reads = _make_recorder()
+        self.model.hooks.append(self._reads)
         for slot in self.slots:
-            slot.parameter.__class__ = _held()
+            slot.parameter.__class__ = _guarded_parameter()
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
-        """Gemini steps by ColossalAI's own Adams: torch's are translated, over the same parameter groups."""
+        """Replaces torch's Adam by ColossalAI's, which Gemini needs, with the same parameter groups."""
         from colossalai.nn.optimizer import CPUAdam, FusedAdam, HybridAdam
 
         if type(optimizer) in (CPUAdam, FusedAdam, HybridAdam):
             return optimizer
         if type(optimizer) not in (Adam, AdamW) or any(g["amsgrad"] or g["maximize"] for g in optimizer.param_groups):
             raise ValueError(
-                "Gemini steps by Adam or AdamW alone, without amsgrad and maximize, not by "
-                f"{type(optimizer).__name__}: use torch.optim.AdamW (or colossalai's HybridAdam), or another strategy."
+                "Gemini supports only Adam and AdamW, without amsgrad and maximize, but the optimizer is "
+                f"{type(optimizer).__name__}. Use torch.optim.AdamW, colossalai's HybridAdam, or another strategy."
             )
         for group in optimizer.param_groups:
             group["bias_correction"] = True
-        # the same dicts, so that schedules, which hold the original, reach them
+        # the same dicts, so that schedulers, which have the original optimizer, change them
         return cast(Optimizer, HybridAdam(optimizer.param_groups, adamw_mode=type(optimizer) is AdamW))
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Gemini reduces after each backward pass, whatever is asked for."""
+        """Has no effect: Gemini reduces after each backward pass."""
         return nullcontext()
 
     def check(self) -> None:
-        """Refuses a pass without gradients before memory was measured."""
+        """Refuses a pass without gradients before Gemini has measured memory."""
         manager = self.model.gemini_manager
         if not torch.is_grad_enabled() and manager.need_warmup and manager.is_warmup():
             raise RuntimeError(
-                "Gemini's placement='auto' measures memory in the first training step, and a pass without gradients "
-                "(validation, a rollout) came before it: use placement='static', or trainer.num_sanity_val_steps=0."
+                "Gemini's placement='auto' measures memory in the first training step, but a pass without gradients "
+                "(validation, a rollout) came first. Use placement='static', or trainer.num_sanity_val_steps=0."
             )
 
     def backward(self, loss: Tensor) -> None:
-        """A backward pass; parameters that the forward pass left out get gradients of zeros, as Gemini needs."""
+        """Runs a backward pass. Parameters that the forward pass did not use get zero gradients, which Gemini needs."""
         from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 
-        left_out = [s.parameter for s in self.slots if id(s.parameter) not in self._seen.ids]
+        left_out = [s.parameter for s in self.slots if id(s.parameter) not in self._reads.ids]
         if left_out:
             with ColoParamOpHookManager.use_hooks(*self.model.hooks):
                 loss = loss + 0.0 * sum((p.flatten()[0] for p in left_out), loss.new_zeros(()))
         self.wrapped.backward(loss)
-        self._seen.ids.clear()  # of what a checkpointed layer read again
+        self._reads.ids.clear()  # checkpointed layers have read parameters again
 
     def step(self) -> None:
-        """One optimizer step."""
-        stepping = self.stepping
+        """Steps the optimizer."""
+        has_gradients = self.has_gradients
         super().step()
-        if stepping and self.original is not self.wrapped.optim:
-            self.original.step()  # there is no gradient left: it moves nothing, and schedules see that a step was made
+        if has_gradients and self.original is not self.wrapped.optim:
+            self.original.step()  # it has no gradients and changes nothing, but schedulers check that it was called
 
     def zero_grad(self) -> None:
-        """Drops gradients, and what was noted of overflow."""
+        """Clears gradients and the overflow counter."""
         super().zero_grad()
         self.chunks.accumulating_grads = False
         self.chunks.overflow_counter.zero_()
 
-    def _place(self, slot: Slot) -> tuple[Any, int, int, int] | None:
-        """Chunk of working weights, where the piece lies in this rank's part of it, and in the parameter."""
+    def _find_in_chunk(self, slot: Slot) -> tuple[Any, int, int, int] | None:
+        """Returns the chunk, the shard's begin and end in this rank's part of it, and its start in the parameter."""
         chunk = self.chunks.get_chunk(slot.parameter)
         info = chunk.tensors_info[slot.parameter]
         if chunk.keep_gathered:
             return chunk, info.offset, info.end, 0
-        # int: sizes of chunks are numpy's, which a checkpoint does not load back
+        # int, because chunk sizes are numpy integers, which weights-only loading of a checkpoint refuses
         begin = int(max(0, info.offset - chunk.shard_begin))
         end = int(min(chunk.shard_size, info.end - chunk.shard_begin))
         return (chunk, begin, end, int(begin + chunk.shard_begin - info.offset)) if begin < end else None
 
-    def piece(self, slot: Slot) -> LocalShard | None:
-        """What of the parameter lies in this rank's part of its chunk."""
-        place = self._place(slot) if slot.parameter.requires_grad else None
-        if place is None:
+    def local_shard(self, slot: Slot) -> LocalShard | None:
+        """Returns the parameter's elements in this rank's part of the chunk."""
+        found = self._find_in_chunk(slot) if slot.parameter.requires_grad else None
+        if found is None:
             return None
-        chunk, begin, end, start = place
+        chunk, begin, end, start = found
         stepped = chunk.paired_chunk if self.model.master_weights else chunk
         key = self._fake[id(slot.parameter)]
         return LocalShard(start, end - begin, stepped.payload[begin:end], key, replicated=chunk.keep_gathered)
 
-    def gradient(self, slot: Slot, piece: LocalShard) -> Tensor | None:
-        """The same part of the chunk of gradients."""
-        chunk, begin, end, _ = self._place(slot)  # type: ignore[misc]
-        if not self.stepping:
+    def gradient(self, slot: Slot, shard: LocalShard) -> Tensor | None:
+        """Returns the same part of the gradients' chunk."""
+        chunk, begin, end, _ = self._find_in_chunk(slot)  # type: ignore[misc]
+        if not self.has_gradients:
             return None
         grad_chunk = chunk if self.chunks.reuse_fp16_chunk else chunk.grad_chunk
         gradient: Tensor = grad_chunk.payload[begin:end]
         return gradient
 
-    def working(self, slot: Slot, piece: LocalShard) -> Tensor:
-        """The same part of the chunk of 16-bit weights."""
-        chunk, begin, end, _ = self._place(slot)  # type: ignore[misc]
-        working: Tensor = chunk.payload[begin:end]
-        return working
+    def working_weight(self, slot: Slot, shard: LocalShard) -> Tensor:
+        """Returns the same part of the 16-bit weights' chunk."""
+        chunk, begin, end, _ = self._find_in_chunk(slot)  # type: ignore[misc]
+        weight: Tensor = chunk.payload[begin:end]
+        return weight
 
-    def put(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
-        """Sets what this rank holds; the rest is gathered when it is read."""
-        self.fill(slot, read)
+    def set_value(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
+        """Sets this rank's shard. The other shards are gathered when they are read."""
+        self.set_shard(slot, read)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Gathers all chunks, and puts them back afterwards."""
-        with super().whole():
+    def gathered(self) -> Iterator[None]:
+        """Gathers all chunks, and releases them afterwards."""
+        with super().gathered():
             for chunk in self.chunks.get_chunks(self.model.fp16_params):
                 self.chunks.access_chunk(chunk)
             try:
                 yield
             finally:
-                self.model._post_forward()  # as its own no-grad forward does: all chunks back to their places
+                self.model._post_forward()  # releases all chunks, as Gemini's forward pass without gradients does
                 self.model.gemini_manager.reset_attributes()
 
-    def release(self, weights: bool) -> None:
-        """Makes its parameters ordinary ones."""
-        super().release(weights)
+    def unboost(self, weights: bool) -> None:
+        """Makes the child and its parameters ordinary again."""
+        super().unboost(weights)
         for parameter in self.child.parameters():
             parameter.__class__ = nn.Parameter
-            vars(parameter).pop("_ddp_to_ignore", None)  # Gemini's note that it was frozen; the next fit may train it
+            vars(parameter).pop("_ddp_to_ignore", None)  # Gemini's mark of frozen parameters; the next fit may train it
 
     def detach(self) -> None:
-        """Takes the hooks off that reduce gradients."""
+        """Removes the hooks that reduce gradients."""
         self.model.remove_hooks()
-        self.model.remove_hooks = lambda: None  # it calls it once more when it is collected; by then another may serve
+        self.model.remove_hooks = lambda: None  # Gemini calls it again in __del__, when new hooks may be installed
 
 
-def _seen() -> Any:
-    """A hook that keeps the ids of the parameters that a graph reads."""
+def _make_recorder() -> Any:
+    """Makes a hook that records the ids of parameters that passes with gradients read."""
     from colossalai.tensor.param_op_hook import ColoParamOpHook
 
-    class Seen(ColoParamOpHook):
+    class ReadRecorder(ColoParamOpHook):
         def __init__(self) -> None:
             self.ids: set[int] = set()
 
@@ -587,10 +589,10 @@ def _seen() -> Any:
         def post_backward(self, params: list[Tensor]) -> None:
             pass
 
-    return Seen()
+    return ReadRecorder()
 
 
-#: What can be asked of a tensor whose memory was given back: nothing that reads or writes it.
+#: Operations that a tensor with freed memory allows, because they neither read nor write it.
 _METADATA = {
     *("__get__", "__set__", "__delete__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device"),
     *("is_complex", "is_contiguous", "is_floating_point", "ndimension", "nelement", "numel", "register_hook"),
@@ -605,14 +607,14 @@ _VIEWS: tuple[Any, ...] = tuple(
 
 def _refuse_read(func: Any) -> NoReturn:
     raise RuntimeError(
-        f"Something reads or writes weights ({getattr(func, '__name__', func)}) while Gemini has them in pieces, such "
-        "as a callback, or a part of a module that was called by itself. Do it within "
-        "lightning_rlhf.strategies.whole_weights(strategy, child), which all ranks enter; or use zero2."
+        f"Weights are read or written ({getattr(func, '__name__', func)}) while Gemini shards them, for instance by a "
+        "callback or by a submodule that is called directly. Do it within "
+        "lightning_rlhf.strategies.whole_weights(strategy, child), which all ranks must enter, or use zero2."
     )
 
 
 class _Released(Tensor):
-    """What ``data`` and ``detach()`` give of such a weight: state dicts hold it, but nobody reads its memory."""
+    """The ``data`` or ``detach()`` of a weight with freed memory: state dicts may hold it, but nobody may read it."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -622,15 +624,15 @@ class _Released(Tensor):
 
 
 @cache
-def _held() -> Any:
-    """A class of Gemini's parameters that refuses to be read while others have its parts, which would end the process.
+def _guarded_parameter() -> Any:
+    """Makes a class of Gemini's parameters that raises an error if freed memory is read, which would crash the process.
 
-    ColossalAI's own gathers for each operation of a pass but those whose names begin with ``__``.
+    ColossalAI's class gathers weights for each operation of a pass except those whose names begin with ``__``.
     """
     from colossalai.tensor.colo_parameter import ColoParameter
     from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 
-    class Held(ColoParameter):
+    class GuardedParameter(ColoParameter):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = getattr(func, "__name__", "")
@@ -644,43 +646,44 @@ def _held() -> Any:
 
     def _any_released(args: Any) -> bool:
         with torch._C.DisableTorchFunction():
-            return any(isinstance(t, Held) and t.numel() and not t.untyped_storage().size() for t in tree_iter(args))
+            mine = (t for t in tree_iter(args) if isinstance(t, GuardedParameter))
+            return any(t.numel() and not t.untyped_storage().size() for t in mine)
 
-    return Held
+    return GuardedParameter
 
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Each buffer with the module that has it and its name there."""
+    """Yields each buffer with its module and its name in that module."""
     for part in module.modules():
         yield from ((part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None)
 
 
-def is_kept(module: nn.Module, name: str) -> bool:
-    """Whether a checkpoint keeps a module's buffer."""
+def is_persistent(module: nn.Module, name: str) -> bool:
+    """Whether a checkpoint holds a module's buffer."""
     return name not in module._non_persistent_buffers_set
 
 
-def _constants(child: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
-    """Buffers that no checkpoint keeps: constants such as rotary frequencies, which a cast would spoil."""
+def _constant_buffers(child: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
+    """Copies buffers that are not in checkpoints: constants such as rotary frequencies, which must not be cast."""
     return {
         (module, name): buffer.clone()
         for module, name, buffer in named_buffers(child)
-        if buffer.is_floating_point() and not is_kept(module, name)
+        if buffer.is_floating_point() and not is_persistent(module, name)
     }
 
 
-def _finer(exact: Tensor, rough: Tensor) -> Tensor:
-    """Weights where ``rough`` is ``exact`` rounded, with all digits; elsewhere someone wrote to ``rough``."""
-    exact = exact.to(rough.device)
-    return torch.where(rough == exact.to(rough.dtype), exact, rough.to(exact.dtype))
+def _keep_digits(exact: Tensor, rounded: Tensor) -> Tensor:
+    """Returns ``exact`` where ``rounded`` is unchanged, and ``rounded`` where it was written to."""
+    exact = exact.to(rounded.device)
+    return torch.where(rounded == exact.to(rounded.dtype), exact, rounded.to(exact.dtype))
 
 
-class Group(MutableMapping[str, Any]):
-    """A parameter group as a module sees it: the live settings, but its own parameters, which may be frozen or named.
+class ParamGroup(MutableMapping[str, Any]):
+    """A parameter group as the LightningModule sees it: the optimizer's settings with the child's parameters.
 
     Args:
-        live: What the optimizer steps by.
-        parameters: The child's own.
+        live: The optimizer's parameter group. Settings are read from it and written to it.
+        parameters: The child's parameters.
     """
 
     def __init__(self, live: dict[str, Any], parameters: list[nn.Parameter]) -> None:
@@ -705,53 +708,53 @@ class Group(MutableMapping[str, Any]):
 class ShardedOptimizer(Optimizer):
     """A boosted child's optimizer, as Lightning and its users see it.
 
-    Not ColossalAI's own wrapper: Lightning makes classes that inherit from an optimizer's, and a ZeRO optimizer takes
-    its hooks away when an object of such a class is collected. ``state`` is empty; :meth:`state_dict` is whole.
+    It is not ColossalAI's wrapper: Lightning derives classes from an optimizer's class, and a ZeRO optimizer removes
+    its hooks when an object of such a class is deleted. ``state`` is empty, but :meth:`state_dict` is complete.
 
     Args:
         boosted: The child.
     """
 
     def __init__(self, boosted: Boosted) -> None:
-        # not the base's: it would want parameters of its own
+        # without super().__init__, which needs parameters
         self.boosted = boosted
         self.state = {}  # type: ignore[assignment]
         self.defaults = boosted.original.defaults
 
     @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
-        """Live ones: a learning rate written here holds."""
-        return [Group(*both) for both in zip(self.boosted.groups, self.boosted.members, strict=True)]
+    def param_groups(self) -> list[ParamGroup]:  # type: ignore[override]
+        """Parameter groups; settings written here, such as a learning rate, take effect."""
+        return [ParamGroup(*both) for both in zip(self.boosted.groups, self.boosted.group_parameters, strict=True)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs the closure, then steps."""
+        """Runs the closure and steps."""
         result = None if closure is None else closure()
         self.boosted.step()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops gradients."""
+        """Clears gradients."""
         self.boosted.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses it.
+        """Refuses further groups.
 
         Raises:
             RuntimeError: Always.
         """
         raise RuntimeError(
-            "A parameter group is added while training, as BackboneFinetuning does, and ColossalAI splits what trains "
-            "when fit begins: give the optimizer all groups in configure_optimizers, or use ddp."
+            "A parameter group was added during training, but ColossalAI shards parameters at the start of fit. Give "
+            "the optimizer all groups in configure_optimizers, or use ddp."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state in torch's own form, on rank 0; all ranks must call."""
+        """Gathers the whole state in torch's format on rank 0. All ranks must call it."""
         from lightning_rlhf.strategies.checkpoints import optimizer_state
 
         return optimizer_state(self.boosted)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes this rank's pieces of a whole state in torch's form."""
+        """Loads this rank's shards of a whole state in torch's format."""
         from lightning_rlhf.strategies.checkpoints import load_optimizer_state
 
         load_optimizer_state(self.boosted, state_dict)

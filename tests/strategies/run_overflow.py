@@ -28,7 +28,7 @@ class Overflowing(PPOModule):
     def gradients(self, experience, chosen, ptx):
         found = super().gradients(experience, chosen, ptx)
         if len(self.seen) in (1, 2):
-            critic = next(boosted for boosted in self._sharded.boosted if boosted.place == "critic")
+            critic = next(boosted for boosted in self._sharded.boosted if boosted.path == "critic")
             next(gradient for _, gradient in critic.gradients())[0] = math.inf
         return found
 
@@ -36,7 +36,7 @@ class Overflowing(PPOModule):
         before, policy = [p.detach().clone() for p in parameters], len(self.trained()[0])
         taken = super().update(parameters, loss, first)
         moved = [not torch.equal(p, b) for p, b in zip(parameters, before, strict=True)]
-        scales = {boosted.place: boosted.scale for boosted in self._sharded.boosted}
+        scales = {boosted.path: boosted.scale for boosted in self._sharded.boosted}
         self.seen.append([taken, any(moved[:policy]), any(moved[policy:]), scales["policy"], scales["critic"]])
         return taken
 

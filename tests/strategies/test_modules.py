@@ -14,31 +14,31 @@ import torch
 SCRIPT = Path(__file__).parent / "modules.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
-#: What is refused, and in what words; else the result is ddp's.
+#: What is refused, and in what words; otherwise the result must equal ddp's.
 SPLITS = {
-    "several": "trains head, net, and ColossalAI takes whole children",
+    "several": "trains head, net, but under ColossalAI it must train exactly one child",
     "own": "parameters of the module itself",
-    "shared": "Two optimizers of Shared train one child",
-    "thawed": "net.0.weight trains now and was frozen when fit began",
-    "group": "A parameter group is added while training",
-    "backbone": "BackboneFinetuning has more parameters train than ColossalAI split at the start",
+    "shared": "Two optimizers of Shared train the same child",
+    "thawed": "net.0.weight is trained now, but was frozen at the start of fit",
+    "group": "A parameter group was added during training",
+    "backbone": "BackboneFinetuning unfreezes parameters that ColossalAI",
 }
 REFUSED = {
     "colossalai_ddp": {"unused": "parameters that were not used", "cooled": "parameters that were not used"},
     "zero1": {},
-    "zero2": {**SPLITS, "parts": "A loss hangs on no child that an optimizer trains"},
-    "zero2 half": {**SPLITS, "parts": "a part of net, was called by itself"},
+    "zero2": {**SPLITS, "parts": "The loss does not depend on a trained child"},
+    "zero2 half": {**SPLITS, "parts": "a submodule of net, was called directly"},
     "gemini": {
         **SPLITS,
-        "parts": "a part of net, was called by itself",
-        "group": "while Gemini has them in pieces",
-        "sgd": "Gemini steps by Adam or AdamW alone",
-        "clipping by value": "Gemini steps by Adam or AdamW alone",
-        "two by hand": "One backward pass reached net, other",
-        "toggled": "One backward pass reached net, other",
-        "bounded": "while Gemini has them in pieces",
-        "reads": "while Gemini has them in pieces",
-        "cooled": "net.0.weight is frozen now and trained when fit began",
+        "parts": "a submodule of net, was called directly",
+        "group": "while Gemini shards them",
+        "sgd": "Gemini supports only Adam and AdamW",
+        "clipping by value": "Gemini supports only Adam and AdamW",
+        "two by hand": "The loss depends on net, other",
+        "toggled": "The loss depends on net, other",
+        "bounded": "while Gemini shards them",
+        "reads": "while Gemini shards them",
+        "cooled": "net.0.weight is frozen now, but was trained at the start of fit",
         "swa": "StochasticWeightAveraging reads whole weights",
         "swa, norm": "StochasticWeightAveraging reads whole weights",
         "ema": "EMAWeightAveraging reads whole weights",
@@ -110,10 +110,10 @@ def test_foreign_modules_are_as_under_ddp_or_refused_on_all_ranks(found, kinds, 
             wrong.append((kind, here.keys() ^ like.keys()))
         else:
             for name, value in like.items():
-                apart = (here[name].double() - value.double()).abs()
-                apart = apart.mean() if plugin in BOUNDS else apart.max()
-                if not apart <= BOUNDS.get(plugin, 1e-6):
-                    wrong.append((kind, name, apart.item()))
+                difference = (here[name].double() - value.double()).abs()
+                difference = difference.mean() if plugin in BOUNDS else difference.max()
+                if not difference <= BOUNDS.get(plugin, 1e-6):
+                    wrong.append((kind, name, difference.item()))
                 if not name.startswith("saved") and not torch.equal(here[name], there[name]):
                     wrong.append((kind, name, "differs by rank"))
                 if not name.startswith(("saved", "logged")) and here[name].dtype != value.dtype:
