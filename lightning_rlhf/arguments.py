@@ -1,4 +1,4 @@
-"""Faults of a command line, told in one line that names the nearest word that is known."""
+"""Reports errors of a command line in one line that names the closest known word."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NoReturn
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of several words that a misspelt word most likely means; None where none is like it.
+    """Finds the known word that is closest to a misspelt one; None if none is close.
 
     Args:
-        word: What was written.
-        words: What is known; keys may have parts, such as ``trainer.max_steps``.
+        word: The misspelt word.
+        words: Known words. They may be dotted keys, such as ``trainer.max_steps``.
 
     Example:
         >>> nearest("trainer.max_step", ["trainer.max_steps", "trainer.min_steps", "model"])
@@ -26,7 +26,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     head, dot, rest = word.partition(".")
     heads = {known.partition(".")[0] for known in words}
     if dot and head not in heads:
-        # the first part is wrong; what is behind it may be, and perhaps only a class that isn't known yet can tell
+        # the first part is wrong; the rest may be wrong too, or belong to a class that is not known yet
         found = nearest(head, heads)
         whole = found and f"{found}.{rest}"
         below = [known for known in words if known.startswith(f"{found}.")]
@@ -34,22 +34,22 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, words, 1, 0.6)), None)
 
 
-def meant(word: str, words: Iterable[str]) -> str:
-    """The end of a sentence: ``; did you mean --steps?``, or a full stop where nothing is near."""
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Returns the end of a sentence: ``; did you mean --steps?``, or a period if no known word is close."""
     found = nearest(word, words)
     return f"; did you mean {found}?" if found else "."
 
 
-#: What is said of a word that belongs to no option: most often the shell made several of a pattern.
-TOO_MANY = "belongs to no option; quote a pattern ('*.jsonl'), and write several files as '[a.jsonl, b.jsonl]'"
+#: Message for an argument without an option. The usual cause is a pattern that the shell has expanded.
+TOO_MANY = "does not belong to an option; quote patterns ('*.jsonl'), and write several files as '[a.jsonl, b.jsonl]'"
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a tool: options are written in full, and faults are told in one line.
+    """A tool's parser, which accepts only full options and reports an error in one line.
 
     Args:
-        name: The command.
-        about: What its help begins with: of a docstring, what stands before the arguments.
+        name: Name of the command.
+        about: Text at the beginning of its help. A docstring is cut before its arguments.
     """
 
     def __init__(self, name: str, about: str | None) -> None:
@@ -57,10 +57,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"lightning-rlhf {name}", description=text, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the command with its status for wrong usage, 2."""
+        """Exits with status 2 for wrong usage."""
         if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             options = [name for action in self._actions for name in action.option_strings]
-            message = f"there is no option {found[1]}{meant(found[1], options)}"
+            message = f"there is no option {found[1]}{did_you_mean(found[1], options)}"
             if not found[1].startswith("-"):
                 message = f"{found[1]} {TOO_MANY}"
         self.exit(2, f"{self.prog}: {message}\n")

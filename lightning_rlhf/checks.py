@@ -1,4 +1,4 @@
-"""Arguments of the public classes, refused in Python as a command line refuses them."""
+"""Checks arguments of public classes in Python as the command line checks them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 
 class Range(NamedTuple):
-    """Numbers that an argument may have.
+    """The range of numbers that an argument may have.
 
     Attributes:
-        low: The least.
-        high: The greatest.
-        above: ``low`` itself is out.
-        below: ``high`` itself is out.
+        low: Smallest number.
+        high: Largest number.
+        above: Exclude ``low`` itself.
+        below: Exclude ``high`` itself.
     """
 
     low: float = -math.inf
@@ -39,16 +39,16 @@ class Range(NamedTuple):
 
 
 def check_arguments(owner: Any, given: Mapping[str, Any], prefix: str = "", **ranges: Range) -> None:
-    """Refuses what an annotation does not allow: other words than a ``Literal``'s, and other than numbers and bools.
+    """Checks arguments against annotations: the choices of a ``Literal``, numbers and bools.
 
     Args:
-        owner: The function or the class whose annotations say what is allowed.
-        given: Arguments by name; those that are no choice, number or bool are passed over.
-        prefix: Stands before names in messages.
-        ranges: What numbers may be, besides; NaN is none.
+        owner: The function or the class that has the annotations.
+        given: Arguments by name. Arguments of other types are not checked.
+        prefix: Text before names in messages.
+        ranges: Allowed range of each number. NaN is never allowed.
 
     Raises:
-        ValueError: An argument is out of its range, or of another kind.
+        ValueError: An argument has a wrong type, or is out of its range.
     """
     for name, hint in inspect.get_annotations(owner, eval_str=True).items():
         origin: Any = get_origin(hint)

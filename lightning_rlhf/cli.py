@@ -1,4 +1,4 @@
-"""``lightning-rlhf``: tools first, then one LightningCLI whose subcommands are the Trainer's methods."""
+"""The command ``lightning-rlhf``: tools, and a LightningCLI whose subcommands are the Trainer's methods."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_rlhf.arguments import meant
+from lightning_rlhf.arguments import did_you_mean
 from lightning_rlhf.quiet import quiet
 
 COMMANDS = ("fit", "validate", "test", "predict")
-#: Tools that are no Trainer methods: name, "module:function" taking the arguments after the name, one line of help.
+#: Tools beside the Trainer's methods: name, "module:function" that takes the other arguments, and one line of help.
 TOOLS = {
-    "inspect": ("lightning_rlhf.inspection.command:main", "rows as the model will see them, with the options of fit"),
-    "configs": ("lightning_rlhf.config_files:main", "the config files that come with the package: list them, copy one"),
-    "demo": ("lightning_rlhf.demo:main", "SFT, reward model and PPO of a small real model on bundled data"),
-    "win-rate": ("lightning_rlhf.evaluation.command:main", "how often one model's answers are preferred to another's"),
-    "report": ("lightning_rlhf.report.compare:main", "runs compared on one page: curves, answers, settings"),
+    "inspect": ("lightning_rlhf.inspection.command:main", "show rows as the model sees them; takes the options of fit"),
+    "configs": ("lightning_rlhf.config_files:main", "list the config files that come with the package, or copy one"),
+    "demo": ("lightning_rlhf.demo:main", "train a small real model with SFT, reward model and PPO on bundled data"),
+    "win-rate": ("lightning_rlhf.evaluation.command:main", "measure how often one model's answers beat another's"),
+    "report": ("lightning_rlhf.report.compare:main", "compare runs on one page: curves, answers, settings"),
 }
 
 USAGE = """\
@@ -25,22 +25,22 @@ usage: lightning-rlhf COMMAND ...
 
 RLHF as PyTorch Lightning modules.
 
-  fit       train:    lightning-rlhf fit --config configs/sft/smollm2_lora.yaml --data.train my.jsonl
-  validate  held-out loss, accuracy ... of a model or checkpoint
-  test      the same on test data
-  predict   a record per row of --data.predict FILE: an SFT model's log-probs and a reward model's scores of the
-            answers in it; the completions and their scores of PPO's policy
+  fit       train: lightning-rlhf fit --config configs/sft/smollm2_lora.yaml --data.train my.jsonl
+  validate  measure loss, accuracy ... of a model or checkpoint on validation data
+  test      measure the same on test data
+  predict   write a record per row of --data.predict FILE: log-probs (SFT) or scores (Reward) of its answers, or
+            PPO's completions with their scores
 {tools}
-Each command has its own --help; fit --print_config shows every key, and
-fit --model.help RewardModule, fit --data.help PreferenceDataModule what they mean.
+Each command has its own --help. fit --print_config lists all keys;
+fit --model.help RewardModule and fit --data.help PreferenceDataModule explain them.
 """
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point.
+    """Runs the command.
 
     Args:
-        args: Command line without the program's name; default ``sys.argv``.
+        args: Arguments without the program's name. Default: ``sys.argv``.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet()
     known = (*COMMANDS, *TOOLS)
     if arguments[0] not in known and not arguments[0].startswith("-"):
-        near = meant(arguments[0], known)
+        near = did_you_mean(arguments[0], known)
         print(f"lightning-rlhf: there is no command {arguments[0]}{near} All: {', '.join(known)}", file=sys.stderr)
         sys.exit(2)
     try:
@@ -64,23 +64,23 @@ def main(args: Sequence[str] | None = None) -> None:
             getattr(importlib.import_module(module), function)(arguments[1:])
         else:
             _stage(arguments[0], args)
-    except KeyboardInterrupt:  # where nothing runs that could be saved
+    except KeyboardInterrupt:  # nothing is running that could be saved
         print("SIGINT: stopped.", file=sys.stderr)
         sys.exit(130)
 
 
 def _stage(command: str, args: Sequence[str] | None) -> None:
-    """One of the Trainer's methods."""
+    """Runs one of the Trainer's methods."""
     try:
         cli(args)
     except Exception as error:
-        if not _told(found := reason(error), found is not error):
+        if not _explains_itself(found := root_cause(error), found is not error):
             raise
         sys.exit(f"lightning-rlhf {command}: {' '.join(str(found).split())}")
 
 
-def _told(error: BaseException, of_settings: bool) -> bool:
-    """Whether an error's message is all that its reader needs: of settings, of a row, of a file that is not there."""
+def _explains_itself(error: BaseException, of_settings: bool) -> bool:
+    """Whether an error's message is enough without a traceback: wrong settings, a bad row, or a missing file."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_rlhf.data.errors import DataError
@@ -89,15 +89,15 @@ def _told(error: BaseException, of_settings: bool) -> bool:
     if of_settings and isinstance(error, (OSError, ValueError)):
         return True
     if isinstance(error, FileNotFoundError):
-        return error.errno is None  # with a number it is the system's, and was not written for people
+        return error.errno is None  # with a number it comes from the system
     return isinstance(error, (DataError, CheckpointError, MisconfigurationException))
 
 
-def reason(error: BaseException) -> BaseException:
-    """What a class said that could not be made of its settings, which jsonargparse buries in what it was given.
+def root_cause(error: BaseException) -> BaseException:
+    """Finds the error of a class with wrong settings, which jsonargparse hides in a long error of its own.
 
     Args:
-        error: Raised while a command line was read; any other comes back as it is.
+        error: An error. Any other error is returned unchanged.
     """
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
         error = error.__cause__
@@ -105,24 +105,24 @@ def reason(error: BaseException) -> BaseException:
 
 
 def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
-    """The LightningCLI of all stages; ``run=False`` builds and returns it without running a subcommand.
+    """Builds the LightningCLI of all stages, and runs its subcommand.
 
     Args:
-        args: Command line, without the program's name; None: the program's own.
-        run: Whether it begins with a subcommand, which is run.
-        kind: A subclass of :class:`~lightning_rlhf.keys.StageCLI` to make instead.
+        args: Arguments without the program's name. None: ``sys.argv``.
+        run: Read a subcommand and run it. False: only build the objects.
+        kind: A subclass of :class:`~lightning_rlhf.keys.StageCLI` to use instead.
     """
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import SaveConfigCallback
 
     class SaveConfig(SaveConfigCallback):
-        """Writes ``config.yaml`` of a run that trains; an evaluation would put its own in the place of it."""
+        """Writes ``config.yaml`` of training runs only, because an evaluation would overwrite it."""
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             if stage == "fit":
                 super().setup(trainer, pl_module, stage)
 
-    # imported so that bare class names work: --model SFTModule
+    # imported so that class names work without their modules: --model SFTModule
     import lightning_rlhf.callbacks
     import lightning_rlhf.data.instruction
     import lightning_rlhf.data.preference

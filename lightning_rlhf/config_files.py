@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_rlhf.arguments import Parser, meant
+from lightning_rlhf.arguments import Parser, did_you_mean
 
 
 def folder() -> Path:
@@ -44,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     name = options.name.removeprefix("configs/")
     if name not in names:
-        parser.error(f"there is no config {options.name}{meant(name, names)} `lightning-rlhf configs` lists all.")
+        parser.error(
+            f"there is no config {options.name}{did_you_mean(name, names)} `lightning-rlhf configs` lists all."
+        )
     target = options.directory / name
     if target.exists():
         parser.error(f"{target} exists: remove it, or name another directory.")

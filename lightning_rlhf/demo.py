@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_rlhf.arguments import Parser, meant
+from lightning_rlhf.arguments import Parser, did_you_mean
 
 STAGES = ("sft", "reward", "ppo")
 PROMPTS = [
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="most tokens of PPO's completions")
     options = parser.parse_args(args)
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
-        parser.error(f"there is no stage {unknown[0]}{meant(unknown[0], STAGES)} All: {', '.join(STAGES)}")
+        parser.error(f"there is no stage {unknown[0]}{did_you_mean(unknown[0], STAGES)} All: {', '.join(STAGES)}")
     began = time.perf_counter()
     print(f"Everything goes to {options.output}.")
     stages = {"sft": fine_tune, "reward": train_reward_model, "ppo": reinforce}

@@ -192,7 +192,9 @@ def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path, monke
 
 def test_a_broken_checkpoint_is_named_in_a_line(tiny_model_dir, rows, tmp_path):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")
-    with pytest.raises(SystemExit, match=r"^lightning-rlhf fit: .*broken.ckpt is no checkpoint, or a damaged one: .*$"):
+    with pytest.raises(
+        SystemExit, match=r"^lightning-rlhf fit: .*broken.ckpt is not a checkpoint, or it is damaged: .*$"
+    ):
         main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--ckpt_path", str(tmp_path / "broken.ckpt")])
 
 
@@ -242,7 +244,7 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         ([*SFT, "--model.kl_coef", "1"], "there is no model.kl_coef; --model.help SFTModule lists all."),
         (
             ["--model.pretrained", "x", *SFT],
-            "there is no model.pretrained; say which class it is of, before it: --model CLASS (class_path in a file).",
+            "there is no model.pretrained; give its class first: --model CLASS (class_path in a file).",
         ),
         ([*SFT, "--nothing", "1"], "there is no nothing; --help lists all."),
         (
@@ -259,11 +261,11 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         ),
         (["--model", "SFTMod"], "model: there is no class SFTMod; did you mean SFTModule?"),
         ([*SFT, "--trainer.callbacks+=EMAs"], "trainer.callbacks: there is no class EMAs; did you mean EMA?"),
-        ([*SFT, "--trainer.max_steps", "x"], "trainer.max_steps: x is given where int is expected"),
-        ([*SFT, "--model.dtype", "half"], "model.dtype: half is given where float32, bfloat16, float16 is expected"),
+        ([*SFT, "--trainer.max_steps", "x"], "trainer.max_steps: expected int, got x"),
+        ([*SFT, "--model.dtype", "half"], "model.dtype: expected float32, bfloat16, float16, got half"),
         (
             [*SFT, "d.jsonl"],
-            "d.jsonl belongs to no option; quote a pattern ('*.jsonl'), and write several files as "
+            "d.jsonl does not belong to an option; quote patterns ('*.jsonl'), and write several files as "
             "'[a.jsonl, b.jsonl]'",
         ),
     ],
@@ -298,7 +300,7 @@ def test_wrong_arguments_are_told_in_a_line(command, arguments, answer, told):
         ),
         (
             "data:\n  init_args:\n    batch_size: x",
-            "{}, line 3: data.batch_size: x is given where int is expected",
+            "{}, line 3: data.batch_size: expected int, got x",
         ),
         ("model: [a", "{}: Problems parsing config: "),
         ("text", "{}: Unexpected config: text"),

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.multiprocessing import ProcessExitedException
 
-from lightning_rlhf.callbacks.progress import close_bars, say
+from lightning_rlhf.callbacks.progress import close_bars, print_above_bar
 from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -325,7 +325,7 @@ class _Watch(threading.Thread):
                     limit = (self.callback.time_limit if number == signal.SIGTERM else None) if came == 1 else GRACE
                     deadline = deadline if limit is None else time.monotonic() + limit
                     if came == 1 and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-                        self.say(number)
+                        self.announce(number)
                     elif came == 1:
                         came, deadline = 2, time.monotonic() + GRACE  # nothing is trained: the process stops at once
             elif self.callback._saving:
@@ -337,7 +337,7 @@ class _Watch(threading.Thread):
             else:
                 self.end(number)
 
-    def say(self, number: int) -> None:
+    def announce(self, number: int) -> None:
         """Announces the effect of a signal, above the progress bar."""
         if not self.trainer.is_global_zero:
             return
@@ -345,7 +345,7 @@ class _Watch(threading.Thread):
         after = "Press Ctrl-C again to stop at once, without saving."
         if number == signal.SIGTERM:
             after = "" if limit is None else f"If the step does not end within {limit:g} s, nothing is saved."
-        say(self.trainer, f"{name}: saving at the end of this step. {after}".rstrip(), sys.stderr)
+        print_above_bar(self.trainer, f"{name}: saving at the end of this step. {after}".rstrip(), sys.stderr)
 
     def end(self, number: int) -> None:
         """Ends the whole process, whatever its main thread does."""

@@ -168,7 +168,7 @@ def _open_bars(trainer: L.Trainer) -> list[Any]:
     return [one for one in found if not one.disable]
 
 
-def say(trainer: L.Trainer, text: str, file: TextIO | None = None) -> None:
+def print_above_bar(trainer: L.Trainer, text: str, file: TextIO | None = None) -> None:
     """Prints text above the progress bar.
 
     Args:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
-from lightning_rlhf.callbacks.progress import say
+from lightning_rlhf.callbacks.progress import print_above_bar
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, read_rows
@@ -305,7 +305,7 @@ class SampleCompletions(PromptCallback):
         metrics = ", ".join(f"{k} {v:.4g}" for k, v in trainer.progress_bar_metrics.items() if isinstance(v, float))
         text = "\n".join(["", title, *lines, *([f"Latest metrics: {metrics}"] if metrics else [])])
         encoding = sys.stdout.encoding or "utf-8"  # a character that the terminal lacks must not end the run
-        say(trainer, text.encode(encoding, "replace").decode(encoding))
+        print_above_bar(trainer, text.encode(encoding, "replace").decode(encoding))
         data = [[str(row[name]) for name in names] for row in rows]
         for logger in trainer.loggers:
             log: Any = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)

@@ -14,7 +14,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_rlhf.cli import cli, reason
+from lightning_rlhf.cli import cli, root_cause
 from lightning_rlhf.inspection.page import write_page
 from lightning_rlhf.inspection.rows import Split, inspect_data
 from lightning_rlhf.inspection.terminal import as_text
@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if config.html is not None:
             write_page(config.html, found)
     except (OSError, ValueError) as error:
-        sys.exit(f"lightning-rlhf inspect: {reason(error)}")
+        sys.exit(f"lightning-rlhf inspect: {root_cause(error)}")
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(as_text(found, shutil.get_terminal_size((100, 24)).columns, color))
     if config.html is not None:

@@ -1,4 +1,4 @@
-"""What runs did, as HTML pages: one run's by the callback ``Report``, several compared by ``lightning-rlhf report``."""
+"""HTML reports of runs: the callback ``Report`` writes one run's, and ``lightning-rlhf report`` compares several."""
 
 from lightning_rlhf.report.page import write_report
 from lightning_rlhf.report.runs import Curve, StageReport, read_report

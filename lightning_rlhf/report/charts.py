@@ -1,4 +1,4 @@
-"""Curves as inline SVG, colored by the style sheet of the page."""
+"""Draws curves as inline SVG. The page's style sheet colors them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-#: Colors of lines, in light and in dark pages. All are told apart with each of the common color blindnesses too, and
-#: stand out from the ground by a contrast of 3 (WCAG 2.1, 1.4.11).
-COLOURS = (
+#: Colors of lines in light and in dark pages. They can be distinguished with each common color blindness, and have a
+#: contrast of at least 3 with the background (WCAG 2.1, 1.4.11).
+COLORS = (
     ("#0c2dbb", "#386bfa"),
     ("#9f8d0e", "#fae353"),
     ("#8a050d", "#fb9339"),
@@ -19,9 +19,9 @@ COLOURS = (
     ("#101418", "#91969b"),
     ("#73176f", "#9b5295"),
 )
-#: Dashes of lines behind the first eight, and again behind these.
+#: Dashes of the first eight lines, of the next eight, and of the last eight.
 DASHES = ("solid", "dashed", "dotted")
-MAX_LINES = len(COLOURS) * len(DASHES)
+MAX_LINES = len(COLORS) * len(DASHES)
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 340, 170, 46, 10, 10, 22
 
 
@@ -30,12 +30,12 @@ class Line:
     """A line of a chart.
 
     Attributes:
-        points: Places across, which mostly are steps, and values. At values that are not finite the line breaks.
-        label: For the legend; empty on a chart of one line.
-        style: Number of its color and dashes, below ``MAX_LINES``; None: the page's own.
-        dots: Points that it is the trend of, drawn behind it; of few it has no points itself. None: it is drawn
-            through its points, and of many also their running mean.
-        band: Places with the least and the greatest value.
+        points: Pairs of x, usually a step, and y. The line is interrupted at values that are not finite.
+        label: Name in the legend; empty in a chart with one line.
+        style: Number of color and dashes, below ``MAX_LINES``. None: the page's own color.
+        dots: Points behind the line, which shows their trend; ``points`` are empty if there are few dots. None: the
+            line goes through its points, and many points also get a running mean.
+        band: Tuples of x, smallest and largest y.
     """
 
     points: Sequence[Sequence[float]]
@@ -46,15 +46,15 @@ class Line:
 
 
 def chart(name: str, lines: Sequence[Line]) -> str:
-    """Lines as a figure.
+    """Draws lines as a figure.
 
     Args:
-        name: Of the metric.
-        lines: One or several, over the same places.
+        name: Name of the metric.
+        lines: One or several lines over the same x.
 
     Returns:
-        The figure, an inline SVG with its caption: the name and the last value of each line. Long curves also get
-        their running mean.
+        An HTML figure with an inline SVG. Its caption has the name and the last value of each line. Long curves also
+        get their running mean.
     """
     caption = f"<figcaption>{html.escape(name)} {legend(lines)}</figcaption>"
     shown = [point for line in lines for point in (*line.points, *(line.dots or ())) if _finite(point)]
@@ -75,14 +75,14 @@ def chart(name: str, lines: Sequence[Line]) -> str:
         for t in across.ticks(5)
         if t == int(t) or not whole
     ]
-    parts += [_drawn(line, across, up) for line in lines]
-    label = html.escape(f"{name}: {'; '.join(filter(None, map(_said, lines)))}")
+    parts += [_draw(line, across, up) for line in lines]
+    label = html.escape(f"{name}: {'; '.join(filter(None, map(_describe, lines)))}")
     picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return f"<figure>{caption}{picture}</figure>"
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """The last value of a line, or a list of lines with theirs."""
+    """Returns the last value of a single line, or a list of several lines with their last values."""
     ends = [(line.points if line.dots is None else line.dots)[-1:] for line in lines]
     lasts = ["".join(f"<b>{number(value)}</b>" for _, value in end) for end in ends]
     if [line.label for line in lines] == [""]:
@@ -92,25 +92,25 @@ def legend(lines: Sequence[Line]) -> str:
 
 
 def key(label: str, style: int | None) -> str:
-    """A line's name behind a piece of it."""
+    """Returns a sample of a line with its name."""
     return f'<i class="{style_class(style)}"></i>{html.escape(label)}'
 
 
 def style_class(style: int | None) -> str:
-    """Classes of a line's color and dashes."""
-    return "" if style is None else f"c{style % len(COLOURS)} {DASHES[style // len(COLOURS)]}"
+    """Returns the CSS classes of a line's color and dashes."""
+    return "" if style is None else f"c{style % len(COLORS)} {DASHES[style // len(COLORS)]}"
 
 
 def running_mean(points: Sequence[Sequence[float]], part: float = 0.1, fewest: int = 30) -> list[tuple[float, float]]:
-    """The mean around each of many points; of few, whose mean would be as restless as they are, none.
+    """Computes the mean around each point. There is none for few points, whose mean would be as noisy as the points.
 
     Args:
-        points: Places and finite values.
-        part: Share of the points to either side that a mean takes in.
-        fewest: Points of which there is a mean.
+        points: Pairs of x and finite y.
+        part: Share of all points that a mean covers on each side.
+        fewest: Smallest number of points that get a mean.
 
     Returns:
-        As many, or none.
+        As many means as points, or none.
     """
     window = int(len(points) * part)
     near = [points[max(0, i - window) : i + window + 1] for i in range(len(points) if len(points) >= fewest else 0)]
@@ -118,7 +118,7 @@ def running_mean(points: Sequence[Sequence[float]], part: float = 0.1, fewest: i
 
 
 def number(value: float) -> str:
-    """A value in four digits, or in whole thousands."""
+    """Formats a value with four digits, or as an integer with thousands separators."""
     return f"{value:.4g}" if abs(value) < 10_000 or not math.isfinite(value) else f"{value:,.0f}"
 
 
@@ -126,7 +126,7 @@ def _finite(point: Sequence[float]) -> bool:
     return math.isfinite(point[0]) and math.isfinite(point[1])
 
 
-def _said(line: Line) -> str:
+def _describe(line: Line) -> str:
     points = [point for point in line.points or line.dots or () if _finite(point)]
     if not points:
         return ""
@@ -134,13 +134,13 @@ def _said(line: Line) -> str:
     return f"{line.label} {', '.join(ends)}".strip()
 
 
-def _drawn(line: Line, across: _Scale, up: _Scale) -> str:
+def _draw(line: Line, across: _Scale, up: _Scale) -> str:
     finite = [point for point in line.points if _finite(point)]
     parts = []
     if line.band:
         edge = [(x, low) for x, low, _ in line.band] + [(x, high) for x, _, high in reversed(line.band)]
         parts.append(f'<polygon class="band" points="{_places(edge, across, up)}"/>')
-    if line.dots is not None:  # round ends of lines without length
+    if line.dots is not None:  # lines without length show as dots, because their ends are round
         dots = "".join(f"M{across(x):.1f} {up(y):.1f}h0" for x, y in filter(_finite, line.dots))
         parts.append(f'<path class="dots" d="{dots}"/>')
     elif mean := running_mean(finite):
@@ -160,7 +160,7 @@ def _line(kind: str, points: Iterable[Sequence[float]], across: _Scale, up: _Sca
             pieces[-1].append(point)
         else:
             pieces.append([])
-    # a polyline of one point, twice, shows as a dot by its round ends
+    # a single point is drawn twice, and shows as a dot, because ends are round
     return "".join(
         f'<polyline class="{kind}" points="{_places(piece * 2 if len(piece) == 1 else piece, across, up)}"/>'
         for piece in pieces
@@ -173,7 +173,7 @@ def _places(points: Iterable[Sequence[float]], across: _Scale, up: _Scale) -> st
 
 
 class _Scale:
-    """Values to places, linearly; a single value lies in the middle."""
+    """Maps values to coordinates linearly. A single value is in the middle."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         if low == high:
@@ -185,7 +185,7 @@ class _Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """About so many round values."""
+        """Returns about ``count`` round values."""
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
         unit = next(unit for unit in (power, 2 * power, 5 * power, 10 * power) if unit >= rough)

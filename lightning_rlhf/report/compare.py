@@ -1,4 +1,4 @@
-"""``lightning-rlhf report``: several runs on one page."""
+"""``lightning-rlhf report``: compares several runs on one page."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ from lightning_rlhf.report.page import (
 )
 from lightning_rlhf.report.runs import Curve, StageReport, read_runs
 
-#: Fewest iterations that show where reward and KL go.
+#: Smallest number of iterations for a trend of reward and KL.
 _TREND = 20
-#: Not known, or not logged.
+#: Stands for a value that is not known or was not logged.
 NONE = "–"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compares runs on one HTML page: curves, answers, reward against KL, and the settings that differ.
 
-    Runs of one stage (SFT, Reward, PPO ...) stand together. The page needs no network and runs no scripts.
+    Runs of the same stage (SFT, Reward, PPO ...) are shown together. The page needs no network and no scripts.
 
     Args:
-        args: Command line after ``report``.
+        args: Arguments after ``report``.
     """
     parser = Parser("report", main.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, its report.html or its metrics.csv")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default report.html")
-    parser.add_argument("--title", help="its heading; default the names of the runs")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write; default: report.html")
+    parser.add_argument("--title", help="heading of the page; default: the names of the runs")
     parser.add_argument(
-        "--seeds", action="store_true", help="draw runs that differ in their seeds alone as their mean and range"
+        "--seeds", action="store_true", help="show mean and range of runs that differ only in their seeds"
     )
     options = parser.parse_args(args)
     try:
         if options.out.exists() and not _replaceable(options.out):
-            raise ValueError(f"{options.out} is no comparison, and is left as it is. Choose another --out.")
+            raise ValueError(f"{options.out} exists and is not a comparison of runs. Choose another --out.")
         stages = read_runs(options.runs)
         text = page(options.title or ", ".join(_labels(stages)), stages, options.seeds)
     except (OSError, ValueError) as error:
@@ -64,25 +64,25 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _replaceable(path: Path) -> bool:
-    """A comparison of before, and not the report of a run, which keeps its data."""
+    """Whether a file is an older comparison, and not a run's report, whose data would be lost."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return GENERATOR in text and '<script type="application/json" id="report">' not in text
 
 
 def page(title: str, stages: Mapping[str, Mapping[str, StageReport]], seeds: bool = False) -> str:
-    """The whole file.
+    """Makes the page.
 
     Args:
         title: Heading.
-        stages: Runs by name, by stage, as :func:`~lightning_rlhf.report.runs.read_runs` finds them.
-        seeds: Draw runs that differ in their seeds alone as their mean and range.
+        stages: Runs by stage and by name, from :func:`~lightning_rlhf.report.runs.read_runs`.
+        seeds: Show mean and range of runs that differ only in their seeds.
 
     Raises:
-        ValueError: There are more runs than lines that can be told apart.
+        ValueError: There are more runs than lines that can be distinguished.
     """
     labels = _labels(stages)
     if len(labels) > MAX_LINES:
-        raise ValueError(f"{len(labels)} runs are too many for one page: at most {MAX_LINES} can be told apart.")
+        raise ValueError(f"{len(labels)} runs are too many for one page. Compare at most {MAX_LINES}.")
     styles = {label: i for i, label in enumerate(labels)}
     return document(title, [(name, _stage(_groups(runs, styles, seeds))) for name, runs in stages.items()])
 
@@ -95,30 +95,30 @@ def _labels(stages: Mapping[str, Mapping[str, StageReport]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Runs that share a line: one, or several that differ in their seeds alone."""
+class _RunGroup:
+    """Runs that share a line: one, or several that differ only in their seeds."""
 
     label: str
     style: int
     runs: Mapping[str, StageReport]
 
 
-def _groups(runs: Mapping[str, StageReport], styles: Mapping[str, int], seeds: bool) -> list[_Group]:
+def _groups(runs: Mapping[str, StageReport], styles: Mapping[str, int], seeds: bool) -> list[_RunGroup]:
     if not seeds:
-        return [_Group(label, styles[label], {label: run}) for label, run in runs.items()]
+        return [_RunGroup(label, styles[label], {label: run}) for label, run in runs.items()]
     alike: dict[Any, dict[str, StageReport]] = {}
     for label, run in runs.items():
         own = {name: text for name, text in _flat(run).items() if name.rpartition(".")[2] != "seed"}
-        alike.setdefault(tuple(sorted(own.items())) or label, {})[label] = run  # of unknown settings, alone
+        alike.setdefault(tuple(sorted(own.items())) or label, {})[label] = run  # alone if its settings are unknown
     found = []
     for group in alike.values():
         first = next(iter(group))
-        found.append(_Group(first if len(group) == 1 else f"{first} ({len(group)} seeds)", styles[first], group))
+        found.append(_RunGroup(first if len(group) == 1 else f"{first} ({len(group)} seeds)", styles[first], group))
     return found
 
 
-def _line(group: _Group, name: str) -> Line | None:
-    """A metric of a group; of several runs their mean, at the steps that all of them have, within their range."""
+def _line(group: _RunGroup, name: str) -> Line | None:
+    """Makes a group's line of a metric. Several runs get their mean and range at the steps that all of them have."""
     found = [run.curves[name].all() for run in group.runs.values() if name in run.curves]
     if len(found) < 2:
         return Line(found[0], group.label, group.style) if found else None
@@ -133,7 +133,7 @@ def _line(group: _Group, name: str) -> Line | None:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _stage(groups: Sequence[_Group]) -> str:
+def _stage(groups: Sequence[_RunGroup]) -> str:
     runs = {label: run for group in groups for label, run in group.runs.items()}
     keys = {label: key(label, group.style) for group in groups for label in group.runs}
     names = dict.fromkeys(name for run in runs.values() for name in run.curves)
@@ -154,11 +154,11 @@ def _overview(runs: Mapping[str, StageReport], keys: Mapping[str, str]) -> str:
         figures = [_figure(run.curves[name], HEADLINES[name]) if name in run.curves else NONE for name in shown]
         rows.append([keys[label], *figures, _status(run.status), escape(run.started), escape(run.ended)])
     head = ["run", *map(escape, shown), "how it went", "from", "to"]
-    return f'{table(head, rows, "wide runs")}<p class="note">{HEADLINE_NOTE} Best: of all values.</p>'
+    return f'{table(head, rows, "wide runs")}<p class="note">{HEADLINE_NOTE} Best: the best of all values.</p>'
 
 
 def _status(text: str) -> str:
-    """How a run went; of a long error the beginning, and the rest folded away."""
+    """Formats the status of a run. A long error is folded after its beginning."""
     return escape(text) if len(text) <= 80 else details(f"{text[:60]} …", escape(text))
 
 
@@ -170,8 +170,8 @@ def _figure(curve: Curve, best: Callable[[Iterable[float]], float] | None) -> st
     return f"{headline(curve)}<br>best {number(value)} at {number(finite[value])}"
 
 
-def _over_kl(groups: Sequence[_Group]) -> str:
-    """Of online stages: the score of an iteration's completions over how far they are from the reference."""
+def _over_kl(groups: Sequence[_RunGroup]) -> str:
+    """Plots the score over the KL of each iteration, for stages that log both."""
     lines = [
         Line(_means(pairs), label, group.style, dots=pairs)
         for group in groups
@@ -181,22 +181,22 @@ def _over_kl(groups: Sequence[_Group]) -> str:
     if not lines:
         return ""
     note = (
-        "One dot per iteration. The line, from the first to the last, is the mean over two fifths of the iterations; "
-        f"it needs {_TREND} of them. KL is in nats per completion."
+        "One dot per iteration. The line goes from the first to the last and is the mean over two fifths of the "
+        f"iterations; it needs at least {_TREND}. KL is in nats per completion."
     )
     picture = chart("train/score over train/kl", lines)
     return f'<h3>Reward against KL</h3><p class="note">{note}</p><div class="one">{picture}</div>'
 
 
 def _pairs(curves: Mapping[str, Curve]) -> list[tuple[float, float]]:
-    """KL and score of the steps that have both."""
+    """Returns KL and score of the steps that have both."""
     kl, scores = (curves.get(name, Curve()).all() for name in ("train/kl", "train/score"))
     at = {step: value for step, value in scores if math.isfinite(value)}
     return [(value, at[step]) for step, value in kl if step in at and math.isfinite(value)]
 
 
 def _means(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The way that pairs go; both of their values are noisy, so that a line through few of them would be a scribble."""
+    """Returns the trend of pairs, or nothing for few pairs, because both of their values are noisy."""
     both = (running_mean(list(enumerate(values)), 1 / 5, _TREND) for values in zip(*pairs, strict=True))
     return [(x, y) for (_, x), (_, y) in zip(*both, strict=True)]
 
@@ -239,20 +239,20 @@ def _flat(run: StageReport) -> dict[str, str]:
 
 
 def _known(settings: Mapping[str, str], name: str) -> str | None:
-    """A run's value of a setting: where it has none, that of the setting around it: of ``lora.r`` that of ``lora``."""
+    """Returns a run's value of a setting, or of the setting that contains it: ``lora`` for a missing ``lora.r``."""
     while name not in settings and "." in name:
         name = name.rpartition(".")[0]
     return settings.get(name)
 
 
 def differing(runs: Mapping[str, StageReport]) -> dict[str, list[str | None]]:
-    """Settings of which two runs are known to have different values.
+    """Finds settings for which two runs are known to have different values.
 
     Args:
-        runs: By name.
+        runs: Runs by name.
 
     Returns:
-        By name of the setting, what each run has; None where that is not known.
+        For each setting, the value of each run; None if it is not known.
     """
     settings = [_flat(run) for run in runs.values()]
     names = dict.fromkeys(name for each in settings for name in each)
@@ -265,10 +265,10 @@ def _differences(runs: Mapping[str, StageReport], keys: Mapping[str, str]) -> st
     names = dict.fromkeys(name for each in settings for name in each)
     head = ["setting", *keys.values()]
     if not names:
-        return '<h3>Settings</h3><p class="note">No settings were found beside the curves.</p>'
+        return '<h3>Settings</h3><p class="note">No settings were found.</p>'
     different = {name: [NONE if v is None else escape(v) for v in found] for name, found in differing(runs).items()}
     whole = table(head, ([escape(name), *(escape(each.get(name, NONE)) for each in settings)] for name in names))
     few = table(head, ([escape(name), *cells] for name, cells in different.items()))
-    none = '<p class="note">None, of those that are known.</p>'
+    none = '<p class="note">No known settings differ.</p>'
     shown = f"<h3>Settings that differ</h3>{few if different else none}" if len(runs) > 1 else ""
     return shown + details("All settings", whole)

@@ -1,4 +1,4 @@
-"""Pages of runs: HTML that needs no network and runs no scripts."""
+"""Makes HTML pages of runs, without network access or scripts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_rlhf.report.charts import Line, chart, number
 from lightning_rlhf.report.runs import Curve, StageReport
 from lightning_rlhf.report.style import STYLE
 
-#: Curves shown first, by the name behind the prefix; the others follow in the order in which they were logged.
+#: Metrics whose curves come first, without their prefix. The others follow in the order in which they were logged.
 FIRST = ("score", "reward_mean", "reward", "kl", "accuracy", "loss", "perplexity", "token_accuracy", "margin")
-#: Figures at the head of a stage, those of them that it logged, and which of their values is the best.
+#: Metrics at the head of a stage, and the function that finds their best value.
 HEADLINES: dict[str, Callable[[Iterable[float]], float] | None] = {
     "val/win_rate": max,
     "val/score": max,
@@ -31,26 +31,24 @@ HEADLINES: dict[str, Callable[[Iterable[float]], float] | None] = {
 }
 #: Prefixes of metrics whose curves come first.
 GROUPS = ("train", "val", "test")
-#: In every page's head: what may be written over.
+#: Marks a page that may be overwritten, in its head.
 GENERATOR = '<meta name="generator" content="lightning-rlhf report">'
 SHOWN = 6
 
 
 def write_report(path: str | os.PathLike[str], title: str, stages: Sequence[StageReport]) -> None:
-    """Writes stages as one HTML file, whole or not at all.
-
-    The data lies in the file too, so that stages can be added later.
+    """Writes stages to one HTML file, atomically. The file also holds the data, so that stages can be added later.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         title: Heading.
-        stages: In order.
+        stages: The stages, in order.
     """
     write(Path(path), page(title, stages))
 
 
 def write(target: Path, text: str) -> None:
-    """Writes a page, whole or not at all."""
+    """Writes a page atomically."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -67,9 +65,9 @@ def write(target: Path, text: str) -> None:
 
 
 def page(title: str, stages: Sequence[StageReport]) -> str:
-    """The report of one run, or of the stages of one."""
+    """Makes the report of one run, or of several stages."""
     data = json.dumps({"title": title, "stages": [asdict(stage) for stage in stages]})
-    for character in "<>&":  # inside strings alone; no text can then end the block
+    for character in "<>&":  # they only occur in strings; escaped, no text can end the block
         data = data.replace(character, f"\\u{ord(character):04x}")
     sections = [(stage.name, _stage(stage)) for stage in stages]
     return document(title, sections, f'<script type="application/json" id="report">{data}</script>\n')
@@ -119,19 +117,19 @@ def _settings(settings: Mapping[str, Iterable[tuple[str, str, bool]]]) -> str:
         )
         if cells:
             out.append(f'<h4>{escape(section)}</h4><div class="wide"><table>{cells}</table></div>')
-    note = '<p class="note">Marked: other than the default.</p>'
+    note = '<p class="note">Marked settings differ from their defaults.</p>'
     return details("Settings", note + "".join(out)) if out else ""
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------------------------------------------ elements
 
 
 def document(title: str, sections: Sequence[tuple[str, str]], data: str = "") -> str:
-    """A whole file.
+    """Makes a whole file.
 
     Args:
         title: Heading.
-        sections: Headings, and HTML under them.
+        sections: Headings with the HTML below them.
         data: HTML at the end.
     """
     links = "".join(f'<a href="#stage{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
@@ -142,13 +140,13 @@ def document(title: str, sections: Sequence[tuple[str, str]], data: str = "") ->
 
 
 def frame(title: str, body: str, style: str, head: str = "") -> str:
-    """A whole file around its body: it needs no network and runs no scripts.
+    """Makes a whole file from its body. The file allows no network access and no scripts.
 
     Args:
-        title: Of the window.
-        body: HTML.
+        title: Title of the window.
+        body: HTML of the body.
         style: Style sheet.
-        head: Further HTML of its head.
+        head: More HTML for the head.
     """
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -167,17 +165,17 @@ def frame(title: str, body: str, style: str, head: str = "") -> str:
 
 
 def escape(text: object) -> str:
-    """Text as HTML."""
+    """Escapes text for HTML."""
     return html.escape(str(text))
 
 
 def details(summary: str, text: str) -> str:
-    """HTML that is folded away."""
+    """Folds HTML behind a summary."""
     return f"<details><summary>{escape(summary)}</summary>{text}</details>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide") -> str:
-    """A table that scrolls sideways in itself; all cells are HTML, the first of each row is its heading."""
+    """Makes a table that scrolls horizontally. All cells are HTML; the first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
@@ -185,11 +183,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide"
     return f'<div class="{kind}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-HEADLINE_NOTE = "From first to last; of long curves, the means of the first and the last tenth."
+HEADLINE_NOTE = "First and last value; long curves show the means of their first and last tenth."
 
 
 def headline(curve: Curve) -> str:
-    """The first and the last value of a curve, as HTML; empty where it has none."""
+    """Returns the first and the last value of a curve as HTML, or an empty text without values."""
     values = [value for _, value in curve.all()]
     if not values:
         return ""
@@ -199,19 +197,19 @@ def headline(curve: Curve) -> str:
 
 
 def article(prompt: str, cells: Sequence[str], more: str = "") -> str:
-    """A prompt above what was answered: HTML, and more of it below."""
+    """Makes the HTML of a prompt with its answers, and more HTML below them."""
     return f'<article><p class="prompt" dir="auto">{escape(prompt)}</p>{beside(cells)}{more}</article>'
 
 
 def beside(cells: Sequence[str]) -> str:
-    """Answers beside each other; a row of more than two scrolls sideways in itself."""
+    """Puts answers side by side. More than two scroll horizontally."""
     kind = "answers many" if len(cells) > 2 else "answers"
     row = "".join(f"<div>{cell}</div>" for cell in cells)
     return f'<div class="{kind}">{row}</div>'
 
 
 def answer(row: Mapping[str, Any], above: str) -> str:
-    """An answer, below a line of HTML to which its figures (score, KL) are added."""
+    """Makes the HTML of an answer, below a line to which its numbers (score, KL) are added."""
     known = ("step", "prompt", "completion", "ended")
     extra = "".join(
         f" · {escape(name)} {number(value)}"
@@ -224,11 +222,11 @@ def answer(row: Mapping[str, Any], above: str) -> str:
 
 
 def curves(names: Iterable[str], lines: Callable[[str], Sequence[Line]]) -> str:
-    """A chart a metric, by prefix; those behind the first few are folded away.
+    """Makes one chart per metric, grouped by prefix. All but the first few of a group are folded.
 
     Args:
-        names: Of the metrics.
-        lines: What is drawn of one.
+        names: Names of the metrics.
+        lines: Returns the lines of a metric.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -244,7 +242,7 @@ def curves(names: Iterable[str], lines: Callable[[str], Sequence[Line]]) -> str:
 
 
 def grid(charts: Iterable[str]) -> str:
-    """Charts beside each other, as many as fit."""
+    """Puts charts side by side, as many as fit."""
     return f'<div class="charts">{"".join(charts)}</div>'
 
 

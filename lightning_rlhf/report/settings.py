@@ -1,4 +1,4 @@
-"""Settings as rows of name and text: of live objects, and of the files that Lightning keeps them in."""
+"""Describes settings as pairs of name and text, for live objects and for the files in which Lightning saves them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-#: A setting: its name, its value in words, and whether it is known to differ from the default.
+#: A setting: its name, its value as text, and whether it is known to differ from the default.
 Setting = tuple[str, str, bool]
 _TRAINER = (
     "max_steps",
@@ -31,13 +31,13 @@ _OPTIMIZER = ("lr", "momentum", "betas", "eps", "weight_decay")
 
 
 def describe(thing: Any) -> list[Setting]:
-    """What a module or data module was made with, as far as it keeps it.
+    """Describes the arguments of a module or data module, as far as the object stores them.
 
     Args:
         thing: The object, or None.
 
     Returns:
-        Names of arguments, values in words, and whether they differ from the defaults.
+        Names of arguments, their values as text, and whether they differ from the defaults.
     """
     if thing is None:
         return []
@@ -53,7 +53,7 @@ def describe(thing: Any) -> list[Setting]:
 
 
 def describe_trainer(trainer: Any) -> list[Setting]:
-    """Those of the Trainer's settings that decide what is learnt, its optimizers, and what it ran on."""
+    """Describes the Trainer's settings that affect learning, its optimizers, and the machine."""
     values: dict[str, Any] = {name: getattr(trainer, name) for name in _TRAINER}
     for i, optimizer in enumerate(trainer.optimizers):
         known = {name: optimizer.defaults[name] for name in _OPTIMIZER if name in optimizer.defaults}
@@ -70,17 +70,17 @@ def describe_trainer(trainer: Any) -> list[Setting]:
 
 
 def read_settings(folder: Path) -> dict[str, list[Setting]]:
-    """Settings of a logger's folder: of the command line's ``config.yaml``, else of ``hparams.yaml``.
+    """Reads the settings in a logger's directory: ``config.yaml`` of the command line, otherwise ``hparams.yaml``.
 
     Args:
-        folder: Where ``metrics.csv`` is.
+        folder: The directory of ``metrics.csv``.
 
     Returns:
-        Sections as :class:`~lightning_rlhf.report.StageReport` has them; of the Trainer's settings those that
-        :func:`describe_trainer` names, as far as they were given. Empty without such files.
+        Sections as in :class:`~lightning_rlhf.report.StageReport`, with those of the Trainer's settings that
+        :func:`describe_trainer` shows. Empty without such files.
 
     Raises:
-        ValueError: A file is no YAML.
+        ValueError: A file is not valid YAML.
     """
     if config := read_yaml(folder / "config.yaml"):
         given = config.get("trainer") or {}
@@ -97,27 +97,27 @@ def read_settings(folder: Path) -> dict[str, list[Setting]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of settings; empty where there is none. Python objects in it become their fields or names.
+    """Reads a YAML file of settings. Python objects in it become their fields or names; a missing file is empty.
 
     Raises:
-        ValueError: It is no YAML, or no mapping.
+        ValueError: The file is not valid YAML, or not a mapping.
     """
     if not path.exists():
         return {}
     try:
-        found = yaml.load(path.read_text(encoding="utf-8", errors="replace"), _Plain) or {}
+        found = yaml.load(path.read_text(encoding="utf-8", errors="replace"), _PlainLoader) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}. Mend it, or move it away to do without.") from error
+        raise ValueError(f"{path} is not valid YAML: {error}. Correct it, or move it away.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings, but {type(found).__name__}. Mend it, or move it away.")
+        raise ValueError(f"{path} must be a mapping, but is a {type(found).__name__}. Correct it, or move it away.")
     return {str(name): value for name, value in found.items()}
 
 
-class _Plain(yaml.SafeLoader):
-    """Makes no Python objects."""
+class _PlainLoader(yaml.SafeLoader):
+    """Loads YAML without making Python objects."""
 
 
-def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+def _fields_or_name(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
     if isinstance(node, yaml.SequenceNode):
@@ -125,47 +125,47 @@ def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
     return loader.construct_scalar(node) or suffix.partition(":")[2]  # type: ignore[arg-type]
 
 
-_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _fields_or_name)
 
 
 def flatten(value: Any, name: str = "") -> dict[str, str]:
-    """A setting in words, and those inside it: ``sampling.top_p``, ``optimizer`` and ``optimizer.lr``.
+    """Describes a setting and the settings inside it: ``sampling.top_p``, ``optimizer`` and ``optimizer.lr``.
 
     Args:
-        value: Plain values; mappings, among them Lightning's ``{class_path, init_args}``; dataclasses; partials.
-        name: Of the setting; none for a whole section, whose class then is ``class``.
+        value: A plain value, a mapping such as Lightning's ``{class_path, init_args}``, a dataclass or a partial.
+        name: Name of the setting. Empty for a whole section, whose class is then named ``class``.
 
     Returns:
         Texts by dotted name.
     """
     if isinstance(value, functools.partial):
-        value = {"class_path": say(value.func), "init_args": value.keywords}
+        value = {"class_path": to_text(value.func), "init_args": value.keywords}
     elif is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     elif isinstance(value, list) and value and all(isinstance(v, Mapping) and v.keys() & _OBJECT for v in value):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping) or not value:
-        return {name: say(value)}
+        return {name: to_text(value)}
     out = {}
     if "class_path" in value:
-        out[name or "class"] = _short(value["class_path"])
+        out[name or "class"] = _class_name(value["class_path"])
         value = value.get("init_args") or {}
     for key, inner in value.items():
         out |= flatten(inner, f"{name}.{key}" if name else str(key))
     return out
 
 
-#: What tells the mappings that describe an object (or a part of a reward) from rows of data.
+#: Keys of mappings that describe an object or a part of a reward; other mappings are rows of data.
 _OBJECT = {"class_path", "source"}
 
 
-def say(value: Any) -> str:
-    """A setting in words that don't name addresses in memory, and don't list data."""
-    torch = sys.modules.get("torch")  # it is there wherever one of its objects is
+def to_text(value: Any) -> str:
+    """Formats a setting as text, without memory addresses and without lists of data."""
+    torch = sys.modules.get("torch")  # it is loaded if the value is one of its objects
     if torch and isinstance(value, (torch.nn.Module, torch.Tensor)):
         return type(value).__name__
     if isinstance(value, functools.partial):
-        return f"{say(value.func)}({', '.join(f'{k}={say(v)}' for k, v in value.keywords.items())})"
+        return f"{to_text(value.func)}({', '.join(f'{k}={to_text(v)}' for k, v in value.keywords.items())})"
     if isinstance(value, type) or inspect.isroutine(value):
         return str(value.__qualname__).rpartition("<locals>.")[2]
     if isinstance(value, (list, tuple)):
@@ -182,7 +182,7 @@ def say(value: Any) -> str:
 _LONGEST = 400
 
 
-def _short(path: object) -> str:
+def _class_name(path: object) -> str:
     return str(path).rpartition(".")[2]
 
 

@@ -1,8 +1,8 @@
-"""Style sheets of pages: light and dark, and nothing that overflows a phone."""
+"""Style sheets of pages, for light and dark mode and for small screens."""
 
-from lightning_rlhf.report.charts import COLOURS
+from lightning_rlhf.report.charts import COLORS
 
-#: Of every page: colors, and what texts look like.
+#: Rules of every page: colors and text.
 BASE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #667; --back: #fff; --card: #f4f5f7; --edge: #dde;
   --line: #1f6feb; --mark: #b35900 }
@@ -19,7 +19,7 @@ article { background: var(--card); border-radius: .5rem; padding: .5rem .75rem; 
 table { border-collapse: collapse; font-size: .85rem }
 @media (max-width: 40rem) { body { padding: .75rem } h1 { font-size: 1.2rem } }
 """
-#: Of reports, with the colors of their lines.
+#: Rules of reports, with the colors of lines.
 STYLE = """
 /* light */
 @media (prefers-color-scheme: dark) { /* dark */ }
@@ -58,6 +58,6 @@ td { font-variant-numeric: tabular-nums; max-width: 24rem; overflow-wrap: break-
 @media (max-width: 40rem) { .answers { grid-template-columns: 1fr } .many { grid-template-columns: none } }
 """
 for _place, _scheme in (("/* light */", 0), ("/* dark */", 1)):
-    _rules = " ".join(f".c{i} {{ --line: {colors[_scheme]} }}" for i, colors in enumerate(COLOURS))
+    _rules = " ".join(f".c{i} {{ --line: {colors[_scheme]} }}" for i, colors in enumerate(COLORS))
     STYLE = STYLE.replace(_place, _rules)
 STYLE = BASE + STYLE

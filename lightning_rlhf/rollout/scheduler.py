@@ -24,7 +24,7 @@ _PADDING = 64
 """Number of padding tokens that cost about as much as another pass over the weights."""
 
 
-class _Group:
+class _PromptGroup:
     """Waiting rows of one prompt, and the (V,) ``logits`` of its next token while some of its rows are running."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Scheduler:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._budget, self._max_rows = max_live_tokens or sys.maxsize, max_rows or sys.maxsize
         self._prefill_tokens = prefill_tokens
-        self._waiting: dict[tuple[int, ...], _Group] = {}  # by prompt, in the order of arrival
+        self._waiting: dict[tuple[int, ...], _PromptGroup] = {}  # by prompt, in the order of arrival
         self._rows: list[ActiveSequence] = []  # in the order of the cache's rows
         self._lock = threading.Lock()  # guards self._waiting
         self._closed = False
@@ -102,7 +102,7 @@ class Scheduler:
             if self._closed:
                 raise RuntimeError("The rollout session is closed.")
             for row in rows:
-                self._waiting.setdefault(row.prompt, _Group()).rows.append(row)
+                self._waiting.setdefault(row.prompt, _PromptGroup()).rows.append(row)
         return [row.future for row in rows]
 
     @torch.inference_mode()
@@ -168,9 +168,9 @@ class Scheduler:
         if new:
             self._start(new)
 
-    def _take_waiting(self, kept: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, _Group]]:
+    def _take_waiting(self, kept: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, _PromptGroup]]:
         """Removes and returns the waiting rows that fit beside the kept ones, first come first served."""
-        taken: list[tuple[ActiveSequence, _Group]] = []
+        taken: list[tuple[ActiveSequence, _PromptGroup]] = []
         columns = max((row.columns for row in kept), default=0)
         with self._lock:
             for prompt, group in list(self._waiting.items()):
@@ -205,10 +205,10 @@ class Scheduler:
         in_use = [row.position + 1 for row, source in zip(rows, sources, strict=True) if source is not None]
         cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
 
-    def _start(self, new: Sequence[tuple[ActiveSequence, _Group]]) -> None:
+    def _start(self, new: Sequence[tuple[ActiveSequence, _PromptGroup]]) -> None:
         """Runs the prompts that have not run yet, and samples the first token of each new row."""
         slot = {row: i for i, row in enumerate(self._rows)}
-        members: dict[_Group, list[ActiveSequence]] = {}
+        members: dict[_PromptGroup, list[ActiveSequence]] = {}
         for row, group in new:
             members.setdefault(group, []).append(row)
         first = {group: group.logits for group in members if group.logits is not None}

@@ -46,7 +46,7 @@ from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, gradient_norm, parameter_groups, parameters_of
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
-from lightning_rlhf.utils.checkpoint_io import check_held, naming
+from lightning_rlhf.utils.checkpoint_io import check_is_checkpoint, explain_bad_checkpoint
 from lightning_rlhf.utils.collectives import gather_objects
 
 
@@ -576,9 +576,9 @@ class Stage(L.LightningModule):
             CheckpointError: It is no checkpoint, another stage's, or was made with objects that are not given.
         """
         if isinstance(checkpoint_path, (str, os.PathLike)) and os.path.exists(checkpoint_path):
-            with naming(checkpoint_path):
+            with explain_bad_checkpoint(checkpoint_path):
                 held = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
-            check_held(held, checkpoint_path)
+            check_is_checkpoint(held, checkpoint_path)
             _check_stage(cls, held, os.fspath(checkpoint_path))
             objects = held["stage"]["objects"]
             if missing := [name for name in objects if name not in kwargs]:

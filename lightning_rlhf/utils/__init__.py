@@ -1,3 +1,3 @@
-"""What several rooms use and none owns: files that are whole or not there, checkpoints, seeds."""
+"""Helpers for all packages: atomic files and directories, checkpoints, collectives, random numbers."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Writes checkpoints atomically, and explains files that are not checkpoints."""
 
 from __future__ import annotations
 
@@ -18,63 +18,64 @@ from lightning_rlhf.utils.filesystem import sync
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that isn't one, or not of what is to go on from it; the message says what to give instead."""
+    """A file is not a checkpoint, or does not fit the run; the message says what to use instead."""
 
 
 @contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Says of a local path what it is instead of a checkpoint, where reading it fails.
+def explain_bad_checkpoint(path: object) -> Iterator[None]:
+    """Within it, an error in reading a local path is replaced by an explanation of what the path is.
 
     Raises:
-        CheckpointError: It is a directory, empty, or no file of torch's.
+        CheckpointError: The path is a directory, an empty file, or a file that torch cannot read.
     """
     try:
         yield
     except Exception as error:
         if not isinstance(path, (str, os.PathLike)) or not os.path.exists(path) or zipfile.is_zipfile(path):
             raise
-        raise CheckpointError(f"{os.fspath(path)} {_instead(Path(path))}") from error
+        raise CheckpointError(f"{os.fspath(path)} {_explain(Path(path))}") from error
 
 
-def check_held(found: Any, path: object) -> dict[str, Any]:
-    """What a file held, which torch could read, if a Trainer wrote it.
+def check_is_checkpoint(found: Any, path: object) -> dict[str, Any]:
+    """Returns the content of a file if a Trainer wrote it.
 
     Raises:
-        CheckpointError: It holds something else, such as weights alone.
+        CheckpointError: The file holds something else, such as weights only.
     """
     if isinstance(found, dict) and "pytorch-lightning_version" in found:
         return found
     raise CheckpointError(
-        f"{path} is no checkpoint of a Trainer's: it may hold weights alone, from which fit can't go on. A model in "
-        "Hugging Face form is given by its directory, as pretrained."
+        f"{path} is not a Trainer's checkpoint. It may hold only weights, from which fit cannot resume. To start from "
+        "a Hugging Face model, set pretrained to its directory."
     )
 
 
-def _instead(path: Path) -> str:
+def _explain(path: Path) -> str:
     if path.is_dir():
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-            return "is a Hugging Face directory and no checkpoint: give it as pretrained, to start a new run from it."
+            return "is a Hugging Face model, not a checkpoint. Set pretrained to it to start a new run from it."
         if (path / "meta.ckpt").exists():
             return (
-                "is a sharded checkpoint, which only fit under ColossalAI's strategy reads: lightning_rlhf.strategies."
-                "checkpoints.consolidate(directory, file) makes an ordinary one of it."
+                "is a sharded checkpoint, which only fit under ColossalAI's strategy reads. Convert it with "
+                "lightning_rlhf.strategies.checkpoints.consolidate(directory, file)."
             )
         inside = sorted(path.glob("**/*.ckpt"), key=os.path.getmtime)
-        return f"is a directory and no checkpoint: give a file, such as {inside[-1] if inside else path / 'NAME.ckpt'}."
+        return f"is a directory, not a checkpoint. Give a file, such as {inside[-1] if inside else path / 'NAME.ckpt'}."
     if not path.stat().st_size:
-        return "is empty: no checkpoint was written to it. Give another one."
-    return "is no checkpoint, or a damaged one: torch can't read it. Give another one."
+        return "is an empty file. Give another checkpoint."
+    return "is not a checkpoint, or it is damaged: torch cannot read it. Give another one."
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, has it reach the disk, and renames it.
+    """Writes a checkpoint to a file beside its target, waits for the disk, and renames the file.
 
-    Lightning's own writer makes a temporary file in the system's folder for them and moves it: where that is another
-    disk the move is a copy, and a crash during it leaves half a checkpoint in place of a whole one; nor does it wait
-    for the disk. This one also needs no second copy of the checkpoint in memory.
+    Lightning's writer moves a file from the system's temporary directory. If that is on another disk, the move is a
+    copy, and a crash during it replaces a complete checkpoint by an incomplete one. It also does not wait for the disk,
+    and needs a second copy of the checkpoint in memory.
 
-    Each write goes to ``.NAME.partial``; one that a killed process left is written over by the next. Remote paths go
-    Lightning's way. What is no checkpoint is named when it is to be read.
+    Each checkpoint is first written to ``.NAME.partial``. If a killed process leaves this file, the next write replaces
+    it. Remote paths are written by Lightning's writer. Reading a file that is not a checkpoint raises an error that
+    says what the file is.
 
     Use it as ``Trainer(plugins=[AtomicCheckpointIO()])``, or in YAML::
 
@@ -82,21 +83,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
           plugins:
           - class_path: lightning_rlhf.callbacks.AtomicCheckpointIO
 
-    :class:`~lightning_rlhf.callbacks.SaveOnInterrupt` puts it in the place of Lightning's default by itself.
+    :class:`~lightning_rlhf.callbacks.SaveOnInterrupt` replaces Lightning's default writer by it.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Writes the file; when this returns it is on the disk, whole.
+        """Writes the file. When it returns, the complete file is on the disk.
 
         Args:
-            checkpoint: What ``torch.save`` takes.
-            path: Where to.
-            storage_options: Must be None, as in Lightning's own.
+            checkpoint: An object for ``torch.save``.
+            path: Path of the file.
+            storage_options: Must be None, as for Lightning's writer.
 
         Raises:
-            TypeError: ``storage_options`` was given.
+            TypeError: ``storage_options`` is not None.
         """
         filesystem, local = url_to_fs(str(path))
         if storage_options is not None or not isinstance(filesystem, LocalFileSystem):
@@ -122,14 +123,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads the file.
 
         Args:
-            path: Where from.
-            map_location: As of ``torch.load``.
-            weights_only: As of ``torch.load``.
+            path: Path of the file.
+            map_location: See ``torch.load``.
+            weights_only: See ``torch.load``.
 
         Raises:
-            CheckpointError: It is no checkpoint.
-            FileNotFoundError: Nothing is there.
+            CheckpointError: The file is not a checkpoint.
+            FileNotFoundError: The file does not exist.
         """
-        with naming(path):
+        with explain_bad_checkpoint(path):
             found = super().load_checkpoint(os.fspath(path), map_location, weights_only)
-        return check_held(found, path)
+        return check_is_checkpoint(found, path)

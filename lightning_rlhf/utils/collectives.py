@@ -1,4 +1,4 @@
-"""What ranks tell each other, whatever the strategy."""
+"""Collectives that work with any strategy."""
 
 from typing import Any, TypeVar
 
@@ -8,10 +8,10 @@ _T = TypeVar("_T")
 
 
 def gather_objects(mine: _T) -> list[_T]:
-    """An object of each rank, in their order, on all of them; all must call.
+    """Gathers an object from each rank, in the order of ranks, on all ranks. All ranks must call it.
 
     Args:
-        mine: What this rank gives; it must pickle.
+        mine: This rank's object, which must be picklable.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [mine]

@@ -11,5 +11,5 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: Function) -> Function:
-    """Keeps ``torch.compile`` out of a function: the compiled code would be made anew for each shape of its input."""
+    """Excludes a function from ``torch.compile``, which would compile it again for each shape of its input."""
     return cast(Function, torch.compiler.disable(function))

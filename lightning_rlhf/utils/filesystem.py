@@ -1,4 +1,4 @@
-"""Directories that are complete or not there at all."""
+"""Writes directories atomically: a directory is complete, or it does not exist."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 COMPLETE = ".complete"
-"""Name of the empty file that is written last into a directory."""
+"""Name of the empty file that is written last and marks a complete directory."""
 
 
 @contextmanager
 def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new directory to write to, that takes its name when the block ends well.
+    """Makes a new directory that gets its name when the context ends without an error.
 
-    Files reach the disk, then the marker :data:`COMPLETE`, then the name. Until then a directory of that name keeps
-    what it holds, whatever happens; where the system can't swap two names at once (other than Linux), a crash in the
-    instant between two renames leaves it as ``.NAME.old``, and the next call puts it back.
+    First its files reach the disk, then the marker :data:`COMPLETE`, then the name. Until then an older directory of
+    that name is unchanged. If the system cannot swap two names at once (all systems except Linux), a crash between two
+    renames leaves the older directory as ``.NAME.old``, and the next call restores it.
 
     Args:
-        directory: The name to take.
+        directory: Path that the directory gets.
 
     Yields:
-        The directory to write to, beside it.
+        The directory to write to.
 
     Raises:
-        FileExistsError: The name belongs to a file, or to a directory that was not written by this function.
+        FileExistsError: The path is taken by a file, or by a directory that this function did not write.
     """
     target = Path(directory)
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
@@ -55,28 +55,28 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(old)
         sync(target.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what failed, or what was replaced
+        shutil.rmtree(partial, ignore_errors=True)  # a failed write, or the replaced directory
 
 
 def check_replaceable(directory: str | os.PathLike[str]) -> None:
-    """Refuses names under which something else would be lost.
+    """Checks that a path does not exist, or is an empty directory or one with the marker :data:`COMPLETE`.
 
     Raises:
-        FileExistsError: A file, or a directory with content and without the marker :data:`COMPLETE`.
+        FileExistsError: The path is a file, or another directory, whose content would be lost.
     """
     target = Path(directory)
     if target.is_dir() and ((target / COMPLETE).exists() or not any(target.iterdir())):
         return
     if target.exists():
         raise FileExistsError(
-            f"{target} exists and was not written here (it has no file {COMPLETE}): choose another directory, or "
-            "move it away."
+            f"{target} exists and is not an export or a checkpoint (it has no file {COMPLETE}). Choose another "
+            "directory, or move it away."
         )
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Has the system write a file, or a directory's list of names, to the disk."""
-    if os.name == "nt" and os.path.isdir(path):  # Windows opens no directories
+    """Waits until a file, or a directory's list of names, is on the disk."""
+    if os.name == "nt" and os.path.isdir(path):  # Windows cannot open directories
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -86,7 +86,7 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step; False where that can't be done."""
+    """Swaps two names atomically. Returns False if the system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)

@@ -1,4 +1,4 @@
-"""Random generators and keys that depend on nothing but the numbers they are named by."""
+"""Random generators and keys that depend only on the numbers given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def generator(*keys: int) -> torch.Generator:
-    """A generator of its own for a tuple of keys; the global one is never touched."""
+    """Makes a generator from a tuple of keys. The global generator does not change."""
     seed = 0
     for key in keys:
         seed = (seed * 6364136223846793005 + key + 1442695040888963407) % 2**63
@@ -14,13 +14,13 @@ def generator(*keys: int) -> torch.Generator:
 
 
 def sample_key(*parts: int) -> int:
-    """A key for a :class:`Request`.
+    """Computes a key for a :class:`Request`.
 
     Args:
-        parts: What names the sample, such as seed, iteration, row of the prompt, number of the sample.
+        parts: Numbers that identify the sample, such as seed, iteration, row of the prompt, index of the sample.
 
     Returns:
-        A well-mixed hash of the parts, in their order, in 32 bits.
+        A well-mixed 32-bit hash of the parts in their order.
     """
     state = 0
     for part in parts:  # SplitMix64's finalizer, chained

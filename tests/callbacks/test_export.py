@@ -143,7 +143,7 @@ class Never(L.Callback):
 def test_a_directory_that_holds_something_else_stops_the_run_before_it_starts(on, name, short_fit, tmp_path):
     (tmp_path / "hf" / name).mkdir(parents=True)
     (tmp_path / "hf" / name / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=f"{name} exists and was not written here"):
+    with pytest.raises(FileExistsError, match=f"{name} exists and is not an export"):
         short_fit([HFExport(when=on, monitor="val/loss"), Never()])
     assert (tmp_path / "hf" / name / "thesis.tex").exists()
 

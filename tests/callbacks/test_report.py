@@ -120,7 +120,7 @@ def test_what_is_no_report_is_left_alone(tmp_path):
     path = tmp_path / "mine.html"
     path.write_text("<h1>Mine</h1>")
     for append in (True, False):
-        with pytest.raises(ValueError, match=r"mine\.html is no report"):
+        with pytest.raises(ValueError, match=r"mine\.html is not a report"):
             trainer(tmp_path, [Report(path, append=append)]).fit(Toy(fail_at=1))
     assert path.read_text() == "<h1>Mine</h1>"
 

@@ -53,7 +53,7 @@ def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
 
 def test_other_files_are_never_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another directory"):
+    with pytest.raises(FileExistsError, match="Choose another directory"):
         pretrained.fetch_smollm2(tmp_path, **QUIET)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_rlhf.report.charts import COLOURS, MAX_LINES, Line, chart, style_class
+from lightning_rlhf.report.charts import COLORS, MAX_LINES, Line, chart, style_class
 from lightning_rlhf.report.runs import MAX_POINTS, Curve
 from lightning_rlhf.report.style import STYLE
 
@@ -108,7 +108,7 @@ def oklab(rgb):
 @pytest.mark.parametrize("scheme, ground", [(0, "#f4f5f7"), (1, "#1e2226")], ids=["light", "dark"])
 def test_colors_stand_out_and_are_told_apart(scheme, ground):
     assert f"--card: {ground}" in STYLE
-    colors = [linear(pair[scheme]) for pair in COLOURS]
+    colors = [linear(pair[scheme]) for pair in COLORS]
     weights = np.array([0.2126, 0.7152, 0.0722])
     for color in colors:
         dark, light = sorted((color @ weights, linear(ground) @ weights))
@@ -123,7 +123,7 @@ def test_no_two_styles_are_alike_and_all_are_in_the_style_sheet():
     assert len(set(styles)) == MAX_LINES == 24
     for name in {name for style in styles for name in style.split()} - {"solid"}:
         assert f".{name} " in STYLE
-    assert STYLE.count(COLOURS[3][0]) == STYLE.count(COLOURS[3][1]) == 1 and "/*" not in STYLE
+    assert STYLE.count(COLORS[3][0]) == STYLE.count(COLORS[3][1]) == 1 and "/*" not in STYLE
 
 
 def test_few_points_have_no_running_mean(parse):

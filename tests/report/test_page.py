@@ -66,5 +66,5 @@ def test_what_is_no_number_is_said(parse):
 
 def test_what_is_no_report_is_refused(tmp_path):
     (tmp_path / "a.html").write_text("<h1>Mine</h1>")
-    with pytest.raises(ValueError, match=r"a\.html is no report"):
+    with pytest.raises(ValueError, match=r"a\.html is not a report"):
         read_report(tmp_path / "a.html")

@@ -71,7 +71,7 @@ def test_report_and_log_say_the_same(tmp_path):
     assert curves(tmp_path) == curves(tmp_path / "report.html") == WANTED
     assert curves(log) == curves(log / "metrics.csv") == WANTED
     (report,) = read_run(log)
-    assert report.status == "to step 8, by version_0/metrics.csv"
+    assert report.status == "to step 8, from version_0/metrics.csv"
     assert report.settings == {"Model": [("offset", "0.0", False)]} and report.kind == "Runs"
     assert read_run(tmp_path)[0].kind == "Toy"
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_is_whole_and_its_later_values_hold(tmp_path):
     fit(tmp_path, offset=100.0, ckpt_path=tmp_path / "c" / "step=3.ckpt")
     values = curves(tmp_path)["train/kl"]
     assert values == [[s, pytest.approx(s**2 / 7 + 100 * (s > 3), rel=1e-5)] for s in range(1, 9)]
-    assert read_run(tmp_path)[0].status == "to step 8, by version_0/metrics.csv, version_1/metrics.csv"
+    assert read_run(tmp_path)[0].status == "to step 8, from version_0/metrics.csv, version_1/metrics.csv"
     fit(tmp_path, steps=2, offset=-7.0)  # anew
     assert curves(tmp_path) == {"train/kl": [[s, pytest.approx(s**2 / 7 - 7, rel=1e-5)] for s in (1, 2)]}
 
@@ -119,14 +119,14 @@ def test_of_a_log_that_was_cut_off_the_last_line_is_left_out_and_that_is_said(re
     path = log(tmp_path, ["0,0,4.0,", "0,1,3.0,", rest], end="")
     assert curves(path) == {"train/loss": [[1, 4.0], [2, 3.0]]}
     assert read_run(path)[0].status == (
-        "to step 2, by metrics.csv; the last line of metrics.csv was cut off, and is left out"
+        "to step 2, from metrics.csv; the last line of metrics.csv is incomplete and left out"
     )
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ("0,1,3.0", r"metrics\.csv, line 3: 3 values under 4 names\. Mend the line"),
+        ("0,1,3.0", r"metrics\.csv, line 3: 3 values under 4 names\. Correct the line"),
         ("0,1,x,", r"metrics\.csv, line 3: could not convert string to float: 'x'"),
         ("0,,1.0,", r"metrics\.csv, line 3: could not convert string to float: ''"),
     ],
@@ -138,7 +138,7 @@ def test_a_bad_line_is_named(row, message, tmp_path):
 
 
 def test_what_is_no_log_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no column 'step', so it is no log"):
+    with pytest.raises(ValueError, match="no column 'step', so it is not a log"):
         read_run(log(tmp_path / "a", ["1,2"], header="name,price"))
     for rows in ([], ["0,1,,"]):
         with pytest.raises(ValueError, match=r"metrics\.csv holds no values"):
@@ -149,13 +149,13 @@ def test_what_is_no_log_is_refused(tmp_path):
 
 
 def test_what_was_looked_for_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for report\.html in it, and .* metrics\.csv and events"):
+    with pytest.raises(FileNotFoundError, match=r"neither report\.html, nor metrics\.csv or events"):
         read_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"There is no .*gone"):
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist"):
         read_run(tmp_path / "gone")
     log(tmp_path / "a" / "version_0", ["0,1,1,1"])
     log(tmp_path / "b", ["0,1,1,1"])
-    with pytest.raises(ValueError, match=r"holds several runs.*: \S*/a, \S*/b\."):
+    with pytest.raises(ValueError, match=r"has several runs.*: \S*/a, \S*/b\."):
         read_run(tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_answers_are_the_first_and_the_latest_of_the_last_run(tmp_path):
     (report,) = read_run(tmp_path)
     assert [(r["step"], r["score"]) for r in report.samples["a"]] == [(0, 3), (11, 7)]
     assert [r["step"] for r in report.samples["b"]] == [0]
-    assert report.status.endswith("; 3 lines of samples.jsonl hold no answer, and are left out")
+    assert report.status.endswith("; 3 lines of samples.jsonl without an answer are left out")
 
 
 def test_names_tell_runs_apart(tmp_path):

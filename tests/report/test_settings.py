@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_rlhf.report.settings import describe, flatten, read_settings, read_yaml, say
+from lightning_rlhf.report.settings import describe, flatten, read_settings, read_yaml, to_text
 
 
 class Toy(torch.nn.Module):
@@ -18,10 +18,10 @@ class Toy(torch.nn.Module):
 
 
 def test_settings_are_said_without_addresses_and_data():
-    assert say(Toy()) == "Toy" and say(torch.zeros(3)) == "Tensor"
-    assert say(functools.partial(torch.optim.AdamW, lr=0.1)) == "AdamW(lr=0.1)"
-    assert say(describe) == "describe" and say(lambda x: x) == "<lambda>" and say(object()) == "object"
-    assert say([{"prompt": "a"}] * 5) == "5 rows" and say("a" * 5) == "aaaaa" and say(["a"] * 500) == "list"
+    assert to_text(Toy()) == "Toy" and to_text(torch.zeros(3)) == "Tensor"
+    assert to_text(functools.partial(torch.optim.AdamW, lr=0.1)) == "AdamW(lr=0.1)"
+    assert to_text(describe) == "describe" and to_text(lambda x: x) == "<lambda>" and to_text(object()) == "object"
+    assert to_text([{"prompt": "a"}] * 5) == "5 rows" and to_text("a" * 5) == "aaaaa" and to_text(["a"] * 500) == "list"
     assert describe(None) == []
     assert describe(Toy(rate=0.2)) == [
         ("class", "Toy", False),
@@ -63,8 +63,8 @@ def test_settings_inside_settings_have_dotted_names():
 
 
 def test_long_texts_are_cut_and_their_length_is_said():
-    assert say("a" * 400) == "a" * 400
-    assert say("a" * 401) == "a" * 400 + "… (401 characters)"
+    assert to_text("a" * 400) == "a" * 400
+    assert to_text("a" * 401) == "a" * 400 + "… (401 characters)"
 
 
 def test_the_command_lines_config_comes_before_the_loggers_hparams(tmp_path):
@@ -92,8 +92,8 @@ def test_yaml_makes_no_objects(tmp_path):
     assert read_yaml(path) == {"x": ["made"], "y": "torch.optim.AdamW", "z": {"r": 8}, "t": [1, 2]}
     assert not os.path.exists("made")
     path.write_text("a: [1")
-    with pytest.raises(ValueError, match=r"hparams\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"hparams\.yaml is not valid YAML"):
         read_yaml(path)
     path.write_text("- 1")
-    with pytest.raises(ValueError, match="holds no settings, but list"):
+    with pytest.raises(ValueError, match="must be a mapping, but is a list"):
         read_yaml(path)

@@ -242,14 +242,14 @@ def test_what_is_no_checkpoint_is_named(tiny_model_dir, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a.ckpt").touch()
     messages = {
-        "empty.ckpt": "is empty: no checkpoint was written to it",
-        "text.ckpt": "is no checkpoint, or a damaged one",
-        "half.ckpt": "is no checkpoint, or a damaged one",
+        "empty.ckpt": "is an empty file",
+        "text.ckpt": "is not a checkpoint, or it is damaged",
+        "half.ckpt": "is not a checkpoint, or it is damaged",
         "foreign.ckpt": "is no checkpoint of a stage of lightning_rlhf",
-        "weights.bin": "is no checkpoint of a Trainer's: it may hold weights alone",
-        "list.pt": "is no checkpoint of a Trainer's",
-        "run": f"is a directory and no checkpoint: give a file, such as {tmp_path / 'run' / 'a.ckpt'}",
-        str(tiny_model_dir): "is a Hugging Face directory and no checkpoint: give it as pretrained",
+        "weights.bin": "is not a Trainer's checkpoint. It may hold only weights",
+        "list.pt": "is not a Trainer's checkpoint",
+        "run": f"is a directory, not a checkpoint. Give a file, such as {tmp_path / 'run' / 'a.ckpt'}",
+        str(tiny_model_dir): "is a Hugging Face model, not a checkpoint. Set pretrained to it",
     }
     for name, message in messages.items():
         with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / name} {message}")):

@@ -28,6 +28,6 @@ def test_a_directory_left_between_two_renames_comes_back(tmp_path):
 
 def test_what_was_not_written_here_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not written here"), filesystem.atomic_directory(tmp_path):
+    with pytest.raises(FileExistsError, match="is not an export"), filesystem.atomic_directory(tmp_path):
         pass
     assert (tmp_path / "thesis.tex").exists()
