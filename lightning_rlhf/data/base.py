@@ -1,4 +1,4 @@
-"""What the data modules share: sources, bad rows, the split, the cache of tokens, planned batches."""
+"""The base of the data modules: sources, bad rows, the train/validation split, tokenizing, planned batches."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from lightning_rlhf.data.sources import (
 from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, TokenRows, cache_key, distinct
 from lightning_rlhf.protocols import HasContext, HasStopTokens, HasTokenizer, SamplePrompt
 
-#: Faults that an empty cell may be behind.
-_LACKS = ("unknown format", "missing column", "no transcript")
+#: Faults that an empty cell of a table may cause.
+_FAULTS_OF_EMPTY_CELLS = ("unknown format", "missing column", "no transcript")
 BUNDLED = "bundled"
 Item = TypeVar("Item")
 
@@ -80,9 +80,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             cache, which is found again by the files' names, sizes and times. Default: all rows are held in memory.
 
     Attributes:
-        bad_rows: By part, the rows that reading and tokenizing it left out.
-        unread: By part, the keys that its rows bring and no setting reads, each with the number of rows.
-        doubled: By part, the number of rows whose answers brought a stop token of their own, which was left out.
+        bad_rows: For each part, the rows that were left out in reading and tokenizing.
+        unread: For each part, the keys that no setting reads, each with the number of rows that have it.
+        extra_stops: For each part, the number of rows whose answers had a stop token of their own, which was left out.
     """
 
     #: Files of the package that ``bundled`` stands for.
@@ -93,9 +93,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     tree: Callable[..., Any]
     #: The rows that a tree of messages gives.
     tree_rows: TreeRows
-    #: What to note of a tokenized row, once for all rows that have it: a function of a module.
+    #: What to note about a tokenized row, once for all rows that share it: a function of a module.
     facts: Callable[[Mapping[str, Any]], Iterable[Any]] = staticmethod(lambda row: ())
-    #: What the rows are called where they are not a Trainer's own.
+    #: A word for messages that tells this data module from the Trainer's own, such as ``ptx``.
     name = ""
 
     def __init__(
@@ -149,7 +149,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self.cache = TokenCache(Path(cache_dir or default) / "tokens")
         self.bad_rows: dict[str, list[BadRows]] = {}
         self.unread: dict[str, Counter[str]] = {}
-        self.doubled: dict[str, int] = {}
+        self.extra_stops: dict[str, int] = {}
         self._tokenizer = tokenizer
         self.streaming_window, self.format, self.system = streaming_window, format, system
         self._items: dict[str, list[list[tuple[str, Item]]]] = {}
@@ -166,40 +166,45 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     @abstractmethod
     def parse(self, row: Mapping[str, Any], part: str, format: str) -> Item:
-        """What a row of ``part`` (train, val, test, predict) means, in ``format``.
+        """Reads a row.
+
+        Args:
+            row: Its columns.
+            part: ``train``, ``val``, ``test`` or ``predict``.
+            format: The format of its source.
 
         Raises:
-            FormatError: It is unfit.
+            FormatError: The row can't be used.
         """
 
     @abstractmethod
     def reading(self) -> dict[str, Any]:
-        """The arguments that :meth:`parse` and :meth:`dump` go by, but for the format, as JSON."""
+        """The arguments that :meth:`parse` and :meth:`dump` depend on, except the format, as JSON."""
 
     @abstractmethod
     def first_user_turn(self, item: Item) -> str:
-        """What the split goes by."""
+        """The text that decides on which side of the train/validation split a row is."""
 
     @abstractmethod
     def dump(self, item: Item) -> Any:
-        """The row as JSON, all that its tokens depend on."""
+        """All that the row's tokens depend on, as JSON."""
 
     @abstractmethod
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
-        """A function of a module, called with ``dump``'s value, the tokenizer and these further arguments.
+        """What tokenizes a row: a function of a module, and its further arguments, which the cache's key includes.
 
-        It returns the columns that ``tree`` reads, ``kind`` and ``reason`` (empty where the row is good), and ``cut``,
-        whether it was shortened; where it tells of them, also ``unread``, keys
-        that it had no use for, and ``doubled``, whether a stop token was left out. The arguments are part of the
-        cache's key.
+        The function is called with the value of :meth:`dump`, the tokenizer and those arguments. It returns the columns
+        that ``tree`` reads, ``kind`` and ``reason`` (both empty for a good row), and ``cut`` (whether the row was
+        shortened). It may return ``unread`` (keys that it did not use) and ``extra_stops`` (whether it left out a stop
+        token that an answer ended with).
         """
 
     @abstractmethod
     def messages(self, item: Item) -> SamplePrompt | None:
-        """The prompt of a row for showing samples: messages or a plain text; None where it has none."""
+        """A row's prompt, for samples: messages or a plain text; None if it has none."""
 
     def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], Any]:
-        """Takes what was noted of the part's rows, in the order of its first appearance; returns what makes trees."""
+        """Called with all ``facts`` of a part, in order of appearance; returns the function that makes trees."""
         return self.tree
 
     def where(self, part: str, row: int) -> str:
@@ -207,12 +212,12 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return str(self._rows[part].row(row)["where"])
 
     def longest(self, part: str) -> int:
-        """Most tokens of a row of a part; 0 where it has none, or was not set up."""
+        """Maximum number of tokens of a part's rows; 0 if the part has none or was not set up."""
         rows = self._rows.get(part)
         return int(rows.sizes[:, 0].max()) if rows else 0
 
     def languages(self, part: str) -> dict[str, str]:
-        """The languages of rows by their places, where a column ``lang`` or ``language`` says; reads the source."""
+        """Language by place of the row, from the columns ``lang`` and ``language``; reads the source again."""
         sources = self._weighted[self._side(part)[0]]
         rows = (row for source in sources for row in self._open(source.source, BadRows("skip")))
         return {row.where: name for row in rows if (name := read_name(row.value, "lang", "language"))}
@@ -220,33 +225,33 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     # ------------------------------------------------------------------------------------------------- Lightning
 
     def prepare_data(self) -> None:
-        """Tokenizes into the cache, on one process a node."""
+        """Tokenizes into the cache; Lightning calls it once per node."""
         for part in self._parts(None if self.trainer is None else self.trainer.state.fn):
             self._stores(part)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there.
+        """Maps the rows that a stage (fit, validate, test, predict) needs; tokenizes those that are not in the cache.
 
         Raises:
-            DataError: There is no row to train on, or to validate, test or predict where that is the stage.
+            DataError: The stage has no rows. (Training without validation rows is fine.)
         """
         new = [part for part in self._parts(stage) if part not in self._rows]
         for part in new:
             self._rows[part] = self._tokenized(part)
-        self._tell_of_keys(new)
+        self._report_keys(new)
         if stage in ("fit", None):
-            self._tell_of_validation()
+            self._check_validation()
         elif not len(self._rows[part := self._parts(stage)[0]]):
             raise DataError(f"There are no {part} rows. {self._none_held_out()} Give data.{part}.")
 
     def train_dataloader(self) -> PlannedLoader:
-        """Shuffled batches, each optimizer step dealt over ranks and micro-batches."""
+        """Shuffled batches; each optimizer step is dealt over ranks and micro-batches."""
         trainer = self.trainer
         k = 1 if trainer is None else trainer.accumulate_grad_batches
         return self._loader("train", self.batch_size, k, shuffle=True)
 
     def val_dataloader(self) -> PlannedLoader | list[Any]:
-        """Validation rows in order; an empty list where there are none."""
+        """Validation rows in order; an empty list if there are none."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> PlannedLoader | list[Any]:
@@ -284,7 +289,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return self._loader(part, self.eval_batch_size * self._ranks()[0], 1, shuffle=False)
 
     def _ranks(self) -> tuple[int, int]:
-        """Data-parallel size and rank, which need not be the world's."""
+        """Data-parallel size and rank, which may differ from the world's."""
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (1, 0) if not kwargs else (kwargs["num_replicas"], kwargs["rank"])
 
@@ -313,7 +318,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         )
 
     def _side(self, part: str) -> tuple[str, bool | None]:
-        """The sources that a part's rows come from, and whether they are those held out; None for all."""
+        """Whose sources a part's rows come from, and whether they are the held-out ones; None: they are all rows."""
         if part in ("test", "predict") and self.sources[part] is None:
             part = "val"
         if self.sources["val"] is None and part in ("train", "val"):
@@ -321,7 +326,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return part, None
 
     def _rows_of(self, part: str, i: int) -> Iterator[tuple[str, Item]]:
-        """(where, row) of a part's rows in one of its sources; where rows are streamed, bad ones are passed over."""
+        """(where, item) of a part's rows from one source. Bad rows of a stream are left out without a word."""
         origin, held_out = self._side(part)
         rows = self._convert(origin, i, BadRows("skip")) if self.streaming else self._read(origin)[i]
         return self._of_side(rows, origin, held_out)
@@ -338,16 +343,16 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 yield where, item
 
     def _usual_opening(self, origin: str) -> str | None:
-        """What more than half of the rows open with, if anything: held out, they would be most of the data."""
+        """The first user turn that more than half of the rows have, if any: it always stays in training."""
         if origin not in self._usual:
             found, ahead = None, 0
-            for item in self._all_items(origin):  # Boyer and Moore's vote: what has the majority is left
+            for item in self._all_items(origin):  # Boyer and Moore's majority vote
                 opening = self.first_user_turn(item)
                 if not ahead:
                     found = opening
                 ahead += 1 if opening == found else -1
             alike: Counter[bool] = Counter()
-            if found is not None and self._drawn(found):  # else it is learnt anyway
+            if found is not None and self._drawn(found):  # otherwise it is trained on anyway
                 alike.update(self.first_user_turn(item) == found for item in self._all_items(origin))
             self._usual[origin] = found if alike[True] > alike[False] else None
         return self._usual[origin]
@@ -358,7 +363,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             yield from (item for _, item in rows)
 
     def _read(self, origin: str) -> list[list[tuple[str, Item]]]:
-        """(where, row) of each source's rows, held in memory; bad ones raised or counted."""
+        """(where, item) of each source's rows, held in memory; bad rows are raised or counted."""
         if origin not in self._items:
             found = []
             for i in range(len(self._weighted[origin])):
@@ -370,7 +375,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return self._items[origin]
 
     def _report(self, origin: str, i: int, bad: BadRows, good: int) -> None:
-        """Tells of rows that could not be read, once."""
+        """Warns once of rows that could not be read."""
         if (origin, i) not in self._reported:
             self._reported.add((origin, i))
             self.bad_rows.setdefault(origin, []).append(bad)
@@ -387,11 +392,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             raise DataError(f"No usable row in the {self._part(origin)} data ({sources}); {skipped}")
 
     def _part(self, part: str) -> str:
-        """A part, for messages."""
+        """The name of a part in messages."""
         return f"{self.name} {part}".strip()
 
     def _called(self, part: str, i: int) -> str:
-        """A source of a part, for messages."""
+        """The name of a part's source in messages."""
         sources = self._weighted[self._side(part)[0]]
         return self._part(part) if len(sources) == 1 else f"{self._part(part)} ({sources[i].name})"
 
@@ -410,7 +415,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         try:
             return self.parse(row.filled, origin, format)
         except FormatError as error:
-            if len(row.filled) == len(row.value) or error.kind not in _LACKS:
+            if len(row.filled) == len(row.value) or error.kind not in _FAULTS_OF_EMPTY_CELLS:
                 raise
         return self.parse(row.value, origin, format)  # whose error names the empty cell
 
@@ -423,7 +428,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return source
 
     def _held_out(self, item: Item) -> bool:
-        """By a hash of the first user turn and the seed: stable when rows are added, moved or repeated."""
+        """Decided by a hash of the first user turn and the seed: adding, moving or repeating rows changes nothing."""
         return self._drawn(self.first_user_turn(item))
 
     def _drawn(self, opening: str) -> bool:
@@ -434,7 +439,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """As given, else the module's.
+        """The tokenizer that was given, or the module's.
 
         Raises:
             ValueError: There is neither.
@@ -443,11 +448,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             return self._tokenizer
         if isinstance(self._module, HasTokenizer):
             return self._module.tokenizer
-        raise ValueError(f"{type(self).__name__} has no tokenizer: give one, or use it with a module that has one.")
+        raise ValueError(f"{type(self).__name__} has no tokenizer. Give one, or use it with a module that has one.")
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer by the module's ``stop_token_ids``; none where it has none."""
+        """The module's ``stop_token_ids``; empty if it has none."""
         return list(self._module.stop_token_ids) if isinstance(self._module, HasStopTokens) else []
 
     @property
@@ -456,7 +461,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return None if self.trainer is None else self.trainer.lightning_module
 
     def _limit(self) -> int:
-        """Most tokens of a row: the argument, else the model's context, else what the tokenizer says."""
+        """Maximum number of tokens per row: the argument, or the model's context, or the tokenizer's maximum."""
         if self.max_length is not None:
             return self.max_length
         context = self._module.context_length if isinstance(self._module, HasContext) else None
@@ -492,7 +497,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self.unread[part] = Counter()
         for note in notes:
             self.unread[part].update(note["unread"])
-        self.doubled[part] = sum(note["doubled"] for note in notes)
+        self.extra_stops[part] = sum(note["extra_stops"] for note in notes)
         sources = [
             (note["rows"], source.weight if part == "train" else 1.0)
             for note, source in zip(notes, self._weighted[origin], strict=True)
@@ -505,20 +510,22 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         content = hashlib.sha256("".join(note["content"] for note in notes).encode()).hexdigest()[:16]
         return TokenRows(stores, tree, self.cache.sizes(stores), sources, blocks, content)
 
-    # ------------------------------------------------------------------------------------------------- what is told
+    # ------------------------------------------------------------------------------------------------- reports
 
-    def _tell_of_keys(self, parts: Sequence[str]) -> None:
-        """Says in a line each which keys nothing reads, and how many answers brought a stop token."""
+    def _report_keys(self, parts: Sequence[str]) -> None:
+        """Logs which keys nothing reads, and how many answers had a stop token of their own."""
         once = {self._side(part): part for part in reversed(parts)}.values()
         unread = sum((self.unread[part] for part in once), Counter())
         start = f"{self.name}: " if self.name else ""
         if unread:
             rank_zero_info(f"{start}keys that no setting reads: {count_keys(unread)}")
-        if doubled := sum(self.doubled[part] for part in once):
-            rank_zero_info(f"{start}{doubled} rows bring stop tokens of their own; each answer is learnt with one.")
+        if extra_stops := sum(self.extra_stops[part] for part in once):
+            rank_zero_info(
+                f"{start}{extra_stops} rows have answers with their own stop tokens; each answer is trained with one."
+            )
 
-    def _tell_of_validation(self) -> None:
-        """Says in a warning that there will be no validation, where it was asked for or something waits for it."""
+    def _check_validation(self) -> None:
+        """Warns that nothing will be validated, if the user asked for it or a callback waits for it."""
         off = getattr(self.trainer, "limit_val_batches", None) == 0
         if self.name or not (off or not len(self._rows["val"])):
             return
@@ -530,11 +537,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         for callback in waiting:
             if isinstance(callback, EarlyStopping) and callback.strict:
                 raise DataError(
-                    f"{why} EarlyStopping would wait for {callback.monitor} in vain. {remedy}, or leave it out."
+                    f"{why} EarlyStopping waits for {callback.monitor}, which never comes. {remedy}, or remove it."
                 )
         if waiting:
             names = ", ".join(f"{type(callback).__name__} ({callback.monitor})" for callback in waiting)
-            why += f" Nothing is validated, so that these wait in vain: {names}."
+            why += f" Nothing is validated, so these callbacks wait for values that never come: {names}."
         if waiting or (self.val_fraction and not off):
             rank_zero_warn(f"{why} {remedy}.")
 
@@ -548,14 +555,14 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         for item in self._all_items("train"):
             rows += 1
             openings.add(self.first_user_turn(item))
-        ways = "1 way" if len(openings) == 1 else f"{len(openings):,} ways"
+        ways = "1 first user turn" if len(openings) == 1 else f"{len(openings):,} first user turns"
         return (
-            f"None of the {rows:,} rows is held out for validation by val_fraction={self.val_fraction}: rows that open "
-            f"alike stay on one side, and these open in {ways}."
+            f"val_fraction={self.val_fraction} holds out none of the {rows:,} rows for validation: rows with the same "
+            f"first user turn stay together, and these rows have {ways}."
         )
 
     def _stores(self, part: str) -> list[Path]:
-        """Where the tokenized rows of each of the part's sources lie, made if need be."""
+        """The folder of tokenized rows of each of the part's sources; made if it is missing."""
         encode, arguments = self.encoder(self._limit())
         origin, held_out = self._side(part)
         paths = []
@@ -573,7 +580,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 key = cache_key(self.tokenizer, type(self).__name__, arguments, [json.dumps([*what, self.reading()])])
             else:
                 texts = chain.from_iterable(self._records(self._rows_of(part, i)))
-                if self.streaming:  # what is noted counts the rows of both sides
+                if self.streaming:  # the notes count the rows of both sides
                     texts = chain([str(sum(1 for _ in self._all_items(origin)))], texts)
                 options = {**arguments, "streaming": self.streaming}
                 key = cache_key(self.tokenizer, type(self).__name__, options, texts)
@@ -592,11 +599,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return paths
 
     def _notes(self, bad: BadRows, rows: _Counted) -> dict[str, Any]:
-        """What is noted about the reading of rows."""
+        """Notes about reading the rows."""
         return {"read": bad.summary() if self.streaming else None, "parsed": rows.count}
 
     def _records(self, rows: Iterable[tuple[str, Item]], of_user: bool = True) -> Iterator[Record]:
-        """Rows as they are tokenized; a file's name may hold bytes that are no text."""
+        """Rows as the encoder gets them. A file name may hold bytes that are not text."""
         for where, item in rows:
             unread = getattr(item, "unread", ()) if of_user else ()
             place = where.encode(errors="backslashreplace").decode()
@@ -604,12 +611,12 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
 
 def shared_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a subclass's arguments that :class:`TreeDataModule` takes."""
+    """Picks from a subclass's arguments those that :class:`TreeDataModule` takes."""
     return {name: given[name] for name in inspect.signature(TreeDataModule).parameters if name in given}
 
 
 class _Counted:
-    """Passes items on and counts them."""
+    """Counts the items that it passes on."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self.items, self.count = items, 0
@@ -621,5 +628,5 @@ class _Counted:
 
 
 def count_keys(counts: Counter[str]) -> str:
-    """Keys with the number of rows that bring them, in words."""
+    """Keys, each with the number of rows that have it, in words."""
     return ", ".join(f"{key} ({n:,} row{'' if n == 1 else 's'})" for key, n in counts.most_common())

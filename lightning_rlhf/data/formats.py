@@ -1,10 +1,10 @@
-"""The shapes in which instruction rows come, and the one shape they become.
+"""The formats of instruction rows, and the one shape that they are converted to.
 
-Each format is a line of :data:`FORMATS`: how a row of it is recognized, and one small function that converts it. What
-makes a conversation fit for training is checked once, for all of them, in :func:`check_conversation`.
+Each format is a line of :data:`FORMATS`: how its rows are recognized, and one small function that converts them.
+:func:`check_conversation` checks for all of them whether a conversation can be trained on.
 
-What other trainers give a meaning is honored or refused by name: a key that changes what should be learnt is never
-passed over. All else that a row brings is noted in ``unread``.
+Keys to which other trainers give a meaning are obeyed, or refused by name: a key that changes what should be learned is
+never ignored. ``unread`` lists all other keys that nothing reads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
 from lightning_rlhf.data.sources import read_json
 
-#: What the names of roles in public data sets mean.
+#: The role that each name in public data sets stands for.
 ROLES = {
     **dict.fromkeys(["system", "developer"], "system"),
     **dict.fromkeys(["user", "human", "prompter"], "user"),
@@ -24,20 +24,20 @@ ROLES = {
 
 #: Columns that hold a conversation's system turn.
 SYSTEM = ("system", "system_prompt")
-#: Columns that reach the chat template beside the messages.
+#: Columns that the chat template gets beside the messages.
 _OPTIONS = ("tools", "chat_template_kwargs")
-#: Keys of a turn that chat templates may write; those of them that hold words of the model's are never passed over.
+#: Keys of a turn that chat templates may write. Those that hold the model's own words are never ignored.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _FOR_TEMPLATE = (*REASONING, "name")
-#: Keys by which trainers say that a turn is learnt (1, true) or not (0, false).
+#: Keys with which trainers say whether a turn is learned (1, true) or not (0, false).
 _WEIGHTS = ("weight", "train", "training", "trainable", "loss")
 
 _MEDIA = dict.fromkeys(
-    ("image", "images", "video", "videos", "audio", "audios"), "Only text can be learnt from: remove it, or the row"
+    ("image", "images", "video", "videos", "audio", "audios"), "Training takes text only: remove it, or the row"
 )
 _TOKENS = "Tokens can't be chosen one by one: remove it, and give turns a 'weight' of 0 or 1"
 _MASKS = dict.fromkeys(("mask", "masked", "loss_mask", "train_detail", "training_detail", "loss_weight"), _TOKENS)
-#: What else other trainers give a meaning, in a turn and in a row, with what to do.
+#: Other keys to which trainers give a meaning, in a turn and in a row, with what to do.
 _REFUSED_IN_TURNS = {
     **_MEDIA,
     **_MASKS,
@@ -47,17 +47,17 @@ _REFUSED = {
     **_MEDIA,
     **_MASKS,
     **dict.fromkeys(("completion_mask", "assistant_mask", "assistant_masks"), _TOKENS),
-    **dict.fromkeys(("mask_history", "train_on_prompt"), "What is learnt is the setting 'loss_on': remove it"),
+    **dict.fromkeys(("mask_history", "train_on_prompt"), "The setting 'loss_on' says what is learned: remove it"),
     **dict.fromkeys(("functions", "function_call"), "Write the functions as 'tools', or remove it"),
 }
-#: Those with which a row can't be a prompt: samples are shown and scored by its messages alone.
+#: Keys that a prompt can't have: samples are shown and scored with its messages alone.
 REFUSED_IN_PROMPTS = {
     **_MEDIA,
-    **dict.fromkeys(("functions", *_OPTIONS), "Prompts are messages alone: write it into a system turn, or remove it"),
+    **dict.fromkeys(("functions", *_OPTIONS), "A prompt is messages alone: write it into a system turn, or remove it"),
 }
-#: Columns that every format of conversations and preferences reads.
+#: Columns that all formats of conversations and preferences read.
 SHARED = (*SYSTEM, *_OPTIONS, "lang", "language")
-#: Columns that say whether an answer is good (KTO), and whether a row is learnt.
+#: Columns that say whether an answer is good (KTO), and whether a row is learned.
 _LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
 _TURN = {"role", "from", "content", "value", *_FOR_TEMPLATE, *_WEIGHTS, *_REFUSED_IN_TURNS}
 
@@ -66,10 +66,10 @@ Made = TypeVar("Made")
 
 
 class UnfitRowError(ValueError):
-    """A row that can't be learnt from; the data modules raise it with its place, or count it.
+    """A row that can't be trained on. The data modules raise it with its place, or count it.
 
     Args:
-        kind: A short name of the fault, the same for all rows that have it.
+        kind: A short name of the fault, the same for all rows with this fault.
         reason: What is wrong, with the column or turn (from 1), and what to do.
     """
 
@@ -83,7 +83,7 @@ class UnfitRowError(ValueError):
 
 
 class FormatError(UnfitRowError):
-    """A row that isn't a conversation or a preference to learn from."""
+    """A row that is no conversation, preference or prompt to train on."""
 
 
 class _Turn(TypedDict):
@@ -92,9 +92,9 @@ class _Turn(TypedDict):
 
 
 class Message(_Turn, total=False):
-    """One turn. ``role`` is system, user or assistant; a turn of ``weight`` 0 is not learnt.
+    """One turn. ``role`` is system, user or assistant. A turn with ``weight`` 0 is not trained on.
 
-    The others are for chat templates that write them.
+    The other keys are for chat templates that write them.
     """
 
     weight: int
@@ -106,12 +106,12 @@ class Message(_Turn, total=False):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row becomes: messages, or plain text that no chat template touches.
+    """A row as messages, or as plain text that no chat template touches.
 
     Attributes:
         messages: The turns in order, or None.
         text: The plain text, or None.
-        options: What the chat template gets beside the messages: ``tools``, and what a row asks of it.
+        options: What the chat template gets beside the messages: ``tools``, and the row's ``chat_template_kwargs``.
         unread: Keys of the row and of its turns that nothing reads.
     """
 
@@ -126,7 +126,7 @@ class Conversation:
 
     @property
     def first_user_turn(self) -> str:
-        """What rows are split by: the first user turn, the first turn that isn't a system turn, or the text."""
+        """The first user turn; if there is none, the first turn that isn't a system turn; of plain text, the text."""
         if self.messages is None:
             return self.text or ""
         turns = [message for message in self.messages if message["role"] != "system"]
@@ -215,30 +215,29 @@ class FormatTable(dict[str, Format[Made]]):
 
 
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:
-    """Make a row a conversation.
+    """Convert a row to a conversation.
 
-    Columns that are None count as absent, since CSV, Parquet and Arrow fill up with them. A list may be written as
-    JSON, as a CSV cell has it. Of the conversation formats a column ``system`` or ``system_prompt``, where it holds
-    text, is the system turn of a conversation that brings none, and ``tools`` and ``chat_template_kwargs`` are for the
-    chat template.
+    Columns that are None count as missing, since CSV, Parquet and Arrow fill gaps with them. A list may be written as
+    JSON, as in a CSV cell. The text of a column ``system`` or ``system_prompt`` becomes the system turn of a
+    conversation that has none. ``tools`` and ``chat_template_kwargs`` go to the chat template.
 
     Args:
         row: The columns of the row.
         format: A name in :data:`FORMATS`, or ``"auto"`` for the first of them that matches.
-        system: System turn of conversations whose row has none. Plain text never gets one.
+        system: System turn for rows that have none. Plain text never gets one.
 
     Returns:
         The conversation, checked.
 
     Raises:
-        FormatError: If the row can't be learnt from, or asks for what can't be done.
-        ValueError: If ``format`` is no known name: that is no fault of a row.
+        FormatError: The row can't be trained on, or asks for something that isn't supported.
+        ValueError: No format has this name: that is no fault of a row.
     """
     chosen = FORMATS.choose(row, format)
     check_columns(row)
     for column in _LABELS:
         if str(row.get(column)).strip().lower() == "false":
-            reason = f"the column {column!r} says that this answer is bad, and it would be learnt. Remove the row"
+            reason = f"the column {column!r} says that this answer is bad, and it would be learned. Remove the row"
             raise FormatError("bad answer", f"{reason}; pairs of 'chosen' and 'rejected' train a reward model")
     conversation = chosen.convert(row)
     if conversation.messages is None:
@@ -261,14 +260,14 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
 
 
 def check_columns(row: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED) -> None:
-    """Refuse a row that asks for what can't be done.
+    """Refuse a row that asks for something that isn't supported.
 
     Args:
         row: Its columns.
-        refused: Columns that may not be filled, with what to do.
+        refused: Columns that must be empty, with what to do.
 
     Raises:
-        FormatError: It is one.
+        FormatError: The row has such a column.
     """
     _refuse(row, refused, "the row")
     if refused is not _REFUSED:
@@ -276,7 +275,9 @@ def check_columns(row: Mapping[str, Any], refused: Mapping[str, str] = _REFUSED)
     for column in _ROW_WEIGHTS:
         value = row.get(column)
         if value is not None and _weight(value) != 1 and (column == "weight" or _weight(value) == 0):
-            reason = f"the column {column!r} is {value!r}, and every row weighs 1. Remove it, or a row not to be learnt"
+            reason = (
+                f"the column {column!r} is {value!r}, and every row weighs 1. Remove it, or a row not to be learned"
+            )
             raise FormatError("weight", f"{reason}; a source as a whole has a weight in 'train'")
 
 
@@ -287,22 +288,22 @@ def _refuse(found: Mapping[str, Any], refused: Mapping[str, str], what: str) -> 
 
 
 def _is_empty(value: object) -> bool:
-    """Whether a column asks for nothing, also where a text spells that as JSON."""
+    """Whether a column asks for nothing, possibly written as JSON."""
     nothing = value is None or (isinstance(value, (str, list, tuple, Mapping, int, float)) and not value)
     return nothing or str(value).strip().lower() in ("", "[]", "{}", "null", "false")
 
 
 def _weight(value: object) -> int | None:
-    """1 or 0, however it is written; None for any other weight."""
+    """1 or 0, however it is written; None if it is anything else."""
     text = str(value).strip().lower()
     return {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}.get(text)
 
 
 def read_system(row: Mapping[str, Any]) -> str:
-    """The system prompt that a row's columns hold, or an empty text.
+    """The system prompt in a row's columns, or an empty text.
 
     Raises:
-        FormatError: It is no text, or two columns hold different ones.
+        FormatError: It is not a text, or two columns differ.
     """
     texts = [read_text(row[column], f"the column {column!r}") for column in SYSTEM if has_columns(row, column)]
     found = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -313,7 +314,7 @@ def read_system(row: Mapping[str, Any]) -> str:
 
 
 def _read_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is for the chat template, as JSON holds it."""
+    """What the chat template gets beside the messages, as JSON values."""
     options: dict[str, Any] = {}
     if not _is_empty(row.get("chat_template_kwargs")):
         asked = _plain(read_written(row["chat_template_kwargs"], dict), "the column 'chat_template_kwargs'")
@@ -331,7 +332,7 @@ def _read_options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, what: str) -> Any:
-    """A value as JSON gives it back, without the keys that are None, with which Arrow fills up structs."""
+    """A value as JSON holds it, without keys that are None: Arrow fills structs with them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, what) for key, entry in value.items() if entry is not None}
     if isinstance(value, (list, tuple)):
@@ -342,11 +343,11 @@ def _plain(value: Any, what: str) -> Any:
 
 
 def unread_keys(row: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
-    """The filled keys of a row, and of the turns in it, that nothing reads.
+    """The filled keys of a row and of its turns that nothing reads.
 
     Args:
         row: Its columns.
-        read: Those of them that are read.
+        read: The columns that are read.
     """
     read = {name for name in (*read, *_REFUSED) if name in row}
     unread = [
@@ -358,7 +359,7 @@ def unread_keys(row: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
 
 
 def _agrees(name: object, value: object) -> bool:
-    """Whether a column says that its row is to be learnt, as every row is."""
+    """Whether a column says only that its row should be trained on, as every row is."""
     return name in (*_ROW_WEIGHTS, *_LABELS) and (
         _weight(value) == 1 if name in _ROW_WEIGHTS else str(value).lower() == "true"
     )
@@ -375,15 +376,16 @@ def _turns_in(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def check_conversation(messages: Sequence[Message], user_first: bool = True) -> None:
-    """Refuse what can't be learnt from, or what a chat template would silently bend.
+    """Refuse a conversation that can't be trained on, or that a chat template would silently change.
 
     Args:
         messages: The turns, with roles system, user and assistant.
         user_first: Whether the first turn after the system turn must be the user's.
 
     Raises:
-        FormatError: If there are no turns or no assistant turn, a turn is empty (the system turn may be), a system turn
-            isn't the first, a role follows itself, the user doesn't begin, or the assistant doesn't end.
+        FormatError: There are no turns, or no assistant turn; a turn other than the system turn is empty; a system turn
+            is not the first; two turns of one role follow each other; the user doesn't begin; the assistant doesn't
+            end.
     """
     if not messages:
         raise FormatError("no messages", "the conversation has no turns. Add turns or remove the row")
@@ -393,7 +395,7 @@ def check_conversation(messages: Sequence[Message], user_first: bool = True) -> 
         turn = f"turn {number} ({role})"
         if role == "system":
             if number > 1:
-                raise FormatError("roles out of order", f"{turn} comes late. Make it the first turn or remove it")
+                raise FormatError("roles out of order", f"{turn} is not the first. Make it the first turn or remove it")
         elif not message["content"].strip():
             raise FormatError("empty turn", f"{turn} is empty. Write its text or remove the row")
         elif role == before:
@@ -402,20 +404,22 @@ def check_conversation(messages: Sequence[Message], user_first: bool = True) -> 
             raise FormatError("roles out of order", f"{turn} answers no user turn. Put the user's turn before it")
         before = role
     if all(message["role"] != "assistant" for message in messages):
-        raise FormatError("no assistant turn", "no turn is the assistant's: there is nothing to learn. Add the answer")
+        raise FormatError(
+            "no assistant turn", "no turn is the assistant's, so there is nothing to learn. Add the answer"
+        )
     if before != "assistant":
         reason = f"turn {len(messages)} ({before}) is the last and has no answer. Remove it or add the answer"
         raise FormatError("last turn not assistant", reason)
 
 
 def _turn_advice(row: Mapping[str, Any]) -> str:
-    """What to do about a row that is a turn."""
+    """Advice for a row that is a single turn."""
     turn = row.keys() & {"role", "from"} and row.keys() & {"content", "value"}
-    return ". A turn is no row: put all turns of a conversation into a list 'messages'" if turn else ""
+    return ". A row is not one turn: put all turns of a conversation into a list 'messages'" if turn else ""
 
 
 def has_columns(row: Mapping[str, Any], *columns: str) -> bool:
-    """Whether all these columns are filled; None counts as absent."""
+    """Whether all these columns are filled; None counts as missing."""
     return all(row.get(column) is not None for column in columns)
 
 
@@ -434,7 +438,7 @@ def _quoted(names: Sequence[object]) -> str:
 
 
 def wrong_type(what: str, value: object, wanted: str) -> NoReturn:
-    """Raises the error of a value that is of another type than ``wanted``."""
+    """Raise the error for a value of another type than ``wanted``."""
     raise FormatError("wrong type", f"{what} is a {type(value).__name__}. Make it {wanted}")
 
 
@@ -443,7 +447,7 @@ def read_text(value: object, what: str) -> str:
     if isinstance(value, (list, tuple)):
         for number, part in enumerate(value, 1):
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                reason = f"part {number} of {what} is not {{type: 'text', text: ...}}. Only text can be learnt from"
+                reason = f"part {number} of {what} is not {{type: 'text', text: ...}}. Training takes text only"
                 raise FormatError("wrong type", reason)
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
@@ -457,16 +461,16 @@ def read_text(value: object, what: str) -> str:
 
 
 def read_written(value: object, kind: type) -> object:
-    """A value that a text may spell as JSON, where that is of this kind and not empty."""
+    """The value that a text spells as JSON, if that is of this kind and not empty; otherwise the value itself."""
     written = read_json(value) if isinstance(value, str) else None
     return written if isinstance(written, kind) and written else value
 
 
 def read_list(row: Mapping[str, Any], column: str, wanted: str) -> Sequence[Any]:
-    """The list of a column, which may be written as JSON.
+    """The list in a column, possibly written as JSON.
 
     Raises:
-        FormatError: It holds something else.
+        FormatError: The column holds something else.
     """
     value = read_written(row[column], list)
     if not isinstance(value, (list, tuple)):
@@ -475,20 +479,21 @@ def read_list(row: Mapping[str, Any], column: str, wanted: str) -> Sequence[Any]
 
 
 def read_turns(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    """The turns of a column.
+    """The turns in a column.
 
     Raises:
-        FormatError: It holds something else.
+        FormatError: The column holds something else.
     """
     turns = read_list(row, column, "a list of {role: ..., content: ...}")
     return tuple(read_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1))
 
 
 def read_turn(turn: object, what: str) -> Message:
-    """One turn of ``role`` or ``from`` and ``content`` or ``value``, its role by its common name.
+    """One turn, of ``role`` or ``from`` and ``content`` or ``value``; its role gets its usual name.
 
     Raises:
-        FormatError: It is none, its role is unknown, or it asks for what can't be done, such as a call of a tool.
+        FormatError: It is not a turn, its role is unknown, or it asks for something that isn't supported, such as a
+            tool call.
     """
     if not isinstance(turn, Mapping):
         wrong_type(what, turn, "{role: ..., content: ...}")
@@ -509,7 +514,7 @@ def read_turn(turn: object, what: str) -> Message:
     weights = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
     for key, value in weights.items():
         if _weight(value) is None:
-            reason = f"{what} has the {key} {str(value)[:40]}, and a turn is learnt or not. Make it 1 or 0"
+            reason = f"{what} has the {key} {str(value)[:40]}, and a turn is either learned or not. Make it 1 or 0"
             raise FormatError("weight", reason)
         message["weight"] = cast(int, _weight(value))
     if len({_weight(value) for value in weights.values()}) > 1:
@@ -528,7 +533,7 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
-    """Earlier exchanges, then the instruction, with its input or context after a blank line, and the output."""
+    """Earlier exchanges; the instruction, with its input or context after a blank line; the output."""
     wanted = "a list of [instruction, output] pairs"
     history = read_list(row, "history", wanted) if has_columns(row, "history") else []
     texts: list[str] = []

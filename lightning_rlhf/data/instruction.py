@@ -108,7 +108,7 @@ def encode_instruction(
     empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False}
     try:
         tokens = encode(tokenizer, conversation, loss_on, stop_ids)
-        if tokens.doubled:
+        if tokens.extra_stops:
             check_answers(tokenizer, conversation.messages or (), stop_ids)
     except TokenizeError as error:
         return {**empty, "kind": error.kind, "reason": str(error)}
@@ -131,5 +131,5 @@ def encode_instruction(
         "reason": "",
         "cut": length > limit,
         "unread": tokens.unread,
-        "doubled": tokens.doubled,
+        "extra_stops": tokens.extra_stops,
     }

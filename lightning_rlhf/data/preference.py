@@ -157,7 +157,7 @@ def encode_preference(
     empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs}
     messages: list[Message] = row["prompt"]
     unread: dict[str, None] = {}
-    doubled = False
+    extra_stops = False
     try:
         prompt = encode_prompt(tokenizer, messages, row["options"], stop_ids)
         answers, scored = [], []
@@ -167,9 +167,9 @@ def encode_preference(
             conversation = Conversation((*messages, *answer), options=row["options"])
             tokens = encode(tokenizer, conversation, loss_on, stop_ids)
             unread.update(dict.fromkeys(tokens.unread))
-            if tokens.doubled:
+            if tokens.extra_stops:
                 check_answers(tokenizer, (*messages, *answer), stop_ids)
-                doubled = True
+                extra_stops = True
             end = max(i for i, read in enumerate(tokens.scored) if read) + 1
             if tokens.input_ids[: len(prompt)] != prompt:
                 reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"
@@ -195,5 +195,5 @@ def encode_preference(
         "kind": "",
         "reason": "",
         "unread": list(unread),
-        "doubled": doubled,
+        "extra_stops": extra_stops,
     }

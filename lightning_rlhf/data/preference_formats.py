@@ -1,7 +1,7 @@
-"""The shapes in which preferences come (pairs, transcripts, rankings), and the one shape they become.
+"""The formats of preferences (pairs, transcripts, rankings), and the one shape that they are converted to.
 
-Each format is a line of :data:`PREFERENCE_FORMATS`: the columns it needs, and one small function that makes a row of it
-whole conversations with ranks. Prompt, pairs and all checks are derived from those, the same way for every format.
+Each format is a line of :data:`PREFERENCE_FORMATS`: the columns that it needs, and one small function that converts a
+row to whole conversations with ranks. Prompt, pairs and all checks follow from those, in one way for all formats.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from lightning_rlhf.data.formats import (
 )
 
 _MARKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
-#: The same where no empty line stands before the markers, or blanks are in it.
+#: The same without an empty line before the markers, or with blanks in that line.
 _LOOSE_MARKER = re.compile(r"(?:\A\s*|\n)(Human|Assistant):")
-#: What tells a transcript from a text beside a prompt; stricter than the marker, since any text may begin "Human:".
+#: Tells a transcript from plain text beside a prompt. It is stricter than the marker: any text may begin "Human:".
 _TRANSCRIPT = re.compile(r"\s*\nHuman:")
 _ANSWERS = ("ranked", "answers", "responses", "completions")
 
@@ -50,9 +50,9 @@ class Preference:
         prompt: The messages that all answers share. It ends with a user turn and may begin with a system turn.
         answers: The messages after the prompt, best answer first. Each begins and ends with an assistant turn.
         pairs: Indexes into ``answers`` of the better and the worse of each pair. Ties form no pair.
-        margins: By how much the better should win, one a pair, or None.
-        scores: What graders gave, one an answer, or None.
-        source: Where the row comes from, or empty.
+        margins: By how much the better answer should win, one per pair, or None.
+        scores: The graders' scores, one per answer, or None.
+        source: Name of the row's source, or empty.
         lang: Its language, or empty.
         options: What the chat template gets beside the messages.
         unread: Keys of the row and of its turns that nothing reads.
@@ -70,7 +70,7 @@ class Preference:
 
     @property
     def first_user_turn(self) -> str:
-        """What rows are split by, as instruction rows are."""
+        """The first user turn, as of an instruction row."""
         return next(message["content"] for message in self.prompt if message["role"] == "user")
 
 
@@ -79,10 +79,10 @@ class Candidate:
     """One answer of a row, before it is checked.
 
     Attributes:
-        name: What to call it in errors: its column, and its number where that holds several.
+        name: Its name in errors: its column, and its number if the column holds several.
         messages: The whole conversation, prompt included.
         rank: Its place; lower is better.
-        score: What graders gave, where the row says.
+        score: The graders' score, if the row has it.
     """
 
     name: str
@@ -92,31 +92,31 @@ class Candidate:
 
 
 def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Preference:
-    r"""Make a row a preference.
+    r"""Convert a row to a preference.
 
-    The prompt is the longest run of messages that all answers begin with, so the prompt may be repeated in the answers,
-    or be found in them alone. Strings that begin with ``"\n\nHuman:"`` are read as transcripts, whose turns lose the
-    white space around them; where no empty line stands before an assistant's marker, lines that begin with markers
-    begin turns. Columns that are None count as absent. All numbers may be written as strings and lists as
-    JSON, as CSV does.
+    The prompt is the longest run of messages that all answers begin with, so the answers may repeat the prompt, or be
+    the only place that has it. Strings that begin with ``"\n\nHuman:"`` are read as transcripts, whose turns lose the
+    white space around them. If no empty line precedes an assistant's marker, every line that begins with a marker
+    begins a turn. Columns that are None count as missing. Numbers may be written as strings and lists as JSON, as in
+    CSV files.
 
-    Columns ``margin`` (of rows with one pair), ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
-    ``score_rejected``), ``source``, and ``lang`` or ``language`` are taken over; ``system``, ``system_prompt``,
+    The columns ``margin`` (of rows with one pair), ``chosen_score`` and ``rejected_score`` (or ``score_chosen`` and
+    ``score_rejected``), ``source``, and ``lang`` or ``language`` are read too. ``system``, ``system_prompt``,
     ``tools`` and ``chat_template_kwargs`` work as in :func:`~lightning_rlhf.data.formats.to_conversation`.
 
     Args:
         row: The columns of the row.
         format: A name in :data:`PREFERENCE_FORMATS`, or ``"auto"`` for the first of them that matches.
-        system: System turn of conversations whose row has none.
+        system: System turn for rows that have none.
 
     Returns:
         The preference, checked.
 
     Raises:
-        FormatError: If nothing can be learnt from the row: its columns, types, texts or numbers are unfit, a
-            conversation is one that :func:`~lightning_rlhf.data.formats.check_conversation` refuses, the answers don't
-            answer the same turn, or no answer is better than another.
-        ValueError: If ``format`` is no known name: that is no fault of a row.
+        FormatError: The row can't be trained on: its columns, types, texts or numbers are wrong,
+            :func:`~lightning_rlhf.data.formats.check_conversation` refuses a conversation, the answers answer
+            different turns, or no answer is better than another.
+        ValueError: No format has this name: that is no fault of a row.
     """
     chosen = PREFERENCE_FORMATS.choose(row, format)
     check_columns(row)
@@ -141,9 +141,9 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
 
 
 def read_name(row: Mapping[str, Any], *columns: str) -> str:
-    """What names a row's group, by the first of these columns that is filled; or an empty text.
+    """The text in the first of these columns that is filled, or an empty text.
 
-    A number stands for itself, a list for its entries.
+    Numbers and lists are written out.
     """
     column = first_filled(row, *columns)
     value = row[column] if column else ""
@@ -154,7 +154,7 @@ def read_name(row: Mapping[str, Any], *columns: str) -> str:
 
 
 def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> Conversation:
-    """The whole conversation, fit to learn from, with its system turn."""
+    """The whole conversation with its system turn, checked."""
     whole = {**{column: row.get(column) for column in SHARED}, "messages": candidate.messages}
     try:
         return to_conversation(whole, "messages", system)
@@ -163,7 +163,7 @@ def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -
 
 
 def _shared(candidates: Sequence[Candidate], conversations: Sequence[tuple[Message, ...]]) -> int:
-    """The number of messages that all conversations begin with, leaving each a last one to judge."""
+    """Number of messages that all conversations begin with; each keeps at least one as its answer."""
     first = conversations[0]
     most = min(map(len, conversations)) - 1
     for n in range(most):
@@ -173,7 +173,7 @@ def _shared(candidates: Sequence[Candidate], conversations: Sequence[tuple[Messa
             if first[n]["role"] != "assistant":  # then other's isn't either: roles alternate in both, from the user's
                 texts = f"{first[n]['content'][:40]!r} and {other[n]['content'][:40]!r}"
                 reason = f"{candidates[0].name} and {candidate.name} differ before the assistant's turn: {texts}"
-                raise FormatError("different prompts", f"{reason}. Give answers to one and the same prompt")
+                raise FormatError("different prompts", f"{reason}. Give answers to the same prompt")
             return n
     return most
 
@@ -183,7 +183,7 @@ def _pairs(candidates: Sequence[Candidate], answers: Sequence[tuple[Message, ...
         (i, j) for i, j in itertools.combinations(range(len(answers)), 2) if candidates[i].rank < candidates[j].rank
     ]
     if not pairs:
-        reason = "all answers are tied, so none is better than another. Rank them, or remove the row"
+        reason = "all answers are tied, so no answer is better than another. Rank them, or remove the row"
         raise FormatError("no pair", reason)
     for i, j in pairs:
         better, worse = candidates[i], candidates[j]
@@ -201,7 +201,9 @@ def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None
         return None
     margin = read_number(row["margin"], "the column 'margin'")
     if margin < 0:
-        reason = f"the column 'margin' is {margin:g}. Make it 0 or more; swap the answers if the worse is named better"
+        reason = (
+            f"the column 'margin' is {margin:g}. Make it 0 or more; swap the answers if the better one is marked worse"
+        )
         raise FormatError("negative margin", reason)
     if num_pairs > 1:
         reason = f"the column 'margin' is one number, and the row has {num_pairs} pairs. Give 'scores' instead"
@@ -210,10 +212,10 @@ def _margins(row: Mapping[str, Any], num_pairs: int) -> tuple[float, ...] | None
 
 
 def read_number(value: object, what: str) -> float:
-    """A number, which may be written as a text.
+    """A number, possibly written as a text.
 
     Raises:
-        FormatError: It is none, or not finite.
+        FormatError: It is not a number, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, (Real, Decimal, str)):
         wrong_type(what, value, "a number")
@@ -229,23 +231,23 @@ def read_number(value: object, what: str) -> float:
 
 
 def _numbers(row: Mapping[str, Any], column: str, count: int) -> list[float]:
-    values = read_list(row, column, "a list of numbers, one an answer")
+    values = read_list(row, column, "a list of numbers, one per answer")
     if len(values) != count:
-        reason = f"the column {column!r} has {len(values)} numbers for {count} answers. Give one an answer"
+        reason = f"the column {column!r} has {len(values)} numbers for {count} answers. Give one per answer"
         raise FormatError("wrong length", reason)
     return [read_number(value, f"number {i} of {column!r}") for i, value in enumerate(values, 1)]
 
 
 def _messages(value: object, what: str, role: str) -> tuple[Message, ...]:
-    """Messages that are written as a list of turns, one turn, a transcript, or the text of the given role's turn."""
+    """Messages, written as a list of turns, one turn, a transcript, or the text of one turn of the given role."""
     if isinstance(value, (Mapping, list, tuple)):
         listed = [(value, what)] if isinstance(value, Mapping) else _numbered(value, what)
         turns = [read_turn(turn, name) for turn, name in listed]
         if turns and turns[-1]["role"] == "assistant" and turns[-1].get("weight") == 0:
-            reason = f"the last turn of {what} has the weight 0, and it is the answer that is judged"
+            reason = f"the last turn of {what} has the weight 0, but it is the answer that is compared"
             raise FormatError("weight", f"{reason}. Remove the weight, or the row")
         for turn in turns:
-            turn.pop("weight", None)  # a judgment is of the whole answer
+            turn.pop("weight", None)  # answers are compared as a whole
         return tuple(turns)
     if not isinstance(value, str):
         wrong_type(what, value, "a string or a list of {role: ..., content: ...}")
@@ -258,12 +260,12 @@ def _numbered(turns: Sequence[Any], what: str) -> list[tuple[Any, str]]:
 
 
 def _transcript(text: str, what: str) -> tuple[Message, ...]:
-    r"""The turns of ``"\n\nHuman: ...\n\nAssistant: ..."``. The start or a blank line makes a marker.
+    r"""The turns of ``"\n\nHuman: ...\n\nAssistant: ..."``. A marker stands at the start or after a blank line.
 
-    Where no blank line makes a marker of the assistant's, the start of any line does.
+    If no blank line precedes any of the assistant's markers, a marker may begin any line.
     """
     if not _MARKER.match(text):
-        form = "does not begin with 'Human:', so it is no transcript"
+        form = "does not begin with 'Human:', so it is not a transcript"
         raise FormatError("no transcript", f"{what} {form}. If the prompt has a column of its own, name it 'prompt'")
     _, *parts = _MARKER.split(text)
     if "Assistant" not in parts[::2]:
@@ -275,10 +277,10 @@ def _transcript(text: str, what: str) -> tuple[Message, ...]:
 
 
 def read_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The messages of a row's column ``prompt``, a text or messages; an empty answer that is to be written is left out.
+    """The messages in a row's column ``prompt``, a text or messages, without an empty last answer.
 
     Raises:
-        UnfitRowError: It is neither.
+        FormatError: The column holds something else.
     """
     prompt = _messages(row["prompt"], "the column 'prompt'", "user")
     if isinstance(row["prompt"], str) and prompt[-1] == Message(role="assistant", content=""):
@@ -287,7 +289,7 @@ def read_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _after(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Prompt and answer, where the answer may repeat the prompt."""
+    """Prompt and answer; the answer may repeat the prompt."""
     repeats = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
     return answer if repeats else prompt + answer
 
@@ -299,7 +301,7 @@ def _chosen_rejected(
     columns = {side: first_filled(row, f"{side}_score", f"score_{side}") for side in ("chosen", "rejected")}
     lone = [column for column in columns.values() if column]
     if len(lone) == 1:
-        reason = f"the row has the score {lone[0]!r} alone. Give both answers a score, or none"
+        reason = f"the row has only the score {lone[0]!r}. Give both answers a score, or none"
         raise FormatError("missing column", reason)
     return [
         Candidate(
@@ -339,12 +341,12 @@ def _from_transcripts(row: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
-    """Any number of answers to a prompt, with ranks, scores or both; without, they are ordered if 'ranked'."""
+    """Any number of answers to a prompt, with ranks, scores or both; those of 'ranked' are in order, best first."""
     column = next(column for column in _ANSWERS if has_columns(row, column))
     answers = read_list(row, column, "a list of answers")
     count = len(answers)
     if count < 2:
-        reason = f"the column {column!r} holds {count} of the two answers a comparison needs. Add answers"
+        reason = f"the column {column!r} holds {count} of the two or more answers that a comparison needs. Add answers"
         raise FormatError("too few answers", reason)
     scores = _numbers(row, "scores", count) if has_columns(row, "scores") else None
     rank_column = first_filled(row, "ranks", "rank")
@@ -356,7 +358,7 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
         ranks = [float(i) for i in range(count)]
     else:
         reason = f"nothing says which of {column!r} is better. Add a column 'ranks' (lower is better) or 'scores'"
-        raise FormatError("missing column", f"{reason}, or name it 'ranked' if the best is the first")
+        raise FormatError("missing column", f"{reason}, or name it 'ranked' if the best answer comes first")
     prompt = read_prompt(row)
     candidates = []
     for i, answer in enumerate(answers):
@@ -367,7 +369,7 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _from_unpaired(row: Mapping[str, Any]) -> NoReturn:
-    reason = "the column 'label' judges a single answer, which KTO-style training learns from, not training on pairs"
+    reason = "the column 'label' rates a single answer: KTO-style training takes such rows, training on pairs doesn't"
     raise FormatError("unpaired", f"{reason}. Group good and bad answers to a prompt into 'chosen' and 'rejected'")
 
 

@@ -1,6 +1,6 @@
-"""The shapes in which prompts come, and the one shape they become.
+"""The formats of prompts, and the one shape that they are converted to.
 
-Rows of instructions and preferences serve too: a last answer is left out.
+Rows of instructions and preferences also serve as prompts: a last answer is left out.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from lightning_rlhf.data.formats import (
 from lightning_rlhf.data.preference_formats import read_prompt, to_preference
 from lightning_rlhf.data.sources import read_json
 
-#: Stands where the answer would, since rows are checked as whole conversations.
+#: Stands for the answer, since rows are checked as whole conversations.
 _ANSWER = Message(role="assistant", content="...")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a row becomes.
+    """A row as a prompt.
 
     Attributes:
-        prompt: The messages, of which the last is the user's; or a plain text that no template touches.
-        columns: The row's further columns.
+        prompt: The messages, the last of which is the user's; or a plain text that no template touches.
+        columns: The row's other columns, for reward functions.
         unread: Keys of its turns that nothing reads.
     """
 
@@ -92,24 +92,23 @@ PROMPT_FORMATS: FormatTable[tuple[Message, ...] | str] = FormatTable(
 
 
 def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None = None, as_text: bool = False) -> Prompt:
-    """Make a row a prompt.
+    """Convert a row to a prompt.
 
-    A last answer of a conversation is left out. Columns that are None count as absent. A column ``system`` or
-    ``system_prompt``, where it holds text, is the system turn of a prompt that brings none. All that the prompt isn't
-    made of is kept.
+    The last answer of a conversation is left out. Columns that are None count as missing. The text of a column
+    ``system`` or ``system_prompt`` becomes the system turn of a prompt that has none. All other columns are kept.
 
     Args:
         row: The columns of the row.
         format: A name in :data:`PROMPT_FORMATS`, or ``"auto"`` for the first of them that matches.
-        system: System turn of prompts whose row has none.
-        as_text: Take a text as it is, not as the turn of a user.
+        system: System turn for rows that have none.
+        as_text: Take a text as it is, not as a user turn.
 
     Returns:
         The prompt, checked.
 
     Raises:
-        FormatError: If it is no prompt, or a further column holds what JSON can't.
-        ValueError: If ``format`` is no known name: that is no fault of a row.
+        FormatError: The row has no prompt, or another column holds a value that JSON can't.
+        ValueError: No format has this name: that is no fault of a row.
     """
     chosen = PROMPT_FORMATS.choose(row, format)
     check_columns(row, REFUSED_IN_PROMPTS)
@@ -126,7 +125,7 @@ def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None =
         try:
             json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
-            reason = f"the column {name!r} rides along for reward functions, and can't be written as JSON: {error}"
+            reason = f"the column {name!r} is kept for reward functions, and can't be written as JSON: {error}"
             raise FormatError("no JSON", f"{reason}. Make it text or numbers, or remove it") from error
     return Prompt(prompt, columns, unread_keys({name: row[name] for name in row if name in used}, used))
 
@@ -137,16 +136,16 @@ def _turns(made: tuple[Message, ...] | str) -> tuple[Message, ...]:
         made = read_prompt({"prompt": made})  # a transcript, or the text of one turn
     turns = made[:-1] if made and made[-1]["role"] == "assistant" else made
     for turn in turns:
-        turn.pop("weight", None)  # nothing of a prompt is learnt
+        turn.pop("weight", None)  # no turn of a prompt is trained on
     if not turns or turns[-1]["role"] != "user":
-        reason = "the prompt doesn't end with a turn of the user's, to be answered. Add one or remove the row"
+        reason = "the prompt doesn't end with a user turn to answer. Add one or remove the row"
         raise FormatError("no user turn", reason)
     return turns
 
 
 def _text(made: tuple[Message, ...] | str, row: Mapping[str, Any]) -> str:
     if isinstance(made, tuple) or read_system(row):
-        reason = "with as_text the prompt is a plain text, and the row holds messages or a system prompt"
+        reason = "with as_text the prompt is plain text, but the row has messages or a system prompt"
         raise FormatError("no plain text", f"{reason}. Give it a text in the column 'prompt', or set as_text: false")
     text = read_text(made, "the prompt")
     if not text.strip():

@@ -26,7 +26,7 @@ from lightning_rlhf.data.packed import Size
 from lightning_rlhf.data.sources import BadRows, OnBadRow
 
 #: Raise it when the same rows would be read, tokenized or stored differently.
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 #: Rows that a process tokenizes at a time, and how many times as many are written at once.
 _ROWS, _BLOCK = 256, 64
 #: Columns that every file of tokens has besides those of its data module.
@@ -118,7 +118,7 @@ class _Encoded(NamedTuple):
     refused: list[tuple[str, str, str]]
     facts: list[Any]
     cut: int
-    doubled: int
+    extra_stops: int
     unread: Counter[str]
     content: str
 
@@ -161,7 +161,7 @@ class RowEncoder:
             refused=refused,
             facts=list(distinct(fact for row in good for fact in self.facts(row))),
             cut=sum(row["cut"] for row in good),
-            doubled=sum(row.get("doubled", False) for row in good),
+            extra_stops=sum(row.get("extra_stops", False) for row in good),
             unread=unread,
             content=content.hexdigest(),
         )
@@ -233,7 +233,7 @@ class TokenCache:
         import pyarrow as pa
 
         bad = BadRows(on_bad_row)
-        cut = doubled = 0
+        cut = extra_stops = 0
         blocks: list[int] = []
         facts: dict[Any, None] = {}
         unread: Counter[str] = Counter()
@@ -249,7 +249,7 @@ class TokenCache:
                     for where, kind, reason in part.refused:
                         bad.add(where, kind, reason)
                     cut += part.cut
-                    doubled += part.doubled
+                    extra_stops += part.extra_stops
                     unread.update(part.unread)
                     facts.update(dict.fromkeys(part.facts))
                     content.update(part.content.encode())
@@ -263,7 +263,7 @@ class TokenCache:
             "rows": sum(blocks),
             "blocks": blocks,
             "cut": cut,
-            "doubled": doubled,
+            "extra_stops": extra_stops,
             "unread": unread,
             "refused": bad.summary(),
             "facts": list(facts),
@@ -334,7 +334,7 @@ def batched(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
 
 
 def map_in_order(work: Callable[[Any], Any], items: Iterable[Any], num_proc: int | None) -> Iterator[Any]:
-    """``map`` in several processes, in order, which takes no more items than it needs."""
+    """``map`` in several processes, in order, which takes from ``items`` no more than it can start with."""
     if not num_proc or num_proc == 1:
         yield from map(work, items)
         return

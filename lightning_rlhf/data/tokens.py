@@ -51,14 +51,14 @@ class Tokens:
         scored: For each of them, whether the loss reads it. Never the first, which nothing predicts.
         cut: Whether scored tokens were cut off the end, the stop token of the last turn among them.
         unread: Keys of turns that the template doesn't write.
-        doubled: Whether an answer brought a stop token of its own, which was left out.
+        extra_stops: Whether an answer brought a stop token of its own, which was left out.
     """
 
     input_ids: list[int]
     scored: list[bool]
     cut: bool = False
     unread: tuple[str, ...] = ()
-    doubled: bool = False
+    extra_stops: bool = False
 
 
 class _Span(NamedTuple):
@@ -95,7 +95,7 @@ def encode(
         The tokens, untruncated.
 
     Raises:
-        TokenizeError: If the conversation can't be learnt from with this template.
+        TokenizeError: If the conversation can't be learned from with this template.
         ValueError: If `loss_on` is unknown, or the tokenizer lacks a chat template or a stop token: no fault of a row.
     """
     if loss_on not in get_args(LossOn):
@@ -108,19 +108,19 @@ def encode(
     stop = _pattern(tokenizer, stops)
     messages = _stopped_once(conversation.messages, stop)
     unread = _check_template(tokenizer, messages, options)
-    if doubled := messages != list(conversation.messages):
+    if extra_stops := messages != list(conversation.messages):
         text = _render(tokenizer, messages, options)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    learnt = _learnt(messages, turns, loss_on)
+    learned = _learned(messages, turns, loss_on)
     met = turns[-1:] if loss_on == "last" else turns  # the turns that inference may meet
     prompts = {i: _render(tokenizer, messages[:i], options, add_generation_prompt=True) for i in met if i > 0}
     borders = {i: len(prompt) for i, prompt in prompts.items() if text.startswith(prompt)}
-    # Where all tokens are scored, only the end of the last turn is of interest, and those turns that are not learnt.
-    read = learnt if loss_on != "all" else [i for i in turns if i == turns[-1] or i not in learnt]
+    # Where all tokens are scored, only the end of the last turn is of interest, and those turns that are not learned.
+    read = learned if loss_on != "all" else [i for i in turns if i == turns[-1] or i not in learned]
     marked = _marked_spans(tokenizer, messages, options, text, stop)
     if marked and read and read[-1] in prompts:
         _check_opening(tokenizer, messages, options, read[-1], prompts[read[-1]], text)
-    spans = _by_turn(marked, turns, learnt, read, borders) or {
+    spans = _by_turn(marked, turns, learned, read, borders) or {
         i: [_rendered_span(tokenizer, messages, options, text, i, prompts.get(i), stop, loss_on)] for i in read
     }
 
@@ -130,13 +130,13 @@ def encode(
     for turn, found in spans.items():
         for span in found:
             for i in range(index[span.start], index[span.end]):
-                scored[i] = turn in learnt
+                scored[i] = turn in learned
     last = spans.get(turns[-1]) if turns else None
     if last and not last[-1].stopped:
         end = index[last[-1].end]
         ids.insert(end, stops[0])
-        scored.insert(end, turns[-1] in learnt)
-    return replace(_tokens(ids, scored), unread=unread, doubled=doubled)
+        scored.insert(end, turns[-1] in learned)
+    return replace(_tokens(ids, scored), unread=unread, extra_stops=extra_stops)
 
 
 def encode_prompt(
@@ -247,7 +247,7 @@ def _stopped_once(messages: Sequence[Message], stop: str) -> list[Message]:
     return found
 
 
-def _learnt(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn) -> list[int]:
+def _learned(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn) -> list[int]:
     """Those of the assistant's turns that the loss reads."""
     if not turns and loss_on != "all":
         raise TokenizeError(
@@ -257,11 +257,11 @@ def _learnt(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn) 
         if message["role"] != "assistant" and message.get("weight", loss_on == "all") != (loss_on == "all"):
             reason = f"turn {number} ({message['role']}) has the weight {message['weight']}, which loss_on={loss_on!r} "
             raise TokenizeError("weight", f"{reason}overrules for all but the assistant's turns. Remove it")
-    learnt = [i for i in (turns[-1:] if loss_on == "last" else turns) if messages[i].get("weight", 1)]
-    if not learnt and loss_on != "all":
+    learned = [i for i in (turns[-1:] if loss_on == "last" else turns) if messages[i].get("weight", 1)]
+    if not learned and loss_on != "all":
         reason = f"every turn that loss_on={loss_on!r} reads has the weight 0: there is nothing to learn"
         raise TokenizeError("nothing to learn", f"{reason}. Remove the row")
-    return learnt
+    return learned
 
 
 def _check_template(
@@ -338,7 +338,7 @@ def _check_opening(
     raise TokenizeError(
         "template rewrites turns",
         f"the chat template's generation prompt ends with {prompt[_shared(prompt, whole) :]!r}, which its rendering of "
-        f"turn {turn + 1} (assistant) lacks: inference would feed another text than is learnt. Set chat_template to a "
+        f"turn {turn + 1} (assistant) lacks: inference would feed another text than is learned. Set chat_template to a "
         "preset, or to a FILE with this template in which both begin an answer alike",
     )
 
@@ -376,14 +376,14 @@ def _marked_spans(
 def _by_turn(
     spans: Sequence[_Span],
     turns: Sequence[int],
-    learnt: Sequence[int],
+    learned: Sequence[int],
     read: Sequence[int],
     borders: Mapping[int, int],
 ) -> dict[int, Sequence[_Span]]:
     """The marked stretches of those turns that are read, which lie behind their prompts; none where they don't tell."""
     if not spans or not read:
         return {}
-    if learnt == turns == read:
+    if learned == turns == read:
         return {turns[-1]: spans}
     if any(span.start < border < span.end for span in spans for border in borders.values()):
         return {}  # turns that touch

@@ -84,8 +84,8 @@ def measure(
     facts += _left_out(data, rows, split)
     if data.unread[split]:
         facts.append(("keys that no setting reads", count_keys(data.unread[split])))
-    if data.doubled[split]:
-        facts.append(("stop tokens that answers brought", f"{data.doubled[split]:,} rows: learnt once"))
+    if data.extra_stops[split]:
+        facts.append(("stop tokens that answers brought", f"{data.extra_stops[split]:,} rows: learned once"))
     samples = getattr(module, "samples_per_prompt", 1) if prompts else 1
     planned, problems = _plan(loader, tokens, [row * samples for row in lengths], samples, prompts)
     return Statistics(facts + planned, histogram(every), problems)

@@ -320,11 +320,11 @@ UNFIT = [
     ("unknown format", "ranking: 'prompt', 'ranked' or 'answers' or 'responses' or 'completions'", {"prompt": "q"}),
     ("unknown format", "this row: none that is filled", {"chosen": None, "rejected": None}),
     ("unknown format", "this row: 'prompt', 'completion'", {"prompt": "q", "completion": "a"}),
-    ("unpaired", "'label' judges a single answer.*KTO-style.*Group", {"prompt": "q", "completion": "a", "label": True}),
+    ("unpaired", "'label' rates a single answer.*KTO-style.*Group", {"prompt": "q", "completion": "a", "label": True}),
     ("unpaired", "KTO-style", {"prompt": [U], "response": "a", "label": False}),
     ("missing column", r"which of 'answers' is better\. Add a column 'ranks'.*'ranked'", ranking(["a", "b"])),
-    ("missing column", "the score 'chosen_score' alone", PAIR | {"chosen_score": 1, "rejected_score": None}),
-    ("missing column", "the score 'score_rejected' alone", PAIR | {"score_rejected": 1}),
+    ("missing column", "only the score 'chosen_score'", PAIR | {"chosen_score": 1, "rejected_score": None}),
+    ("missing column", "only the score 'score_rejected'", PAIR | {"score_rejected": 1}),
     ("no transcript", "'chosen' does not begin with 'Human:'.*name it 'prompt'", {"chosen": "a", "rejected": "b"}),
     ("no transcript", "'rejected' does not", {"chosen": [U, A], "rejected": "Hi Human: q\n\nAssistant: b"}),
     ("no transcript", "'chosen' does not", {"chosen": "", "rejected": "b"}),
@@ -429,7 +429,7 @@ UNFIT = [
     ("roles out of order", r"turn 2 \(user\) follows", PAIR | {"chosen": [P, A]}),
     ("roles out of order", r"turn 1 \(assistant\) answers no user turn", PAIR | {"prompt": []}),
     ("roles out of order", r"turn 2 \(assistant\) answers no", PAIR | {"prompt": [S]}),
-    ("roles out of order", r"turn 2 \(system\) comes late", PAIR | {"chosen": [S, U, A]}),
+    ("roles out of order", r"turn 2 \(system\) is not the first", PAIR | {"chosen": [S, U, A]}),
     ("two system prompts", "'system' and the system turn differ", PAIR | {"prompt": [S, U], "system": "y"}),
 ]
 
@@ -603,7 +603,7 @@ def test_what_other_trainers_mean_in_preferences():
     for faulty, message in (
         (row | {"images": ["a"]}, "has 'images'"),
         (row | {"weight": 0}, "'weight' is 0"),
-        (row | {"chosen": [good | {"weight": 0}]}, "has the weight 0, and it is the answer that is judged"),
+        (row | {"chosen": [good | {"weight": 0}]}, "has the weight 0, but it is the answer that is compared"),
     ):
         with pytest.raises(FormatError, match=message):
             to_preference(faulty)

@@ -535,7 +535,9 @@ def test_a_text_that_brings_its_stop_token_is_learnt_with_one(tiny_tokenizer, te
         turns = [("user", "Hi"), ("assistant", f"Hello!{end}"), ("user", "a"), ("assistant", f"b{end}")]
         tokens = encode(tiny_tokenizer, chat(turns))
         assert (
-            (tokens.input_ids, tokens.scored) == (want.input_ids, want.scored) and tokens.doubled and not want.doubled
+            (tokens.input_ids, tokens.scored) == (want.input_ids, want.scored)
+            and tokens.extra_stops
+            and not want.extra_stops
         )
         history = chat(turns).messages[:3]
         assert encode_prompt(tiny_tokenizer, history) == want.input_ids[: len(encode_prompt(tiny_tokenizer, history))]
