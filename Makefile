@@ -1,4 +1,4 @@
-# make demo, make test: each makes the environments that it needs.
+# make help lists the targets; each makes the environments that it needs.
 #   PYTHON       the interpreter they are made with, 3.10 or later
 #   TORCH        what to install as torch, for instance "torch==2.13.0 --index-url URL" for another build of it
 #   CONSTRAINTS  the pinned versions of .venv
@@ -17,6 +17,12 @@ NEWEST := .newest
 TEST_EXTRAS := demo,test,docs
 # Files stay whole: what a file's tests share is made once.
 PYTEST := python -m pytest -n $(JOBS) --dist loadfile
+# What the targets test-* run
+FAST := lightning_rlhf $(addprefix tests/,data evaluation functional metrics models report rewards rollout utils)
+OLDEST := $(addprefix tests/,models functional data rollout rewards strategies)
+LATEST := $(addprefix tests/,models/test_policy.py models/test_backbone.py models/test_loading.py \
+    models/test_saving.py rollout/test_engine.py stages/test_new_tokens.py)
+ON_GPU := $(addprefix tests/,models/test_policy.py models/test_flex.py stages/test_actor_critic.py)
 # One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
@@ -37,10 +43,14 @@ endef
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[^ :]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo "Times are those of 2 idle cores, without making environments (a few minutes, the first time)."
+	@grep -hE '^[^ :]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: .venv
 .venv: $(VENV)/.demo-installed ## the environment for using the package
+
+.PHONY: install
+install: $(VENV)/.test-installed ## the environment for working on it
 
 $(VENV)/.demo-installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(CONSTRAINTS),-e '.[demo]')
@@ -61,27 +71,54 @@ $(NEWEST)/.test-installed: $(VENV)/.test-installed
 	@touch $@
 
 .PHONY: demo
-demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bundled data
+demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bundled data: 15 minutes
 	@$(VENV)/bin/lightning-rlhf demo
 
 .PHONY: lint
-lint: $(VENV)/.test-installed ## ruff, codespell and mypy
+lint: $(VENV)/.test-installed ## ruff, codespell and mypy: 1 minute
 	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
 	$(call timed,codespell,git ls-files -z | xargs -0 $(VENV)/bin/codespell)
 	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
 
 # Not --quiet: --strict then misses warnings.
 .PHONY: docs
-docs: $(VENV)/.test-installed ## the documentation site, to site/; a warning is an error
+docs: $(VENV)/.test-installed ## the documentation site, to site/; a warning is an error: 1 minute
 	$(call timed,docs,NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict)
 
+.PHONY: test-fast
+test-fast: $(VENV)/.test-installed ## unit tests that start no processes: under 3 minutes
+	$(call timed,fast tests,$(TEST_ENV) $(VENV)/bin/$(PYTEST) -q $(FAST) -m 'not slow and not distributed')
+
+.PHONY: test-main
+test-main: $(VENV)/.test-installed ## every test, with the pinned versions: 20 minutes
+	$(call timed,tests,$(TEST_ENV) $(VENV)/bin/$(PYTEST) --durations=25)
+
+.PHONY: test-oldest
+test-oldest: $(BRIDGE)/.test-installed ## tests of models, functions and data with the oldest versions: 4 minutes
+	$(call timed,tests with the oldest versions,$(TEST_ENV) $(BRIDGE)/bin/$(PYTEST) $(OLDEST) -m 'not slow')
+
+.PHONY: test-newest
+test-newest: $(NEWEST)/.test-installed ## tests of models and loading with the newest transformers: 1 minute
+	$(call timed,tests with the newest transformers,$(TEST_ENV) PYTHONPATH=$(NEWEST) $(VENV)/bin/$(PYTEST) $(LATEST))
+
 .PHONY: test
-test: $(VENV)/.test-installed $(BRIDGE)/.test-installed $(NEWEST)/.test-installed lint docs ## all that CI runs
-	@echo "== tests"; $(TEST_ENV) $(VENV)/bin/$(PYTEST) --durations=25
-	@echo "== tests with transformers 4.51"; $(TEST_ENV) $(BRIDGE)/bin/$(PYTEST) tests/models tests/functional tests/data tests/rollout tests/rewards tests/strategies -m 'not slow'
-	@echo "== tests with the newest transformers"; $(TEST_ENV) PYTHONPATH=$(NEWEST) $(VENV)/bin/$(PYTEST) tests/models/test_policy.py tests/models/test_backbone.py tests/models/test_loading.py tests/models/test_saving.py tests/rollout/test_engine.py tests/stages/test_new_tokens.py
+test: lint docs test-main test-oldest test-newest ## all that CI runs: 30 minutes
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.test-installed ## on a machine with a card: tests that use one, and its benchmarks
+	$(call timed,tests on a GPU,$(TEST_ENV) $(VENV)/bin/python -m pytest $(ON_GPU))
+	$(call timed,benchmarks on a GPU,$(VENV)/bin/python benchmarks/gpu.py)
+
+.PHONY: coverage
+coverage: $(VENV)/.test-installed ## every test, and the lines that none runs: 30 minutes
+	$(call timed,tests,$(TEST_ENV) $(VENV)/bin/$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=xml)
+
+.PHONY: wheel
+wheel: ## the package to install elsewhere, to dist/: seconds
+	rm -rf build
+	$(call timed,wheel,$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .)
 
 .PHONY: clean
 clean: ## remove the environments, caches and build output
-	rm -rf $(VENV) $(BRIDGE) $(NEWEST) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BRIDGE) $(NEWEST) build dist site *.egg-info .coverage coverage.xml .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_rlhf"
@@ -173,5 +174,36 @@ def test_ci_runs_the_documented_command():
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text(encoding="utf-8")
     assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^(\S+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"demo", "test", "lint", "clean", ".venv"} <= targets
+    assert {"demo", "test", "lint", "clean", ".venv"} <= make_targets()
+
+
+def make_targets():
+    return set(re.findall(r"^(\S+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+FORGE = [f.relative_to(ROOT).as_posix() for f in sorted((ROOT / ".github").rglob("*.yml"))]
+
+
+@pytest.mark.parametrize("name", [".pre-commit-config.yaml", "CITATION.cff", *FORGE])
+def test_what_the_forge_reads_parses_and_calls_targets_that_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(text), dict)
+    steps = [s for job in yaml.safe_load(text).get("jobs", {}).values() for s in job["steps"]]
+    called = {word for step in steps for word in re.findall(r"make ([\w-]+)", step.get("run", ""))}
+    assert called <= make_targets()
+    assert bool(called) == ("workflows" in name)
+    assert not re.search(r"pypi\.org|pythonhosted|pytorch\.org|index-url http", text)
+
+
+def test_the_citation_has_the_version(setup):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == setup["metadata"]["version"]
+    assert cited["repository-code"] in setup["metadata"]["project_urls"]
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "AGENTS.md"])
+def test_what_contributors_are_told_to_run_exists(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= make_targets()
+    for path in re.findall(r"(?:tests|configs|benchmarks|docs|lightning_rlhf)/[\w/.]+", text):
+        assert (ROOT / path).exists(), path

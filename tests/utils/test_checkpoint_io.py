@@ -29,6 +29,7 @@ io.save_checkpoint({"x": torch.ones(10_000_000), "slow": Slow()}, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_leaves_the_former_checkpoint(tmp_path):
     script, target = tmp_path / "killed.py", tmp_path / "x.ckpt"
     script.write_text(KILLED)
