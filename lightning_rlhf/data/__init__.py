@@ -1,6 +1,6 @@
-"""Rows to messages to tokens to planned, packed batches.
+"""From rows to messages, to tokens, to planned and packed batches.
 
-Names load when they are used: the packed core needs none of what reads files.
+Names are imported when they are used: packed batches need nothing that reads files.
 """
 
 from typing import TYPE_CHECKING, Any

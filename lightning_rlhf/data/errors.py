@@ -1,5 +1,5 @@
-"""The error of data, where nothing else is imported: Lightning's import brings the planner's with it."""
+"""The error of data, in a module that imports nothing: the command line needs it early."""
 
 
 class DataError(ValueError):
-    """Data that can't be used, in words that need no traceback."""
+    """Data that can't be used. Its message needs no traceback."""

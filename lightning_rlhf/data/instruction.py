@@ -1,4 +1,4 @@
-"""Instruction data: rows of any known format to planned, packed batches."""
+"""Instruction data for supervised fine-tuning: rows of any known format as planned, packed batches."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ class InstructionDataModule(TreeDataModule[Conversation]):
         return {"system": self.system}
 
     def first_user_turn(self, item: Conversation) -> str:
-        """What the split goes by."""
+        """The first user turn, or the text."""
         return item.first_user_turn
 
     def dump(self, item: Conversation) -> list[Any]:
-        """Messages, text, and what the template gets beside them."""
+        """Messages, text, and what the chat template gets beside them."""
         return [item.messages, item.text, item.options]
 
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
-        """:func:`encode_instruction` with the loss's reach and the length limit."""
+        """:func:`encode_instruction`, with what the loss reads and the length limit."""
         arguments = {"loss_on": self.loss_on, "limit": limit, "cut": self.truncate, "stop_ids": self.stop_ids}
         return encode_instruction, arguments
 
@@ -102,7 +102,7 @@ def encode_instruction(
     cut: bool,
     stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """One row's tokens, or why it has none; runs in worker processes."""
+    """One row's tokens, or the reason that it has none; runs in worker processes."""
     messages, text, options = row
     conversation = Conversation(None if messages is None else tuple(messages), text, options)
     empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False}
@@ -122,7 +122,7 @@ def encode_instruction(
             return {**empty, "kind": "nothing to learn", "reason": f"no scored token within max_length={limit}"}
         tokens = shortened
     if not any(tokens.scored):
-        return {**empty, "kind": "nothing to learn", "reason": "no token that the loss reads"}
+        return {**empty, "kind": "nothing to learn", "reason": "the loss reads none of its tokens"}
     return {
         **empty,
         "input_ids": tokens.input_ids,

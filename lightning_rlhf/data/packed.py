@@ -1,4 +1,4 @@
-"""A batch as one row of tokens: every prompt once, its completions behind it.
+"""A batch as one row of tokens: every prompt once, followed by its completions.
 
 Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees, P pairs of compared completions.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Branch(NamedTuple):
-    """A completion: its tokens follow a prompt, and the loss reads some of them.
+    """A completion. Its tokens follow a prompt, and the loss reads some of them.
 
     Attributes:
         input_ids: The completion's tokens, at least one.
@@ -35,9 +35,9 @@ class Pair(NamedTuple):
 
     Attributes:
         better: Number of the better branch in its tree.
-        worse: Number of the other.
+        worse: Number of the other one.
         margin: By how much the better one should win.
-        weight: Of the pair in a loss.
+        weight: Weight of the pair in a loss.
     """
 
     better: int
@@ -50,11 +50,11 @@ class Tree(NamedTuple):
     """A prompt of at least one token and the completions that continue it.
 
     Attributes:
-        prompt: Tokens that stand once and are never scored.
+        prompt: Tokens that are never scored.
         branches: At least one completion.
-        weight: Weight of its scored tokens in a loss; 0 marks a row that only fills an empty bin.
+        weight: Weight of its scored tokens in a loss. A tree of weight 0 only fills an empty bin.
         pairs: Which completions are better than which.
-        origin: Number of where the row comes from (source and language), for metrics apart.
+        origin: Number of the row's source and language, for separate metrics.
     """
 
     prompt: Sequence[int]
@@ -80,7 +80,7 @@ class Tree(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a piece of the packed row lies."""
+    """The place of a prompt or branch in the packed row."""
 
     start: int
     length: int
@@ -99,18 +99,18 @@ class Attend(NamedTuple):
 
 @dataclass(eq=False)
 class Forest:
-    """The trees of a packed row. It rides to the attention layers as one keyword, and stays on the host.
+    """The places of the trees in a packed row. Attention layers get it as a keyword; it stays on the host.
 
     Attributes:
-        trees: For each tree its prompt's span and its branches' spans.
-        masks: Attention masks of any kind, shared by all layers of a forward pass.
+        trees: For each tree the span of its prompt and the spans of its branches.
+        masks: Attention masks of any kind, which all layers of a forward pass share.
     """
 
     trees: tuple[tuple[Span, tuple[Span, ...]], ...]
     masks: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Lists the attention calls; a tree with one branch is a plain causal sequence."""
+        """Lists the attention calls. A tree with one branch is a plain causal sequence."""
         calls: list[Attend] = []
         for prompt, branches in self.trees:
             if len(branches) == 1:
@@ -126,7 +126,7 @@ class Forest:
         self.calls: tuple[Attend, ...] = tuple(calls)
 
     def mask(self, prefix: int, own: int, window: int | None, device: torch.device) -> Tensor:
-        """(own, prefix + own) bool, True where a query may look: causal, at most ``window`` tokens back."""
+        """(own, prefix + own) bool, True where a query may look: causal, and at most ``window`` tokens back."""
         key = (prefix, own, window, device)
         if key not in self.masks:
             causal = torch.ones(own, prefix + own, dtype=torch.bool, device=device).tril(prefix)
@@ -204,10 +204,10 @@ class Pairs(NamedTuple):
 
     Attributes:
         better: (P,) sequence of the better completion.
-        worse: (P,) sequence of the other.
+        worse: (P,) sequence of the other one.
         margin: (P,) fp32, by how much the better one should win.
         weight: (P,) fp32 weight in a loss.
-        origin: (P,) their trees' origins.
+        origin: (P,) origin of the pair's tree.
     """
 
     better: Tensor
@@ -223,17 +223,17 @@ class PackedBatch:
 
     Attributes:
         input_ids: (T,) all tokens.
-        position_ids: (T,) a branch counts on from where its prompt ended.
-        forest: Where the trees lie.
-        predictor: (N,) index into T of the token that predicts a scored token; the prompt's last token predicts the
-            first of *every* branch.
+        position_ids: (T,) positions; each branch continues those of its prompt.
+        forest: The places of the trees.
+        predictor: (N,) index into T of the token that predicts a scored token. The prompt's last token predicts the
+            first token of *every* branch.
         target: (N,) the scored tokens.
-        sequence: (N,) the branch a scored token belongs to.
+        sequence: (N,) the branch that a scored token belongs to.
         last: (S,) index into T of each branch's last token.
         weight: (N,) fp32 weight of each scored token.
-        pairs: Which sequences are better than which; P = 0 in data that compares nothing.
-        totals: Of the optimizer step; of this batch alone where no planner made it.
-        rows: Numbers of the trees in their data, where a planner knows them: for putting predictions in order.
+        pairs: Which sequences are better than which; P = 0 in data without comparisons.
+        totals: Totals of the optimizer step; of this batch alone if no planner made it.
+        rows: Row numbers of the trees in their data, to put predictions in order; empty if no planner made it.
     """
 
     input_ids: Tensor
@@ -275,7 +275,7 @@ class PackedBatch:
         return replace(self, forest=Forest(self.forest.trees), pairs=Pairs(*map(function, self.pairs)), **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on ``device``; Lightning moves batches by this method."""
+        """The same batch with its tensors on ``device``. Lightning calls this method."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
@@ -287,15 +287,15 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
     """Lays trees out in one row.
 
     Args:
-        trees: At least one.
-        totals: Of the optimizer step; default those of ``trees``.
-        rows: The trees' numbers in their data.
+        trees: At least one tree.
+        totals: Totals of the optimizer step. Default: those of ``trees``.
+        rows: The trees' row numbers in their data.
 
     Returns:
         The packed batch.
 
     Raises:
-        ValueError: No trees, an empty prompt or completion, or ``scored`` of another length than its tokens.
+        ValueError: There is no tree, a prompt or completion is empty, or ``scored`` and its tokens differ in length.
     """
     if not trees:
         raise ValueError("A packed batch needs at least one tree.")
@@ -360,7 +360,7 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
 
 
 def unpack(batch: PackedBatch) -> list[Tree]:
-    """The trees of a batch: the inverse of :func:`pack`; a tree without pairs loses its origin."""
+    """The trees of a batch, the inverse of :func:`pack`. Trees without pairs lose their origin."""
     scored = [torch.zeros(branch.length, dtype=torch.bool) for _, branches in batch.forest.trees for branch in branches]
     starts = [branch.start for _, branches in batch.forest.trees for branch in branches]
     weights = [1.0] * len(starts)
@@ -391,10 +391,10 @@ def unpack(batch: PackedBatch) -> list[Tree]:
 
 
 def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
-    """Micro-batches of whole trees in order, each within ``max_tokens``; they share the batch's totals.
+    """Micro-batches of whole trees in order, each within ``max_tokens``. They keep the batch's totals.
 
     Raises:
-        ValueError: One tree alone is over the budget.
+        ValueError: One tree alone exceeds ``max_tokens``.
     """
     parts: list[list[int]] = [[]]
     used = 0
@@ -421,18 +421,18 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
 def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = "max_tokens") -> list[list[Tree]]:
     """Deals trees, in order, into packed rows of at most ``max_tokens`` tokens.
 
-    A tree that is over it alone is cut between its completions, and its prompt repeated; it must compare nothing.
+    A tree that exceeds it alone is cut between its completions, and its prompt is repeated; it must have no pairs.
 
     Args:
-        trees: In order.
-        max_tokens: Of a row; None for no bound.
-        setting: What the bound is called, for the message.
+        trees: The trees.
+        max_tokens: Maximum number of tokens per row; None for no limit.
+        setting: Name of that limit in the error.
 
     Returns:
-        The trees of each row, or pieces of them; no row without trees.
+        The trees of each row, or pieces of them; no row if there are no trees.
 
     Raises:
-        ValueError: A prompt and a completion that are over the budget alone.
+        ValueError: A prompt and one completion alone exceed the limit.
     """
     if max_tokens is None:
         return [list(trees)] if trees else []
@@ -449,7 +449,7 @@ def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = 
 
 
 def _cut_to(tree: Tree, max_tokens: int, setting: str) -> list[Tree]:
-    """The tree, or as many pieces of it as it takes."""
+    """The tree, or as many pieces of it as needed."""
     if tree.num_tokens <= max_tokens:
         return [tree]
     pieces: list[Tree] = []
@@ -471,13 +471,13 @@ def _cut_to(tree: Tree, max_tokens: int, setting: str) -> list[Tree]:
 
 
 class PaddedBatch(NamedTuple):
-    """The same batch as an (S, L) rectangle, padded on the right, for models that can't take a tree.
+    """The same batch as an (S, L) rectangle, padded on the right, for models that can't read trees.
 
     Attributes:
-        input_ids: (S, L) tokens; the padding's id does not matter, lengths decide.
+        input_ids: (S, L) tokens; padding is 0.
         attention_mask: (S, L) 1 on real tokens.
-        row: (N,) row of the hidden state that predicts each scored token, in the packed batch's order.
-        column: (N,) its column.
+        row: (N,) row of the hidden state that predicts each scored token, in the order of the packed batch.
+        column: (N,) column of that hidden state.
         last: (S,) column of each sequence's last token.
     """
 
@@ -489,7 +489,7 @@ class PaddedBatch(NamedTuple):
 
 
 def pad(batch: PackedBatch) -> PaddedBatch:
-    """Unpacks into a padded rectangle; each prompt is repeated for each of its branches."""
+    """Unpacks a batch into a padded rectangle. Each prompt is repeated for each of its branches."""
     device = batch.input_ids.device
     pieces = [(p, b) for p, branches in batch.forest.trees for b in branches]
     width = max(p.length + b.length for p, b in pieces)

@@ -1,4 +1,7 @@
-"""Batches planned from lengths: each optimizer step's trees dealt into balanced bins, one a micro-batch and rank."""
+"""Batches planned from lengths: the trees of each optimizer step are dealt into balanced bins.
+
+A bin is one micro-batch of one rank.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ class Bin(NamedTuple):
     """One micro-batch of one rank.
 
     Attributes:
-        rows: Indices of its trees; empty where a step has fewer trees than bins.
-        totals: Of the whole step.
+        rows: Indices of its trees; empty if a step has fewer trees than bins.
+        totals: Totals of the whole step.
     """
 
     rows: tuple[int, ...]
@@ -37,27 +40,28 @@ class Bin(NamedTuple):
 class Planner:
     """Deals trees into steps and bins.
 
-    Trees are put in a row, and those whose first branch is among the i-th ``batch_size`` branches are step i: it has
-    that many, give or take part of a tree. The number of steps is the same in every epoch, as Lightning asks.
+    All trees are put in one order. Step i takes the trees whose first branch is among the i-th ``batch_size`` branches,
+    so it has that many branches, give or take part of a tree. Every epoch has the same number of steps, as Lightning
+    requires.
 
     Args:
         sizes: The size of every tree; a list, or an array (trees, ``len(Size.NAMES)``) of their numbers, which may be
             memory-mapped.
-        batch_size: Sequences of an optimizer step, over all ranks and micro-batches; never less than the largest
-            tree's.
-        micro_batches: Micro-batches of a step on each rank (``accumulate_grad_batches``).
+        batch_size: Sequences per optimizer step, over all ranks and micro-batches; at least those of the largest
+            tree.
+        micro_batches: Micro-batches per step on each rank (``accumulate_grad_batches``).
         ranks: Data-parallel size.
-        max_tokens: Most tokens of a bin; None for no bound.
+        max_tokens: Maximum number of tokens per bin; None for no limit.
         shuffle: Deal in a new order each epoch.
-        seed: Of the shuffle. The plan is a function of (seed, epoch).
-        drop_last: Leave out an epoch's last step where it has fewer than ``batch_size`` sequences.
+        seed: Seed of the shuffle. The plan is a function of (seed, epoch).
+        drop_last: Leave out the last step of an epoch if it has fewer than ``batch_size`` sequences.
         sources: Number of trees and weight of each source, in order; None for one source of weight 1. An epoch takes
-            ``weight * trees`` trees of a source, rounded up, and goes on where the epoch before stopped: no tree comes
-            again before all others of its source came as often.
-        window: Shuffle and plan about this many trees at a time, and hold no more; None for all. A window joins
-            stretches of neighboring trees, which files are read well by, from 64 random places.
+            ``weight * trees`` trees of a source, rounded up, and continues where the epoch before stopped: no tree
+            comes again before all others of its source came as often.
+        window: Number of trees to shuffle and plan at a time, about; None for all. A window joins runs of neighboring
+            trees, which are fast to read, from 64 random places.
         overhead: Tokens that every tree costs besides its own.
-        content: A hash of the trees and their order, which a checkpoint keeps; empty where it isn't known.
+        content: A hash of the trees and their order, which checkpoints keep; empty if unknown.
     """
 
     sizes: Sequence[Size] | NDArray[np.float64]
@@ -74,18 +78,18 @@ class Planner:
     content: str = ""
 
     def steps(self, epoch: int) -> list[list[Bin]]:
-        """The epoch's steps, each ``micro_batches * ranks`` bins; rank r's k-th is number ``k * ranks + r``.
+        """The epoch's steps. Each has ``micro_batches * ranks`` bins; bin ``k * ranks + r`` is the k-th of rank r.
 
         Raises:
-            ValueError: A bin over ``max_tokens``; the message names the ``accumulate_grad_batches`` that fits.
+            ValueError: A bin exceeds ``max_tokens``; the message names the ``accumulate_grad_batches`` that fits.
         """
         return [step for steps in self.windows(epoch) for step in steps]
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[list[list[Bin]]]:
-        """The same from step ``start`` on, planned a window at a time; one that two windows share is in the second's.
+        """The same steps from ``start`` on, planned one window at a time; a step in two windows is in the second.
 
         Raises:
-            ValueError: As :meth:`steps`, when the window is reached.
+            ValueError: As for :meth:`steps`, when the window is reached.
         """
         done = 0  # branches, or trees, of the windows before
         held = rows = np.empty(0, dtype=np.int64)
@@ -107,12 +111,12 @@ class Planner:
 
     @property
     def num_steps(self) -> int:
-        """Steps of an epoch, whichever."""
+        """Steps per epoch."""
         return self._cut.steps
 
     @property
     def num_trees(self) -> int:
-        """Trees of an epoch, those that come twice counted twice."""
+        """Trees per epoch; a tree that comes twice counts twice."""
         return sum(take for _, _, take in self._drawn)
 
     @cached_property
@@ -128,7 +132,7 @@ class Planner:
 
     @cached_property
     def _drawn(self) -> list[tuple[int, int, int]]:
-        """Of each source that has trees the first, the number of them, and how many an epoch takes."""
+        """(first tree, number of trees, trees that an epoch takes) of each source that has trees."""
         drawn, first = [], 0
         for count, weight in self.sources or [(len(self._table), 1.0)]:
             if count:
@@ -138,7 +142,7 @@ class Planner:
 
     @cached_property
     def _cut(self) -> _Cut:
-        """How an epoch is cut into steps: as many in every epoch, and none of them empty."""
+        """How an epoch is cut into steps, the same number in every epoch and none of them empty."""
         branches = self._branches
         if not len(branches):
             return _Cut(0, True, 1, 1)
@@ -150,15 +154,15 @@ class Planner:
         mean = sum(take * float(branches[first : first + count].mean()) for first, count, take in self._drawn)
         if alike or all(take % count == 0 for _, count, take in self._drawn):
             total = round(mean)
-            steps = (total - most) // size + 1  # the last tree begins there at the earliest
+            steps = (total - most) // size + 1  # the last tree begins at branch total - most or later
             drops = self.drop_last and total < steps * size
             return _Cut(steps - drops, True, 1, size)
-        # epochs have different trees, so different numbers of branches: every step has as many trees
+        # epochs have different trees, so different numbers of branches: every step gets the same number of trees
         steps = max(1, min(self.num_trees, math.ceil(mean / size)))
         return _Cut(steps, False, steps, self.num_trees)
 
     def _orders(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], bool]]:
-        """An epoch's trees in order, a window at a time, and whether it is the last."""
+        """An epoch's trees in order, one window at a time, and whether the window is the last."""
         whole = self.window is None
         stretch = 1 if self.window is None else max(1, self.window // 64)
         starts, lengths = self._stretches(epoch, stretch)
@@ -174,10 +178,10 @@ class Planner:
             yield rows, i + each >= len(starts)
 
     def _stretches(self, epoch: int, stretch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First tree and length of the stretches that the epoch takes.
+        """First tree and length of each run of neighboring trees that the epoch takes.
 
-        Each source is an endless row of passes over its trees, of which the epoch takes the next piece; the order of
-        stretches in a pass is a permutation of its own.
+        Each source is an endless sequence of passes over its trees, and each epoch takes the next part of it. Every
+        pass has its own order of runs.
         """
         found: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         for source, (first, count, take) in enumerate(self._drawn):
@@ -213,7 +217,7 @@ class Planner:
         return [Bin(tuple(rows[i] for i in b), totals) for b in dealt]
 
     def _too_large(self, tokens: list[int], largest: int) -> str:
-        message = f"A micro-batch of {largest} tokens is over max_tokens={self.max_tokens}"
+        message = f"A micro-batch of {largest} tokens exceeds max_tokens={self.max_tokens}"
         if max(tokens) > (self.max_tokens or 0):
             return f"{message}: one row alone has {max(tokens)}. Raise max_tokens, or lower max_length."
         k = self.micro_batches
@@ -222,7 +226,7 @@ class Planner:
         return f"{message}: set trainer.accumulate_grad_batches={k} (now {self.micro_batches}), or lower batch_size."
 
     def fingerprint(self) -> dict[str, Any]:
-        """What makes the plan the plan it is, for a checkpoint."""
+        """All that the plan depends on, for checkpoints."""
         count = len(self._table)
         found: dict[str, Any] = {
             "rows": count,
@@ -240,7 +244,7 @@ class Planner:
 
 
 class _Cut(NamedTuple):
-    """``steps`` of an epoch; a tree after x branches (or trees) is in step ``x * numerator // denominator``."""
+    """``steps`` per epoch. A tree after x branches (or trees) is in step ``x * numerator // denominator``."""
 
     steps: int
     by_branches: bool
@@ -253,9 +257,9 @@ def _permutation(n: int, *keys: int) -> NDArray[np.int64]:
 
 
 def balance(tokens: Sequence[int], bins: int) -> list[list[int]]:
-    """Deals items into ``bins`` by longest processing time: the largest item to the lightest bin.
+    """Deals items into ``bins``, the largest item first, each into the lightest bin (longest processing time).
 
-    Every item lands once; items keep their order inside a bin; ties go to the bin with the lower number.
+    Items keep their order inside a bin. Of equally light bins, the one with the lower number is taken.
     """
     heap = [(0, b) for b in range(bins)]
     dealt: list[list[int]] = [[] for _ in range(bins)]
@@ -267,12 +271,12 @@ def balance(tokens: Sequence[int], bins: int) -> list[list[int]]:
 
 
 def pack_bin(trees: Sequence[Tree], chosen: Bin) -> PackedBatch:
-    """A bin's trees as a packed batch; a row without weight where there are none."""
+    """Packs a bin's trees; an empty bin gives a row of weight 0."""
     return pack(trees or [Tree([0], [Branch([0])], weight=0.0)], chosen.totals, chosen.rows)
 
 
 class _Bins(Dataset[Any]):
-    """Bins to batches; runs in worker processes."""
+    """Makes batches of bins; runs in worker processes."""
 
     def __init__(self, rows: Callable[[int], Any], bins: list[Bin], collate: Callable[[list[Any], Bin], Any]) -> None:
         self.rows, self.bins, self.collate = rows, bins, collate
@@ -292,16 +296,16 @@ def _whole(batch: Any) -> Any:
 class PlannedLoader:
     """One rank's micro-batches of each epoch, in the planned order.
 
-    A plain iterable: Lightning injects no sampler. Its state is a global position, the same on all ranks, counted
-    when a batch is handed over, so that neither workers that read ahead nor a loop state kept by one rank matter.
+    It is a plain iterable, so Lightning injects no sampler. Its state is a global position, the same on all ranks. The
+    position counts batches that were handed over, so it doesn't depend on workers that read ahead.
 
     Args:
-        rows: Index to tree, or to what else ``collate`` takes; must pickle where ``num_workers`` > 0.
+        rows: Index to tree, or to whatever ``collate`` takes. It must pickle if ``num_workers`` > 0.
         planner: The plan.
         rank: Data-parallel rank.
-        num_workers: Processes that pack ahead.
-        pin_memory: Hand over batches in page-locked memory.
-        collate: Makes a batch of a bin: its rows and the bin; must pickle as well.
+        num_workers: Number of processes that pack batches ahead of time; 0 packs in this process.
+        pin_memory: Put batches into page-locked memory.
+        collate: Makes a batch of a bin's rows and the bin. It must pickle if ``num_workers`` > 0.
     """
 
     def __init__(
@@ -321,14 +325,14 @@ class PlannedLoader:
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for ``sampler.set_epoch`` at the start of each epoch: this loader.
+        """This loader: Lightning looks here for ``sampler.set_epoch`` at the start of each epoch.
 
-        Not as ``sampler``, which Lightning takes for a DataLoader's.
+        An attribute ``sampler`` would make Lightning take the loader for a DataLoader.
         """
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's plan; the place in it is kept when it is the epoch that was restored."""
+        """Chooses the epoch's plan. The place in it is kept if it is the epoch that was restored."""
         if epoch != self.epoch:
             self.epoch, self.position, self._resume = epoch, 0, False
 
@@ -336,7 +340,7 @@ class PlannedLoader:
         return [b for step in steps for b in step[self.rank :: self.planner.ranks]]
 
     def _bins(self, position: int = 0) -> Iterator[list[Bin]]:
-        """This rank's bins from ``position`` on, a window's at a time; the plan of a single window is kept."""
+        """This rank's bins from ``position`` on, one window at a time; a plan without windows is kept."""
         if self.planner.window is None:
             if self._planned is None or self._planned[0] != self.epoch:
                 self._planned = self.epoch, self._mine(self.planner.steps(self.epoch))
@@ -348,9 +352,9 @@ class PlannedLoader:
             passed = 0
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, also after a resume."""
+        """Micro-batches per epoch, also after a resume."""
         if self.planner.window is None:
-            next(self._bins())  # an error of the plan shows before training starts
+            next(self._bins())  # errors of the plan show before training starts
         return self.planner.num_steps * self.planner.micro_batches
 
     def __iter__(self) -> Iterator[Any]:
@@ -369,24 +373,24 @@ class PlannedLoader:
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the plan, and what the plan was made from."""
+        """The place in the plan, and all that the plan depends on."""
         return {"epoch": self.epoch, "position": self.position, "plan": self.planner.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved place.
+        """Restores the place.
 
         Raises:
-            DataError: The plan is another one: other data or in another order, batch size, accumulation, ranks or seed.
+            DataError: The plan differs: other rows or another order, batch size, accumulation, number of ranks or seed.
         """
         plan, saved = self.planner.fingerprint(), state.get("plan") or {}
         if saved != plan:
             names = [name for name in {**saved, **plan} if saved.get(name) != plan.get(name)]
             changes = ", ".join(f"{name!r}: {saved.get(name)}, now {plan.get(name)}" for name in names)
-            rows = " (the rows are others, or in another order)" if names == ["content"] else ""
+            rows = " (the rows differ, or their order)" if names == ["content"] else ""
             raise DataError(
                 f"The checkpoint was made with another plan: {changes}{rows}. Resume with the same data, weights, "
-                "batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from the model it "
-                "holds."
+                "batch_size, accumulate_grad_batches, number of ranks and seed, or start a new run from the model in "
+                "the checkpoint."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resume = self.position < len(self)

@@ -1,4 +1,4 @@
-"""Preference data: pairs and rankings of answers, each prompt once with its answers behind it."""
+"""Preference data for reward models: pairs and rankings of answers, each prompt once with its answers behind it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def preference_tree(row: Mapping[str, Any], origins: Mapping[tuple[str, ...], in
 
 
 def preference_names(row: Mapping[str, Any]) -> list[Any]:
-    """Where a tokenized row comes from: source and language."""
+    """A tokenized row's origin: source and language."""
     return [row["names"]]
 
 
@@ -49,7 +49,7 @@ class PreferenceDataModule(TreeDataModule[Preference]):
     The other arguments are those of :class:`~lightning_rlhf.data.base.TreeDataModule`.
 
     Attributes:
-        origins: For each part, the names (source, language) of the numbers that its pairs carry.
+        origins: For each part, the names (source, language) of the origin numbers in its pairs.
     """
 
     columns: ClassVar[Mapping[str, Any]] = {
@@ -94,7 +94,7 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         self.origins: dict[str, list[tuple[str, ...]]] = {}
 
     def parse(self, row: Mapping[str, Any], part: str, format: str) -> Preference:
-        """A preference; to predict, a conversation does too, as one answer that is compared with none."""
+        """A preference; for ``predict`` also a conversation, as one answer that is compared with nothing."""
         if part == "predict" and format == "auto" and not _is_preference(row):
             found = to_conversation(row, system=self.system)
             if found.messages is not None:
@@ -103,15 +103,15 @@ class PreferenceDataModule(TreeDataModule[Preference]):
         return to_preference(row, format, self.system)
 
     def reading(self) -> dict[str, Any]:
-        """The system prompt, and what decides weights and margins."""
+        """The system prompt, and the settings of weights and margins."""
         return {"system": self.system, "pair_weight": self.pair_weight, "use_margin": self.use_margin}
 
     def first_user_turn(self, item: Preference) -> str:
-        """What the split goes by."""
+        """The first user turn."""
         return item.first_user_turn
 
     def dump(self, item: Preference) -> dict[str, Any]:
-        """Messages, pairs with their margins and weights, and names of the origin."""
+        """Messages, pairs with their margins and weights, and the origin's names."""
         margins = item.margins or (0.0,) * len(item.pairs)
         if item.margins is None and item.scores is not None:
             margins = tuple(item.scores[better] - item.scores[worse] for better, worse in item.pairs)
@@ -148,10 +148,10 @@ def _is_preference(row: Mapping[str, Any]) -> bool:
 def encode_preference(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, stop_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """One row's tokens, or why it has none; runs in worker processes.
+    """One row's tokens, or the reason that it has none; runs in worker processes.
 
-    An answer ends with its stop token, as a completion does when it is sampled: what a template writes behind that
-    (ChatML a line break) is left out, since the reward is read at the last token.
+    An answer ends with its stop token, as a sampled completion does. What a template writes behind it (ChatML: a line
+    break) is left out, since the reward is read at the last token.
     """
     pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
     empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs}
@@ -162,7 +162,7 @@ def encode_preference(
         prompt = encode_prompt(tokenizer, messages, row["options"], stop_ids)
         answers, scored = [], []
         for answer in row["answers"]:
-            # turns of the prompt are not scored here: a template may write them otherwise than when they were new
+            # turns of the prompt are not scored: a template may write them differently than when they were the last
             loss_on: LossOn = "last" if len(answer) == 1 else "assistant"
             conversation = Conversation((*messages, *answer), options=row["options"])
             tokens = encode(tokenizer, conversation, loss_on, stop_ids)
@@ -172,7 +172,9 @@ def encode_preference(
                 extra_stops = True
             end = max(i for i, read in enumerate(tokens.scored) if read) + 1
             if tokens.input_ids[: len(prompt)] != prompt:
-                reason = "the template writes the prompt otherwise once an answer follows, so answers can't share it"
+                reason = (
+                    "the chat template writes the prompt differently once an answer follows, so answers can't share it"
+                )
                 return {**empty, "kind": "prompt changes", "reason": reason}
             answers.append(tokens.input_ids[len(prompt) : end])
             scored.append(tokens.scored[len(prompt) : end])
@@ -180,8 +182,10 @@ def encode_preference(
         return {**empty, "kind": error.kind, "reason": str(error).replace(LAST_ALONE, "")}
     for better, worse in zip(row["better"], row["worse"], strict=True):
         if answers[better] == answers[worse]:
-            reason = "the chat template writes two answers that form a pair as the same tokens: they differ in what it "
-            reason += "trims, or in a stop token. Remove one of them, or the row"
+            reason = (
+                "two answers of a pair have the same tokens: they differ only in what the chat template trims, or in "
+            )
+            reason += "a stop token. Remove one of them, or the row"
             return {**empty, "kind": "no difference", "reason": reason}
     longest = len(prompt) + max(map(len, answers))
     if longest > limit:

@@ -1,4 +1,4 @@
-"""Prompts to roll out from: rows of any known format, what else they hold for reward functions, and PPO-ptx's texts."""
+"""Prompts for rollouts, with the columns that reward functions get, and texts beside them (PPO-ptx)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lightning_rlhf.protocols import LimitsPrompts, SamplePrompt
 
 @dataclass(eq=False)
 class PromptBatch:
-    """One rank's prompts of an iteration, B of them; none where there are fewer prompts than ranks.
+    """One rank's prompts of an iteration, B of them; B may be 0 if there are fewer prompts than ranks.
 
     Attributes:
-        prompts: The token ids of each, as inference feeds them: generation prompt included, nothing padded.
-        messages: What they were made of: messages, or plain texts.
-        rows: Their numbers in the data.
-        columns: The rows' further columns for reward functions, B values each; None where a row lacks one. All batches
-            have the same columns.
+        prompts: The token ids of each prompt, as inference feeds them: with the generation prompt, without padding.
+        messages: The messages, or the plain text, of each prompt.
+        rows: The prompts' row numbers in the data.
+        columns: The rows' other columns for reward functions, B values each; None for a row that lacks the column. All
+            batches have the same columns.
         total: Prompts of the iteration over all ranks.
     """
 
@@ -46,7 +46,7 @@ class PromptBatch:
     total: int
 
     def to(self, device: Any, non_blocking: bool = False) -> PromptBatch:
-        """Itself: there are no tensors. Lightning asks for it, and would else look at every token."""
+        """The batch itself: it has no tensors. Without this method, Lightning would look at every token."""
         return self
 
 
@@ -65,17 +65,17 @@ class _PromptRow(NamedTuple):
 
 
 def prompt_row(row: Mapping[str, Any]) -> _PromptRow:
-    """A tokenized row's token ids, messages and further columns."""
+    """A tokenized row's token ids, messages and other columns."""
     return _PromptRow(row["prompt"], json.loads(row["messages"]), json.loads(row["further"]))
 
 
 def prompt_columns(row: Mapping[str, Any]) -> list[Any]:
-    """The names of a tokenized row's further columns."""
+    """The names of a tokenized row's other columns."""
     return list(json.loads(row["further"]))
 
 
 def collate_prompts(rows: list[_PromptRow], chosen: Bin, names: tuple[str, ...]) -> PromptBatch:
-    """A bin's rows as a batch, with the columns ``names``."""
+    """Makes a batch of a bin's rows, with the columns ``names``."""
     return PromptBatch(
         prompts=[row.ids for row in rows],
         messages=[row.messages for row in rows],
@@ -86,10 +86,10 @@ def collate_prompts(rows: list[_PromptRow], chosen: Bin, names: tuple[str, ...])
 
 
 class PromptsWithPtx:
-    """Batches ``{"prompts": PromptBatch, "ptx": PackedBatch}``: an epoch is the prompts', beside it the texts go round.
+    """Batches ``{"prompts": PromptBatch, "ptx": PackedBatch}``; an epoch is one pass over the prompts.
 
-    A plain iterable with a state, as :class:`~lightning_rlhf.data.planner.PlannedLoader` is one. The texts begin their
-    next epoch, in another order, when they are through, wherever the prompts are.
+    Like :class:`~lightning_rlhf.data.planner.PlannedLoader`, it is a plain iterable with a state. The texts start their
+    next epoch, in a new order, as soon as all of them were used, wherever the prompts are.
 
     Args:
         prompts: The loader whose epochs count.
@@ -102,15 +102,15 @@ class PromptsWithPtx:
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for ``sampler.set_epoch``: this loader."""
+        """This loader: Lightning looks here for ``sampler.set_epoch``."""
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
-        """The prompts' epoch; the texts have their own."""
+        """Sets the epoch of the prompts; the texts count their own."""
         self.prompts.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Iterations of an epoch."""
+        """Iterations per epoch."""
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -125,20 +125,20 @@ class PromptsWithPtx:
             self.ptx.set_epoch(self.ptx.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both places."""
+        """The places of both loaders."""
         return {"prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved place.
+        """Restores the places.
 
         Raises:
-            ValueError: One of the plans is another one, or the checkpoint was made without ``ptx``.
+            ValueError: One of the plans differs, or the checkpoint was made without ``ptx``.
         """
         if "ptx" not in state:
             raise ValueError("The checkpoint was made without ptx. Resume without it, or start a new run.")
         self.prompts.load_state_dict(state["prompts"])
         self.ptx.load_state_dict(state["ptx"])
-        if self.ptx.position == len(self.ptx):  # saved at the end of a round
+        if self.ptx.position == len(self.ptx):  # saved when all texts were used
             self.ptx.set_epoch(self.ptx.epoch + 1)
         self._texts = None
 
@@ -221,7 +221,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
         super().__init__(**shared_arguments(locals()))
         if as_text and system is not None:
             raise ValueError(
-                "With as_text prompts are plain texts, which have no system prompt. Leave one of them out."
+                "as_text makes prompts plain texts, which have no system prompt. Leave out as_text or system."
             )
         self.as_text, self.drop_last = as_text, drop_last
         self.ptx: InstructionDataModule | None = None
@@ -245,7 +245,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
     # ------------------------------------------------------------------------------------------------- rows
 
     def parse(self, row: Mapping[str, Any], part: str, format: str) -> Prompt:
-        """A prompt with its further columns."""
+        """A prompt with its other columns."""
         return to_prompt(row, format, self.system, self.as_text)
 
     def reading(self) -> dict[str, Any]:
@@ -253,13 +253,13 @@ class PromptDataModule(TreeDataModule[Prompt]):
         return {"system": self.system, "as_text": self.as_text}
 
     def first_user_turn(self, item: Prompt) -> str:
-        """What the split goes by, as fine-tuning's does."""
+        """The first user turn, as in fine-tuning, or the text."""
         if isinstance(item.prompt, str):
             return item.prompt
         return Conversation(item.prompt).first_user_turn
 
     def dump(self, item: Prompt) -> dict[str, Any]:
-        """The prompt, and the further columns as JSON in ASCII, which keeps whatever they hold."""
+        """The prompt, and the other columns as ASCII JSON, which keeps every value as it is."""
         return {"prompt": item.prompt, "further": json.dumps(item.columns)}
 
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
@@ -273,11 +273,11 @@ class PromptDataModule(TreeDataModule[Prompt]):
         return [{"role": m["role"], "content": m["content"]} for m in item.prompt]
 
     def sample_columns(self, n: int) -> list[dict[str, Any]]:
-        """The further columns of those prompts."""
+        """The other columns of those prompts."""
         return [dict(item.columns) for _, item in self._samples(n)]
 
     def finish(self, facts: list[Any], part: str) -> Callable[[Mapping[str, Any]], _PromptRow]:
-        """Notes the columns that any row has, so that all batches have the same."""
+        """Notes the columns that any row has, so that all batches have the same ones."""
         self._names[part] = tuple(facts)
         return prompt_row
 
@@ -288,13 +288,13 @@ class PromptDataModule(TreeDataModule[Prompt]):
         return (Row(_opening(row.value, self.as_text), row.where) for row in rows)
 
     def _limit(self) -> int:
-        """What leaves room for a completion, and ``max_length``."""
+        """The smaller of ``max_length`` and what leaves room for a completion."""
         room = self._module.prompt_limit if isinstance(self._module, LimitsPrompts) else None
         if room is None:
             return super()._limit()
         if room < 1:
             raise DataError(
-                f"max_new_tokens leaves no room for a prompt: it is {1 - room} too many for the model's context. Lower "
+                f"max_new_tokens leaves no room for a prompt in the model's context: it is {1 - room} too large. Lower "
                 "model.sampling.max_new_tokens."
             )
         return int(room if self.max_length is None else min(room, self.max_length))
@@ -302,25 +302,25 @@ class PromptDataModule(TreeDataModule[Prompt]):
     # ------------------------------------------------------------------------------------------------- Lightning
 
     def prepare_data(self) -> None:
-        """Tokenizes into the cache, on one process a node."""
+        """Tokenizes into the cache; Lightning calls it once per node."""
         super().prepare_data()
         if texts := self._texts():
             texts.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads what the stage (fit, validate, test, predict) needs; from the cache where it is there."""
+        """Maps the rows that a stage (fit, validate, test, predict) needs; tokenizes those not in the cache."""
         super().setup(stage)
         if texts := self._texts(stage):
             texts.setup(stage)
 
     def train_dataloader(self) -> PlannedLoader | PromptsWithPtx:  # type: ignore[override]
-        """Shuffled prompts, each iteration's dealt over ranks; with texts beside them where there is ``ptx``."""
+        """Shuffled prompts, dealt over ranks; with texts beside them if ``ptx`` has any."""
         loader = self._loader("train", self.batch_size, 1, shuffle=True)
         texts = self._texts("fit")
         return loader if texts is None else PromptsWithPtx(loader, texts.train_dataloader())
 
     def _texts(self, stage: str | None = None) -> InstructionDataModule | None:
-        """The data module of ``ptx`` where this stage needs it, with this one's trainer."""
+        """The data module of ``ptx``, with this one's Trainer, if the stage needs it."""
         stage = stage or (None if self.trainer is None else self.trainer.state.fn)
         if self.ptx is None or stage not in (None, "fit"):
             return None
@@ -330,7 +330,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
     def _loader(self, part: str, batch_size: int, micro_batches: int, shuffle: bool) -> PlannedLoader:
         ranks, rank = self._ranks()
         rows = self._rows[part]
-        # Completions cost more than prompts, and about the same each: ranks first get as many prompts, then tokens.
+        # Completions cost more than prompts, and each about the same: balance the number of prompts, then of tokens.
         drops = self.drop_last and part == "train"
         planner = Planner(
             rows.sizes,
@@ -347,14 +347,14 @@ class PromptDataModule(TreeDataModule[Prompt]):
         )
         if drops and planner.num_trees < batch_size:
             raise ValueError(
-                f"drop_last leaves nothing: there are {planner.num_trees} prompts, and batch_size is {batch_size}. "
-                "Lower it."
+                f"drop_last leaves no batch: batch_size is {batch_size}, and there are {planner.num_trees} prompts. "
+                "Lower batch_size."
             )
         return PlannedLoader(rows, planner, rank, collate=partial(collate_prompts, names=self._names.get(part, ())))
 
 
 def _opening(row: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
-    """A bundled conversation up to its first user turn; as a text, that turn alone."""
+    """A bundled conversation up to its first user turn; as text, that turn alone."""
     first = next(i for i, turn in enumerate(row["messages"]) if turn["role"] == "user")
     further = {name: value for name, value in row.items() if name != "messages"}
     opening = row["messages"][first]["content"] if as_text else row["messages"][: first + 1]
@@ -364,7 +364,7 @@ def _opening(row: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
 def encode_prompt_row(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, given: bool
 ) -> dict[str, Any]:
-    """One row's tokens, or why it has none; runs in worker processes."""
+    """One row's tokens, or the reason that it has none; runs in worker processes."""
     out: dict[str, Any] = {
         "prompt": [],
         "messages": json.dumps(row["prompt"]),

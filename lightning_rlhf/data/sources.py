@@ -1,8 +1,8 @@
-"""Where rows come from: files, data sets of the hub and objects in memory, each row with the place it was found.
+"""Rows from files, hub data sets and objects in memory, each with the place where it was found.
 
-Nothing is lost silently. What is wrong with one row goes through :class:`BadRows`, which raises or counts; what makes
-the rest of a file unreadable (a truncated gzip, a malformed JSON document, no header) always raises, because the number
-of rows it costs is unknown.
+Nothing is lost silently. A fault of one row goes through :class:`BadRows`, which raises or counts. A fault that makes
+the rest of a file unreadable (a truncated gzip, a malformed JSON document, a bad header) always raises, because nobody
+knows how many rows it costs.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A source beside others, and how often its rows come.
+    """One of several sources, and how often its rows are used.
 
-    In configurations it is written as ``{source: ..., weight: ..., format: ...}``.
+    In configurations it is written ``{source: ..., weight: ..., format: ...}``.
 
     Attributes:
         source: Rows in memory, paths, globs, a hub id, or ``bundled``.
-        weight: Passes over the source an epoch: at 2 each row comes twice; at 0.5 one epoch brings a half of the rows,
-            the next epoch the other half.
-        format: Row format of this source; None for the data module's.
+        weight: Passes over the source per epoch. With 2, each row comes twice; with 0.5, one epoch takes half of the
+            rows and the next epoch the other half.
+        format: Row format of this source. Default: the data module's.
     """
 
     source: Any
@@ -58,7 +58,7 @@ class WeightedSource:
 
     @property
     def name(self) -> str:
-        """The source in a word, for messages."""
+        """The source's name in messages."""
         source = self.source
         return str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
 
@@ -82,7 +82,7 @@ else:
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
 _BOM = codecs.BOM_UTF8
-#: What files begin with that are read as what they are, or refused as what they are, whatever their name.
+#: First bytes of files that are read as what they are, or refused, whatever their names say.
 _GZIP, _PARQUET, _LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs.github.com/spec/"
 _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 
@@ -93,10 +93,10 @@ class Row:
 
     Attributes:
         value: The row's columns.
-        where: The place, for messages: ``my.jsonl:17`` (line), ``my.csv:3`` (line at which the record starts),
+        where: The place, for messages: ``my.jsonl:17`` (line), ``my.csv:3`` (first line of the record),
             ``my.json[5] (line 40)``, ``x.parquet[12]``, ``list[4]``, ``org/set (train)[9]``. Lines count from 1,
             elements from 0.
-        cells: Whether it is of a table of texts (CSV), in which an empty one may stand for none.
+        cells: Whether it is from a table of texts (CSV), where an empty cell may mean that there is no value.
     """
 
     value: dict[str, Any]
@@ -138,10 +138,10 @@ OnBadRow = Literal["raise", "skip"]
 
 
 class BadRows:
-    """What happens to rows that can't be used: they stop the reading, or they are counted and reported.
+    """What happens to rows that can't be used: they raise, or they are counted and reported.
 
     Args:
-        policy: ``"raise"`` raises at the first bad row, ``"skip"`` leaves bad rows out and counts them.
+        policy: ``"raise"`` raises at the first bad row. ``"skip"`` leaves bad rows out and counts them.
 
     Attributes:
         counts: Number of rows left out, by kind of fault.
@@ -162,49 +162,49 @@ class BadRows:
 
     @property
     def reasons(self) -> str:
-        """Why rows were left out, how often, and the first of each."""
+        """The reasons for leaving rows out, each with the number of rows and the first one."""
         return ", ".join(f"{n} x {kind} (first: {self.first[kind]})" for kind, n in self.counts.most_common())
 
     def add(self, where: str, kind: str, reason: str) -> None:
-        """Take note of a bad row.
+        """Note a bad row.
 
         Args:
             where: The row's place, as in :class:`Row`.
-            kind: A short name of the fault, by which rows are counted.
+            kind: A short name of the fault; rows are counted by it.
             reason: What is wrong and what to do.
 
         Raises:
             BadRowError: If the policy is ``"raise"``.
         """
         if self.policy == "raise":
-            advice = "Mend the row, or set on_bad_row: skip to leave such rows out and have them counted."
+            advice = "Correct the row, or set on_bad_row: skip to leave such rows out and have them counted."
             raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
         self.counts[kind] += 1
         self.first.setdefault(kind, BadRowError(where, kind, reason))
 
     def summary(self) -> dict[str, list[Any]]:
-        """By kind of fault the number of rows, and place and reason of the first, as JSON holds it."""
+        """For each kind of fault the number of rows, and the place and reason of the first, as JSON values."""
         return {kind: [count, self.first[kind].where, self.first[kind].reason] for kind, count in self.counts.items()}
 
     def merge(self, summary: Mapping[str, Sequence[Any]]) -> None:
-        """Take note of rows that were counted before.
+        """Note rows that were counted before.
 
         Args:
-            summary: As :meth:`summary` gives it.
+            summary: What :meth:`summary` returned.
 
         Raises:
-            BadRowError: If the policy is ``"raise"``, at the first of them.
+            BadRowError: There are any, and the policy is ``"raise"``.
         """
         for kind, (count, where, reason) in summary.items():
             self.add(where, kind, reason)
             self.counts[kind] += count - 1
 
     def report(self, total_rows: int, name: str) -> None:
-        """Warn, in one message, of all rows left out. Without any, do nothing.
+        """Warn of all rows that were left out, if any, in one message.
 
         Args:
-            total_rows: Number of rows seen, good and bad.
-            name: What was read.
+            total_rows: Number of rows, good and bad.
+            name: The name of what was read.
         """
         if self.counts:
             verb = "was" if self.total == 1 else "were"
@@ -212,14 +212,14 @@ class BadRows:
 
 
 def weighted_sources(source: Source) -> list[WeightedSource]:
-    """The sources of which a source consists, each with its weight.
+    """Splits a source into its weighted sources.
 
     Args:
-        source: What :func:`read_rows` takes, which weighs 1; or a list of :class:`WeightedSource` or of mappings with
-            ``source`` and, as you like, ``weight`` and ``format``, among which paths weigh 1.
+        source: What :func:`read_rows` takes, which gets weight 1; or a list of :class:`WeightedSource`, of mappings
+            with ``source`` and optionally ``weight`` and ``format``, and of paths, which get weight 1.
 
     Raises:
-        ValueError: A weight is none.
+        ValueError: A weight is not a positive number, or an entry of the list is none of these.
     """
     listed = isinstance(source, Sequence) and not isinstance(source, str)
     if not listed or not any(_is_weighted(item) for item in cast("Sequence[Any]", source)):
@@ -234,7 +234,7 @@ def weighted_sources(source: Source) -> list[WeightedSource]:
             made.append(WeightedSource(item))
         else:
             raise ValueError(
-                f"Among weighted sources stands a {type(item).__name__}. Write each as {{source: ..., weight: ...}}."
+                f"Weighted sources contain a {type(item).__name__}. Write each as {{source: ..., weight: ...}}."
             )
     return made
 
@@ -246,10 +246,10 @@ def _is_weighted(item: object) -> bool:
 
 
 def source_state(source: Source) -> list[Any] | None:
-    """What tells whether files have changed without reading them: paths, sizes and times of change.
+    """Paths, sizes and modification times of files: they tell whether files changed, without reading them.
 
     Returns:
-        None where there are no files, but rows in memory.
+        That state; None for rows in memory.
     """
     if isinstance(source, (str, os.PathLike)):
         source = [source]
@@ -272,26 +272,26 @@ def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Ro
 
             * a file: JSON Lines (``.jsonl``), JSON (``.json``: an array of objects, an object with one list of them,
               or JSON Lines), ``.csv`` or ``.tsv`` with a header, ``.parquet``, or ``.txt`` (each line is a row with the
-              column ``text``); all but Parquet also gzipped, with or without ``.gz``. Text is UTF-8; blank lines are no
-              rows. A cell of a CSV file that is a JSON list of messages becomes that list; a row that is one becomes
-              its column ``messages``. A file without any row is told of in a warning.
+              column ``text``); all but Parquet also gzipped, with or without ``.gz``. Text is UTF-8; blank lines are
+              skipped. A CSV cell that is a JSON list of messages becomes that list; a row that is such a list becomes
+              the column ``messages``. A file without rows causes a warning.
             * a glob (``data/**/*.jsonl``), whose files are read in sorted order
-            * a directory: the files of these kinds that lie directly in it, in sorted order
-            * the id of a data set on the hub, ``org/name`` or ``org/name:config``. A path that exists, a pattern, and a
-              name with one of the suffixes above is always a file.
+            * a directory: its files of these kinds, without subdirectories, in sorted order
+            * the id of a hub data set, ``org/name`` or ``org/name:config``. A path that exists, a pattern, and a name
+              with one of the suffixes above always mean files.
             * a list of these
             * a :class:`datasets.Dataset` or a list of dicts
-        bad: Takes the rows that can't be read or aren't objects.
+        bad: Gets the rows that can't be read or aren't objects.
         split: The split of a hub data set.
 
     Yields:
         The rows, in order.
 
     Raises:
-        FileNotFoundError: If a file or hub data set isn't found, or a pattern or directory holds no file.
-        BadRowError: At a bad row, as ``bad`` decides, and wherever the rest of a file can't be read.
-        TypeError: If ``source`` is none of the above.
-        ValueError: If a file is of an unknown kind, or a hub data set lacks the split or configuration.
+        FileNotFoundError: A file or hub data set isn't found, or a pattern or directory has no file.
+        BadRowError: A row is bad and the policy of ``bad`` is ``"raise"``, or the rest of a file can't be read.
+        TypeError: ``source`` is none of the above.
+        ValueError: A file is of an unknown kind, or a hub data set lacks the split or configuration.
     """
     for where, value in _values(source, bad, split):
         if isinstance(value, Mapping):
@@ -304,7 +304,7 @@ def read_rows(source: Source, bad: BadRows, split: str = "train") -> Iterator[Ro
 
 
 def _values(source: Source, bad: BadRows, split: str) -> Iterator[tuple[str, Any]]:
-    """Yield each row's place and value, whatever the value is."""
+    """Yield each row's place and value, of whatever type."""
     if isinstance(source, (str, os.PathLike)):
         source = [source]
     if _is_dataset(source):
@@ -316,7 +316,7 @@ def _values(source: Source, bad: BadRows, split: str) -> Iterator[tuple[str, Any
             "list of dicts, or one split of a data set (data['train'])."
         )
     elif all(isinstance(item, (str, os.PathLike)) for item in source):
-        # Everything is looked up before anything is read: a misspelt last file shows at once.
+        # Look up everything before reading anything: a misspelled last file shows at once.
         for name in [name for item in source for name in _expand(cast("str | os.PathLike[str]", item))]:
             kind = _kind(name)
             yield from _read_file(name, kind, bad) if kind else _read_hub(name, split)
@@ -325,7 +325,7 @@ def _values(source: Source, bad: BadRows, split: str) -> Iterator[tuple[str, Any
 
 
 def _is_dataset(source: object) -> bool:
-    datasets = sys.modules.get("datasets")  # not imported: then nobody can have made one
+    datasets = sys.modules.get("datasets")  # if it isn't imported, nobody has made one
     return datasets is not None and isinstance(source, datasets.Dataset)
 
 
@@ -337,14 +337,14 @@ def _kind(path: str) -> str | None:
 
 
 def _expand(item: str | os.PathLike[str]) -> list[str]:
-    """The files a path, pattern or directory stands for; a hub id as it is."""
+    """The files that a path, pattern or directory stands for; a hub id as it is."""
     path = os.path.expanduser(os.fspath(item))
     kinds = " ".join(_READERS)
     if os.path.isdir(path):
         files = sorted(entry.path for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith("."))
         files = [file for file in files if _kind(file)]
         if not files:
-            raise FileNotFoundError(f"{path}: the directory holds no file of a known kind ({kinds}).")
+            raise FileNotFoundError(f"{path}: the directory has no file of a known kind ({kinds}).")
         return files
     if os.path.exists(path):
         files = [path]
@@ -361,7 +361,7 @@ def _expand(item: str | os.PathLike[str]) -> list[str]:
         )
     for file in files:
         if not _kind(file):
-            raise ValueError(f"{file}: unknown kind of file. Known are {kinds}, all but .parquet also with .gz.")
+            raise ValueError(f"{file}: unknown kind of file. Known kinds are {kinds}, all but .parquet also with .gz.")
     return files
 
 
@@ -371,7 +371,7 @@ def _read_file(path: str, kind: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         for row in _READERS[kind](path, bad):
             yield row
     if row is None and bad.total == before:
-        rank_zero_warn(f"{path} holds no row.")
+        rank_zero_warn(f"{path} has no row.")
 
 
 @contextmanager
@@ -379,7 +379,7 @@ def _open(path: str) -> Iterator[IO[bytes]]:
     """Opens a text file, gzipped or not.
 
     Raises:
-        BadRowError: It is of another kind, by what it begins with.
+        BadRowError: By its first bytes, it is of another kind.
     """
     with open(path, "rb") as file:
         zipped = file.read(2) == _GZIP
@@ -393,9 +393,9 @@ def _open(path: str) -> Iterator[IO[bytes]]:
 
 
 def _check_kind(path: str, head: bytes) -> None:
-    """Refuses what only looks like a file of rows, by its first bytes."""
+    """Refuses a file that, by its first bytes, isn't one of rows."""
     if head.startswith(_LFS):
-        reason = "this is a Git LFS pointer, not the file it stands for. Fetch the file with: git lfs pull"
+        reason = "this is a Git LFS pointer, not the file itself. Fetch the file with: git lfs pull"
         raise BadRowError(path, "Git LFS pointer", reason)
     if head.startswith(_PARQUET):
         raise BadRowError(path, "other kind of file", "the file is Parquet. Give its name the suffix .parquet")
@@ -408,10 +408,10 @@ def _check_kind(path: str, head: bytes) -> None:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
-    """Yield each line's number, its text with its line ending, and what is wrong with its encoding, or None."""
+    """Yield each line's number, its text with its line ending, and the fault of its encoding or None."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(_BOM)  # stands inside a file where several were joined
+            line = line.removeprefix(_BOM)  # inside a file if several were joined
             try:
                 yield number, line.decode(), None
             except UnicodeDecodeError as error:
@@ -444,7 +444,7 @@ def _read_jsonl(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
 
 
 class _Decoder(json.JSONDecoder):
-    """Notes the keys that come twice in an object, of which Python's own would keep the last."""
+    """Notes keys that come twice in an object; Python's own decoder would keep the last without a word."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=self._object)
@@ -487,7 +487,7 @@ def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         reason = f"malformed JSON: {_json_fault(error)}. Nothing of the file was read; correct it."
         raise BadRowError(where, "malformed JSON", reason) from error
-    # a list of turns is one conversation; flat messages of trees have their text in other columns
+    # a list of turns is one conversation; flat messages of trees have their text in a column of another name
     single = isinstance(document, list) and is_chat(document) and all({"content", "value"} & t.keys() for t in document)
     if isinstance(document, list) and not single:
         for i, (line, value) in enumerate(_elements(text, len(document), decoder)):
@@ -499,10 +499,10 @@ def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
 
 
 def _holds_json_lines(path: str) -> bool:
-    """Whether the first line is an object by itself and more follows, which no JSON document can be."""
+    """Whether the first line is an object by itself and more lines follow, unlike in any JSON document."""
     filled = (line for _, line, _ in _lines(path) if line.strip())
     first = next(filled, "")
-    if not first.lstrip().startswith("{"):  # spares a long array on one line the parsing
+    if not first.lstrip().startswith("{"):  # avoids parsing a long array on one line
         return False
     try:
         json.loads(first)
@@ -512,7 +512,7 @@ def _holds_json_lines(path: str) -> bool:
 
 
 def _elements(text: str, count: int, decoder: _Decoder) -> Iterator[tuple[int, Any]]:
-    """Yield line and value of each element of a valid JSON array."""
+    """Yield the line and value of each element of a valid JSON array."""
     line, seen, at = 1, 0, text.index("[") + 1
     for _ in range(count):
         at = cast("re.Match[str]", _BETWEEN_ELEMENTS.match(text, at)).end()
@@ -531,7 +531,7 @@ def _only_list(document: Any) -> list[Any] | None:
 
 
 def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(max(csv.field_size_limit(), 2**30))  # the default of 128 KiB is less than a long text
+    csv.field_size_limit(max(csv.field_size_limit(), 2**30))  # the default of 128 KiB is too small for long texts
     broken: list[tuple[int, str]] = []  # lines that aren't UTF-8 among those of the record being read
 
     def lines() -> Iterator[str]:
@@ -540,7 +540,7 @@ def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[s
                 broken.append((number, fault))
             yield line
 
-    # Strict, since else a stray quote swallows the rest of the file into one field.
+    # strict: otherwise a stray quote swallows the rest of the file into one field
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     decoder = _Decoder()
@@ -575,7 +575,7 @@ def _read_csv(path: str, bad: BadRows, delimiter: str = ",") -> Iterator[tuple[s
 
 
 def _cell(text: str, decoder: _Decoder) -> Any:
-    """A cell as messages, where it is a JSON list of them, or one; any other is a text, also one that is JSON."""
+    """A cell as messages if it is a JSON list of messages, or one message; otherwise as text, even if it is JSON."""
     if not text.lstrip().startswith(("[", "{")):
         return text
     noted = len(decoder.twice)
@@ -587,12 +587,12 @@ def _cell(text: str, decoder: _Decoder) -> Any:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether these are turns: objects that each say whose they are."""
+    """Whether these are turns: objects that each have a role."""
     return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value)
 
 
 def read_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """What a text is as JSON; None where it is none."""
+    """The value of a JSON text; None if it isn't JSON."""
     try:
         return (decoder or json.JSONDecoder()).decode(text)
     except (ValueError, RecursionError):
@@ -662,7 +662,7 @@ def _load_hub(name: str, split: str) -> Dataset:
 
 
 def _read_dataset(dataset: Dataset, name: str) -> Iterator[tuple[str, Any]]:
-    # A data set formatted as tensors would give those; rows are plain Python.
+    # without a format: a data set may be set to give tensors
     yield from ((f"{name}[{i}]", value) for i, value in enumerate(dataset.with_format(None)))
 
 

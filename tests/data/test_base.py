@@ -172,7 +172,7 @@ def test_impossible_weights_are_refused(weight):
 def test_evaluation_has_no_weights_and_sources_are_written_alike():
     with pytest.raises(ValueError, match=r"val gives b\.jsonl the weight 2"):
         InstructionDataModule("bundled", val=[{"source": "b.jsonl", "weight": 2}])
-    with pytest.raises(ValueError, match="Among weighted sources stands a dict"):
+    with pytest.raises(ValueError, match="Weighted sources contain a dict"):
         InstructionDataModule([{"source": "a.jsonl"}, {"text": "a row"}])
     assert [s.source for s in InstructionDataModule([{"source": "a"}, "b.jsonl"])._weighted["train"]] == [
         "a",
@@ -654,7 +654,7 @@ def test_a_resume_with_other_rows_or_another_order_is_refused(kind, tiny_tokeniz
     loader(rows, "moved.jsonl").load_state_dict(state)  # the same rows elsewhere
     loader([{**r, "note": 5} for r in rows] if kind != "prompts" else rows, "b.jsonl").load_state_dict(state)
     for others in (rows[::-1], [*rows[:-1], row("b", 7)]):
-        with pytest.raises(DataError, match=r"'content'.*the rows are others, or in another order"):
+        with pytest.raises(DataError, match=r"'content'.*the rows differ, or their order"):
             loader(others, "c.jsonl").load_state_dict(state)
 
 
@@ -667,5 +667,5 @@ def test_a_run_is_not_resumed_on_rows_in_another_order(tiny_model_dir, tmp_path)
     fit(tiny_model_dir, tmp_path, data(rows), [ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                         enable_model_summary=False, max_steps=2, default_root_dir=tmp_path)  # fmt: skip
-    with pytest.raises(DataError, match="the rows are others, or in another order"):
+    with pytest.raises(DataError, match="the rows differ, or their order"):
         trainer.fit(SFTModule(str(tiny_model_dir)), data(rows[2:] + rows[:2]), ckpt_path=str(tmp_path / "x.ckpt"))

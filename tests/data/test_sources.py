@@ -222,7 +222,7 @@ def test_globs_directories_and_lists(here):
         (Path("org/name"), r"^org.name: no such file"),
         ("./org/name", r"no such file"),
         ("*.jsonl", r"^\*\.jsonl: no file matches"),
-        ("empty", r"^empty: the directory holds no file of a known kind"),
+        ("empty", r"^empty: the directory has no file of a known kind"),
         (["good.txt", "missing.txt"], r"^missing\.txt: no such file"),
     ],
 )
@@ -492,7 +492,7 @@ def test_raise_counts_nothing_and_says_more():
     bad = BadRows("raise")
     with pytest.raises(BadRowError) as caught:
         bad.add("my.jsonl:4", "empty turn", "turn 2 is empty. Write it")
-    assert str(caught.value).startswith("my.jsonl:4: turn 2 is empty. Write it. Mend the row")
+    assert str(caught.value).startswith("my.jsonl:4: turn 2 is empty. Write it. Correct the row")
     assert (caught.value.where, caught.value.kind) == ("my.jsonl:4", "empty turn") and bad.total == 0
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.kind) == (str(caught.value), "empty turn")
@@ -732,11 +732,11 @@ def test_an_empty_file_among_several_is_one_line(here):
     Path("a.jsonl").write_text('{"a": 1}\n')
     for name in ("b.jsonl", "b.json", "b.parquet", "b.jsonl.gz"):
         Path(name).write_bytes(b"")
-        with pytest.warns(UserWarning, match=f"^{name} holds no row") as caught:
+        with pytest.warns(UserWarning, match=f"^{name} has no row") as caught:
             assert values([name, "a.jsonl"]) == [{"a": 1}]
         assert len(caught) == 1
     Path("c.csv").write_text("a,b\n")
-    with pytest.warns(UserWarning, match="c.csv holds no row"):
+    with pytest.warns(UserWarning, match="c.csv has no row"):
         assert values("c.csv") == []
 
 
