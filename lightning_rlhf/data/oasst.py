@@ -1,8 +1,7 @@
-"""Trees of OpenAssistant's conversations (OASST1, OASST2), and the rows that they give.
+"""OpenAssistant's conversation trees (OASST1, OASST2), converted to rows of other formats.
 
-In such a tree a message has several replies, which people have ranked. Both published forms are read: a tree a row, and
-a message a row. What a tree gives are rows of the other formats (``messages``, ``ranking``, ``prompt``), which then go
-the way of all rows.
+In such a tree a message has several replies, which people have ranked. Both published forms are read: one tree per row,
+and one message per row. A tree becomes rows of the formats ``messages``, ``ranking`` or ``prompt``.
 """
 
 from __future__ import annotations
@@ -18,24 +17,25 @@ from lightning_rlhf.data.sources import BadRows, Row
 #: The format's name in configurations.
 OASST = "oasst"
 
-#: Makes the rows of a tree's first message, each with the message that it ends with or asks.
+#: Makes the rows of a tree from its first message; each comes with the message that it ends with or asks.
 TreeRows = Callable[[Mapping[str, Any]], Iterable[tuple[Mapping[str, Any], dict[str, Any]]]]
 
 
 def expand_trees(rows: Iterable[Row], make: TreeRows, bad: BadRows, format: str = "auto") -> Iterator[Row]:
-    """Puts the rows of a tree in its place; other rows pass.
+    """Replaces each tree by its rows, and passes other rows on.
 
-    Messages of a flat file have to stand tree by tree, as they are published; the parents may follow their replies.
+    In a file with one message per row, the messages of a tree must be next to each other, as in the published files;
+    parents may follow their replies.
 
     Args:
         rows: The rows as they were read.
         make: One of the functions below.
-        bad: Takes trees that give no row, and messages that are in none.
-        format: The format that rows are said to have: with ``auto`` trees are known by their columns, with ``oasst``
-            all rows have to be of trees, with any other none is.
+        bad: Gets trees without rows, and messages that belong to no tree.
+        format: The format of the rows: ``auto`` recognizes trees by their columns; with ``oasst`` all rows must belong
+            to trees; with any other format none does.
 
     Yields:
-        Rows; where a tree gave them, ``where`` names its line and the message.
+        Rows. For a row of a tree, ``where`` names its line and the message.
     """
     if format not in ("auto", OASST):
         yield from rows
@@ -57,9 +57,9 @@ def expand_trees(rows: Iterable[Row], make: TreeRows, bad: BadRows, format: str 
 
 
 def instruction_rows(root: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """The conversation that follows the best reply to every message, up to the assistant's last turn.
+    """One row: the conversation along the best reply to every message, up to the assistant's last turn.
 
-    Replies without a rank count as worse than those with one; of equal ones the first is taken.
+    Replies without a rank count as worse than those with one. Of equal replies the first is taken.
     """
     path = [root]
     while replies := _replies(path[-1]):
@@ -67,13 +67,13 @@ def instruction_rows(root: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any
     while path and _role(path[-1]) != "assistant":
         path.pop()
     if not path:
-        reason = "no reply of the assistant's follows the first message: there is nothing to learn. Remove the tree"
+        reason = "no assistant reply follows the first message, so there is nothing to learn. Remove the tree"
         raise FormatError("no assistant turn", reason)
     yield path[-1], {"messages": _turns(path), **_language(root)}
 
 
 def preference_rows(root: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """A ranking for every message to which two or more replies of the assistant's are ranked."""
+    """A ranking for every message that has two or more ranked replies by the assistant."""
     found = False
     waiting: list[tuple[Mapping[str, Any], ...]] = [(root,)]
     while waiting:
@@ -88,19 +88,21 @@ def preference_rows(root: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any]
         ranks = [_rank(reply) for reply in ranked]
         yield path[-1], {"prompt": _turns(path), "answers": answers, "ranks": ranks, **_language(root)}
     if not found:
-        reason = "to no message two replies of the assistant's are ranked: there is nothing to compare. Remove the tree"
+        reason = "no message has two ranked assistant replies, so there is nothing to compare. Remove the tree"
         raise FormatError("no comparison", reason)
 
 
 def prompt_rows(root: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """The first message."""
+    """One row: the first message."""
     yield root, {"prompt": _turns([root]), "message_id": root.get("message_id"), **_language(root)}
 
 
 def _made(where: str, root: Mapping[str, Any], make: TreeRows, bad: BadRows) -> Iterator[Row]:
     try:
         if not _stays(root):
-            reason = "the first message was deleted or failed its review, and all others answer it. Remove the tree"
+            reason = (
+                "the first message was deleted or failed its review, and all others follow from it. Remove the tree"
+            )
             raise FormatError("deleted", reason)
         for message, row in make(root):
             yield Row(row, f"{where} ({_name(message)})")
@@ -114,7 +116,7 @@ def _is_tree(row: Mapping[str, Any]) -> bool:
 
 
 def _tree_id(row: Row) -> object:
-    """What the messages of a tree share; None of other rows."""
+    """The tree's id if the row is one message of a tree; otherwise None."""
     names = [row.value.get(column) for column in ("message_tree_id", "message_id")]
     flat = all(isinstance(name, str) for name in names) and has_columns(row.value, "role", "text")
     return names[0] if flat else None
@@ -131,7 +133,7 @@ def _link(rows: Sequence[Row], bad: BadRows) -> Iterator[tuple[str, dict[str, An
             bad.add(row.where, "wrong type", f"the column 'parent_id' is a {kind}. Make it the id of a message")
             continue
         if name in messages:
-            bad.add(row.where, "repeated message", f"the message {name!r} is in the file before. Remove one of them")
+            bad.add(row.where, "repeated message", f"the file has the message {name!r} twice. Remove one of them")
             continue
         messages[name] = {**row.value, "replies": []}
         places.append((name, row.where))
@@ -142,7 +144,7 @@ def _link(rows: Sequence[Row], bad: BadRows) -> Iterator[tuple[str, dict[str, An
             reason = f"the messages {roots[0]!r} and {name!r} both begin the tree. Give one of them a 'parent_id'"
             bad.add(where, "second root", reason)
         elif parent is not None and (parent not in messages or not _leads_to(messages, name, roots)):
-            reason = f"the message answers {parent!r}, which is not in its tree as far as its messages stand together"
+            reason = f"the message answers {parent!r}, which is not among the neighboring messages of its tree"
             bad.add(where, "no parent", f"{reason}. Sort the file by 'message_tree_id', and add what is missing")
         elif parent is not None:
             messages[parent]["replies"].append(messages[name])
@@ -150,7 +152,7 @@ def _link(rows: Sequence[Row], bad: BadRows) -> Iterator[tuple[str, dict[str, An
 
 
 def _leads_to(messages: Mapping[str, Mapping[str, Any]], name: str, roots: Sequence[str]) -> bool:
-    """Whether the messages above lead to the root, not round in a circle."""
+    """Whether the messages above lead to the root, and not in a circle."""
     seen = set()
     while name in messages and name not in seen:
         seen.add(name)
@@ -165,7 +167,7 @@ def _stays(message: Mapping[str, Any]) -> bool:
 
 
 def _replies(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The replies but those that were deleted or failed their review."""
+    """The replies, without those that were deleted or failed their review."""
     replies = message.get("replies")
     if replies is None:
         return []

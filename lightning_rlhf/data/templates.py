@@ -1,8 +1,7 @@
 """Chat templates: how the turns of a conversation become text, and which token ends the assistant's.
 
-A preset marks with ``{% generation %}`` all that the model itself has to write: what follows the generation prompt, the
-stop token included. Presets that end turns with the tokenizer's eos work with any tokenizer; the others bring their
-tokens along.
+A preset marks with ``{% generation %}`` all that the model has to write: what follows the generation prompt, including
+the stop token. Presets that end turns with the tokenizer's eos work with any tokenizer; the others add their tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class ChatTemplate:
     Attributes:
         name: Its name in configurations.
         template: The Jinja source.
-        stop: The token it ends assistant turns with; None is the tokenizer's eos.
-        special_tokens: The tokens it needs in the vocabulary, ``stop`` included.
+        stop: The token that ends assistant turns; None for the tokenizer's eos.
+        special_tokens: The tokens that it needs in the vocabulary, including ``stop``.
     """
 
     name: str
@@ -35,7 +34,7 @@ class ChatTemplate:
     special_tokens: tuple[str, ...] = ()
 
 
-# transformers renders with trim_blocks, which eats a newline behind a block tag: here newlines are escapes in strings.
+# transformers renders with trim_blocks, which removes a newline after a block tag: newlines are escapes in strings.
 _UNKNOWN_ROLE = "{% else %}{{ raise_exception('This chat template has no role ' + message['role']) }}{% endif %}"
 
 _CHATML = (
@@ -60,7 +59,7 @@ _LLAMA3 = (
     r"{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-# A system turn takes the place of the usual preamble; an empty one leaves the preamble out.
+# A system turn replaces the usual preamble; an empty system turn removes it.
 _ALPACA = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ 'Below is an instruction that describes a task. "
@@ -78,7 +77,7 @@ _ALPACA = (
     r"{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
-# The blank after "ASSISTANT:" is the model's to write: a generation prompt that ended in it would split " word" tokens.
+# The model writes the blank after "ASSISTANT:": a generation prompt that ended with it would split " word" tokens.
 _VICUNA = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ 'A chat between a curious user and an artificial intelligence assistant. "
@@ -131,24 +130,24 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | os.PathLike[str] | None) -> int:
     """Give a tokenizer a chat template, with the tokens that it needs. Save the tokenizer beside the model.
 
-    Two things more, so that what was trained is what later tools see:
+    Two more changes keep other tools in line with training:
 
-    - Where the new template ends turns with a special token other than the eos, that token becomes
-      ``tokenizer.eos_token``, and a line in the log says so: some tools stop at nothing else.
-    - Where the tokenizer begins every text with BOS, a preset does so too: chat templates write their BOS themselves,
-      and such models have never read a text without it.
+    - If the new template ends turns with a special token other than the eos, that token becomes
+      ``tokenizer.eos_token``, and a log line says so: some tools stop at nothing else.
+    - If the tokenizer begins every text with BOS, a preset does so too: chat templates write BOS themselves, and such a
+      model has never read a text without it.
 
     Args:
-        tokenizer: The tokenizer, which is changed.
-        chat_template: The name of a preset (:data:`CHAT_TEMPLATES`), the path of a file that holds a Jinja template, or
-            None for the template that the tokenizer has.
+        tokenizer: The tokenizer; it is changed.
+        chat_template: Name of a preset (:data:`CHAT_TEMPLATES`), or path of a file with a Jinja template. None keeps
+            the tokenizer's own template.
 
     Returns:
-        The number of tokens added to the vocabulary. Resize the model's embeddings if it isn't 0.
+        Number of tokens added to the vocabulary. Resize the model's embeddings if it isn't 0.
 
     Raises:
-        ValueError: If there is no such preset or file, if None is given and the tokenizer has no template, or if the
-            preset needs an eos that the tokenizer lacks, or if the file's template refuses a user turn with its answer.
+        ValueError: There is no such preset or file; None is given and the tokenizer has no template; the preset needs
+            an eos, which the tokenizer lacks; or the file's template refuses a user turn with its answer.
     """
     presets = ", ".join(CHAT_TEMPLATES)
     if chat_template is None:
@@ -169,7 +168,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | o
     if preset.stop is None and tokenizer.eos_token is None:
         raise ValueError(
             f"The chat template {preset.name!r} ends turns with the eos token, and the tokenizer has none. "
-            "Set tokenizer.eos_token, or choose 'chatml' or 'llama3', which bring one."
+            "Set tokenizer.eos_token, or choose 'chatml' or 'llama3', which add one."
         )
     added = _add_special_tokens(tokenizer, preset.special_tokens)
     begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -180,7 +179,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | o
 
 
 def _stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Makes the token that ends turns the eos."""
+    """Makes the token that ends turns the eos token."""
     end = turn_end(tokenizer)
     if end is not None and end != tokenizer.eos_token_id:
         token = str(tokenizer.convert_ids_to_tokens(end))
@@ -192,21 +191,21 @@ def _stop_at_turn_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, further: Iterable[int | None] = ()) -> tuple[int, ...]:
-    """Tell which tokens end an assistant turn: the eos, the one that the chat template writes there, and further ones.
+    """The tokens that end an assistant turn: the eos, the one that the chat template writes there, and further ones.
 
-    The first two differ in many published models. The template's is read off a short conversation: the special token
-    that follows the assistant's text.
+    The first two differ in many published models. The template's token is found by rendering a short conversation: it
+    is the special token that follows the assistant's text.
 
     Args:
         tokenizer: The tokenizer, with or without a chat template.
-        further: Such as those of the model's generation config
-            (:func:`~lightning_rlhf.models.loading.load_stop_token_ids`); those that the tokenizer has not are left out.
+        further: Other ids, such as those of the model's generation config
+            (:func:`~lightning_rlhf.models.loading.load_stop_token_ids`). Ids that the tokenizer lacks are left out.
 
     Returns:
         The ids, the eos first.
 
     Raises:
-        ValueError: If there is no such token, or if the template refuses a user turn with its answer.
+        ValueError: There is no such token, or the template refuses a user turn with its answer.
     """
     known = range(len(tokenizer))
     stops = [i for i in (tokenizer.eos_token_id, turn_end(tokenizer), *further) if i in known]
@@ -221,7 +220,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, further: Iterable[int | N
 def answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
     """The blank, if any, that the chat template writes between the generation prompt and an answer.
 
-    The model writes it, and it is no part of the answer's content: rendered with it, an answer would have it twice.
+    The model writes it, but it is not part of the answer's content: rendering would write it a second time.
     """
     whole = _rendered_probe(tokenizer)
     prompt = tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True)
@@ -240,7 +239,7 @@ def _rendered_probe(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after an answer."""
+    """The special token that the chat template writes after an answer, if any."""
     if not tokenizer.chat_template:
         return None
     rest = _rendered_probe(tokenizer).rpartition(_PROBE[1]["content"])[2].lstrip()
@@ -249,7 +248,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> int:
-    """Make every token special, also one that the vocabulary holds as ordinary text. Returns how many ids are new."""
+    """Makes every token special, even one that the vocabulary has as ordinary text. Returns the number of new ids."""
     before = len(tokenizer)
     known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]

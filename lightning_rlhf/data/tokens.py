@@ -1,13 +1,13 @@
 """A conversation as token ids, and which of them the loss reads.
 
-What holds for every chat template and tokenizer:
+For every chat template and tokenizer:
 
-- The ids are those of ``apply_chat_template``, which is what inference feeds, so BOS is there as often as the template
-  writes it.
-- A prompt's ids are those that inference gets for it alone. Where the text, tokenized in one piece, has a token that
-  reaches from the prompt into the completion, it is tokenized in two pieces.
-- Every turn that is scored ends with a stop token that is scored too, and with one: a text that brings its own loses
-  it before it is rendered. Padding plays no part: nothing is read off ids.
+- The ids are those of ``apply_chat_template``, which inference feeds too, so BOS comes as often as the template writes
+  it.
+- A prompt's ids are those that inference gets for it alone. If a token of the whole text would reach from the prompt
+  into the completion, the text is tokenized in two pieces.
+- Every scored turn ends with exactly one stop token, which is scored too: an answer that ends with a stop token loses
+  it before it is rendered. Padding has no effect: no rule looks at ids.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lightning_rlhf.data.templates import CHAT_TEMPLATES, stop_token_ids
 #: What the loss reads: every assistant turn, the last of them, or all tokens.
 LossOn = Literal["assistant", "last", "all"]
 
-#: Advice where turns before the last are at fault, for those who have this setting.
+#: Advice for faults of turns before the last, for data modules that have this setting.
 LAST_ALONE = "Set loss_on to 'last'. Or: "
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TokenizeError(UnfitRowError):
-    """A conversation that can't become tokens to learn from."""
+    """A conversation that can't become tokens to train on."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Tokens:
 
     Attributes:
         input_ids: The ids.
-        scored: For each of them, whether the loss reads it. Never the first, which nothing predicts.
-        cut: Whether scored tokens were cut off the end, the stop token of the last turn among them.
+        scored: For each id, whether the loss reads it. The first never is: nothing predicts it.
+        cut: Whether scored tokens were cut off at the end, including the stop token of the last turn.
         unread: Keys of turns that the template doesn't write.
-        extra_stops: Whether an answer brought a stop token of its own, which was left out.
+        extra_stops: Whether an answer ended with a stop token of its own, which was left out.
     """
 
     input_ids: list[int]
@@ -62,7 +62,7 @@ class Tokens:
 
 
 class _Span(NamedTuple):
-    """A turn that is scored, in characters: from ``start`` to ``end``, behind its stop token if it has one."""
+    """A scored turn in characters: from ``start`` to ``end``, which is behind its stop token if it has one."""
 
     start: int
     end: int
@@ -77,26 +77,25 @@ def encode(
 ) -> Tokens:
     """Tokenize a conversation and mark what the loss reads.
 
-    Which characters are the assistant's, the template says itself where it has ``{% generation %}`` markers; a stop
-    token that they leave out is scored all the same. Without markers they are found by rendering turn by turn: a turn
-    starts where the generation prompt ends, and ends with its stop token. Where the template writes no stop token after
-    the last assistant turn, the eos is added there. A turn of weight 0 is not scored.
+    A template with ``{% generation %}`` markers says which characters are the assistant's; a stop token outside of the
+    markers is scored too. Without markers, the characters are found by rendering turn by turn: a turn starts where the
+    generation prompt ends, and ends with its stop token. If the template writes no stop token after the last assistant
+    turn, the eos is added there. A turn of weight 0 is not scored.
 
-    Plain text gets BOS if the tokenizer begins texts with it, and one eos; all of it is scored, whatever `loss_on` is.
+    Plain text gets BOS if the tokenizer begins texts with it, and one eos. All of it is scored, with any ``loss_on``.
 
     Args:
         tokenizer: The tokenizer, with a chat template if the conversation has messages.
         conversation: The conversation.
         loss_on: ``"assistant"`` scores every assistant turn, ``"last"`` the last one, ``"all"`` every token.
-        stop_ids: Tokens that end a turn where the template writes them there, besides those of the tokenizer: the
-            module's ``stop_token_ids``.
+        stop_ids: Further tokens that end a turn if the template writes them there: the module's ``stop_token_ids``.
 
     Returns:
         The tokens, untruncated.
 
     Raises:
-        TokenizeError: If the conversation can't be learned from with this template.
-        ValueError: If `loss_on` is unknown, or the tokenizer lacks a chat template or a stop token: no fault of a row.
+        TokenizeError: The conversation can't be trained on with this template.
+        ValueError: ``loss_on`` is unknown, or the tokenizer lacks a chat template or a stop token: no fault of a row.
     """
     if loss_on not in get_args(LossOn):
         raise ValueError(f"loss_on is {loss_on!r}. Choose one of: {', '.join(get_args(LossOn))}.")
@@ -112,10 +111,10 @@ def encode(
         text = _render(tokenizer, messages, options)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     learned = _learned(messages, turns, loss_on)
-    met = turns[-1:] if loss_on == "last" else turns  # the turns that inference may meet
+    met = turns[-1:] if loss_on == "last" else turns  # the turns that inference may be asked for
     prompts = {i: _render(tokenizer, messages[:i], options, add_generation_prompt=True) for i in met if i > 0}
     borders = {i: len(prompt) for i, prompt in prompts.items() if text.startswith(prompt)}
-    # Where all tokens are scored, only the end of the last turn is of interest, and those turns that are not learned.
+    # if all tokens are scored, only the end of the last turn matters, and the turns that are not learned
     read = learned if loss_on != "all" else [i for i in turns if i == turns[-1] or i not in learned]
     marked = _marked_spans(tokenizer, messages, options, text, stop)
     if marked and read and read[-1] in prompts:
@@ -145,11 +144,11 @@ def encode_prompt(
     options: Mapping[str, Any] | None = None,
     stop_ids: Sequence[int] = (),
 ) -> list[int]:
-    """Tokenize a prompt as inference does. Rollouts start from it.
+    """Tokenize a prompt as inference does. Rollouts start with these tokens.
 
     Args:
         tokenizer: The tokenizer, with a chat template if the prompt has messages.
-        prompt: Messages, which are rendered with the generation prompt, or a plain text, which no template touches.
+        prompt: Messages, which are rendered with the generation prompt; or a plain text, which no template touches.
         options: What the template gets beside the messages.
         stop_ids: As for :func:`encode`, for answers in the prompt.
 
@@ -157,8 +156,8 @@ def encode_prompt(
         The ids.
 
     Raises:
-        TokenizeError: If the template refuses the messages, or if there are no tokens.
-        ValueError: If the tokenizer has no chat template, and the prompt has messages.
+        TokenizeError: The template refuses the messages, or there are no tokens.
+        ValueError: The prompt has messages, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         ids = _plain_ids(tokenizer, prompt)
@@ -177,10 +176,10 @@ def truncate(tokens: Tokens, max_length: int) -> Tokens | None:
 
     Args:
         tokens: The row.
-        max_length: The number of tokens that may stay.
+        max_length: Maximum number of tokens.
 
     Returns:
-        The row, with ``cut`` set if the loss lost tokens and with them the stop token; None if it would read none.
+        The row, with ``cut`` set if it lost scored tokens (the stop token among them); None if no scored token is left.
     """
     if len(tokens.input_ids) <= max_length:
         return tokens
@@ -194,9 +193,7 @@ def truncate(tokens: Tokens, max_length: int) -> Tokens | None:
 def _tokens(ids: list[int], scored: list[bool]) -> Tokens:
     scored[:1] = [False] * len(scored[:1])
     if not any(scored):
-        raise TokenizeError(
-            "nothing to score", "no token is left for the loss to read. Write the text or remove the row"
-        )
+        raise TokenizeError("nothing to score", "the loss reads none of the tokens. Write the text or remove the row")
     return Tokens(ids, scored)
 
 
@@ -207,7 +204,7 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Text with the special tokens before it that the tokenizer adds of itself, and no eos after it."""
+    """Text with the special tokens that the tokenizer puts before texts, and without eos."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     writes_bos = bos is not None and text.startswith(bos)
     ids = _ids(tokenizer, text, add_special_tokens=not writes_bos)
@@ -219,26 +216,26 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def check_answers(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], stop_ids: Sequence[int] = ()
 ) -> None:
-    """Refuse a row in which an answer is a stop token alone, as one is refused in which an answer is empty.
+    """Refuse a row with an answer that is only a stop token, like one with an empty answer.
 
     Raises:
-        TokenizeError: It is one.
+        TokenizeError: An answer is only a stop token.
     """
     stop = re.compile(rf"(?:(?:{_pattern(tokenizer, stop_token_ids(tokenizer, stop_ids))})\s*)+")
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and stop.fullmatch(message["content"].strip()):
-            reason = f"turn {number} (assistant) is a stop token alone. Write its text or remove the row"
+            reason = f"turn {number} (assistant) is only a stop token. Write its text or remove the row"
             raise TokenizeError("empty turn", reason)
 
 
 def _pattern(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:
-    """A regular expression of these tokens, those left out that spell ordinary text."""
+    """A regular expression for these tokens, without those that spell ordinary text."""
     told = [i for i in stops if i == stops[0] or i in tokenizer.added_tokens_decoder]
     return "|".join(re.escape(str(tokenizer.convert_ids_to_tokens(i))) for i in told)
 
 
 def _stopped_once(messages: Sequence[Message], stop: str) -> list[Message]:
-    """The messages, without stop tokens that the assistant's texts end with: the template writes one."""
+    """The messages, without the stop tokens at the end of the assistant's texts: the template writes one."""
     at_end = re.compile(rf"(?:(?:{stop})\s*)+\Z")
     found = []
     for message in messages:
@@ -248,7 +245,7 @@ def _stopped_once(messages: Sequence[Message], stop: str) -> list[Message]:
 
 
 def _learned(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn) -> list[int]:
-    """Those of the assistant's turns that the loss reads."""
+    """The assistant turns that the loss reads."""
     if not turns and loss_on != "all":
         raise TokenizeError(
             "no assistant turn", "no turn is the assistant's: there is nothing to learn. Add the answer"
@@ -256,7 +253,7 @@ def _learned(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn)
     for number, message in enumerate(messages, 1):
         if message["role"] != "assistant" and message.get("weight", loss_on == "all") != (loss_on == "all"):
             reason = f"turn {number} ({message['role']}) has the weight {message['weight']}, which loss_on={loss_on!r} "
-            raise TokenizeError("weight", f"{reason}overrules for all but the assistant's turns. Remove it")
+            raise TokenizeError("weight", f"{reason}overrules for turns that aren't the assistant's. Remove it")
     learned = [i for i in (turns[-1:] if loss_on == "last" else turns) if messages[i].get("weight", 1)]
     if not learned and loss_on != "all":
         reason = f"every turn that loss_on={loss_on!r} reads has the weight 0: there is nothing to learn"
@@ -267,7 +264,7 @@ def _learned(messages: Sequence[Message], turns: Sequence[int], loss_on: LossOn)
 def _check_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """What of the messages the template doesn't write. Words of the model's, and tools, may not be among it."""
+    """Keys of the messages that the template doesn't write. Reasoning and tools must not be among them."""
     keys = sorted({key for message in messages for key in message} - {"role", "content", "weight"})
     if not keys and "tools" not in options:
         return ()
@@ -292,7 +289,7 @@ def _chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
-#: What is not a row's to say.
+#: Arguments of the template that a row can't set.
 _OWN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"tools", "documents"}
 
 
@@ -310,7 +307,7 @@ def _render(
     if not messages:
         raise TokenizeError("no messages", "the conversation has no turns. Add turns or remove the row")
     if own := sorted(options.keys() & _OWN):
-        raise TokenizeError("chat_template_kwargs", f"{own[0]!r} can't be said by a row. Remove it")
+        raise TokenizeError("chat_template_kwargs", f"a row can't set {own[0]!r}. Remove it")
     try:
         return cast(
             str,
@@ -318,7 +315,10 @@ def _render(
                 _chat(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
             ),
         )
-    except (TemplateError, TypeError) as error:  # a template may also add what is no text, such as what a tool lacks
+    except (
+        TemplateError,
+        TypeError,
+    ) as error:  # a template may also add what isn't text, such as a missing key of a tool
         raise TokenizeError(
             "template refused the conversation", f"the chat template refused the conversation: {error}"
         ) from error
@@ -332,7 +332,7 @@ def _check_opening(
     prompt: str,
     whole: str,
 ) -> None:
-    """Refuses a template whose generation prompt opens what its rendering of an answer lacks, as R1's opens a block."""
+    """Refuses a template whose generation prompt ends with text that its rendering of an answer lacks, as R1's does."""
     if whole.startswith(prompt) or not whole.startswith(_render(tokenizer, messages[:turn], options)):
         return
     raise TokenizeError(
@@ -344,7 +344,7 @@ def _check_opening(
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items both begin with."""
+    """Number of items that both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -356,7 +356,7 @@ def _marked_spans(
     text: str,
     stop: str,
 ) -> list[_Span]:
-    """What generation markers enclose, if the template has them."""
+    """What the template's generation markers enclose, if it has any."""
     template = tokenizer.get_chat_template()
     if not _GENERATION.search(template):
         return []
@@ -380,18 +380,18 @@ def _by_turn(
     read: Sequence[int],
     borders: Mapping[int, int],
 ) -> dict[int, Sequence[_Span]]:
-    """The marked stretches of those turns that are read, which lie behind their prompts; none where they don't tell."""
+    """The marked spans of each turn that is read; empty if markers don't tell the turns apart."""
     if not spans or not read:
         return {}
     if learned == turns == read:
         return {turns[-1]: spans}
     if any(span.start < border < span.end for span in spans for border in borders.values()):
-        return {}  # turns that touch
+        return {}  # two turns in one span
     if read == turns[-1:]:
         start = borders.get(turns[-1])
         return {turns[-1]: spans[-1:] if start is None else [span for span in spans if span.start >= start]}
     if missing := [turn for turn in turns if turn > 0 and turn not in borders]:
-        reason = f"the chat template writes what is before turn {missing[0] + 1} (assistant) otherwise later on"
+        reason = f"the chat template writes what precedes turn {missing[0] + 1} (assistant) differently later on"
         raise TokenizeError("weight", f"{reason}, so a weight can't tell the turns apart. Remove the weights")
     found: dict[int, list[_Span]] = {turn: [] for turn in read}
     for span in spans:
@@ -403,14 +403,14 @@ def _by_turn(
 
 @lru_cache(maxsize=1)
 def _one_token_a_character() -> PreTrainedTokenizerFast:
-    """With this tokenizer, transformers' mask of the assistant's tokens is a mask of the assistant's characters."""
+    """A tokenizer with which transformers' mask of the assistant's tokens is one of the assistant's characters."""
     tokenizer = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def _close(text: str, start: int, end: int, stop: str) -> _Span:
-    """Moves the end of a marked stretch to behind the stop token, which markers may leave out or have text after."""
+    """Moves the end of a marked span behind the stop token, which may be outside, or inside with blanks after it."""
     inside = re.search(rf"({stop})\s*\Z", text[start:end])
     if inside:
         return _Span(start, start + inside.end(1), True)
@@ -428,7 +428,7 @@ def _rendered_span(
     stop: str,
     loss_on: LossOn,
 ) -> _Span:
-    """What inference would write after the prompt, up to the stop token. The whole rendering must have it as well."""
+    """What inference would write after the prompt, up to the stop token. The whole rendering must contain it too."""
     if prompt is None:
         raise TokenizeError(
             "nothing before the assistant",
@@ -438,14 +438,14 @@ def _rendered_span(
     whole = _render(tokenizer, messages[: turn + 1], options)
     _check_opening(tokenizer, messages, options, turn, prompt, whole)
     content = messages[turn]["content"].strip()
-    found = whole.find(content, len(prompt))  # a stop token that the content spells doesn't end the turn
+    found = whole.find(content, len(prompt))  # a stop token inside of the content doesn't end the turn
     stopped = re.compile(stop).search(whole, len(prompt) if found < 0 else found + len(content))
     end = stopped.end() if stopped else len(whole)
     if not (whole.startswith(prompt) and text.startswith(whole[:end])):
         raise TokenizeError(
             "template rewrites turns",
-            f"the chat template renders turn {turn + 1} (assistant) otherwise in the whole conversation than when it "
-            "is generated, as templates do that strip the thinking of earlier turns. "
+            f"the chat template renders turn {turn + 1} (assistant) differently in the whole conversation than when it "
+            "is generated, as templates do that strip the reasoning of earlier turns. "
             f"{LAST_ALONE if loss_on != 'last' else ''}Use a chat template with generation markers",
         )
     return _Span(len(prompt), end, stopped is not None)
@@ -454,16 +454,16 @@ def _rendered_span(
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, borders: Iterable[int], points: Iterable[int]
 ) -> tuple[list[int], dict[int, int]]:
-    """Tokenizes a text so that no token reaches over a border.
+    """Tokenizes a text so that no token crosses a border.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        borders: The characters before which prompts end. A prompt's ids are those it has alone.
-        points: Further characters whose tokens are asked for.
+        borders: The characters before which prompts end. A prompt's ids are those that it has alone.
+        points: Other characters whose tokens are asked for.
 
     Returns:
-        The ids, and for each border and point the index of the first token that reaches behind it.
+        The ids, and for each border and point the index of the first token that ends behind it.
     """
     ids: list[int] = []
     index: dict[int, int] = {}
@@ -480,7 +480,7 @@ def _tokenize(
     if start and spell(tokenizer, ids) != spell(tokenizer, joint):
         raise TokenizeError(
             "prompt and completion don't join",
-            "a token reaches from the prompt into the completion, and tokenized apart they spell another text. Use a "
+            "a token crosses from the prompt into the completion, and tokenized apart they spell another text. Use a "
             "chat template whose generation prompt ends with a special token or a newline",
         )
     return ids, index
@@ -491,12 +491,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenizes text that follows other text: without the blank that SentencePiece puts before a text."""
+    """Tokenizes text that follows other text, so without the blank that SentencePiece puts before a text."""
     before = _ids(tokenizer, "\n")
     both = _ids(tokenizer, "\n" + text)
     return both[len(before) :] if both[: len(before)] == before else _ids(tokenizer, text)
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of tokens, special ones included, with no blanks tidied away."""
+    """The text of tokens, including special tokens and all blanks."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,6 +1,6 @@
-"""Rows as the model will see them: their tokens, what the loss reads of them, and figures over the whole set.
+"""Rows as the model will see them: their tokens, which tokens the loss reads, and statistics of all rows.
 
-Names load when they are used.
+Names are imported when they are used.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -20,42 +20,46 @@ from lightning_rlhf.inspection.rows import Split, inspect_data
 from lightning_rlhf.inspection.terminal import as_text
 from lightning_rlhf.keys import StageCLI
 
-#: What a plan depends on; all else of the Trainer's is parsed and left alone.
+#: The Trainer's options that a plan depends on; the others are parsed and ignored.
 _PLANNED = ("accelerator", "accumulate_grad_batches", "devices", "num_nodes")
 
 
 class InspectCLI(StageCLI):
-    """The options of ``fit`` and a few more; makes the module and the data module, and no Trainer."""
+    """The options of ``fit`` and a few more. It makes the module and the data module, but no Trainer."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Adds name and description."""
+        """Sets name and description."""
         about = (main.__doc__ or "").partition("Args:")[0]
         return super().init_parser(**{**kwargs, "prog": "lightning-rlhf inspect", "description": about})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the command's own options, and those of ``fit`` that are neither model's, data's nor Trainer's."""
-        parser.add_argument("--rows", type=NonNegativeInt, default=5, help="how many are shown; 0: figures alone")
-        parser.add_argument("--row", type=str | None, help="the one to show: number, or place such as my.jsonl:17")
-        parser.add_argument("--random", type=int | None, help="show rows drawn by this seed, not the first")
-        parser.add_argument("--split", type=Split, default="train", help=f"of {', '.join(get_args(Split))}")
-        parser.add_argument("--html", type=str | None, help="write a page with the same content to this file")
+        """Adds the command's own options, and those of ``fit`` outside of ``model``, ``data`` and ``trainer``."""
+        parser.add_argument(
+            "--rows", type=NonNegativeInt, default=5, help="number of rows to show; 0 shows statistics only"
+        )
+        parser.add_argument(
+            "--row", type=str | None, help="show this row only: its number, or its place such as my.jsonl:17"
+        )
+        parser.add_argument("--random", type=int | None, help="show rows drawn with this seed, not the first ones")
+        parser.add_argument("--split", type=Split, default="train", help=f"rows to show: {', '.join(get_args(Split))}")
+        parser.add_argument("--html", type=str | None, help="also write the output to this file, as a web page")
         parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
     def before_instantiate_classes(self) -> None:
-        """Keeps callbacks, loggers and strategies from being made."""
+        """Drops callbacks, loggers and strategies."""
         for name in set(vars(self.config.trainer)) - set(_PLANNED):
             self.config.trainer[name] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Only what a plan depends on: a Trainer might look for devices that are not here."""
+        """Only what a plan depends on: a real Trainer might look for devices that this machine lacks."""
         trainer = self.config.trainer
         return SimpleNamespace(micro_batches=trainer.accumulate_grad_batches, ranks=_ranks(trainer))
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Shows rows as the model will see them: tokens, what the loss reads of them, and figures over all rows.
+    """Shows rows as the model will see them: their tokens, which tokens the loss reads, and statistics of all rows.
 
-    Takes the options of fit and loads no model: a tokenizer and a config are enough.
+    It takes the options of fit and loads no model: a tokenizer and a config are enough.
 
     Args:
         args: Command line after ``inspect``.
@@ -63,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[2:] if args is None else args)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"(?s).* rows (of .* skipped|were cut)")  # said below, in full
+            warnings.filterwarnings("ignore", r"(?s).* rows (of .* skipped|were cut)")  # the output says so in full
             made = cli(arguments, run=False, kind=InspectCLI)
             config = made.config
             found = inspect_data(
@@ -83,11 +87,11 @@ def main(args: Sequence[str] | None = None) -> None:
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(as_text(found, shutil.get_terminal_size((100, 24)).columns, color))
     if config.html is not None:
-        print(f"The same as a page: {config.html}")
+        print(f"The same as a web page: {config.html}")
 
 
 def _ranks(trainer: Any) -> int:
-    """Data-parallel size; ``auto`` is what this machine has."""
+    """Data-parallel size; ``auto`` means the devices of this machine."""
     devices = trainer.devices
     if isinstance(devices, str) and "," in devices:
         devices = [part for part in devices.split(",") if part]

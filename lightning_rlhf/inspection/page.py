@@ -1,4 +1,4 @@
-"""An inspection as one HTML file that needs nothing else."""
+"""An inspection as one HTML file without dependencies."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def write_page(path: str | os.PathLike[str], found: Inspection) -> None:
     """Writes the page, whole or not at all.
 
     Args:
-        path: Of the file.
-        found: What there is to see.
+        path: Path of the file.
+        found: The inspection.
     """
     write(Path(path), page(found))
 
 
 def page(found: Inspection) -> str:
-    """The whole file."""
+    """The text of the whole file."""
     read = f'<span class="tokens"><span class="s">to</span><span class="s">ken</span></span> {_e(found.legend)} · '
     body = f"""<h1>{_e(found.title)}</h1>
 <p class="note">{read if found.legend else ""}
 <span class="tokens"><span class="x">&lt;special&gt;</span></span> special ·
 <span class="tokens"><span>to</span><span>ken</span></span> others.
-Point at a token, or touch it, for its position and id.</p>
+Point at a token, or touch it, to see its position and id.</p>
 {"".join(map(_section, found.sections))}
 """
     return frame(found.title, body, BASE + _STYLE)

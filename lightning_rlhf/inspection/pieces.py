@@ -1,4 +1,4 @@
-"""Tokens as text that can be read: whole characters, special tokens by name, nothing invisible."""
+"""Tokens as readable text: whole characters, special tokens by name, nothing invisible."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning_rlhf.data.tokens import spell
 from lightning_rlhf.rollout.detokenizer import UNFINISHED
 
 _MOST = 8
-"""Tokens that are tried together for one whole character; where tokens reach over characters, several are open."""
+"""Maximum number of tokens to try together for whole characters: tokens may end in the middle of a character."""
 
 
 class TokenPiece(NamedTuple):
-    """What is shown as one: a token, or the tokens that only together are a character.
+    """A token, or several tokens that make whole characters only together.
 
     Attributes:
-        text: As decoded.
-        ids: Of its tokens.
-        position: Of the first of them in its sequence (prompt and answer).
-        scored: Whether the loss reads them.
+        text: The decoded text.
+        ids: The tokens' ids.
+        position: Position of the first token in its sequence (prompt and answer).
+        scored: Whether the loss reads the tokens.
         special: Whether it is a special token.
     """
 
@@ -51,19 +51,19 @@ def pieces(
     Args:
         tokenizer: The tokenizer.
         ids: The tokens.
-        scored: For each of them, whether the loss reads it.
+        scored: For each token, whether the loss reads it.
         specials: Ids of special tokens.
-        before: The pieces before them, if any; positions count on from these.
+        before: The pieces before these tokens, if any; positions continue theirs.
 
     Yields:
-        The pieces. Tokens that make no whole character even together, or of which the loss reads only some, are shown
-        one by one.
+        The pieces. Tokens that make no whole character even together, or that the loss reads only in part, are
+        separate pieces.
     """
     first = before[-1].position + len(before[-1].ids) if before else 0
     last = before[-1] if before else None
     at = 0
     while at < len(ids):
-        # decoders treat the first token of a text differently: the piece before is decoded too
+        # decoders treat the first token of a text differently, so decode the piece before it too
         context = [] if last is None or last.text.endswith(UNFINISHED) else list(last.ids)
         known = spell(tokenizer, context)
         end, text = at + 1, spell(tokenizer, list(ids[at : at + 1]))
@@ -71,7 +71,7 @@ def pieces(
             if any(flag != scored[at] for flag in scored[at:stop]):
                 break
             whole = spell(tokenizer, [*context, *ids[at:stop]])
-            # with byte fallback, an unfinished character takes those before it along
+            # with byte fallback, an unfinished character changes those before it
             if whole.startswith(known) and UNFINISHED not in whole[len(known) :]:
                 end, text = stop, whole[len(known) :]
                 break
@@ -81,22 +81,21 @@ def pieces(
 
 
 def visible(text: str) -> Iterator[tuple[str, int]]:
-    """What a text is shown as.
+    """The visible form of a text.
 
-    Line breaks are shown, then made; tabs and what else can't be seen (control characters, zero-width ones, what turns
-    the direction of writing) are shown by sign or number.
+    A line break becomes ``⏎``. Tabs and other invisible characters (control characters, characters of no width or that
+    change the direction of writing) become signs or numbers.
 
     Args:
         text: Any text.
 
     Yields:
-        Characters, with the marks that combine with them, and the columns they take in a terminal; a line break is
-        made behind ``⏎``.
+        Characters, with the marks that combine with them, and the number of columns that they take in a terminal.
     """
     pending, width = "", 0
     for character in text:
         if unicodedata.category(character) in ("Mn", "Me"):
-            if not 0xFE00 <= ord(character) <= 0xFE0F:  # these choose a glyph's width, and terminals differ
+            if not 0xFE00 <= ord(character) <= 0xFE0F:  # these select a glyph's width, and terminals differ
                 pending = (pending or "◌") + character
                 width = width or 1
             elif not pending:

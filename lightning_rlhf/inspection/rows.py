@@ -1,4 +1,4 @@
-"""What a stage's batches hold, taken out of the batches themselves."""
+"""The content of a stage's batches, read from the batches themselves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_rlhf.inspection.statistics import Statistics, measure
 from lightning_rlhf.stages import RewardModule
 
 Split = Literal["train", "val", "test", "predict"]
-#: The Trainer's method that reads a split.
+#: The Trainer's stage that reads a split.
 STAGES = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
 
 
@@ -31,9 +31,9 @@ class AnswerView:
     """A branch of a tree.
 
     Attributes:
-        name: What it is: ``chosen``, ``rejected``, ``answer 2``.
+        name: Its name: ``chosen``, ``rejected``, ``answer 2``.
         pieces: Its tokens.
-        notes: What else is known of it.
+        notes: Further remarks.
     """
 
     name: str
@@ -43,16 +43,16 @@ class AnswerView:
 
 @dataclass
 class RowView:
-    """A row as its batch holds it.
+    """A row as it is in its batch.
 
     Attributes:
-        number: In the split, as in ``PackedBatch.rows`` and the records of ``predict``.
-        where: File and line, or what else names its place.
-        notes: What is known of it as a whole.
-        prompt: Tokens that stand once.
-        answers: What continues them; none of a prompt to be answered.
-        starts: What is said where generation starts; empty where it does not.
-        columns: Further columns, for reward functions.
+        number: Its number in the split, as in ``PackedBatch.rows`` and the records of ``predict``.
+        where: Its place, such as file and line.
+        notes: Remarks on the whole row.
+        prompt: The tokens of its prompt.
+        answers: The answers; none for a prompt of PPO.
+        starts: Remark at the place where generation starts; empty if there is no generation.
+        columns: Other columns, for reward functions.
     """
 
     number: int
@@ -70,8 +70,8 @@ class Section:
 
     Attributes:
         name: Heading.
-        rows: Those that are shown.
-        statistics: Of all.
+        rows: The rows to show.
+        statistics: Statistics of all rows.
     """
 
     name: str
@@ -81,12 +81,12 @@ class Section:
 
 @dataclass
 class Inspection:
-    """What there is to see.
+    """The result of an inspection.
 
     Attributes:
         title: The stage, its data and split.
-        legend: What is marked; empty where nothing is.
-        sections: One, or two where PPO has ``ptx``.
+        legend: What the marked tokens are; empty if there are none.
+        sections: One section, or two if PPO has ``ptx``.
     """
 
     title: str
@@ -104,29 +104,27 @@ def inspect_data(
     micro_batches: int = 1,
     ranks: int = 1,
 ) -> Inspection:
-    """Looks at the rows that a stage will get; no model is loaded.
+    """Shows the rows that a stage will get. No model is loaded.
 
     Args:
         module: The stage.
         data: Its data module.
         split: ``train``, ``val``, ``test`` or ``predict``.
-        rows: How many are shown.
-        row: The one to show instead: its number, or its place such as ``my.jsonl:17``.
-        seed: Show rows drawn by it; None shows the first.
-        micro_batches: ``trainer.accumulate_grad_batches``, which the plan depends on.
-        ranks: Data-parallel size, likewise.
+        rows: Number of rows to show.
+        row: Show only this row: its number, or its place such as ``my.jsonl:17``.
+        seed: Show rows drawn with this seed; None shows the first rows.
+        micro_batches: ``trainer.accumulate_grad_batches``; the plan depends on it.
+        ranks: Data-parallel size; the plan depends on it.
 
     Returns:
-        The rows, and figures over all of the split.
+        The rows, and statistics of the whole split.
 
     Raises:
-        ValueError: A data module that is none of this package's, no such row, or a split without rows.
-        BadRowError: A row that can't be used, where ``on_bad_row`` is ``raise``.
+        ValueError: The data module is not one of this package, there is no such row, or the split has no rows.
+        BadRowError: A row can't be used, and ``on_bad_row`` is ``raise``.
     """
     if not isinstance(data, TreeDataModule):
-        raise ValueError(
-            f"inspect knows the data modules of lightning_rlhf, and {type(data).__name__} is none of them."
-        )
+        raise ValueError(f"inspect needs a data module of lightning_rlhf, and {type(data).__name__} is none.")
     with _attached(module, data, split, micro_batches, ranks):
         data.setup(STAGES[split])
         loader = getattr(data, f"{split}_dataloader")()
@@ -152,7 +150,7 @@ def inspect_data(
 def _attached(
     module: L.LightningModule, data: TreeDataModule[Any], split: Split, micro_batches: int, ranks: int
 ) -> Iterator[None]:
-    """Gives the data module what it asks of a Trainer, for a while."""
+    """Gives the data module for a while what it needs from a Trainer."""
     before, own = data.trainer, vars(data).get("ptx")
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=module,
@@ -169,7 +167,7 @@ def _attached(
 
 
 def _scores_answers(module: L.LightningModule) -> bool:
-    """Whether the loss reads a score at each answer's last token, and no token by itself."""
+    """Whether the loss reads one score at each answer's last token."""
     return isinstance(module, RewardModule)
 
 
@@ -183,7 +181,7 @@ def _view(
     number: int,
     languages: Mapping[str, str],
 ) -> RowView:
-    """The row as a batch of its own."""
+    """Shows one row, from a batch of its own."""
     rows: TokenRows = loader.rows  # type: ignore[assignment]
     batch = loader.collate([rows(number)], Bin((number,), rows.size(number).totals))
     view = (_prompt if isinstance(batch, PromptBatch) else _tree)(module, tokenizer, batch)
@@ -208,14 +206,14 @@ def _chosen(rows: TokenRows, count: int, row: int | str | None, seed: int | None
     found = [i for i, where in enumerate(places) if where == row or where.endswith(f"/{row}")]
     if not found:
         raise ValueError(
-            f"No row of this split comes from {row!r}: it may be in another, or left out. Places look like "
+            f"No row of this split comes from {row!r}: it may be in another split, or left out. Places look like "
             f"{places[0]!r}."
         )
     return found
 
 
 def scored_tokens(batch: PackedBatch) -> list[int]:
-    """(N,) index into T of each scored token: behind the one that predicts it, or first in its branch."""
+    """(N,) index into T of each scored token: it follows its predictor, or is the first of its branch."""
     starts = [branch.start for _, branches in batch.forest.trees for branch in branches]
     return [
         predictor + 1 if predictor >= starts[sequence] else starts[sequence]
@@ -224,7 +222,7 @@ def scored_tokens(batch: PackedBatch) -> list[int]:
 
 
 def _tree(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: PackedBatch) -> RowView:
-    """A batch of one tree."""
+    """Shows a batch of one tree."""
     specials = special_ids(tokenizer)
     read = set(batch.last.tolist() if _scores_answers(module) else scored_tokens(batch))
     marks = [i in read for i in range(batch.num_tokens)]
@@ -240,7 +238,7 @@ def _tree(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: 
 
 
 def _name(answers: list[AnswerView], batch: PackedBatch) -> None:
-    """Says which answers are better than which."""
+    """Names the answers, and notes which are better than which."""
     pairs = list(zip(*(column.tolist() for column in batch.pairs[:4]), strict=True))
     names = [f"answer {i}" if len(answers) > 1 else "answer" for i in range(len(answers))]
     if len(answers) == 2 and len(pairs) == 1:
@@ -254,7 +252,7 @@ def _name(answers: list[AnswerView], batch: PackedBatch) -> None:
 
 
 def _prompt(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> RowView:
-    """A batch of one prompt."""
+    """Shows a batch of one prompt."""
     [ids] = batch.prompts
     shown = list(pieces(tokenizer, ids, [False] * len(ids), special_ids(tokenizer)))
     most = getattr(getattr(module, "sampling", None), "max_new_tokens", None)

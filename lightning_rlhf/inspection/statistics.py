@@ -1,4 +1,4 @@
-"""Figures over a whole split: lengths, what is read, what was left out, and what the plan makes of it."""
+"""Statistics of a whole split: lengths, scored tokens, rows that were left out, and the plan."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Bar(NamedTuple):
 
 @dataclass
 class Statistics:
-    """Figures, in words.
+    """Statistics in words.
 
     Attributes:
-        facts: Name and text of each.
-        histogram: Of the sequences' lengths.
-        problems: What keeps a run from starting.
+        facts: Name and text of each figure.
+        histogram: The sequences' lengths.
+        problems: Faults that keep a run from starting.
     """
 
     facts: list[tuple[str, str]]
@@ -49,24 +49,21 @@ def measure(
     split: str,
     languages: Mapping[str, str],
 ) -> Statistics:
-    """Takes the figures.
+    """Takes the statistics.
 
     Args:
         module: The stage.
         data: Its data module, set up.
-        loader: Of the split.
+        loader: The loader of the split.
         split: Its name.
-        languages: Of rows, by their places.
-
-    Returns:
-        The figures.
+        languages: Language by place of the row.
     """
     rows: TokenRows = loader.rows  # type: ignore[assignment]
     sizes = [rows.size(i) for i in range(len(rows))]
     tokens = [size.num_tokens for size in sizes]
     prompts = isinstance(data, PromptDataModule)
     trees = [] if prompts or all(size.totals.sequences == 1 for size in sizes) else [rows(i) for i in range(len(rows))]
-    # each row's sequences: prompt and answer
+    # lengths of each row's sequences: prompt and answer
     lengths = [[len(t.prompt) + len(b.input_ids) for b in t.branches] for t in trees] or [[n] for n in tokens]
     every = sorted(n for row in lengths for n in row)
     facts = [("rows", f"{len(rows):,}")]
@@ -85,14 +82,14 @@ def measure(
     if data.unread[split]:
         facts.append(("keys that no setting reads", count_keys(data.unread[split])))
     if data.extra_stops[split]:
-        facts.append(("stop tokens that answers brought", f"{data.extra_stops[split]:,} rows: learned once"))
+        facts.append(("own stop tokens of answers", f"{data.extra_stops[split]:,} rows: trained with one"))
     samples = getattr(module, "samples_per_prompt", 1) if prompts else 1
     planned, problems = _plan(loader, tokens, [row * samples for row in lengths], samples, prompts)
     return Statistics(facts + planned, histogram(every), problems)
 
 
 def histogram(values: Sequence[int], most: int = 10) -> list[Bar]:
-    """Counts of values in bars of a round width, at most ``most`` of them and two more."""
+    """Counts values in bars of a round width, at most ``most`` + 2 bars."""
     low, high = min(values), max(values)
     widths = (unit * 10**power for power in range(12) for unit in (1, 2, 5))
     width = next(w for w in widths if (high - low) / w <= most)
@@ -116,9 +113,9 @@ def _languages(rows: TokenRows, named: Mapping[str, str]) -> list[tuple[str, str
 
 
 def _left_out(data: TreeDataModule[Any], rows: TokenRows, split: str) -> list[tuple[str, str]]:
-    """Rows that the batches lack, or have only the beginning of."""
+    """Rows that the batches lack, or that were cut."""
     facts = []
-    # rows that are held out are read with those of training
+    # held-out rows are read with those of training
     for part in dict.fromkeys((split, "val", "train") if data.sources.get(split) is None else (split,)):
         for bad in data.bad_rows.get(part, ()):
             name = "left out" if part == split else f"left out of {part}"
@@ -132,7 +129,7 @@ def _left_out(data: TreeDataModule[Any], rows: TokenRows, split: str) -> list[tu
 def _plan(
     loader: PlannedLoader, tokens: Sequence[int], lengths: Sequence[Sequence[int]], samples: int, prompts: bool
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """What the planner makes of an epoch, and of padding."""
+    """The plan of an epoch, and the padding that packing avoids."""
     planner, problems = loader.planner, []
     try:
         steps = planner.steps(0)

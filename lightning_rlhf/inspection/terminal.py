@@ -1,4 +1,4 @@
-"""An inspection as text: for a terminal with colors, and with marker lines for everything else."""
+"""An inspection as text: with colors for a terminal, or with lines of marks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from lightning_rlhf.utils.text import shorten
 
 _BAR = 30
 _LONGEST = 200
-"""Characters of a column's value that are shown."""
+"""Maximum number of characters to show of a column's value."""
 
 
 def as_text(found: Inspection, width: int = 100, color: bool = False) -> str:
     """The inspection as text.
 
     Args:
-        found: What there is to see.
-        width: Columns of the terminal.
-        color: Mark tokens by color; else by a line beneath them: ``^~~`` a token that the loss reads, ``.`` the start
-            of another.
-
-    Returns:
-        Lines.
+        found: The inspection.
+        width: Width of the terminal in columns.
+        color: Mark tokens by color. Otherwise a line of marks is below them: ``^~~`` for a token that the loss reads,
+            ``.`` for the start of another token.
     """
     lines = [_bold(found.title, color), ""]
     legend = ["⏎ ⇥ line break, tab"]
@@ -74,7 +71,7 @@ def _tokens(shown: Sequence[TokenPiece]) -> str:
 
 
 def _lines(shown: Sequence[TokenPiece], rail: str, width: int, color: bool) -> Iterator[str]:
-    """Pieces in lines, each with the position of its first token; without colors, with a line of marks beneath."""
+    """Pieces in lines, each with the position of its first token; without colors, with a line of marks below."""
     room = max(20, width - len(rail) - 8)
     text, marks, used, position = "", "", 0, None
 
@@ -86,11 +83,11 @@ def _lines(shown: Sequence[TokenPiece], rail: str, width: int, color: bool) -> I
         text, marks, used, position = "", "", 0, None
 
     for number, piece in enumerate(shown):
-        glyphs = list(visible(piece.text)) or [("∅", 1)]  # a token without text is one all the same
+        glyphs = list(visible(piece.text)) or [("∅", 1)]  # a token may have no text
         whole = sum(columns for _, columns in glyphs)
-        run = ""  # of this piece, in the line
+        run = ""  # the part of this piece in the line
         for i, (glyph, columns) in enumerate(glyphs):
-            needed = whole if i == 0 and whole <= room else columns  # tokens are not broken where they fit on a line
+            needed = whole if i == 0 and whole <= room else columns  # a token that fits on a line is not broken
             if used and used + needed > room:
                 text, run = text + _paint(run, piece, number, color), ""
                 yield from flush()
@@ -110,7 +107,7 @@ def _lines(shown: Sequence[TokenPiece], rail: str, width: int, color: bool) -> I
 
 
 def _paint(text: str, piece: TokenPiece, number: int, color: bool = True) -> str:
-    """In the color of a piece; neighbors differ, so that borders show."""
+    """Text in the color of its piece; neighbors differ, to show borders."""
     if piece.scored:
         code = "30;46" if number % 2 else "30;42"
     elif piece.special:

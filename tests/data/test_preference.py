@@ -423,6 +423,6 @@ def test_advice_for_pairs_names_no_setting_that_they_lack(tiny_tokenizer):
     sides = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     sides["rejected"][0] = {"role": "assistant", "content": "z</think>y"}
     data = PreferenceDataModule([{"prompt": "a", **sides}], tokenizer=tiny_tokenizer, val_fraction=0.0, max_length=200)
-    with pytest.raises(ValueError, match="otherwise in the whole conversation") as caught:
+    with pytest.raises(ValueError, match="differently in the whole conversation") as caught:
         data.setup("fit")
     assert "loss_on" not in str(caught.value)

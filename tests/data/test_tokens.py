@@ -511,7 +511,7 @@ def test_tools_reach_the_template_or_are_refused(tiny_tokenizer):
     prompt = encode_prompt(tiny_tokenizer, conversation.messages[:1], conversation.options)
     assert tokens.input_ids[: len(prompt)] == prompt
     asked = Conversation(turns(*LEARNT).messages, options={"tokenize": True})
-    with pytest.raises(TokenizeError, match="'tokenize' can't be said by a row"):
+    with pytest.raises(TokenizeError, match="a row can't set 'tokenize'"):
         encode(tiny_tokenizer, asked)
 
 
@@ -544,7 +544,7 @@ def test_a_text_that_brings_its_stop_token_is_learnt_with_one(tiny_tokenizer, te
     alone = chat([("user", "Hi"), ("assistant", "<|im_end|>\n")])  # as a reward model may be given one, and no row may
     assert runs(tiny_tokenizer, encode(tiny_tokenizer, alone)) == ["<|im_end|>"]
     row = encode_instruction([alone.messages, None, {}], tiny_tokenizer, "assistant", 100, False)
-    assert row["kind"] == "empty turn" and "turn 2 (assistant) is a stop token alone" in row["reason"]
+    assert row["kind"] == "empty turn" and "turn 2 (assistant) is only a stop token" in row["reason"]
 
 
 def test_a_generation_prompt_that_opens_a_block_is_named(tiny_tokenizer):

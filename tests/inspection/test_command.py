@@ -48,7 +48,7 @@ def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_
     assert ("generation starts here" in out) == (path.parent.name == "ppo")
     assert ("^~~~" in out) == (path.parent.name != "ppo") and ("rejected" in out) == (path.parent.name == "reward")
     assert "\x1b" not in out, "not a terminal"
-    assert f"The same as a page: {page}" in out and page.read_text(encoding="utf-8").count("<article>") == 2
+    assert f"The same as a web page: {page}" in out and page.read_text(encoding="utf-8").count("<article>") == 2
 
 
 def test_ptx_is_shown_beside_prompts(no_weights, capsys):

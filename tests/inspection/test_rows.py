@@ -202,7 +202,7 @@ def test_a_plan_that_does_not_fit_is_said_with_what_fits(tiny_model_dir):
     data = InstructionDataModule(TALKS, val_fraction=0.0, max_tokens=60)
     [section] = inspect_data(module, data, rows=1).sections
     [problem] = section.statistics.problems
-    assert "over max_tokens=60" in problem
+    assert "exceeds max_tokens=60" in problem
     assert "max_tokens is 60" in facts(section)["micro-batches"] and len(section.rows) == 1
 
 
@@ -273,7 +273,7 @@ def test_errors_say_what_to_do(tiny_model_dir):
     import lightning.pytorch as L
 
     module = SFTModule(tiny_model_dir)
-    with pytest.raises(ValueError, match="LightningDataModule is none of them"):
+    with pytest.raises(ValueError, match="LightningDataModule is none"):
         inspect_data(module, L.LightningDataModule())
     with pytest.raises(ValueError, match="There are no val rows"):
         inspect_data(module, InstructionDataModule(TALKS, val_fraction=0.0), "val")
