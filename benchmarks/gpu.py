@@ -48,7 +48,17 @@ from sharding import num_parameters
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from lightning_rlhf import InstructionDataModule, LoRA, PPOModule, PromptDataModule, Sampling, SFTModule
+from lightning_rlhf import (
+    InstructionDataModule,
+    Load,
+    LoRA,
+    PPOModule,
+    PromptDataModule,
+    Rollout,
+    Sampling,
+    SFTModule,
+    Updates,
+)
 from lightning_rlhf.data.templates import set_chat_template
 
 #: Dense bf16 operations a second in 10^12, as the maker says, by words of the card's name; the first that fits.
@@ -181,7 +191,7 @@ def make_sft(
     module = SFTModule(
         common.random_llama(model_config(recipe, len(tokenizer))),
         tokenizer,
-        gradient_checkpointing=recipe.checkpointing,
+        load=Load(gradient_checkpointing=recipe.checkpointing),
         optimizer=adamw,
         lr_scheduler=common.constant,
     )
@@ -194,16 +204,13 @@ def make_ppo(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], cache: Path
 ) -> tuple[L.LightningModule, L.LightningDataModule]:
     module = PPOModule(
-        common.random_llama(model_config(recipe, len(tokenizer))).to(
-            torch.bfloat16
-        ),  # what is frozen; adapters are fp32
+        common.random_llama(model_config(recipe, len(tokenizer))).to(torch.bfloat16),  # frozen; adapters are fp32
         first_letters,
         tokenizer=tokenizer,
         lora=LoRA(r=16, alpha=32),
-        sampling=Sampling(max_new_tokens=recipe.new, min_new_tokens=recipe.new),
-        epochs=1,
-        micro_batch_tokens=max(8, recipe.rows // 4) * (recipe.length + recipe.new),
-        gradient_checkpointing=recipe.checkpointing,
+        rollout=Rollout(sampling=Sampling(max_new_tokens=recipe.new, min_new_tokens=recipe.new)),
+        updates=Updates(epochs=1, micro_batch_tokens=max(8, recipe.rows // 4) * (recipe.length + recipe.new)),
+        load=Load(gradient_checkpointing=recipe.checkpointing),
         optimizer=adamw,
         lr_scheduler=common.constant,
     )

@@ -29,14 +29,20 @@ import lightning.pytorch as L
 import torch
 
 from lightning_rlhf import (
+    GAE,
+    KL,
+    Critic,
     InstructionDataModule,
     LoRA,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
     RewardModule,
+    Rollout,
     Sampling,
     SFTModule,
+    Shaping,
+    Updates,
 )
 from lightning_rlhf.models.pretrained import obtain
 from lightning_rlhf.models.saving import save_pretrained
@@ -169,12 +175,11 @@ def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
         module = PPOModule(
             obtain("smollm2-135m-instruct"),
             str(reward),
-            critic=reward,
+            critic=Critic(pretrained=reward),
             lora=LoRA(r=16, alpha=32),
-            sampling=Sampling(max_new_tokens=32),
-            epochs=2,
-            micro_batch_tokens=1024,
-            kl_coef=0.02,
+            rollout=Rollout(sampling=Sampling(max_new_tokens=32)),
+            updates=Updates(epochs=2, micro_batch_tokens=1024),
+            kl=KL(coef=0.02),
             optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
             seed=seed,
         )
@@ -211,16 +216,13 @@ def _ppo_stories(
         STORIES,
         reward,
         chat_template="plain",
-        sampling=Sampling(max_new_tokens=48),
-        samples_per_prompt=2,
-        epochs=4,
-        micro_batch_tokens=8192,
-        kl_coef=kl_coef,
-        clip_value=None,
-        lam=1.0,  # of a constant reward nothing is left, once its advantages are whitened
-        scale_scores=scale_scores,
+        rollout=Rollout(sampling=Sampling(max_new_tokens=48), samples_per_prompt=2),
+        updates=Updates(epochs=4, micro_batch_tokens=8192),
+        kl=KL(coef=kl_coef),
+        critic=Critic(clip=None, lr=1e-3),
+        gae=GAE(lam=1.0),  # of a constant reward nothing is left, once its advantages are whitened
+        shaping=Shaping(scale=scale_scores),
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
-        critic_lr=1e-3,
         seed=seed,
     )
     rows = [{"prompt": opening} for opening in OPENINGS]

@@ -40,7 +40,18 @@ from common import Meter
 from sft import word_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf import InstructionDataModule, LoRA, PPOModule, PromptDataModule, RewardModule, Sampling, SFTModule
+from lightning_rlhf import (
+    InstructionDataModule,
+    Load,
+    LoRA,
+    PPOModule,
+    PromptDataModule,
+    RewardModule,
+    Rollout,
+    Sampling,
+    SFTModule,
+    Updates,
+)
 from lightning_rlhf.data.templates import set_chat_template
 from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.pretrained import obtain
@@ -131,7 +142,7 @@ class Watch(common.Watch):
 
 
 def run_sft(task: Task, quantization: Quantization | None = None) -> None:
-    module = SFTModule(task.model, task.tokenizer, quantization=quantization, **task.settings)
+    module = SFTModule(task.model, task.tokenizer, load=Load(quantization=quantization), **task.settings)
     common.fit_ours(module, task.texts(), task.options.steps, common.Watch(task.meter))
 
 
@@ -141,10 +152,9 @@ def run_ppo(task: Task, reward: Any, quantization: Quantization | None = None) -
         task.model,
         reward,
         tokenizer=task.tokenizer,
-        sampling=Sampling(max_new_tokens=options.new, min_new_tokens=options.new),
-        epochs=1,
-        micro_batch_tokens=task.micro_batch_tokens(),
-        quantization=quantization,
+        rollout=Rollout(sampling=Sampling(max_new_tokens=options.new, min_new_tokens=options.new)),
+        updates=Updates(epochs=1, micro_batch_tokens=task.micro_batch_tokens()),
+        load=Load(quantization=quantization),
         **task.settings,
     )
     data = PromptDataModule(

@@ -42,7 +42,7 @@ from common import OURS, Meter
 from sft import word_tokenizer
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Sampling
+from lightning_rlhf import GAE, KL, Critic, LoRA, Loss, PPOModule, PromptDataModule, Rollout, Sampling, Updates
 
 GOAL = 0.6
 """Ours should take at most such a share of TRL's CPU seconds, where every completion has a prompt of its own."""
@@ -130,19 +130,13 @@ def run_ours(task: Task, lora: LoRA | None = None) -> None:
     module = PPOModule(
         task.policy,
         str(task.reward),
-        critic=None if lora else task.reward,
+        critic=Critic(pretrained=None if lora else task.reward, clip=CLIP_VALUE, loss_coef=VALUE_COEF),
         lora=lora,
-        sampling=Sampling(max_new_tokens=length, min_new_tokens=length),
-        samples_per_prompt=task.case.samples,
-        epochs=task.case.epochs,
-        kl_coef=KL_COEF,
-        clip_low=CLIP_RATIO,
-        clip_high=CLIP_RATIO,
-        clip_value=CLIP_VALUE,
-        value_coef=VALUE_COEF,
-        gamma=GAMMA,
-        lam=LAM,
-        max_norm=None,
+        rollout=Rollout(task.case.samples, Sampling(max_new_tokens=length, min_new_tokens=length)),
+        updates=Updates(epochs=task.case.epochs, max_grad_norm=None),
+        kl=KL(coef=KL_COEF),
+        loss=Loss(clip_low=CLIP_RATIO, clip_high=CLIP_RATIO),
+        gae=GAE(gamma=GAMMA, lam=LAM),
         optimizer=common.adamw,
         lr_scheduler=common.constant,
     )

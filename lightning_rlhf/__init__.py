@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule, Ptx
-    from lightning_rlhf.models import LoRA, Policy, RewardModel
+    from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
+    from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
     from lightning_rlhf.rollout import Sampling
     from lightning_rlhf.stages import PPOModule, RewardModule, SFTModule
     from lightning_rlhf.strategies import ColossalAIStrategy
@@ -43,7 +44,9 @@ _HOMES = {
     "PreferenceDataModule": "data.preference",
     "PromptDataModule": "data.prompts",
     "Ptx": "data.prompts",
+    "Load": "models",
     "LoRA": "models",
+    **dict.fromkeys(("GAE", "KL", "Critic", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
     "Policy": "models",
     "Report": "callbacks",
     "RewardModel": "models",
@@ -53,11 +56,16 @@ _HOMES = {
 }
 __all__ = [
     "EMA",
+    "GAE",
+    "KL",
     "ColossalAIStrategy",
+    "Critic",
     "HFExport",
     "InstructionDataModule",
     "Interrupted",
     "LoRA",
+    "Load",
+    "Loss",
     "MeasureWinRate",
     "PPOModule",
     "Policy",
@@ -67,10 +75,13 @@ __all__ = [
     "Report",
     "RewardModel",
     "RewardModule",
+    "Rollout",
     "SFTModule",
     "SampleCompletions",
     "Sampling",
     "SaveOnInterrupt",
+    "Shaping",
+    "Updates",
     "WritePredictions",
     "__version__",
 ]

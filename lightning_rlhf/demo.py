@@ -94,7 +94,7 @@ def train_reward_model(options: argparse.Namespace) -> None:
 
 def reinforce(options: argparse.Namespace) -> None:
     """PPO: policy, reference, critic and reward model are adapters of one backbone."""
-    from lightning_rlhf import PPOModule, PromptDataModule, Sampling
+    from lightning_rlhf import KL, Critic, PPOModule, PromptDataModule, Rollout, Sampling, Shaping, Updates
 
     print(
         f"PPO against that reward model: {options.iterations} iterations of 16 completions; an answer that is cut at",
@@ -106,13 +106,12 @@ def reinforce(options: argparse.Namespace) -> None:
     module = PPOModule(
         _left(options, "sft"),
         str(reward),
-        critic=reward,
+        critic=Critic(reward),
         lora=lora,
-        sampling=Sampling(max_new_tokens=options.new_tokens),
-        epochs=2,
-        micro_batch_tokens=1024,
-        kl_coef=0.02,
-        missing_stop_penalty=1.0,
+        rollout=Rollout(sampling=Sampling(max_new_tokens=options.new_tokens)),
+        updates=Updates(epochs=2, micro_batch_tokens=1024),
+        kl=KL(coef=0.02),
+        shaping=Shaping(missing_eos_penalty=1.0),
         optimizer=_adamw(5e-4),
     )
     data = PromptDataModule(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_rlhf.arguments import TOO_MANY, did_you_mean, nearest
+from lightning_rlhf.moved import MOVED
 
 #: Base classes of objects that a config names by their class.
 BASES = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, LRScheduler)
@@ -32,6 +33,7 @@ _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
 _EXPECTED = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+_GROUP = re.compile(r'Unable to load config "([^"]*)"')
 _GIVEN = re.compile(r"Given value: (.*)")
 #: The message by which an inner parser reports an unknown key to the outer one.
 _UNKNOWN = re.compile(r"there is no key `([^`]+)`(?:; did you mean `([^`]+)`\?)?")
@@ -97,6 +99,8 @@ def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
             named = found[1].rpartition(".")[2]
         if found := _UNKNOWN.search(text):
             wrong, right = (".".join([*keys, name]) if name else "" for name in found.groups())
+            if moved := _moved(wrong, named):
+                return f"{_file_and_line(wrong, files)}{wrong} is {moved} now (docs/moving.md)"
             help = f"--{keys[0]}.help {named}" if named and keys[0] in ("model", "data") else "--help"
             end = f"did you mean {right}?" if right else f"{help} lists all."
             if named in (LightningModule.__name__, LightningDataModule.__name__):  # the class was not given yet
@@ -116,7 +120,18 @@ def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
         if text and len(path) >= len(deepest):
             body.append(text)
     key = ".".join(deepest)
+    if found := _GROUP.search(" ".join(body)):
+        where = _file_and_line(key, files)
+        return f"{where}{key} is a group of settings, got {found[1]}: set {key}.NAME, see --{key}.help"
     return f"{_file_and_line(key, files)}{key}{': ' if key else ''}{_describe_value(body)}"
+
+
+def _moved(key: str, named: str) -> str | None:
+    """Returns the present name of a former key of a stage or data module."""
+    start, _, name = key.rpartition(".")
+    tables = [MOVED[named]] if named in MOVED else MOVED.values()
+    place = next((table[name] for table in tables if name in table), None) if start in ("model", "data") else None
+    return None if place is None else f"{start}.{place}"
 
 
 def _file_and_line(key: str, files: Sequence[tuple[str, str]]) -> str:

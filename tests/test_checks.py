@@ -8,16 +8,25 @@ import numpy as np
 import pytest
 
 from lightning_rlhf import (
+    GAE,
+    KL,
+    Critic,
     InstructionDataModule,
+    Load,
+    Loss,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
     Ptx,
     RewardModule,
+    Rollout,
     Sampling,
     SFTModule,
+    Shaping,
+    Updates,
 )
 from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.moved import MOVED
 from lightning_rlhf.stages.optim import CosineWarmup
 
 
@@ -33,8 +42,7 @@ OWNERS = {
     InstructionDataModule: dict(train=ROWS),
     PreferenceDataModule: dict(train=ROWS),
     PromptDataModule: dict(train=ROWS),
-    Sampling: dict(),
-    Ptx: dict(),
+    **{group: {} for group in (Sampling, Ptx, Load, Rollout, KL, Shaping, Critic, GAE, Loss, Updates)},
 }
 LEAST = {  # the last that is right, and the first that is wrong
     "at least 1": (1, 0),
@@ -65,14 +73,20 @@ def test_no_argument_takes_what_is_none_of_its_kind(owner, name, kind):
 
 
 RANGES = [
-    (PPOModule, "at least 1", ["samples_per_prompt", "epochs", "minibatches", "micro_batch_tokens",
-                               "max_skipped_updates"]),
-    (PPOModule, "at least 0", ["kl_coef", "clip_high", "missing_stop_penalty", "value_coef", "entropy_coef", "ptx_coef",
-                               "critic_lr"]),
-    (PPOModule, "above 0", ["kl_target", "kl_horizon", "clip_value", "clip_scores", "target_kl", "max_norm"]),
-    (PPOModule, "at least 0 and at most 1", ["clip_low", "gamma", "lam"]),
-    (SFTModule, "at least 1", ["max_skipped_updates"]),
-    (RewardModule, "at least 1", ["max_skipped_updates"]),
+    (Rollout, "at least 1", ["samples_per_prompt"]),
+    (Updates, "at least 1", ["epochs", "minibatches", "micro_batch_tokens", "max_skipped"]),
+    (Updates, "above 0", ["target_kl", "max_grad_norm"]),
+    (KL, "at least 0", ["coef"]),
+    (KL, "above 0", ["target", "horizon"]),
+    (Loss, "at least 0", ["clip_high", "entropy_coef", "ptx_coef"]),
+    (Loss, "at least 0 and at most 1", ["clip_low"]),
+    (GAE, "at least 0 and at most 1", ["gamma", "lam"]),
+    (Critic, "at least 0", ["lr", "loss_coef"]),
+    (Critic, "above 0", ["clip"]),
+    (Shaping, "at least 0", ["missing_eos_penalty"]),
+    (Shaping, "above 0", ["clip"]),
+    (SFTModule, "at least 1", ["max_skipped"]),
+    (RewardModule, "at least 1", ["max_skipped"]),
     (RewardModule, "at least 0", ["centering_coef"]),
     *(
         (kind, rule, names)
@@ -95,20 +109,20 @@ RANGES = [
 def test_every_number_has_its_range(owner, name, rule, tiny_model_dir):
     given = {**OWNERS[owner], **({"pretrained": tiny_model_dir} if "pretrained" in OWNERS[owner] else {})}
     right, wrong = LEAST[rule]
-    with pytest.raises(ValueError, match=f"^{name} must be {rule}, got {wrong}"):
+    with pytest.raises(ValueError, match=rf"^(\w+\.)?{name} must be {rule}, got {wrong}"):
         owner(**{**given, name: wrong})
     owner(**{**given, name: right})
 
 
 def test_words_name_the_choices():
-    with pytest.raises(ValueError, match=r"loss_mean is 'tokens'. Choose one of: token, sequence"):
-        PPOModule("nowhere", score, loss_mean="tokens")
+    with pytest.raises(ValueError, match=r"loss\.aggregation is 'tokens'. Choose one of: token, sequence"):
+        Loss(aggregation="tokens")
     with pytest.raises(ValueError, match=r"sampling\.max_new_tokens must be a whole number, got 2.5"):
         Sampling(max_new_tokens=2.5)
     with pytest.raises(ValueError, match="k1 cannot be a loss"):
-        PPOModule("nowhere", score, kl_penalty="k1")
-    with pytest.raises(ValueError, match="set kl_coef above 0"):
-        PPOModule("nowhere", score, kl_coef=0.0, kl_target=6.0)
+        KL(where="loss", estimator="k1")
+    with pytest.raises(ValueError, match=r"set kl\.coef above 0"):
+        KL(coef=0.0, target=6.0)
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -125,3 +139,14 @@ def test_a_schedule_has_ranges_too(wrong):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         CosineWarmup(optimizer, **wrong)
+
+
+def test_former_names_are_not_arguments_and_their_places_are():
+    classes = {**globals(), "max_skipped": None}
+    for owner, table in MOVED.items():
+        for name, place in table.items():
+            group, _, field = place.partition(".")
+            parameters = inspect.signature(classes[owner]).parameters
+            assert name not in parameters and group in parameters, name
+            if field:
+                assert field in inspect.signature(classes[parameters[group].annotation]).parameters, place

@@ -76,8 +76,9 @@ def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
     main(
         [
             "fit", "--model", "PPOModule", "--model.pretrained", str(tiny_model_dir), "--model.reward",
-            json.dumps(parts), "--model.sampling.max_new_tokens", "4", "--data", "PromptDataModule", "--data.train",
-            rows, "--data.val_fraction", "0", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
+            json.dumps(parts), "--model.rollout.sampling.max_new_tokens", "4", "--data", "PromptDataModule",
+            "--data.train", rows, "--data.val_fraction", "0",
+            "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
             "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path), "--trainer.logger.name", "log",
             "--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false",
         ]
@@ -120,7 +121,7 @@ def test_help_of_ppo_says_what_its_arguments_are(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "PPOModule"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--model.kl_coef KL_COEF Weight of the KL penalty" in out
+    assert "--model.kl.coef COEF Weight of the penalty" in out
     assert "--model.reward+ REWARD Directory or hub id of a reward model; a function" in out
 
 
@@ -248,8 +249,8 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         ),
         ([*SFT, "--nothing", "1"], "there is no nothing; --help lists all."),
         (
-            [*PPO, "--model.sampling.max_new_token", "3"],  # was taken for max_new_tokens
-            "there is no model.sampling.max_new_token; did you mean model.sampling.max_new_tokens?",
+            [*PPO, "--model.rollout.sampling.max_new_token", "3"],  # was taken for max_new_tokens
+            "there is no model.rollout.sampling.max_new_token; did you mean model.rollout.sampling.max_new_tokens?",
         ),
         (
             [*SFT, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lrr", "1"],
@@ -259,10 +260,17 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
             [*SFT, "--trainer.callbacks+=EMA", "--trainer.callbacks.decy", "0.9"],
             "there is no trainer.callbacks.decy; did you mean trainer.callbacks.decay?",
         ),
+        ([*PPO, "--model.kl_coef", "1"], "model.kl_coef is model.kl.coef now (docs/moving.md)"),
+        ([*SFT, "--model.quantization", "nf4"], "model.quantization is model.load.quantization now (docs/moving.md)"),
+        (
+            [*PPO, "--model.critic", "runs/reward/hf/best"],
+            "model.critic is a group of settings, got runs/reward/hf/best: set model.critic.NAME, see "
+            "--model.critic.help",
+        ),
         (["--model", "SFTMod"], "model: there is no class SFTMod; did you mean SFTModule?"),
         ([*SFT, "--trainer.callbacks+=EMAs"], "trainer.callbacks: there is no class EMAs; did you mean EMA?"),
         ([*SFT, "--trainer.max_steps", "x"], "trainer.max_steps: expected int, got x"),
-        ([*SFT, "--model.dtype", "half"], "model.dtype: expected float32, bfloat16, float16, got half"),
+        ([*SFT, "--model.load.dtype", "half"], "model.load.dtype: expected float32, bfloat16, float16, got half"),
         (
             [*SFT, "d.jsonl"],
             "d.jsonl does not belong to an option; quote patterns ('*.jsonl'), and write several files as "
@@ -281,14 +289,18 @@ def test_wrong_arguments_are_told_in_a_line(command, arguments, answer, told):
     [
         ("seed_everythin: 3", "{}, line 1: there is no seed_everythin; did you mean seed_everything?"),
         ("trainer:\n  max_step: 3", "{}, line 2: there is no trainer.max_step; did you mean trainer.max_steps?"),
-        ("# a\nmodel:\n  init_args:\n    dtyp: a", "{}, line 4: there is no model.dtyp; did you mean model.dtype?"),
+        (
+            "# a\nmodel:\n  init_args:\n    sed: a",
+            "{}, line 4: there is no model.sed; did you mean model.seed?",
+        ),
         (
             "model:\n  init_args:\n    lora:\n      r: 8\n      rr: 3",
             "{}, line 5: there is no model.lora.rr; did you mean model.lora.r?",
         ),
         (
-            "model: {init_args: {sampling: {max_new_token: 3}}}",
-            "{}, line 1: there is no model.sampling.max_new_token; did you mean model.sampling.max_new_tokens?",
+            "model: {init_args: {rollout: {sampling: {max_new_token: 3}}}}",
+            "{}, line 1: there is no model.rollout.sampling.max_new_token; did you mean "
+            "model.rollout.sampling.max_new_tokens?",
         ),
         (
             "model:\n  init_args:\n    reward:\n    - source: a\n      weigth: 3",

@@ -61,8 +61,8 @@ SMALL = {
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
 #: What else makes them small: PPO's start from what the stages before left.
 ALSO = {
-    "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window --model.sampling.max_new_tokens 8 "
-    "--data.batch_size 4"
+    "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window "
+    "--model.rollout.sampling.max_new_tokens 8 --data.batch_size 4"
 }
 
 

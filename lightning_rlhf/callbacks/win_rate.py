@@ -29,6 +29,7 @@ from lightning_rlhf.evaluation import (
     rates,
     read_answers,
 )
+from lightning_rlhf.models import Load
 from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.rollout import Sampling
 from lightning_rlhf.strategies import whole_weights
@@ -129,7 +130,7 @@ class MeasureWinRate(PromptCallback):
         if stage not in self.stages:
             return
         self._baseline, self._saved, self._judged_before = [], {}, False
-        dtype: Any = getattr(pl_module, "dtype_of_weights", "float32")
+        dtype: Any = getattr(pl_module, "load", Load()).dtype
         self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, trainer.strategy.root_device)
         needs = self._judge.reward.needs if isinstance(self._judge, RewardJudge) else frozenset()
         if missing := sorted(needs - self._prompts.columns.keys()):
@@ -207,10 +208,10 @@ class MeasureWinRate(PromptCallback):
         options: dict[str, Any] = dict(
             tokenizer=tokenizer,
             stop_ids=stops,
-            dtype=getattr(module, "dtype_of_weights", "float32"),
+            dtype=getattr(module, "load", Load()).dtype,
             device=trainer.strategy.root_device,
             batch_size=_BATCH,
-            trust_remote_code=getattr(module, "trust_remote_code", False),
+            trust_remote_code=getattr(module, "load", Load()).trust_remote_code,
         )
         with torch.random.fork_rng(devices=()), trainer.precision_plugin.forward_context():
             answers = dict(generate_answers(source, mine, sampling, self.seed, **options))

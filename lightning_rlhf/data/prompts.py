@@ -295,7 +295,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
         if room < 1:
             raise DataError(
                 f"max_new_tokens leaves no room for a prompt in the model's context: it is {1 - room} too large. Lower "
-                "model.sampling.max_new_tokens."
+                "model.rollout.sampling.max_new_tokens."
             )
         return int(room if self.max_length is None else min(room, self.max_length))
 

@@ -140,7 +140,9 @@ class RewardJudge(Judge):
                     trees = render(self.tokenizer, prompts, completions, truncated)
                 weight = next(self.reward.parameters(), torch.empty(0))
                 batch = pack(trees).to(weight.device)
-                scores: list[float] = self.reward(Samples(batch, prompts, completions, truncated, columns)).tolist()
+                scores: list[float] = self.reward(
+                    Samples(batch, prompts, completions, truncated, columns)
+                ).total.tolist()
                 return scores
             finally:
                 if self.device is not None:

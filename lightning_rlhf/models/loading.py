@@ -31,7 +31,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file, has_file
 
-from lightning_rlhf.models.backbone import enable_checkpointing
+from lightning_rlhf.checks import check_arguments
+from lightning_rlhf.models.backbone import LayoutChoice, enable_checkpointing
 from lightning_rlhf.models.quantization import DTYPE, Quantization, quantization_arguments, quantized
 from lightning_rlhf.models.saving import (
     ADAPTED,
@@ -110,7 +111,36 @@ class LoRA:
 
 
 # A checkpoint names the adapters it was made with; torch.load reads it without trusting arbitrary classes.
-torch.serialization.add_safe_globals([LoRA])
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a stage loads and holds the weights of its models.
+
+    Args:
+        dtype: Dtype of the weights; heads and adapters are fp32 in any case.
+        quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 bits (``int8``); needs ``lora``.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
+        layout: ``auto`` computes every prompt once where the model allows it and pads elsewhere; ``tree`` and
+            ``padded`` insist on one of them.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ValueError: A value is not one of the choices.
+    """
+
+    dtype: Dtype = "float32"
+    quantization: Quantization | None = None
+    gradient_checkpointing: bool = False
+    layout: LayoutChoice = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_arguments(Load, vars(self), "load.")
+
+
+# checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
+torch.serialization.add_safe_globals([LoRA, Load])
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
 """Where rewards come from: reward models, Python functions, weighted sums of both."""
 
-from lightning_rlhf.rewards.base import BadScores, Reward, Samples, check_scores
+from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward
 from lightning_rlhf.rewards.model import RewardModelReward, render
 from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward, names_model
@@ -11,6 +11,7 @@ __all__ = [
     "Reward",
     "RewardModelReward",
     "Samples",
+    "Scores",
     "WeightedReward",
     "WeightedSum",
     "check_scores",

@@ -6,15 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
-
-_R = TypeVar("_R", bound="Reward")
 
 
 @dataclass(eq=False)
@@ -48,29 +46,41 @@ class Samples:
                 raise ValueError(f"{name} has {len(values)} entries for {self.batch.num_sequences} completions.")
 
 
-class BadScores(ValueError):
-    """Scores that are no finite numbers; the message names the first one's sample.
+class Scores(NamedTuple):
+    """What a reward gives.
 
     Attributes:
-        scores: (S,) all scores, NaN in the place of those.
+        total: (S,) scores in fp32.
+        parts: (S,) scores by name of what they were summed from, for logging; empty for a reward without parts.
     """
 
-    def __init__(self, message: str, scores: Tensor) -> None:
+    total: Tensor
+    parts: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class BadScores(ValueError):
+    """Some scores are not finite numbers; the message names the sample of the first one.
+
+    Attributes:
+        scores: All scores, with NaN in the place of those.
+    """
+
+    def __init__(self, message: str, scores: Scores) -> None:
         super().__init__(message)
         self.scores = scores
 
 
 def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[object] | None = None) -> Tensor:
-    """Returns scores that are finite.
+    """Returns scores if all are finite.
 
     Args:
         scores: (S,) in fp32.
         samples: What was scored.
-        who: Made them, for the message.
-        given: (S,) what they were before they became numbers in fp32; default themselves.
+        who: What made them, for the message.
+        given: (S,) what they were before they became numbers in fp32; default the scores.
 
     Raises:
-        BadScores: Some are not.
+        BadScores: Some scores are not finite.
     """
     bad = ~scores.isfinite()
     if not bad.any():
@@ -82,7 +92,7 @@ def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[obj
         f"{who} returned {shorten(scores[i].item() if given is None else given[i])} for completion {i}"
         f"{f' (row {rows[i]} of the prompts)' if rows else ''}{more}, which is not a finite number in fp32. Prompt: "
         f"{shorten(samples.prompts[i])}. Completion: {shorten(samples.completions[i])}.",
-        scores.masked_fill(bad, torch.nan),
+        Scores(scores.masked_fill(bad, torch.nan)),
     )
 
 
@@ -93,39 +103,37 @@ def shorten(value: object) -> str:
 
 
 class Reward(nn.Module, ABC):
-    """Base of the rewards; never trained, so always in eval mode.
+    """Base of the rewards. A reward is never trained, so it is always in eval mode.
 
     Attributes:
-        names: Of the parts of a sum; none for others.
-        needs: Columns of the prompts' rows without which it can't score.
-        limits: Most tokens of a prompt with its completion, by what sets the limit; none where tokens are not what is
-            read. Known once it is loaded.
-        last: (S,) scores of each part in the last call, for logging.
+        names: Names of the parts of a sum; empty for other rewards.
+        needs: Columns of the prompts' rows without which it cannot score.
+        limits: Most tokens of a prompt with its completion, by what sets the limit; empty where it reads text. They
+            are known after :meth:`load`.
     """
 
     names: Sequence[str] = ()
     needs: Set[str] = frozenset()
     limits: Mapping[str, int] = MappingProxyType({})
-    last: Mapping[str, Tensor] = MappingProxyType({})
 
     def load(self) -> None:
-        """Loads what is heavy, once; modules call it in ``configure_model``."""
+        """Loads what is heavy, once. Modules call it in ``configure_model``."""
         return
 
     def train(self, mode: bool = True) -> Any:
-        """Stays in eval mode, so that a reward is a function of its sample alone."""
+        """Stays in eval mode, so that a score depends on its sample alone."""
         return super().train(False)
 
     @abstractmethod
-    def forward(self, samples: Samples) -> Tensor:
+    def forward(self, samples: Samples) -> Scores:
         """Scores the samples.
 
         Args:
             samples: S completions.
 
         Returns:
-            (S,) scores in fp32, on the device of ``samples.batch``.
+            Scores on the device of ``samples.batch``.
 
         Raises:
-            BadScores: Some are no finite numbers; a stage says what becomes of them.
+            BadScores: Some scores are not finite numbers; ``shaping.bad_scores`` decides what happens then.
         """

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from lightning_rlhf.rewards.base import Reward, Samples, check_scores, shorten
+from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores, shorten
 
 
 class FunctionReward(Reward):
@@ -50,18 +49,18 @@ class FunctionReward(Reward):
                 f"of the data that it reads; it has {', '.join(sorted(self.accepts)) or 'none'}."
             )
 
-    def forward(self, samples: Samples) -> Tensor:
+    def forward(self, samples: Samples) -> Scores:
         """Calls the function, with lists of its own, and checks what it returns.
 
         Args:
             samples: S completions.
 
         Returns:
-            (S,) scores in fp32.
+            Scores.
 
         Raises:
-            ValueError: A column that the function needs is not in the data, or there is not one score a completion.
-            BadScores: Some scores are no finite numbers.
+            ValueError: The data lack a column that the function needs, or it returns another number of scores.
+            BadScores: Some scores are not finite numbers.
         """
         given: dict[str, list[Any]] = {"prompts": samples.prompts, "completions": samples.completions}
         if clash := sorted(given.keys() & samples.columns.keys()):
@@ -84,9 +83,8 @@ class FunctionReward(Reward):
         if len(scores) != size:
             raise ValueError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
         numbers = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float()
-        return check_scores(
-            numbers.to(samples.batch.input_ids.device), samples, f"The reward function {self.name}", scores
-        )
+        numbers = numbers.to(samples.batch.input_ids.device)
+        return Scores(check_scores(numbers, samples, f"The reward function {self.name}", scores))
 
 
 def import_function(path: str) -> Callable[..., Any]:

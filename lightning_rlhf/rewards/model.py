@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.formats import Conversation, Message
@@ -19,7 +18,7 @@ from lightning_rlhf.models import RewardModel, load_reward_model, load_tokenizer
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.models.roles import RoleModel
-from lightning_rlhf.rewards.base import Reward, Samples, check_scores
+from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores
 
 
 class RewardModelReward(Reward):
@@ -107,17 +106,17 @@ class RewardModelReward(Reward):
         return {**context, f"max_tokens of the reward model {self.pretrained}": self.max_tokens}
 
     @torch.no_grad()
-    def forward(self, samples: Samples) -> Tensor:
-        """Scores the samples, in as many forward passes as ``max_tokens`` asks for.
+    def forward(self, samples: Samples) -> Scores:
+        """Scores the samples, in forward passes of at most ``max_tokens`` tokens.
 
         Args:
             samples: At least one.
 
         Returns:
-            (S,) scores in fp32, less the offset.
+            Scores minus the offset.
 
         Raises:
-            BadScores: Some scores are no finite numbers.
+            BadScores: Some scores are not finite numbers.
             ValueError: A conversation that is longer than ``max_tokens`` or the model's context, or that its chat
                 template refuses.
         """
@@ -134,7 +133,7 @@ class RewardModelReward(Reward):
         for part in within_budget(trees, self.max_tokens, "the reward's max_tokens"):
             batch = pack(part).to(device)
             scores.append(self.model(batch, normalize=True) if self.shared is None else self.shared(batch, "reward"))
-        return check_scores(torch.cat(scores), samples, f"The reward model {self.pretrained}")
+        return Scores(check_scores(torch.cat(scores), samples, f"The reward model {self.pretrained}"))
 
     def _rendered(self, samples: Samples) -> list[Tree]:
         try:

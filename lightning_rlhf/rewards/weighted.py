@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.rewards.base import BadScores, Reward, Samples, check_scores
+from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward, import_function
 from lightning_rlhf.rewards.model import RewardModelReward
 
@@ -43,9 +43,6 @@ class WeightedSum(Reward):
     Args:
         parts: Rewards by name.
         weights: Their weights, in the same order.
-
-    Attributes:
-        last: (S,) unweighted scores of each part in the last call, for logging.
     """
 
     def __init__(self, parts: dict[str, Reward], weights: Sequence[float]) -> None:
@@ -53,7 +50,6 @@ class WeightedSum(Reward):
         self.parts, self.weights = nn.ModuleList(parts.values()), list(weights)
         self.names = list(parts)
         self.needs = {name for part in parts.values() for name in part.needs}
-        self.last: dict[str, Tensor] = {}
 
     @property
     def limits(self) -> dict[str, int]:  # type: ignore[override]
@@ -65,30 +61,31 @@ class WeightedSum(Reward):
         for part in self.parts:
             part.load()  # type: ignore[operator]
 
-    def forward(self, samples: Samples) -> Tensor:
+    def forward(self, samples: Samples) -> Scores:
         """Scores them.
 
         Args:
             samples: At least one.
 
         Returns:
-            (S,) sums in fp32.
+            Sums, and the unweighted scores of each part.
 
         Raises:
-            BadScores: Some are no finite numbers, of a part whose weight is not 0.
+            BadScores: Some scores of a part whose weight is not 0 are not finite numbers.
         """
-        self.last, errors = {}, []
+        found: dict[str, Tensor] = {}
+        errors: list[BadScores] = []
         for name, part, weight in zip(self.names, self.parts, self.weights, strict=True):
             try:
-                self.last[name] = part(samples)
+                found[name] = part(samples).total
             except BadScores as error:
-                self.last[name] = error.scores
+                found[name] = error.scores.total
                 errors += [error] if weight else []
         weights = torch.tensor(self.weights, dtype=torch.float32, device=samples.batch.last.device)
-        sums = torch.where(weights != 0, torch.stack(list(self.last.values()), 1) * weights, 0.0).sum(1)
+        sums = torch.where(weights != 0, torch.stack(list(found.values()), 1) * weights, 0.0).sum(1)
         if errors:
-            raise BadScores(str(errors[0]), sums)
-        return check_scores(sums, samples, "The weighted sum of rewards")
+            raise BadScores(str(errors[0]), Scores(sums, found))
+        return Scores(check_scores(sums, samples, "The weighted sum of rewards"), found)
 
 
 def make_reward(

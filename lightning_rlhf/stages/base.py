@@ -6,15 +6,12 @@ import dataclasses
 import inspect
 import math
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
-import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
@@ -36,18 +33,23 @@ from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import encode_prompt
 from lightning_rlhf.evaluation import complete
-from lightning_rlhf.models import LoRA, load_tokenizer
-from lightning_rlhf.models.backbone import Backbone, LayoutChoice
-from lightning_rlhf.models.loading import Dtype, load_config, load_stop_token_ids
-from lightning_rlhf.models.quantization import Quantization, is_quantized_layer, require_bitsandbytes
+from lightning_rlhf.models import Load, LoRA, load_tokenizer
+from lightning_rlhf.models.backbone import Backbone
+from lightning_rlhf.models.loading import load_config, load_stop_token_ids
+from lightning_rlhf.models.quantization import is_quantized_layer, require_bitsandbytes
 from lightning_rlhf.quiet import quiet_libraries
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
-from lightning_rlhf.stages.optim import fit_schedules, gradient_norm, parameter_groups, parameters_of
+from lightning_rlhf.stages.optim import fit_schedules, parameter_groups, parameters_of
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
+from lightning_rlhf.strategies.gradients import clip_grad_norm, loss_scale, zero_grad
 from lightning_rlhf.strategies.sharded import ShardedOptimizer
 from lightning_rlhf.utils.checkpoint_io import check_is_checkpoint, explain_bad_checkpoint
-from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.collectives import gather_objects, world_size
+from lightning_rlhf.utils.random import rng_state, set_rng_state
+
+#: The default of stages.
+LOAD = Load()
 
 
 class Stage(L.LightningModule):
@@ -61,13 +63,11 @@ class Stage(L.LightningModule):
         tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         lora: Adapters; None trains all weights.
-        dtype: Of the weights.
-        gradient_checkpointing: Trade a second forward pass for activation memory.
-        layout: ``auto``, ``tree`` or ``padded``.
-        optimizer: Parameter groups to optimizer.
-        lr_scheduler: Optimizer to scheduler.
-        trust_remote_code: Run code that comes with the model.
-        quantization: Hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``): QLoRA.
+        load: How weights are held.
+        optimizer: Makes an optimizer of parameter groups.
+        lr_scheduler: Makes a schedule of an optimizer.
+        max_skipped: Optimizer steps in a row that may be skipped, because losses or gradients were not finite, before
+            the run ends.
 
     Attributes:
         stop_token_ids: Tokens that end an answer: the eos, what the chat template ends turns with, the eos that it
@@ -75,7 +75,7 @@ class Stage(L.LightningModule):
         new_token_ids: Tokens that the chat template brought; with adapters their rows are trained too.
 
     Raises:
-        ModuleNotFoundError: ``quantization`` without bitsandbytes.
+        ModuleNotFoundError: ``load.quantization`` without bitsandbytes.
         OSError: Nothing is at ``pretrained`` or ``tokenizer``.
         ValueError: ``pretrained`` is none of these, a model object without its tokenizer, or quantized weights without
             adapters to train.
@@ -85,8 +85,7 @@ class Stage(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     new_token_ids: tuple[int, ...]
-    max_skipped_updates: int = 5
-    dropped: int = 0
+    skipped: int = 0
     #: The kind of data that it works on; None: whatever a stage of one's own takes.
     works_on: ClassVar[Kind | None] = None
 
@@ -96,13 +95,10 @@ class Stage(L.LightningModule):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None,
         chat_template: str | None,
         lora: LoRA | None,
-        dtype: Dtype,
-        gradient_checkpointing: bool,
-        layout: LayoutChoice,
+        load: Load,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable,
-        trust_remote_code: bool,
-        quantization: Quantization | None = None,
+        max_skipped: int = 5,
     ) -> None:
         super().__init__()
         quiet_libraries()
@@ -111,10 +107,12 @@ class Stage(L.LightningModule):
                 f"pretrained is a {type(pretrained).__name__}: give a directory, a hub id, or a transformers model (of "
                 "one under adapters, its merge_and_unload())."
             )
-        if quantization is not None:
+        if load.quantization is not None:
             require_bitsandbytes()
             if lora is None:
-                raise ValueError(f"quantization={quantization!r}: quantized weights can't be trained. Give lora.")
+                raise ValueError(
+                    f"load.quantization={load.quantization!r}: quantized weights can't be trained. Give lora."
+                )
             if lora.init not in (True, "gaussian"):
                 raise ValueError(
                     f"lora.init={lora.init!r} moves a part of the weights into the adapters, and quantized weights "
@@ -125,20 +123,16 @@ class Stage(L.LightningModule):
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             self.tokenizer = tokenizer
         else:
-            self.tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code)  # type: ignore[arg-type]
+            self.tokenizer = load_tokenizer(tokenizer or pretrained, load.trust_remote_code)  # type: ignore[arg-type]
         replaced = self.tokenizer.eos_token_id
         added = set_chat_template(self.tokenizer, chat_template)
         self.new_token_ids = tuple(range(len(self.tokenizer) - added, len(self.tokenizer)))
-        further = [replaced, *load_stop_token_ids(pretrained, trust_remote_code)]
+        further = [replaced, *load_stop_token_ids(pretrained, load.trust_remote_code)]
         self.stop_token_ids = stop_token_ids(self.tokenizer, further)
         object.__setattr__(self, "pretrained", pretrained)  # not a child: a model would be saved under two names
-        self.lora, self.quantization = lora, quantization
-        self.dtype_of_weights = dtype
-        self.gradient_checkpointing = gradient_checkpointing
-        self.layout = layout
+        self.lora, self.load, self.max_skipped = lora, load, max_skipped
         self.make_optimizer: Callable[..., Any] = optimizer
         self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
-        self.trust_remote_code = trust_remote_code
         self.metrics = nn.ModuleDict()  # in one child, which is one line in the table of a model
         self._rng_to_restore: dict[str, Any] | None = None
         self._makers_to_match: dict[str, list[str]] | None = None
@@ -234,7 +228,7 @@ class Stage(L.LightningModule):
         if isinstance(self.pretrained, PreTrainedModel):
             config = self.pretrained.config
         else:
-            config = load_config(self.pretrained, self.trust_remote_code)
+            config = load_config(self.pretrained, self.load.trust_remote_code)
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -260,16 +254,16 @@ class Stage(L.LightningModule):
         self._check_precision()
         if stage == "fit":
             self.forget()
-        if self.quantization is not None and not holds_whole_models(strategy):
+        if self.load.quantization is not None and not holds_whole_models(strategy):
             raise ValueError(
-                f"quantization={self.quantization!r} runs on one device, under DDP and under colossalai_ddp, where "
-                f"each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts weights. Set "
-                "trainer.strategy to one of these, or quantization to null."
+                f"load.quantization={self.load.quantization!r} runs on one device, under DDP and under colossalai_ddp, "
+                f"where each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts them. "
+                "Set trainer.strategy to one of these, or load.quantization to null."
             )
 
     def forget(self) -> None:
         """Forgets what is of an earlier run alone; one that is resumed takes its own back afterwards."""
-        self.dropped, self._rng_to_restore = 0, None
+        self.skipped, self._rng_to_restore = 0, None
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
@@ -281,25 +275,25 @@ class Stage(L.LightningModule):
         if isinstance(plugin, BitsandbytesPrecision):
             raise ValueError(
                 "BitsandbytesPrecision quantizes heads and adapters too, which can't be trained then: leave it out, "
-                "and set model.quantization to nf4 or int8."
+                "and set model.load.quantization to nf4 or int8."
             )
         if name in ("bf16-true", "16-true") or name.startswith("transformer-engine"):
             half = "16" if "16" in name.replace("bf16", "") else "bf16"
             raise ValueError(
                 f"trainer.precision={name!r} casts heads, adapters and rotary frequencies to 16 bits too, where small "
-                f"steps and far positions are lost. Set trainer.precision to {half}-mixed, and model.dtype to "
+                f"steps and far positions are lost. Set trainer.precision to {half}-mixed, and model.load.dtype to "
                 f"{'float16' if half == '16' else 'bfloat16'} for frozen weights of 16 bits."
             )
         if torch.get_default_dtype() in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"torch's default dtype is {torch.get_default_dtype()}, in which sums and heads would be rounded: "
-                "leave it float32, and set model.dtype."
+                "leave it float32, and set model.load.dtype."
             )
         whole = not (isinstance(self.trainer.strategy, ColossalAIStrategy) and self.trainer.strategy.sharded)
-        if self.lora is None and self.dtype_of_weights != "float32" and whole:
+        if self.lora is None and self.load.dtype != "float32" and whole:
             rank_zero_warn(
-                f"model.dtype={self.dtype_of_weights} without lora: the weights are trained in 16 bits, where steps "
-                "below 1/256 of a weight are lost. Set model.dtype to float32 (with trainer.precision=bf16-mixed)."
+                f"model.load.dtype={self.load.dtype} without lora: the weights are trained in 16 bits, where steps "
+                "below 1/256 of a weight are lost. Set model.load.dtype to float32 (with trainer.precision=bf16-mixed)."
             )
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -329,7 +323,7 @@ class Stage(L.LightningModule):
         A batch that no planner made does not know its rows. They are counted, over ranks as Lightning deals them.
         """
         trees = batch.forest.trees
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        ranks = world_size()
         rows = batch.rows or tuple(self.global_rank + ranks * (self._counted + i) for i in range(len(trees)))
         self._counted += len(trees)
         fills = batch.num_scored > 0 and not batch.weight.any()  # a planner's empty bin
@@ -395,38 +389,6 @@ class Stage(L.LightningModule):
         except RuntimeError:  # the one public way to ask
             return None
 
-    @property
-    def _sharded(self) -> ColossalAIStrategy | None:
-        """The strategy, where ranks hold parts of gradients."""
-        strategy = self.strategy
-        return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
-
-    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-        """As ``torch.nn.utils.clip_grad_norm_``, wherever the gradients are; None only measures."""
-        if self._sharded:
-            return self._sharded.clip_grad_norm(list(parameters), max_norm)
-        return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
-
-    def drop_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sets gradients to none."""
-        for p in parameters:
-            p.grad = None
-        if self._sharded:
-            for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad()
-
-    @property
-    def scaler(self) -> Any:
-        """What scales losses against underflow in fp16, and looks for overflow; None where nothing does."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    @property
-    def loss_scale(self) -> float:
-        """What losses are multiplied by, whoever does it; 1 for nothing."""
-        if self.scaler is not None:
-            return float(self.scaler.get_scale())
-        return 1.0 if self._sharded is None else self._sharded.loss_scale
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drops a step whose gradients are not finite, on all ranks alike; whoever scales losses drops its own.
 
@@ -434,58 +396,57 @@ class Stage(L.LightningModule):
         """
         if not self.automatic_optimization:
             return
-        parameters, scale = parameters_of(optimizer), self.loss_scale
-        norm = self.clip(parameters, None) if self._sharded else gradient_norm(parameters)
+        parameters, scale = parameters_of(optimizer), loss_scale(self.trainer)
+        norm = clip_grad_norm(self.trainer.strategy, parameters, None)
         finite = self.trainer.strategy.reduce_boolean_decision(bool(norm.isfinite()))
         self._diverges = not finite and scale <= 1  # else the scale is too large, which is no fault of the run's
         if self._diverges:
-            rank_zero_warn(f"Optimizer step {self.trainer.global_step} is dropped: its gradients are not finite.")
-            self.drop_gradients(parameters)
+            rank_zero_warn(f"Optimizer step {self.trainer.global_step} is skipped: its gradients are not finite.")
+            zero_grad(self.trainer, parameters)
 
     def count_step(self, loss: Tensor) -> None:
-        """Counts, at the end of an optimizer step, those in a row that were dropped or had a loss that is not finite.
+        """Counts, at the end of an optimizer step, steps in a row that were skipped or had a loss that is not finite.
 
         Args:
-            loss: The step's, the same on all ranks.
+            loss: The loss of the step, the same on all ranks.
 
         Raises:
-            RuntimeError: They are ``max_skipped_updates``.
+            RuntimeError: ``max_skipped`` of them came in a row.
         """
-        bad = self._diverges or not math.isfinite(loss)
+        skipped = self._diverges or not math.isfinite(loss)
         self._diverges = False
-        self.count_dropped(bad, "optimizer steps")
+        self.count_skipped(skipped)
 
-    def count_dropped(self, dropped: bool, what: str) -> None:
-        """Counts what was dropped in a row; all ranks must come to the same.
+    def count_skipped(self, skipped: bool) -> None:
+        """Counts the steps (iterations of a stage of reinforcement learning) in a row that were skipped.
 
         Args:
-            dropped: Whether this one was.
-            what: Is counted, for the message.
+            skipped: Whether this one was; the same on all ranks.
 
         Raises:
-            RuntimeError: They are ``max_skipped_updates``.
+            RuntimeError: ``max_skipped`` of them came in a row.
         """
-        self.dropped = self.dropped + 1 if dropped else 0
-        self._dropping = what
-        if self.dropped >= self.max_skipped_updates:
+        self.skipped = self.skipped + 1 if skipped else 0
+        if self.skipped >= self.max_skipped:
             raise RuntimeError(self._diverged_run())
 
     def _diverged_run(self) -> str:
+        what = "optimizer steps" if self.automatic_optimization else "iterations"
         return (
-            f"{self.dropped} {self._dropping} in a row were dropped, since losses or gradients were not finite (step "
+            f"{self.skipped} {what} in a row were skipped, since losses or gradients were not finite (step "
             f"{self.trainer.global_step}). Lower the learning rate, look at the data and rewards, or resume from the "
             "last checkpoint."
         )
 
     def on_train_epoch_end(self) -> None:
-        """Tells a run that diverged, and was too short for ``max_skipped_updates``, from one that is done.
+        """Tells a run that diverged, and was too short for ``max_skipped``, from one that is done.
 
         Raises:
-            RuntimeError: The run ends in several steps that were dropped.
+            RuntimeError: The run ends in several steps that were skipped.
         """
         trainer = self.trainer
         ends = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
-        if ends and self.dropped > 1:
+        if ends and self.skipped > 1:
             raise RuntimeError(f"The run ends here. {self._diverged_run()}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -498,7 +459,7 @@ class Stage(L.LightningModule):
             )
         checkpoint["stage"] = {"classes": _stages(type(self)), "objects": self._objects, **self._makers()}
         checkpoint["rng_states"] = gather_objects(rng_state())
-        checkpoint["dropped"] = self.dropped
+        checkpoint["skipped"] = self.skipped
         frozen = self._frozen()
         modules = self.named_modules(remove_duplicate=False)
         scales = tuple(f"{name}." for name, module in modules if is_quantized_layer(module))
@@ -512,7 +473,7 @@ class Stage(L.LightningModule):
             CheckpointError: It is another stage's, or its optimizer or schedule is of another kind.
         """
         states = checkpoint.get("rng_states", [])
-        self.dropped = checkpoint.get("dropped", 0)
+        self.skipped = checkpoint.get("skipped", 0)
         try:
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint: no run goes on
@@ -629,27 +590,3 @@ def _is_data(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_data(entry) for key, entry in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def rng_state() -> dict[str, Any]:
-    """This process's global RNG states, in types that a checkpoint loads safely."""
-    name, keys, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    cuda: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-        "python": (version, list(internal), gauss),
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what :func:`rng_state` took."""
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))

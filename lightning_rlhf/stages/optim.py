@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.functional.precision import wide
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, object]]:
@@ -37,7 +34,7 @@ def default_optimizer(params: Iterable[Any]) -> Optimizer:
     return AdamW(params, lr=2e-5, weight_decay=0.01)
 
 
-def ppo_optimizer(params: Iterable[Any]) -> Optimizer:
+def rl_optimizer(params: Iterable[Any]) -> Optimizer:
     """AdamW, learning rate 1e-5, betas (0.9, 0.95), epsilon 1e-5, no decay (Ouyang et al. 2022, C.4)."""
     return AdamW(params, lr=1e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
@@ -104,11 +101,3 @@ def fit_schedules(trainer: Trainer) -> None:
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """The model's own parameters that an optimizer trains."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """2-norm of all gradients that this rank holds, in fp32 at least."""
-    # a rank's own part of a gradient that is cut over ranks
-    mine = [g.to_local() if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
-    norms = [wide(gradient).norm() for gradient in mine]
-    return torch.stack([norm.float() for norm in norms]).norm() if norms else torch.zeros(())

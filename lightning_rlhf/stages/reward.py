@@ -18,12 +18,10 @@ from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.preference import bradley_terry_loss, centering_penalty
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
-from lightning_rlhf.models import LoRA, RewardModel, load_reward_model
-from lightning_rlhf.models.backbone import LayoutChoice, evaluating
-from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.models.quantization import Quantization
+from lightning_rlhf.models import Load, LoRA, RewardModel, load_reward_model
+from lightning_rlhf.models.backbone import evaluating
 from lightning_rlhf.models.reward import set_distinct_pad_token
-from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.stages.base import LOAD, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 
 #: Logged at each step of training; validation adds what :class:`PreferenceAccuracy` knows.
@@ -44,17 +42,13 @@ class RewardModule(Stage):
         chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
             the tokenizer's own.
         lora: Adapters; the head is trained beside them. None trains all weights.
-        quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``); needs ``lora``.
-        centering_coef: Weight of the penalty that holds scores near zero; 0.01 is usual, 0 is none.
-        dtype: Of the weights; the head is fp32.
-        gradient_checkpointing: Trade a second forward pass for activation memory.
-        layout: ``auto``: every prompt once where the model can, padded elsewhere.
-        optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
-        lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
-        max_skipped_updates: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite,
-            before the run ends.
-        head_seed: Of a new head.
-        trust_remote_code: Run code that comes with the model.
+        load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
+        centering_coef: Weight of the penalty that keeps scores near zero; 0.01 is usual, 0 turns it off.
+        optimizer: Makes an optimizer of parameter groups; weight decay never acts on norms and biases.
+        lr_scheduler: Makes a schedule of the optimizer; it is stepped once per optimizer step.
+        max_skipped: Optimizer steps in a row that may be skipped, because losses or gradients were not finite, before
+            the run ends.
+        head_seed: Seed of a new head's weights.
 
     Attributes:
         reward_model: The model, from ``configure_model`` on. Its ``score_offset`` is the mean score of the preferred
@@ -74,33 +68,17 @@ class RewardModule(Stage):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         lora: LoRA | None = None,
-        quantization: Quantization | None = None,
+        load: Load = LOAD,
         centering_coef: float = 0.0,
-        dtype: Dtype = "float32",
-        gradient_checkpointing: bool = False,
-        layout: LayoutChoice = "auto",
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
-        max_skipped_updates: int = 5,
+        max_skipped: int = 5,
         head_seed: int = 0,
-        trust_remote_code: bool = False,
     ) -> None:
-        check_arguments(RewardModule.__init__, locals(), centering_coef=Range(0), max_skipped_updates=Range(1))
-        super().__init__(
-            pretrained,
-            tokenizer,
-            chat_template,
-            lora,
-            dtype,
-            gradient_checkpointing,
-            layout,
-            optimizer,
-            lr_scheduler,
-            trust_remote_code,
-            quantization,
-        )
+        check_arguments(RewardModule.__init__, locals(), centering_coef=Range(0), max_skipped=Range(1))
+        super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, max_skipped)
         self.save_settings()
-        self.centering_coef, self.head_seed, self.max_skipped_updates = centering_coef, head_seed, max_skipped_updates
+        self.centering_coef, self.head_seed = centering_coef, head_seed
         set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
         for name in TRAINED:
             self.metrics[f"train_{name}"] = TokenMean()
@@ -121,17 +99,17 @@ class RewardModule(Stage):
             return
         model = load_reward_model(
             self.pretrained,
-            dtype=self.dtype_of_weights,
+            dtype=self.load.dtype,
             lora=self.lora,
-            quantization=self.quantization,
-            gradient_checkpointing=self.gradient_checkpointing,
+            quantization=self.load.quantization,
+            gradient_checkpointing=self.load.gradient_checkpointing,
             vocab_size=len(self.tokenizer),
             new_tokens=self.new_token_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             seed=self.head_seed,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.load.trust_remote_code,
         )
-        self.reward_model = RewardModel(model, self.layout)
+        self.reward_model = RewardModel(model, self.load.layout)
 
     @property
     def model_to_export(self) -> RewardModel:

@@ -14,11 +14,8 @@ from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.functional.logprobs import ScoredTokens
 from lightning_rlhf.metrics import Perplexity, TokenMean
-from lightning_rlhf.models import LoRA, Policy, load_causal_lm
-from lightning_rlhf.models.backbone import LayoutChoice
-from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.models.quantization import Quantization
-from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm
+from lightning_rlhf.stages.base import LOAD, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 
 
@@ -34,17 +31,13 @@ class SFTModule(Stage):
         chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
             the tokenizer's own.
         lora: Adapters; None trains all weights.
-        quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 (``int8``); needs ``lora``.
-        dtype: Of the weights.
-        gradient_checkpointing: Trade a second forward pass for activation memory.
-        layout: ``auto``: every prompt once where the model can, padded elsewhere.
-        neftune_alpha: Noise on embeddings while training (NEFTune; 5 is usual); None for none.
-        z_loss: Weight of the z-loss, which keeps the softmax's denominator near 1 (PaLM: 1e-4); 0 for none.
-        optimizer: Parameter groups to optimizer; weight decay never acts on norms and biases.
-        lr_scheduler: Optimizer to scheduler, stepped once an optimizer step.
-        max_skipped_updates: Optimizer steps in a row that may be dropped, for losses or gradients that are not finite,
-            before the run ends.
-        trust_remote_code: Run code that comes with the model.
+        load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
+        neftune_alpha: Amount of noise on embeddings during training (NEFTune); 5 is usual, None adds none.
+        z_loss: Weight of the z-loss, which keeps the softmax's denominator near 1 (PaLM uses 1e-4); 0 turns it off.
+        optimizer: Makes an optimizer of parameter groups; weight decay never acts on norms and biases.
+        lr_scheduler: Makes a schedule of the optimizer; it is stepped once per optimizer step.
+        max_skipped: Optimizer steps in a row that may be skipped, because losses or gradients were not finite, before
+            the run ends.
 
     Attributes:
         policy: The model, from ``configure_model`` on.
@@ -67,35 +60,19 @@ class SFTModule(Stage):
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         lora: LoRA | None = None,
-        quantization: Quantization | None = None,
-        dtype: Dtype = "float32",
-        gradient_checkpointing: bool = False,
-        layout: LayoutChoice = "auto",
+        load: Load = LOAD,
         neftune_alpha: float | None = None,
         z_loss: float = 0.0,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
-        max_skipped_updates: int = 5,
-        trust_remote_code: bool = False,
+        max_skipped: int = 5,
     ) -> None:
-        check_arguments(SFTModule.__init__, locals(), max_skipped_updates=Range(1))
-        super().__init__(
-            pretrained,
-            tokenizer,
-            chat_template,
-            lora,
-            dtype,
-            gradient_checkpointing,
-            layout,
-            optimizer,
-            lr_scheduler,
-            trust_remote_code,
-            quantization,
-        )
+        check_arguments(SFTModule.__init__, locals(), max_skipped=Range(1))
+        super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, max_skipped)
         self.save_settings()
         if z_loss < 0 or (neftune_alpha is not None and neftune_alpha < 0):
             raise ValueError(f"Neither may be negative: z_loss={z_loss}, neftune_alpha={neftune_alpha}.")
-        self.neftune_alpha, self.z_loss, self.max_skipped_updates = neftune_alpha, z_loss, max_skipped_updates
+        self.neftune_alpha, self.z_loss = neftune_alpha, z_loss
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}_loss"] = TokenMean()
             self.metrics[f"{stage}_perplexity"] = Perplexity()
@@ -110,15 +87,15 @@ class SFTModule(Stage):
             return
         model = load_causal_lm(
             self.pretrained,
-            dtype=self.dtype_of_weights,
+            dtype=self.load.dtype,
             lora=self.lora,
-            quantization=self.quantization,
-            gradient_checkpointing=self.gradient_checkpointing,
+            quantization=self.load.quantization,
+            gradient_checkpointing=self.load.gradient_checkpointing,
             vocab_size=len(self.tokenizer),
             new_tokens=self.new_token_ids,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.load.trust_remote_code,
         )
-        self.policy = Policy(model, self.layout, z_loss=self.z_loss)
+        self.policy = Policy(model, self.load.layout, z_loss=self.z_loss)
 
     @property
     def model_to_export(self) -> Policy:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def generator(*keys: int) -> torch.Generator:
@@ -32,3 +37,27 @@ def sample_key(*parts: int) -> int:
 
 
 _64_BITS = 2**64 - 1
+
+
+def rng_state() -> dict[str, Any]:
+    """This process's global RNG states, in types that a checkpoint loads safely."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    cuda: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "python": (version, list(internal), gauss),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what :func:`rng_state` took."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -28,6 +28,9 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.strategies import whole_state_dict
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from grouping import grouped
+
 torch.set_num_threads(1)
 ROWS = [{"prompt": f"Say {i}", "completion": "dog" + f" dog {i}" * (1 + i % 3)} for i in range(8)]
 PAIRS = [{"prompt": f"Say {i}", "chosen": f"fox {i}" * (1 + i % 2), "rejected": "dog"} for i in range(8)]
@@ -100,12 +103,14 @@ def run(model_dir, out, stage="sft", kind="lora", strategy="auto", devices=1, pr
     )
     files = dict(cache_dir=out / "cache", batch_size=4)
     if stage == "sft":
-        module, data = SFTModule(model_dir, **common), InstructionDataModule(ROWS, val=ROWS[:4], **files)
+        module, data = SFTModule(model_dir, **grouped(**common)), InstructionDataModule(ROWS, val=ROWS[:4], **files)
     elif stage == "reward":
-        module, data = RewardModule(model_dir, **common), PreferenceDataModule(PAIRS, val=PAIRS[:4], **files)
+        module, data = RewardModule(model_dir, **grouped(**common)), PreferenceDataModule(PAIRS, val=PAIRS[:4], **files)
     else:
         sampling = Sampling(max_new_tokens=8, temperature=0.7)
-        module = PPOModule(model_dir, reward or letters, sampling=sampling, epochs=2, max_norm=None, **common)
+        module = PPOModule(
+            model_dir, reward or letters, **grouped(sampling=sampling, epochs=2, max_norm=None, **common)
+        )
         data = PromptDataModule(PROMPTS, val=PROMPTS[:4], **files)
     recorder = Recorder()
     callbacks = [recorder, HFExport(str(out / "hf"), monitor="mine")]

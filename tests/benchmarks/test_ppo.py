@@ -45,7 +45,9 @@ def test_ours_makes_whole_iterations(ppo, tmp_path, weights, contestant, case):
     assert len(task.meter.losses) == 3
     assert task.meter.tokens == 2 * 4 * (6 + 4), "a completion ended early, or the warm-up was counted"
     ((module, before),) = weights
-    for role, start in zip(module.trained(), [before[: len(module.trained()[0])], before[-1:]], strict=True):
+    trained = module.trainable_parameters()
+    starts = [before[: len(trained["policy"])], before[-1:]]
+    for role, start in zip(trained.values(), starts, strict=True):
         assert any(not torch.equal(p, old) for p, old in zip(role[-len(start) :], start, strict=True))
     assert module.trainer.callback_metrics["train/updates"] == 4
     assert module.trainer.callback_metrics["train/length_min"] == 4

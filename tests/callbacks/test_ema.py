@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoModelForCausalLM
@@ -84,7 +85,7 @@ def test_average_is_the_recursion_over_counted_steps(name, tiny_model_dir, tmp_p
 
 def test_half_precision_weights_are_averaged_in_fp32(short_fit, tiny_model_dir):
     hand, ema = ByHand(0.9), EMA(0.9)
-    module = SFTModule(tiny_model_dir, dtype="bfloat16", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    module = SFTModule(tiny_model_dir, **grouped(dtype="bfloat16", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)))
     short_fit([hand, ema], module)
     for k, average in ema.state_dict()["average"].items():
         assert average.dtype == torch.float32

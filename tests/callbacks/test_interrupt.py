@@ -112,7 +112,7 @@ def test_nobody_takes_a_broken_off_epoch_for_a_whole_one(given, short_fit, tiny_
     module = Module(tiny_model_dir)
     with pytest.raises(Interrupted):
         short_fit(callbacks, module, max_epochs=3, min_epochs=3, enable_checkpointing=True)
-    assert notes.hooks == ["epoch start", "epoch end", "epoch start"] and module.epochs == 1
+    assert notes.hooks == ["epoch start", "epoch end", "epoch start"] and module.updates.epochs == 1
     assert early.wait_count == 0 and len(list((tmp_path / "epochs").iterdir())) == 1
     checkpoint = saved(tmp_path / ("mine" if given else "") / "interrupted.ckpt")
     assert checkpoint["global_step"] == checkpoint["callbacks"]["Notes"]["steps"] == notes.steps == 6

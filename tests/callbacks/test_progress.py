@@ -6,6 +6,7 @@ import shutil
 
 import lightning.pytorch as L
 import pytest
+from grouping import grouped
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +27,7 @@ def ppo(model_dir, out, *callbacks, ckpt=None, **options):
     trainer = L.Trainer(
         default_root_dir=out, callbacks=list(callbacks), limit_val_batches=0, **{**OFF, "max_steps": 7, **options}
     )
-    module = PPOModule(model_dir, ones, sampling=Sampling(max_new_tokens=3), epochs=1)
+    module = PPOModule(model_dir, ones, **grouped(sampling=Sampling(max_new_tokens=3), epochs=1))
     data = PromptDataModule(ROWS, val=ROWS, batch_size=4, cache_dir=out / "cache")
     trainer.fit(module, data, ckpt_path=ckpt)
     return trainer

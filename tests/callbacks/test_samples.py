@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel
 
@@ -79,7 +80,7 @@ def test_sampling_is_keyed_by_seed_and_step_alone(short_fit, tiny_model_dir, tmp
         before = len(rows(tmp_path)) if (tmp_path / "samples.jsonl").exists() else 0
         optimizer = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
         callback = SampleCompletions(["Say 1"], temperature=1.0, max_new_tokens=12, seed=seed)
-        short_fit([callback], SFTModule(tiny_model_dir, **optimizer))
+        short_fit([callback], SFTModule(tiny_model_dir, **grouped(**optimizer)))
         return [row["completion"] for row in rows(tmp_path)[before:]]
 
     one = sample(0)
@@ -141,9 +142,11 @@ def ppo_fit(tiny_model_dir, tmp_path):
         module = PPOModule(
             tiny_model_dir,
             reward,
-            lora=LoRA(r=4),
-            sampling=Sampling(max_new_tokens=6, temperature=0.7),
-            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+            **grouped(
+                lora=LoRA(r=4),
+                sampling=Sampling(max_new_tokens=6, temperature=0.7),
+                optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+            ),
         )
         folder = dict(default_root_dir=tmp_path, logger=CSVLogger(tmp_path))
         quiet = dict(enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False)

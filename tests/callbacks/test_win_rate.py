@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -285,9 +286,7 @@ def test_ppo_with_a_judge_that_reads_columns(tiny_model_dir, tmp_path):
     module = PPOModule(
         tiny_model_dir,
         wanted_letters,
-        sampling=Sampling(max_new_tokens=5),
-        epochs=1,
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        **grouped(sampling=Sampling(max_new_tokens=5), epochs=1, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)),
     )
     trainer = L.Trainer(
         accelerator="cpu",

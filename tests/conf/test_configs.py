@@ -23,9 +23,14 @@ def name(path):
 
 def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--trainer.precision", "32-true")):
     """What makes a stage's config small enough to run here."""
-    few = ["--model.sampling.max_new_tokens", "8", "--model.reward", "lightning_rlhf.rewards.functions.length_window"]
+    few = [
+        "--model.rollout.sampling.max_new_tokens",
+        "8",
+        "--model.reward",
+        "lightning_rlhf.rewards.functions.length_window",
+    ]
     return [
-        "--model.pretrained", str(model_dir), "--model.dtype", "float32",
+        "--model.pretrained", str(model_dir), "--model.load.dtype", "float32",
         "--model.chat_template", "chatml", "--data.max_length", "256", "--data.on_bad_row", "skip",
         "--data.batch_size", "4", "--data.val_fraction", "0.05", "--trainer.accelerator", "cpu",
         "--trainer.devices", "1", "--trainer.num_nodes", "1", *trainer,
@@ -104,14 +109,15 @@ SPELLINGS = [
             {"class_path": "lightning_rlhf.rewards.FunctionReward", "init_args": {"function": FUNCTION}},
         )
     ],
-    ("ppo", {"model": {"critic": "runs/reward/hf/best", "layout": "padded", "kl_target": 6.0}}),
-    ("ppo", {"model": {"sampling": {"max_new_tokens": 5, "temperature": 0.7, "stop_strings": ["a", "\n"]}}}),
+    ("ppo", {"model": {"critic": {"pretrained": "runs/reward/hf/best"}, "load": {"layout": "padded"}}}),
+    ("ppo", {"model": {"kl": {"target": 6.0}}}),
+    ("ppo", {"model": {"rollout": {"sampling": {"max_new_tokens": 5, "stop_strings": ["a", "\n"]}}}}),
     ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.HFGenerateEngine"}}}),
     ("ppo", {"data": {"train": [{"prompt": "a", "lang": "en"}]}}),
     ("ppo", {"data": {"ptx": {"source": [{"source": "a.jsonl", "weight": 2.0}], "max_length": 5}}}),
     ("sft", {"model": {"lora": None}}),
     ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
-    ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "quantization": "nf4"}}),
+    ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "load": {"quantization": "nf4"}}}),
     ("sft", {"model": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}}}),
     ("sft", {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95]}}}}),
     ("sft", {"model": {"lr_scheduler": {"class_path": "lightning_rlhf.stages.optim.CosineWarmup",
@@ -185,13 +191,13 @@ def test_spelling_is_printed_as_it_was_read(stage, given, printed, tmp_path):
 def test_arguments_of_a_command_line_are_printed_as_they_were_read(printed):
     found = printed(
         "--config", str(CONFIGS / "ppo" / "smollm2_lora.yaml"), "--model.reward", json.dumps(WEIGHTED),
-        "--model.lora.targets", "[q_proj]", "--model.sampling.stop_strings", '["a"]', "--model.optimizer",
+        "--model.lora.targets", "[q_proj]", "--model.rollout.sampling.stop_strings", '["a"]', "--model.optimizer",
         "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--data.train", "[a.jsonl, b.jsonl]",
         "--trainer.callbacks+=EMA", "--trainer.callbacks.decay", "0.9",
     )  # fmt: skip
     model, data = found["model"]["init_args"], found["data"]["init_args"]
     assert_holds(model["reward"], WEIGHTED)
-    assert model["lora"]["targets"] == ["q_proj"] and model["sampling"]["stop_strings"] == ["a"]
+    assert model["lora"]["targets"] == ["q_proj"] and model["rollout"]["sampling"]["stop_strings"] == ["a"]
     assert_holds(model["optimizer"], {"class_path": "SGD", "init_args": {"lr": 0.1}})
     assert data["train"] == ["a.jsonl", "b.jsonl"]
     assert_holds(found["trainer"]["callbacks"][-1], {"class_path": "EMA", "init_args": {"decay": 0.9}})

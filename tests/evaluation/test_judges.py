@@ -16,7 +16,7 @@ from lightning_rlhf.evaluation import (
     make_judge,
     rates,
 )
-from lightning_rlhf.rewards import FunctionReward, Reward, WeightedReward
+from lightning_rlhf.rewards import FunctionReward, Reward, Scores, WeightedReward
 
 PROMPTS = [[{"role": "user", "content": "Say fox"}], [{"role": "user", "content": "你好"}]]
 PAIRS = [
@@ -81,7 +81,7 @@ def test_a_function_reads_columns():
 def test_scores_that_are_no_numbers_are_no_verdict():
     class Broken(Reward):
         def forward(self, samples):
-            return torch.tensor([math.nan if "x" in c else 1.0 for c in samples.completions])
+            return Scores(torch.tensor([math.nan if "x" in c else 1.0 for c in samples.completions]))
 
     judged = judge_pairs(RewardJudge(Broken()), [AnswerPair("Say", Answer("x"), Answer("y"))])
     assert judged[0].outcome is None and rates(judged).no_verdict == 1

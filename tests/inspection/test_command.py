@@ -31,7 +31,12 @@ def no_weights(tiny_model_dir, tmp_path):
 
 
 def small(path, model):
-    few = ["--model.sampling.max_new_tokens", "8", "--model.reward", "lightning_rlhf.rewards.functions.length_window"]
+    few = [
+        "--model.rollout.sampling.max_new_tokens",
+        "8",
+        "--model.reward",
+        "lightning_rlhf.rewards.functions.length_window",
+    ]
     return [
         "inspect", "--config", str(path), "--model.pretrained", str(model), "--model.chat_template", "chatml",
         "--data.max_length", "256", "--data.on_bad_row", "skip", *(few if path.parent.name == "ppo" else []),

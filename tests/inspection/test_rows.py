@@ -4,6 +4,7 @@ import json
 from itertools import groupby
 
 import pytest
+from grouping import grouped
 
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.packed import pad
@@ -133,7 +134,7 @@ def test_marks_are_where_the_reward_step_reads_scores(tiny_model_dir):
 
 def ppo(model, **options):
     reward = "lightning_rlhf.rewards.functions.length_window"
-    return PPOModule(model, reward, sampling=Sampling(max_new_tokens=8), **options)
+    return PPOModule(model, reward, **grouped(sampling=Sampling(max_new_tokens=8), **options))
 
 
 def test_prompts_are_those_that_are_sampled_from(tiny_model_dir):

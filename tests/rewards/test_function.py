@@ -26,7 +26,7 @@ def test_it_gets_lists_and_the_columns_that_it_names():
         seen.update(prompts=prompts, completions=completions, answer=answer, other=other)
         return torch.tensor([1, 2])
 
-    scores = FunctionReward(f)(samples(answer=[3, None], unused=["u", "v"]))
+    scores = FunctionReward(f)(samples(answer=[3, None], unused=["u", "v"])).total
     assert scores.tolist() == [1.0, 2.0] and scores.dtype == torch.float32
     assert seen == {"prompts": ["a", "b"], "completions": ["x", "yy"], "answer": [3, None], "other": None}
 
@@ -99,8 +99,8 @@ def test_an_object_that_is_called():
         def __call__(self, prompts, completions):
             return [len(c) for c in completions]
 
-    assert FunctionReward(Judge())(samples()).tolist() == [1.0, 2.0]
-    assert FunctionReward(by_length)(samples(z=[1, 2])).tolist() == [1.0, 2.0]
+    assert FunctionReward(Judge())(samples()).total.tolist() == [1.0, 2.0]
+    assert FunctionReward(by_length)(samples(z=[1, 2])).total.tolist() == [1.0, 2.0]
 
 
 def test_bad_scores_bring_the_good_ones_along():
@@ -109,7 +109,7 @@ def test_bad_scores_bring_the_good_ones_along():
 
     with pytest.raises(BadScores, match="returned nan for completion 0, which") as error:
         FunctionReward(f)(samples())
-    assert error.value.scores.isnan().tolist() == [True, False] and error.value.scores[1] == 2.5
+    assert error.value.scores.total.isnan().tolist() == [True, False] and error.value.scores.total[1] == 2.5
 
 
 def test_a_bad_score_names_the_prompts_row_and_how_many_more_there_are():

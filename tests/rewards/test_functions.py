@@ -17,9 +17,9 @@ def samples(completions, **columns):
 
 def test_by_import_path_with_columns():
     reward = FunctionReward("lightning_rlhf.rewards.functions.length_window")
-    assert reward(samples(["a" * 8, "b" * 8], low=[4, 16], high=[8, 20], answer=[1, 2])).tolist() == [1.0, 0.5]
+    assert reward(samples(["a" * 8, "b" * 8], low=[4, 16], high=[8, 20], answer=[1, 2])).total.tolist() == [1.0, 0.5]
     reward = FunctionReward("lightning_rlhf.rewards.functions:answer_match")
-    assert reward(samples(["Answer: 72", "71"], answer=["so many\n#### 72", 72])).tolist() == [1.0, 0.0]
+    assert reward(samples(["Answer: 72", "71"], answer=["so many\n#### 72", 72])).total.tolist() == [1.0, 0.0]
 
 
 def test_the_window_has_no_step():
@@ -89,7 +89,7 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     )
     (tmp_path / "my_broken_rewards.py").write_text("import no_such_module_at_all\n")
     monkeypatch.chdir(tmp_path)
-    assert FunctionReward("my_own_rewards.shout")(samples(["a!", "!!"])).tolist() == [1.0, 2.0]
+    assert FunctionReward("my_own_rewards.shout")(samples(["a!", "!!"])).total.tolist() == [1.0, 2.0]
     with pytest.raises(ImportError, match=r"has no whisper\. Its functions: shout"):
         FunctionReward("my_own_rewards:whisper")
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):  # its own fault, not the path's

@@ -54,11 +54,11 @@ def test_scores_are_those_of_the_sampled_tokens_less_the_offset(reward_dir, tiny
     reward.load()
     assert reward.same_tokens
     samples = sampled(tiny_tokenizer)
-    found = reward(samples)
+    found = reward(samples).total
     torch.testing.assert_close(found, plain_scores(reward_dir, samples) - 0.5, rtol=1e-5, atol=1e-5)
     small = RewardModelReward(reward_dir, tiny_tokenizer, max_tokens=40)
     small.load()
-    torch.testing.assert_close(small(samples), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(samples).total, found, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_frozen_and_in_evaluation_mode(reward_dir, tiny_tokenizer):
@@ -68,7 +68,7 @@ def test_it_is_frozen_and_in_evaluation_mode(reward_dir, tiny_tokenizer):
     reward.train()
     assert not any(p.requires_grad for p in reward.parameters())
     assert not any(m.training for m in reward.modules())
-    assert not reward(sampled(tiny_tokenizer)).requires_grad
+    assert not reward(sampled(tiny_tokenizer)).total.requires_grad
 
 
 def test_another_tokenizer_reads_the_texts_by_its_own_template(reward_dir, tiny_tokenizer, tiny_model_dir):
@@ -81,7 +81,7 @@ def test_another_tokenizer_reads_the_texts_by_its_own_template(reward_dir, tiny_
     theirs = sampled(policy)
     want = RewardModelReward(reward_dir, tiny_tokenizer)
     want.load()
-    torch.testing.assert_close(reward(theirs), want(sampled(tiny_tokenizer)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward(theirs).total, want(sampled(tiny_tokenizer)).total, rtol=1e-5, atol=1e-5)
 
 
 def test_plain_texts_are_read_in_two_pieces(reward_dir, tiny_tokenizer):
@@ -92,7 +92,7 @@ def test_plain_texts_are_read_in_two_pieces(reward_dir, tiny_tokenizer):
     answer = tiny_tokenizer(" a time", add_special_tokens=False).input_ids
     trees = [Tree(ids, [Branch([*answer, tiny_tokenizer.eos_token_id]), Branch(answer)])]
     samples = Samples(pack(trees), ["Once upon"] * 2, [" a time"] * 2, [False, True], {})
-    torch.testing.assert_close(reward(samples), plain_scores(reward_dir, samples) - 0.5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward(samples).total, plain_scores(reward_dir, samples) - 0.5, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_are_a_reward_model_too(tiny_model_dir, tiny_tokenizer, tmp_path):
@@ -107,7 +107,7 @@ def test_adapters_are_a_reward_model_too(tiny_model_dir, tiny_tokenizer, tmp_pat
     for only in (True, False):
         reward = RewardModelReward(tmp_path / str(only), tiny_tokenizer)
         reward.load()
-        found.append(reward(sampled(tiny_tokenizer)))
+        found.append(reward(sampled(tiny_tokenizer)).total)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 

@@ -81,7 +81,7 @@ def test_a_cut_completion_without_text_has_a_score(reward_dir, tiny_tokenizer):
     reward.same_tokens = False
     given = samples(tiny_tokenizer, [True])
     given.completions[0] = ""
-    score = reward(given)
+    score = reward(given).total
     prompt = encode_prompt(tiny_tokenizer, PROMPT)
     want = reward.model(pack([Tree(prompt[:-1], [Branch(prompt[-1:])])]))
     torch.testing.assert_close(score, want, rtol=1e-5, atol=1e-6)

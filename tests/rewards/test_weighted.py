@@ -39,10 +39,11 @@ def test_a_weighted_list_of_functions_and_models(tiny_model_dir, tiny_tokenizer,
     reward.load()
     alone = RewardModelReward(tmp_path / "rm", tiny_tokenizer)
     alone.load()
-    want = 2 * torch.tensor([3.0, 1.0]) - 0.5 * alone(SAMPLES) + 1.0
-    torch.testing.assert_close(reward(SAMPLES), want)
-    assert list(reward.last) == ["long", "rm", "bias"]
-    assert reward.last["long"].tolist() == [3.0, 1.0]
+    want = 2 * torch.tensor([3.0, 1.0]) - 0.5 * alone(SAMPLES).total + 1.0
+    found = reward(SAMPLES)
+    torch.testing.assert_close(found.total, want)
+    assert list(found.parts) == ["long", "rm", "bias"]
+    assert found.parts["long"].tolist() == [3.0, 1.0]
 
 
 def test_parts_of_one_name_stay_apart(tiny_model_dir, tiny_tokenizer, tmp_path):
@@ -68,8 +69,8 @@ def test_dicts_as_in_a_config(tiny_tokenizer):
     reward = make_reward([{"source": long, "weight": 2.0}, {"source": path, "name": "window"}, ones], tiny_tokenizer)
     assert isinstance(reward, WeightedSum)
     assert (reward.names, reward.weights) == (["long", "window", "ones"], [2.0, 1.0, 1.0])
-    assert reward(SAMPLES).tolist() == [6 + 1 + 1, 2 + 1 + 1]
-    assert make_reward({"source": long, "weight": 2.0}, tiny_tokenizer)(SAMPLES).tolist() == [6, 2]
+    assert reward(SAMPLES).total.tolist() == [6 + 1 + 1, 2 + 1 + 1]
+    assert make_reward({"source": long, "weight": 2.0}, tiny_tokenizer)(SAMPLES).total.tolist() == [6, 2]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,9 @@ def test_a_bad_score_of_a_part_is_named_and_the_others_still_score(tiny_tokenize
     reward = make_reward([WeightedReward(broken, 2.0), WeightedReward(long)], tiny_tokenizer)
     with pytest.raises(BadScores, match="function broken returned nan for completion 0") as error:
         reward(SAMPLES)
-    assert error.value.scores.isnan().tolist() == [True, False] and error.value.scores[1] == 3.0
-    assert reward.last["long"].tolist() == [3.0, 1.0]
+    assert error.value.scores.total.isnan().tolist() == [True, False] and error.value.scores.total[1] == 3.0
+    assert error.value.scores.parts["long"].tolist() == [3.0, 1.0]
     aside = make_reward([WeightedReward(broken, 0.0), WeightedReward(long)], tiny_tokenizer)
-    assert aside(SAMPLES).tolist() == [3.0, 1.0]  # what is not learned from spoils nothing
+    assert aside(SAMPLES).total.tolist() == [3.0, 1.0]  # what is not learned from spoils nothing
     with pytest.raises(BadScores, match="weighted sum of rewards returned inf"):
         make_reward([WeightedReward(long, 2e38)], tiny_tokenizer)(SAMPLES)

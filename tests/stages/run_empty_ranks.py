@@ -41,6 +41,9 @@ from lightning_rlhf.callbacks import SaveOnInterrupt
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.strategies import ColossalAIStrategy
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from grouping import grouped
+
 torch.set_num_threads(1)
 PATIENCE = 120
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # Lightning takes the variable away after a run
@@ -89,10 +92,10 @@ def make(stage, model_dir, out, n):
     common = dict(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3))
     files = dict(batch_size=n, eval_batch_size=1, cache_dir=out / "cache")
     if stage == "sft":
-        return SFTModule(model_dir, **common), InstructionDataModule(texts, val=texts, **files), "val/loss"
+        return SFTModule(model_dir, **grouped(**common)), InstructionDataModule(texts, val=texts, **files), "val/loss"
     if stage == "reward":
         files["batch_size"] = 2 * n  # sequences: a pair has two
-        module = RewardModule(model_dir, lora=LoRA(r=4), **common)
+        module = RewardModule(model_dir, **grouped(lora=LoRA(r=4), **common))
         return module, PreferenceDataModule(data, val=data, **files), "val/loss"
     kind = stage.removeprefix("ppo ")
     reward = {
@@ -103,9 +106,19 @@ def make(stage, model_dir, out, n):
     }[kind]
     ptx = texts if kind == "parts" else None
     module = PPOModule(
-        model_dir, reward, lora=LoRA(r=4) if kind == "adapter" else None, epochs=2, minibatches=2, scale_scores=n > 1,
-        sampling=Sampling(max_new_tokens=6, temperature=0.7), kl_target=1.0, ptx_coef=0.5 if ptx else 0.0, **common,
-    )  # fmt: skip
+        model_dir,
+        reward,
+        **grouped(
+            lora=LoRA(r=4) if kind == "adapter" else None,
+            epochs=2,
+            minibatches=2,
+            scale_scores=n > 1,
+            sampling=Sampling(max_new_tokens=6, temperature=0.7),
+            kl_target=1.0,
+            ptx_coef=0.5 if ptx else 0.0,
+            **common,
+        ),
+    )
     return module, PromptDataModule(prompts, val=prompts, ptx=Ptx(ptx, batch_size=n), **files), "val/score"
 
 

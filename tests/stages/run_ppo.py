@@ -16,6 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from grouping import grouped
+
 torch.set_num_threads(1)
 TEXTS = [{"prompt": f"Say {i}", "completion": f"dog {i} " * (1 + i % 3)} for i in range(10)]
 
@@ -48,12 +51,14 @@ def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max
     module = PPOModule(
         model_dir,
         reward,
-        lora=LoRA(r=4, dropout=dropout) if lora else None,
-        shared_backbone=shared,
-        sampling=Sampling(**(sampling or {"max_new_tokens": 10, "temperature": 0.7, "stop_strings": ["e", "o"]})),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5),
-        ptx_coef=0.5 if ptx else 0.0,
-        **{"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options},
+        **grouped(
+            lora=LoRA(r=4, dropout=dropout) if lora else None,
+            shared_backbone=shared,
+            sampling=Sampling(**(sampling or {"max_new_tokens": 10, "temperature": 0.7, "stop_strings": ["e", "o"]})),
+            optimizer=lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5),
+            ptx_coef=0.5 if ptx else 0.0,
+            **{"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options},
+        ),
     )
     data = PromptDataModule(
         prompts(),

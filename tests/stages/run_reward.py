@@ -17,6 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf import LoRA, PreferenceDataModule, RewardModule
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from grouping import grouped
+
 torch.set_num_threads(1)
 
 
@@ -56,11 +59,13 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
     L.seed_everything(seed, verbose=False)
     module = RewardModule(
         model_dir,
-        lora=LoRA(r=4, dropout=dropout) if lora else None,
-        quantization=quantization,
-        layout=layout,
-        centering_coef=centering_coef,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        **grouped(
+            lora=LoRA(r=4, dropout=dropout) if lora else None,
+            quantization=quantization,
+            layout=layout,
+            centering_coef=centering_coef,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        ),
     )
     data = PreferenceDataModule(
         rows(order=order),

@@ -18,6 +18,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
 from lightning_rlhf.callbacks import EMA
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from grouping import grouped
+
 torch.set_num_threads(1)
 
 
@@ -61,11 +64,13 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
     L.seed_everything(seed, verbose=False)
     module = SFTModule(
         model_dir,
-        lora=LoRA(r=4, dropout=dropout) if lora else None,
-        quantization=quantization,
-        layout=layout,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
-        **options,
+        **grouped(
+            lora=LoRA(r=4, dropout=dropout) if lora else None,
+            quantization=quantization,
+            layout=layout,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+            **options,
+        ),
     )
     data = InstructionDataModule(
         rows(order=order),

@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -126,7 +127,7 @@ def run(module, folder, ckpt=None, steps=1):
 
 
 def ppo(model_dir, **settings):
-    return PPOModule(model_dir, brief, critic_lr=1e-3, epochs=1, **settings)
+    return PPOModule(model_dir, brief, **grouped(critic_lr=1e-3, epochs=1, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -291,22 +292,20 @@ class Broken(L.Callback):
             next(p for p in pl_module.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.seen.append(pl_module.dropped)
+        self.seen.append(pl_module.skipped)
 
     def on_train_batch_start(self, *_):
         pass
 
 
 def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=None, steps=6, lora=None,
-          max_skipped_updates=3, callbacks=(), **options):  # fmt: skip
+          max_dropped=3, callbacks=(), **options):  # fmt: skip
     torch.manual_seed(0)
-    given = dict(
-        lora=lora, max_skipped_updates=max_skipped_updates, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **options
-    )
+    given = dict(lora=lora, max_dropped=max_dropped, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **options)
     if stage == "sft":
-        module, data = SFTModule(model_dir, **given), InstructionDataModule
+        module, data = SFTModule(model_dir, **grouped(**given)), InstructionDataModule
     else:
-        module, data = RewardModule(model_dir, **given), PreferenceDataModule
+        module, data = RewardModule(model_dir, **grouped(**given)), PreferenceDataModule
     watch = Broken(broken, loss)
     trainer = quiet(tmp_path, max_steps=steps, callbacks=[watch, *callbacks], plugins=plugins)
     rows = ROWS if stage == "sft" else PAIRS
@@ -335,7 +334,7 @@ def test_a_step_that_is_not_finite_is_dropped(tiny_model_dir, tmp_path, stage, l
         def on_train_batch_start(self, trainer, pl_module, *_):
             before.append(weights(pl_module))
 
-    with pytest.warns(UserWarning, match="Optimizer step 4 is dropped: its gradients are not finite"):
+    with pytest.warns(UserWarning, match="Optimizer step 4 is skipped: its gradients are not finite"):
         module, watch = learn(stage, tiny_model_dir, tmp_path, (1, 2, 4), loss, callbacks=[Before()])
     assert watch.seen == [0, 0, 1, 2, 0, 1]  # of the step before
     moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise([*before, weights(module)])]
@@ -347,7 +346,7 @@ def test_a_step_that_is_not_finite_is_dropped(tiny_model_dir, tmp_path, stage, l
 def test_a_run_that_diverged_ends_with_an_error(tiny_model_dir, tmp_path, stage):
     """It went on to its end and exported NaN."""
     export = dict(callbacks=[HFExport(tmp_path / "hf", when="end")])
-    with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row were dropped.*\(step 5\)"):
+    with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row were skipped.*\(step 5\)"):
         learn(stage, tiny_model_dir, tmp_path, range(2, 99), steps=50, **export)
     assert not (tmp_path / "hf").exists()
     with pytest.raises(RuntimeError, match=r"The run ends here. 2 optimizer steps in a row"):  # too short for three
@@ -357,8 +356,8 @@ def test_a_run_that_diverged_ends_with_an_error(tiny_model_dir, tmp_path, stage)
 
 @pytest.mark.parametrize("lora", [None, LoRA(r=4)], ids=["full", "lora"])
 def test_a_learning_rate_that_is_too_large_is_told(tiny_model_dir, tmp_path, lora):
-    with pytest.raises(RuntimeError, match="in a row were dropped"):
-        learn("sft", tiny_model_dir, tmp_path, lr=1e12, steps=5, lora=lora, max_skipped_updates=5,
+    with pytest.raises(RuntimeError, match="in a row were skipped"):
+        learn("sft", tiny_model_dir, tmp_path, lr=1e12, steps=5, lora=lora, max_dropped=5,
               lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0))  # fmt: skip
 
 
@@ -399,13 +398,13 @@ def test_what_a_broken_off_run_left_in_metrics_is_not_counted_in_the_next(tiny_m
 
 def test_a_checkpoint_keeps_the_count_and_a_second_fit_starts_anew(tiny_model_dir, tmp_path):
     module, _ = learn("sft", tiny_model_dir, tmp_path, (5,))
-    assert module.dropped == 1
+    assert module.skipped == 1
     module.trainer.save_checkpoint(tmp_path / "x.ckpt")
     data = InstructionDataModule(ROWS, batch_size=4, val_fraction=0.0, cache_dir=tmp_path / "cache")
     counts = []
-    module.on_train_start = lambda: counts.append(module.dropped)
+    module.on_train_start = lambda: counts.append(module.skipped)
     quiet(tmp_path, max_steps=7).fit(module, data, ckpt_path=tmp_path / "x.ckpt")
-    module.dropped = 2
+    module.skipped = 2
     quiet(tmp_path, max_steps=1).fit(module, data)
     assert counts == [1, 0]
 

@@ -5,6 +5,7 @@ import re
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -38,7 +39,7 @@ def stages(tiny_model_dir):
     return {
         "SFTModule": lambda: SFTModule(tiny_model_dir),
         "RewardModule": lambda: RewardModule(tiny_model_dir),
-        "PPOModule": lambda: PPOModule(tiny_model_dir, length_window, sampling=Sampling(max_new_tokens=4)),
+        "PPOModule": lambda: PPOModule(tiny_model_dir, length_window, **grouped(sampling=Sampling(max_new_tokens=4))),
     }
 
 

@@ -3,6 +3,7 @@
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
@@ -58,14 +59,14 @@ def stage(name, folder, lora=True, template="llama3", lr=3e-3, **options):
     cache = str(folder) + "-cache"
     if name == "sft":
         data = InstructionDataModule(ROWS, batch_size=2, max_length=256, val_fraction=0.0, cache_dir=cache)
-        return SFTModule(folder, **common), data
+        return SFTModule(folder, **grouped(**common)), data
     if name == "reward":
         pairs = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in QUESTIONS.items()]
         data = PreferenceDataModule(pairs, batch_size=2, max_length=256, val_fraction=0.0, cache_dir=cache)
-        return RewardModule(folder, **common), data
+        return RewardModule(folder, **grouped(**common)), data
     common = {"reward": vowels, "sampling": Sampling(max_new_tokens=6), "epochs": 1, **common}
     data = PromptDataModule([{"prompt": q} for q in QUESTIONS], batch_size=2, val_fraction=0.0, cache_dir=cache)
-    return PPOModule(folder, **common), data
+    return PPOModule(folder, **grouped(**common)), data
 
 
 def fit(module, data, steps, out, callbacks=(), ckpt=None):
@@ -167,7 +168,7 @@ def test_reference_and_critic_begin_with_the_rows_of_the_policy(lora, folders):
     module.configure_model()
     batch = pack([Tree([5, *module.new_token_ids], [Branch([8, module.new_token_ids[-1]])])])
     with torch.no_grad():
-        assert torch.equal(module.play("policy", batch).logprobs, module.play("reference", batch).logprobs)
+        assert torch.equal(*(module.actors.forward(role, batch).logprobs for role in ("policy", "reference")))
         critic = module.critic.transformer.get_input_embeddings().weight
         assert torch.equal(critic, module.policy.transformer.get_input_embeddings().weight)
 

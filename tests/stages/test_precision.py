@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,11 +33,11 @@ def stage(name, folder, cache, **options):
     common = dict(val_fraction=0.0, batch_size=2, cache_dir=cache)
     if name == "sft":
         rows = [{"prompt": q, "completion": a} for q, a in QUESTIONS.items()]
-        return SFTModule(folder, **options), InstructionDataModule(rows, max_length=128, **common)
+        return SFTModule(folder, **grouped(**options)), InstructionDataModule(rows, max_length=128, **common)
     if name == "reward":
-        return RewardModule(folder, **options), PreferenceDataModule(pairs, max_length=128, **common)
+        return RewardModule(folder, **grouped(**options)), PreferenceDataModule(pairs, max_length=128, **common)
     options |= dict(reward=letters, sampling=Sampling(max_new_tokens=4), epochs=1)
-    return PPOModule(folder, **options), PromptDataModule([{"prompt": q} for q in QUESTIONS], **common)
+    return PPOModule(folder, **grouped(**options)), PromptDataModule([{"prompt": q} for q in QUESTIONS], **common)
 
 
 def fit(module, data, out, steps=1, **options):

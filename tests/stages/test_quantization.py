@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grouping import grouped
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from lightning_rlhf import HFExport, LoRA, PPOModule, RewardModule, SFTModule
+from lightning_rlhf import HFExport, Load, LoRA, PPOModule, RewardModule, SFTModule
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.models.quantization import is_quantized
 from lightning_rlhf.models.saving import save_pretrained
@@ -160,7 +161,7 @@ def test_two_processes_train_as_one(stage, wide_model_dir, tmp_path):
 
 
 def test_strategies_that_cut_or_cast_weights_are_refused(wide_model_dir):
-    module = SFTModule(wide_model_dir, lora=LoRA(r=4), quantization="nf4")
+    module = SFTModule(wide_model_dir, **grouped(lora=LoRA(r=4), quantization="nf4"))
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(), ColossalAIStrategy("ddp")):
         module.trainer = kept = SimpleNamespace(strategy=strategy, precision_plugin=Precision())
         module.setup("fit")
@@ -169,20 +170,20 @@ def test_strategies_that_cut_or_cast_weights_are_refused(wide_model_dir):
         with pytest.raises(ValueError, match="runs on one device, under DDP and under colossalai_ddp"):
             module.setup("fit")
     assert kept
-    module.quantization = None
+    module.load = Load()
     module.setup("fit")
 
 
 # ------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("stage", [SFTModule, RewardModule, lambda *a, **k: PPOModule(*a, reward=len, **k)])
+@pytest.mark.parametrize("stage", [SFTModule, RewardModule, lambda *a, **k: PPOModule(*a, **grouped(reward=len, **k))])
 def test_settings_that_can_not_train_are_refused(stage, wide_model_dir, monkeypatch):
     with pytest.raises(ValueError, match=r"quantized weights can't be trained. Give lora"):
-        stage(wide_model_dir, quantization="nf4")
+        stage(wide_model_dir, **grouped(quantization="nf4"))
     with pytest.raises(ValueError, match=r"lora.init='pissa' moves"):
-        stage(wide_model_dir, quantization="nf4", lora=LoRA(r=4, init="pissa"))
+        stage(wide_model_dir, **grouped(quantization="nf4", lora=LoRA(r=4, init="pissa")))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_rlhf\[quantization\]'"):
-        stage(wide_model_dir, quantization="nf4", lora=LoRA(r=4))
+        stage(wide_model_dir, **grouped(quantization="nf4", lora=LoRA(r=4)))

@@ -5,6 +5,7 @@ import json
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lightning_rlhf import PPOModule, PromptDataModule, Sampling
@@ -34,7 +35,7 @@ class Read(Reward):
 
 def module_of(model_dir, reward, **options):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)  # transformers 4 does not know the class of 5
-    module = PPOModule(str(model_dir), reward, tokenizer=tokenizer, **options)
+    module = PPOModule(str(model_dir), reward, **grouped(tokenizer=tokenizer, **options))
     module.configure_model()
     return module
 
@@ -68,7 +69,7 @@ def test_a_stop_string_ends_an_answer_the_same_for_every_reader(
     batch = batch_of(module, ["Say it", "Say more"])
     end = Completion([*tokens_behind(module, lead + "a dog"), turn_end(tokenizer)], [-1.0], "a dog", "stop")
     ends = [Completion(ids := tokens_behind(module, lead + s), [-1.0] * len(ids), cut, "stop") for _, s, cut in cases]
-    experience, samples = module.collect(batch, [[end, *ends], [ends[0]]])
+    experience, samples = module.to_experience(batch, [[end, *ends], [ends[0]]])
     assert samples.completions == ["a dog", *(c.text for c in ends), ends[0].text]
     sampled = [b.input_ids for tree in experience.trees for b in tree.branches]
     assert sampled == [c.input_ids for c in (end, *ends, ends[0])]  # the loss is of what was sampled
@@ -102,7 +103,7 @@ def test_what_stop_strings_end_is_shown_and_scored_as_in_training(tiny_model_dir
     """Samples of PPO end at its stop strings, validation counts the sampled tokens, and the score is on the last."""
     reward = Read()
     sampling = Sampling(max_new_tokens=30, temperature=0.7, stop_strings=["e", "o"])
-    module = PPOModule(str(tiny_model_dir), reward, sampling=sampling, samples_per_prompt=2)
+    module = PPOModule(str(tiny_model_dir), reward, **grouped(sampling=sampling, samples_per_prompt=2))
     callback = SampleCompletions(["Say it", "Say more"], max_new_tokens=30, temperature=0.7)
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback],
                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
@@ -127,7 +128,7 @@ def test_texts_go_on_where_plain_prompts_end(model, tiny_model_dir, stories_mode
     reward, callback = Read(), SampleCompletions(["Once upon a time", "The dog"], max_new_tokens=12)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     options = dict(sampling=Sampling(max_new_tokens=12), samples_per_prompt=4)
-    module = PPOModule(str(model_dir), reward, tokenizer=tokenizer, **options)
+    module = PPOModule(str(model_dir), reward, **grouped(tokenizer=tokenizer, **options))
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[callback],
                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     rows = [{"prompt": p} for p in ("Once upon a time", "The dog was", "One day a boy", "Mom said to")]
@@ -158,7 +159,7 @@ def samples_of(model_dir, rows, iteration=3, seed=0):
     module = module_of(model_dir, Read(), sampling=Sampling(max_new_tokens=12), samples_per_prompt=2, seed=seed)
     batch = batch_of(module, ["Say it"] * len(rows))
     batch.rows = tuple(rows)
-    experience, _ = module.rollout(batch, iteration)
+    experience, _ = module.run_rollout(batch, iteration)
     found = {}
     for row, tree in zip(rows, experience.trees, strict=True):
         found.setdefault(row, []).extend(tuple(branch.input_ids) for branch in tree.branches)
@@ -188,7 +189,7 @@ def test_a_row_that_comes_twice_gets_other_samples_on_any_rank(tiny_model_dir, m
 def test_oversampled_rows_get_other_samples_in_a_run(tiny_model_dir, tmp_path):
     """Through the Trainer: a source of weight 3 whose rows come three times in an iteration."""
     reward = Read()
-    module = PPOModule(str(tiny_model_dir), reward, sampling=Sampling(max_new_tokens=12))
+    module = PPOModule(str(tiny_model_dir), reward, **grouped(sampling=Sampling(max_new_tokens=12)))
     trainer = L.Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     source = [{"source": [{"prompt": "Say it"}, {"prompt": "Say more"}], "weight": 3.0}]

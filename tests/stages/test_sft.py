@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -279,13 +280,13 @@ def test_z_loss_pulls_the_denominator_to_one_and_is_logged(tiny_model_dir, tmp_p
 @pytest.mark.parametrize("setting", ["neftune_alpha", "z_loss"])
 def test_negative_regularisers_are_refused(setting, tiny_model_dir):
     with pytest.raises(ValueError, match=f"{setting}=-1"):
-        SFTModule(tiny_model_dir, **{setting: -1.0})
+        SFTModule(tiny_model_dir, **grouped(**{setting: -1.0}))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_step_that_is_not_finite_on_one_rank_is_dropped_on_all(tiny_model_dir, tmp_path):
-    options = dict(max_steps=4, spoiled=[1, [1, 2]], max_skipped_updates=3)
+    options = dict(max_steps=4, spoiled=[1, [1, 2]], max_dropped=3)
     two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
     one = spawn(tiny_model_dir, tmp_path / "one", **{**options, "spoiled": [0, [1, 2]]})
     assert all(p.isfinite().all() for p in two.values()) and difference(two, one) < 1e-5

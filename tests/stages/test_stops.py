@@ -5,6 +5,7 @@ import json
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_rlhf import HFExport, InstructionDataModule, LoRA, PPOModule, RewardModule, Sampling, SFTModule
@@ -162,7 +163,7 @@ def first_stop(completion, stops):
 def test_every_stop_token_ends_rollouts_samples_and_answers(base, tmp_path):
     """The same in a rollout, a sample, a judged answer and ``generate``."""
     sampling = Sampling(max_new_tokens=120, temperature=1.5)
-    module = PPOModule(str(base), lambda prompts, completions: [1.0] * len(completions), sampling=sampling)
+    module = PPOModule(str(base), lambda prompts, completions: [1.0] * len(completions), **grouped(sampling=sampling))
     module.configure_model()
     prompts = [f"Say {i}" for i in range(24)]
     found = module.generate(prompts, seed=3)

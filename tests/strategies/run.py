@@ -35,6 +35,9 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from grouping import grouped
+
 torch.set_num_threads(1)
 STAGES = Path(__file__).resolve().parents[1] / "stages"
 LOGGED = {
@@ -128,16 +131,18 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
     files = dict(cache_dir=Path(out_dir) / "cache")
     if stage == "sft":
         data = InstructionDataModule(run.rows(), val_fraction=0.2, batch_size=6, **files)
-        return SFTModule(model_dir, **common, **options), data
+        return SFTModule(model_dir, **grouped(**common, **options)), data
     if stage == "reward":
         data = PreferenceDataModule(run.rows(), val_fraction=0.3, batch_size=12, **files)
-        return RewardModule(model_dir, **common, **options), data
+        return RewardModule(model_dir, **grouped(**common, **options)), data
     if stage == "ppo":
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}
         ptx = run.TEXTS if options.get("ptx_coef") else None
-        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, ptx=Ptx(ptx, batch_size=3), **files)
-        return PPOModule(model_dir, options.pop("reward", run.letters), sampling=sampling, **common, **options), data
+        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, ptx=Ptx(ptx, 3), **files)
+        return PPOModule(
+            model_dir, options.pop("reward", run.letters), **grouped(sampling=sampling, **common, **options)
+        ), data
     return TwoOptimizers(lr=lr), None
 
 

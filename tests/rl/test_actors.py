@@ -6,12 +6,13 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from grouping import grouped
 
-from lightning_rlhf import LoRA, PPOModule
+from lightning_rlhf import Critic, LoRA, PPOModule
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 
-spec = importlib.util.spec_from_file_location("run_ppo", Path(__file__).with_name("run_ppo.py"))
+spec = importlib.util.spec_from_file_location("run_ppo", Path(__file__).parents[1] / "stages" / "run_ppo.py")
 run_ppo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run_ppo)
 
@@ -119,11 +120,13 @@ def test_weights_of_frozen_models_are_in_the_memory_of_the_cpu(rewards, tiny_mod
         def on_train_start(self, trainer, pl_module):
             places["idle"] = {p.device.type for m in (pl_module.reward, pl_module.reference) for p in m.parameters()}
             places["policy"] = {p.device.type for p in pl_module.policy.parameters()}
-            with pl_module.present("reward", "reference"):
+            with pl_module.actors.on_device(pl_module.device, "reward", "reference"):
                 both = (pl_module.reward, pl_module.reference)
                 places["asked"] = {p.device.type for m in both for p in m.parameters()}
 
-    module = PPOModule(tiny_model_dir, rewards[False], sampling=Sampling(max_new_tokens=4), offload_frozen=True)
+    module = PPOModule(
+        tiny_model_dir, rewards[False], **grouped(sampling=Sampling(max_new_tokens=4), offload_frozen=True)
+    )
     data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, cache_dir=tmp_path / "cache")
     trainer = L.Trainer(accelerator="gpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, default_root_dir=tmp_path, callbacks=[Places()])  # fmt: skip
@@ -134,13 +137,17 @@ def test_weights_of_frozen_models_are_in_the_memory_of_the_cpu(rewards, tiny_mod
 def test_a_critic_with_another_tokenizer_is_refused(tiny_model_dir, stories_model_dir, rewards):
     """It would read other words than the policy wrote, and learn values of those."""
     for lora in (None, LoRA(r=2)):
-        module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), lora=lora,
-                           critic=str(stories_model_dir), shared_backbone=False)  # fmt: skip
-        with pytest.raises(ValueError, match=r"critic='.*stories260K' has another tokenizer than the policy"):
+        module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), **grouped(lora=lora,
+                           critic=str(stories_model_dir), shared_backbone=False))  # fmt: skip
+        with pytest.raises(ValueError, match=r"pretrained='.*stories260K' has another tokenizer than the policy"):
             module.configure_model()
         assert not hasattr(module, "critic")
     # the base of a policy whose template brought tokens knows all others
-    module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), chat_template="llama3",
-                       critic=str(tiny_model_dir))  # fmt: skip
+    module = PPOModule(
+        tiny_model_dir,
+        lambda prompts, completions: [0.0] * len(completions),
+        chat_template="llama3",
+        critic=Critic(str(tiny_model_dir)),
+    )
     module.configure_model()
     assert module.critic.transformer.config.vocab_size == module.policy.transformer.config.vocab_size

@@ -1,0 +1,248 @@
+"""Policy, reference, critic and reward model: separate models, or adapters of one backbone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.models import LoRA, Policy, load_causal_lm, load_tokenizer
+from lightning_rlhf.models.loading import Load
+from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
+from lightning_rlhf.models.value import ValueModel, load_value_model
+from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, Scores, check_scores
+from lightning_rlhf.rewards.model import first_other_token
+from lightning_rlhf.rl.settings import Critic
+
+Pretrained = str | os.PathLike[str] | PreTrainedModel
+
+
+class Actors:
+    """The models of a stage of reinforcement learning, and how they are asked.
+
+    Args:
+        policy: The policy; a ``RoleModel`` where there are adapters, which then is the reference too.
+        reward: Scores completions.
+        reference: The frozen copy, where no adapter can be switched off.
+        critic: The critic, where it is a model of its own.
+        offload_frozen: Keep reference and reward model in CPU memory while they are not asked.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        reference: Policy | None = None,
+        critic: ValueModel | None = None,
+        offload_frozen: bool = False,
+    ) -> None:
+        self.policy, self.reward, self.reference, self.critic = policy, reward, reference, critic
+        self.offload_frozen = offload_frozen
+
+    def forward(self, role: Role, batch: PackedBatch, **options: Any) -> Any:
+        """Runs a role, whichever model plays it.
+
+        Args:
+            role: Which.
+            batch: A packed batch on the device of the models.
+            options: As of the forward pass of :class:`~lightning_rlhf.models.roles.RoleModel`.
+        """
+        if isinstance(self.policy, RoleModel) and not (role == "critic" and self.critic is not None):
+            return self.policy(batch, role, **options)
+        model: Any = getattr(self, role)
+        return model(batch, **options)
+
+    @contextmanager
+    def on_device(self, device: torch.device, *names: Literal["reward", "reference"]) -> Iterator[None]:
+        """Within it these models are on the device; otherwise on the CPU, where ``offload_frozen`` says so."""
+        models = [m for name in names if self.offload_frozen and (m := getattr(self, name)) is not None]
+        for model in models:
+            model.to(device)
+        try:
+            yield
+        finally:
+            for model in models:
+                model.to("cpu")
+
+    def score(self, samples: Samples) -> tuple[Scores, str]:
+        """Scores of samples, NaN where the reward gave no finite number, and what is to be said of those."""
+        who = f"The reward {type(self.reward).__name__}"
+        try:
+            scores = self.reward(samples)
+            if not isinstance(scores, Scores):
+                raise TypeError(f"{who} returned a {type(scores).__name__}: return Scores(tensor of (S,) scores).")
+            check_scores(scores.total, samples, who)
+            return scores, ""
+        except BadScores as error:
+            return error.scores, str(error)
+
+    def cast_reference(self) -> None:
+        """Casts the reference to the policy's dtype, which a strategy may have changed: both then round alike."""
+        if self.reference is not None:
+            dtype = next(self.policy.parameters()).dtype
+            for parameter in self.reference.parameters():
+                parameter.data = parameter.data.to(dtype)
+
+    def limits(self) -> dict[str, int]:
+        """Most tokens of a prompt with its completion that reward model and critic can read, by what sets the limit."""
+        found = dict(self.reward.limits)
+        if self.critic is not None:
+            config = self.critic.transformer.config.get_text_config()
+            context: int | None = getattr(config, "max_position_embeddings", None)
+            if context is not None:
+                found["the context of the critic"] = context
+        return found
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy's optimizer trains."""
+        if isinstance(self.policy, RoleModel):
+            return self.policy.policy_parameters()
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic's optimizer trains."""
+        if self.critic is not None:
+            return [p for p in self.critic.parameters() if p.requires_grad]
+        return self.policy.critic_parameters() if isinstance(self.policy, RoleModel) else []
+
+
+def load_actors(
+    pretrained: Pretrained,
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    new_token_ids: tuple[int, ...],
+    lora: LoRA | None,
+    load: Load,
+    critic: Critic | None,
+    offload_frozen: bool,
+) -> Actors:
+    """Loads all models of a stage.
+
+    Args:
+        pretrained: Where the policy starts, and what the reference is.
+        reward: Loaded too; on the policy's backbone where it is an adapter of the same weights.
+        tokenizer: The policy's.
+        new_token_ids: Tokens that the chat template brought.
+        lora: Adapters; None trains all weights and keeps a frozen copy as the reference.
+        load: How weights are held.
+        critic: Its settings; None for a stage without a critic.
+        offload_frozen: See :class:`Actors`.
+
+    Returns:
+        The actors, without dropout.
+
+    Raises:
+        OSError: Nothing is at one of the names.
+        ValueError: A critic with another tokenizer, or an adapter that does not fit the backbone.
+    """
+    shares = lora is not None and (critic is None or critic.shared_backbone)
+    frozen = dict(
+        dtype=load.dtype,
+        vocab_size=len(tokenizer),
+        new_tokens=new_token_ids,
+        trust_remote_code=load.trust_remote_code,
+    )
+    trained: dict[str, Any] = dict(
+        lora=lora, quantization=load.quantization, gradient_checkpointing=load.gradient_checkpointing, **frozen
+    )
+    value_model = reference = None
+    if critic is not None:
+        _check_critic(critic, tokenizer, load.trust_remote_code)
+    if critic is not None and not shares:  # before adapters are put into a model that was given
+        start = _copied(pretrained) if critic.pretrained is None else critic.pretrained
+        value_model = ValueModel(load_value_model(start, **trained), load.layout)
+    if lora is None:
+        model = load_causal_lm(_copied(pretrained), **frozen)  # type: ignore[arg-type]
+        reference = Policy(model.requires_grad_(False), load.layout)
+    model = load_causal_lm(pretrained, **trained)
+    policy: Policy
+    if lora is None:
+        policy = Policy(model, load.layout)
+    else:
+        found = (r for r in reward.modules() if isinstance(r, RewardModelReward) and _same_weights(r, pretrained))
+        shared = next(found, None) if shares else None
+        policy = RoleModel(
+            model,
+            load.layout,
+            critic=critic is not None and shares,
+            critic_init=None if critic is None else critic.pretrained,  # type: ignore[arg-type]
+            reward=None if shared is None else shared.pretrained,
+        )
+        if shared is not None:
+            shared.share(policy)
+    reward.load()
+    for model in filter(None, (policy, reference, value_model, reward)):
+        disable_dropout(model)
+    return Actors(policy, reward, reference, value_model, offload_frozen)
+
+
+def _check_critic(critic: Critic, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> None:
+    """Refuses a critic that would read the policy's tokens as others; without a tokenizer nobody can tell."""
+    if critic.pretrained is None or isinstance(critic.pretrained, PreTrainedModel):
+        return
+    try:
+        other = load_tokenizer(critic.pretrained, trust_remote_code)
+    except (OSError, ValueError):
+        return
+    if (found := first_other_token(tokenizer, other)) is not None:
+        raise ValueError(
+            f"critic.pretrained={os.fspath(critic.pretrained)!r} has another tokenizer than the policy, whose tokens "
+            f"it would read as others: {found[0]!r} is {found[1]!r} there. Give a critic of the policy's family, or "
+            "null to start from the policy's weights."
+        )
+
+
+def _same_weights(reward: RewardModelReward, pretrained: Pretrained) -> bool:
+    """Whether a reward is an adapter of the very weights that the policy starts from."""
+    if not is_adapter(reward.pretrained) or not reward.same_tokens:
+        return False
+    config = json.loads((Path(reward.pretrained) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
+    name = str(pretrained.name_or_path) if isinstance(pretrained, PreTrainedModel) else os.fspath(pretrained)
+    return bool(base) and (base == name or os.path.realpath(base) == os.path.realpath(name))
+
+
+def _copied(pretrained: Pretrained) -> Pretrained:
+    """The weights that the run starts from, apart from those that it trains."""
+    return copy.deepcopy(pretrained) if isinstance(pretrained, PreTrainedModel) else pretrained
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns off all that is random in training, whatever mode the model is in: ratios would differ from 1.
+
+    Evaluation mode would do so too, but transformers checkpoints activations in training mode only. Dropout is a
+    module, or a number of an attention layer, a block or the config that it reads, named so by all families; layerdrop
+    is such a number too. Routers of experts draw by their mode, not by a number alone: they are evaluated as they run.
+    """
+    silent: dict[int, Any] = {}  # a config of its own for what reads its config: the model's own is exported
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _set_to_zero(module)
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in silent:
+                silent[id(config)] = copy.deepcopy(config)
+                _set_to_zero(silent[id(config)])
+            module.config = silent[id(config)]
+        if any("jitter" in name for name in vars(module)):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _set_to_zero(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop")):
+            setattr(holder, name, 0.0)
+
+
+def _evaluate(module: nn.Module, args: Any) -> None:
+    module.eval()

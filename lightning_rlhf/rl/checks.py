@@ -1,0 +1,100 @@
+"""Refuses, before the first rollout, what would end a run in its middle or do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_rlhf.data.prompts import PromptDataModule
+from lightning_rlhf.functional.advantages import adapt_kl_coef
+from lightning_rlhf.rl.settings import KL
+from lightning_rlhf.rollout import Sampling
+
+
+def check_lengths(data: Any, parts: Sequence[str], max_new_tokens: int, limits: Mapping[str, int]) -> None:
+    """Refuses prompts that could have completions which a model cannot read.
+
+    Args:
+        data: The data module; who brings loaders of their own knows the lengths of their prompts.
+        parts: Which of its parts are read: ``train``, ``val``, ``test``, ``predict``.
+        max_new_tokens: Most tokens of a completion.
+        limits: Most tokens of a prompt with its completion, by what sets the limit.
+
+    Raises:
+        ValueError: There are such prompts; the message says which settings would do.
+    """
+    if not isinstance(data, PromptDataModule):
+        return
+    longest = max(map(data.longest, parts))
+    whole = longest + max_new_tokens
+    for name, limit in limits.items():
+        if longest and whole > limit:
+            do = []
+            if limit > longest:
+                do.append(f"rollout.sampling.max_new_tokens to at most {limit - longest}")
+            if limit > max_new_tokens:
+                do.append(f"data.max_length (of prompts) to at most {limit - max_new_tokens}")
+            if name == "updates.micro_batch_tokens":
+                do.append(f"{name} to at least {whole}")
+            raise ValueError(
+                f"A prompt of {longest} tokens and a completion of rollout.sampling.max_new_tokens={max_new_tokens} "
+                f"have {whole}, over {limit}: {name}. Set {', or '.join(do) or 'shorter ones'}."
+            )
+
+
+def check_ptx(coef: float, micro_batch_tokens: int | None, data: Any = None, given: bool | None = None) -> None:
+    """Refuses a weight without texts, warns of texts without a weight, and refuses texts that are too long.
+
+    Args:
+        coef: Weight of the language-model loss.
+        micro_batch_tokens: Most tokens of a micro-batch.
+        data: The data module.
+        given: Whether a batch has texts; None asks the data module.
+
+    Raises:
+        ValueError: The message says what to set.
+    """
+    if given is None:
+        if not isinstance(data, PromptDataModule):
+            return
+        given = data.ptx is not None
+        if given and not coef:
+            rank_zero_warn(
+                "data.ptx is read and not learned from: model.loss.ptx_coef is 0. Set it, or leave out data.ptx.source."
+            )
+        longest = data.ptx.longest("train") if given and coef else 0  # type: ignore[union-attr]
+        if micro_batch_tokens is not None and longest > micro_batch_tokens:
+            raise ValueError(
+                f"A text of data.ptx has {longest} tokens, over updates.micro_batch_tokens={micro_batch_tokens}. Raise "
+                f"it to {longest}, or set data.ptx.max_length to at most {micro_batch_tokens}."
+            )
+    if coef and not given:
+        raise ValueError(
+            f"loss.ptx_coef={coef} weighs a loss on texts, and the data have none. Give data.ptx.source (instruction "
+            "data or plain texts), or set model.loss.ptx_coef to 0."
+        )
+
+
+def check_adaptive_kl(kl: KL, samples_per_prompt: int, data: Any) -> None:
+    """Refuses a horizon that is too short for the completions of an iteration.
+
+    Raises:
+        ValueError: It is.
+    """
+    if kl.target is not None and isinstance(data, PromptDataModule):
+        adapt_kl_coef(kl.coef, kl.target, kl.target, kl.horizon, data.batch_size * samples_per_prompt)
+
+
+def warn_of_biased_sampling(sampling: Sampling) -> None:
+    """Says that completions come from another distribution than the losses assume, where they do."""
+    off = Sampling()
+    names = ("top_k", "top_p", "repetition_penalty", "min_new_tokens")
+    if changed := [name for name in names if getattr(sampling, name) != getattr(off, name)]:
+        given = ", ".join(f"sampling.{name}={getattr(sampling, name)}" for name in changed)
+        rank_zero_warn(
+            f"{given}: completions are drawn from another distribution than log-probs, ratios and KL are computed for, "
+            "so gradients and KL are biased (docs/ppo.md, Sampling). To train without bias leave "
+            f"{'it' if len(changed) == 1 else 'them'} out."
+        )

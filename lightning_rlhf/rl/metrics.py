@@ -1,0 +1,69 @@
+"""Statistics of an iteration over all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.functional.advantages import merge_moments, moments
+from lightning_rlhf.functional.kl import k1, k3
+from lightning_rlhf.rl.experience import Experience
+from lightning_rlhf.utils.collectives import gather_objects, gather_tensors
+
+
+def moments_over_ranks(values: Tensor, weight: Tensor | None, device: torch.device) -> Tensor:
+    """(3,) moments of values over all ranks; all must call.
+
+    Args:
+        values: This rank's.
+        weight: How much each counts; None counts all alike. See :func:`~lightning_rlhf.functional.advantages.moments`.
+        device: Where ranks exchange tensors.
+    """
+    return merge_moments(gather_tensors(moments(values, weight), device))
+
+
+def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, entropies: Tensor) -> dict[str, float]:
+    """What is logged of the completions of an iteration, over all ranks; all must call.
+
+    Args:
+        experience: With scores and reference log-probs; a dropped completion counts in neither scores nor rewards.
+        rewards: (N,) rewards of tokens, KL penalty included.
+        logprobs: (N,) log-probs of the policy, computed anew.
+        entropies: (N,) entropies of the policy in nats.
+
+    Returns:
+        Means, spreads and extremes by name.
+    """
+    sequence, count = experience.sequence, len(experience.scores)
+    log_ratio = logprobs - experience.reference_logprobs
+    by_token = torch.stack([k1(log_ratio), k3(log_ratio), entropies, torch.ones_like(entropies)], 1)
+    by_sequence = torch.zeros(count, 4).to(by_token).index_add(0, sequence, by_token)
+    drift = (logprobs - experience.rollout_logprobs.to(logprobs)).abs()
+    error = torch.zeros(count).to(drift).scatter_reduce(0, sequence, drift, "amax")
+    reward = torch.zeros(count).to(logprobs).index_add(0, sequence, rewards)
+    known = torch.stack([experience.scores, reward, experience.truncated, error], 1)
+    every = torch.cat(gather_objects(torch.cat([known.to(by_token), by_sequence], 1)))
+    _, _, truncated, errors, kl, kl_k3, entropy, lengths = every.unbind(1)
+    kept = every[every[:, 0].isfinite(), :2]
+    scores, reward = (kept if len(kept) else every[:1, :2] * torch.nan).unbind(1)
+    found = {
+        "score": scores.mean(),
+        "score_std": scores.std(correction=0),
+        "score_min": scores.min(),
+        "score_max": scores.max(),
+        "reward_mean": reward.mean(),
+        "reward_std": reward.std(correction=0),
+        "reward_min": reward.min(),
+        "reward_max": reward.max(),
+        "kl": kl.mean(),
+        "kl_k3": kl_k3.mean(),
+        "entropy": entropy.sum() / lengths.sum(),
+        "dropped_samples": torch.tensor(float(len(every) - len(kept))),
+        "length_mean": lengths.mean(),
+        "length_min": lengths.min(),
+        "length_max": lengths.max(),
+        "stopped": 1 - truncated.mean(),
+        "rollout_error": errors.max(),
+        "tokens": lengths.sum(),
+    }
+    return {name: value.item() for name, value in found.items()}

@@ -1,0 +1,239 @@
+"""The settings of reinforcement learning, in groups that all its stages share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.functional.kl import kl_loss
+from lightning_rlhf.rollout import Sampling
+
+_POSITIVE = Range(0, above=True)
+_SHARE = Range(0, 1)
+_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How completions are sampled.
+
+    Args:
+        samples_per_prompt: Completions per prompt and iteration. More of them share one pass over their prompt.
+        sampling: Length limit, temperature and the like.
+
+    Raises:
+        ValueError: A value is out of range, or the temperature is 0: greedy completions teach nothing.
+    """
+
+    samples_per_prompt: int = 1
+    sampling: Sampling = _SAMPLING
+
+    def __post_init__(self) -> None:
+        check_arguments(Rollout, vars(self), "rollout.", samples_per_prompt=Range(1))
+        if self.sampling.temperature <= 0:
+            raise ValueError("rollout.sampling.temperature must be above 0: greedy completions teach nothing.")
+
+
+@dataclass(frozen=True)
+class KL:
+    """The penalty on the distance from the reference, which is the model that training starts from.
+
+    Args:
+        coef: Weight of the penalty. A larger value keeps the policy closer to the reference; 0 turns it off.
+        where: ``reward`` subtracts ``coef * k1`` from the reward of each token; ``loss`` adds ``coef * estimator`` to
+            the loss.
+        estimator: ``k1`` for ``where: reward``; ``k2`` or ``k3`` for ``where: loss``; None takes ``k1`` or ``k3``.
+        target: KL in nats per completion that an adaptive coefficient holds; None keeps ``coef`` fixed.
+        horizon: Number of samples over which the adaptive coefficient reacts (Ziegler et al. 2019). A larger value
+            makes it slower.
+
+    Raises:
+        ValueError: A value is out of range, an estimator that does not fit ``where``, or a target with ``coef: 0``.
+    """
+
+    coef: float = 0.05
+    where: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] | None = None
+    target: float | None = None
+    horizon: float = 10_000
+
+    def __post_init__(self) -> None:
+        check_arguments(KL, vars(self), "kl.", coef=Range(0), target=_POSITIVE, horizon=_POSITIVE)
+        if self.where == "reward" and self.estimator not in (None, "k1"):
+            raise ValueError(
+                f"kl.where is reward, which takes k1, and kl.estimator is {self.estimator}: set where: loss."
+            )
+        if self.where == "loss":
+            kl_loss(torch.zeros(0), self.loss_estimator)  # says why k1 is none
+        if self.target is not None and not self.coef:
+            raise ValueError("kl.target adapts kl.coef by a factor, and a factor of 0 is 0: set kl.coef above 0.")
+
+    @property
+    def loss_estimator(self) -> Any:
+        """The estimator in the loss."""
+        return self.estimator or "k3"
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What becomes of scores before they are rewards, in this order: penalty, scale, clip; then whitening of rewards.
+
+    Args:
+        missing_eos_penalty: Subtracted from the score of a completion that was cut at its length limit. A larger value
+            teaches the policy to end its answers.
+        scale: Divide scores by their standard deviation in the run so far; by 1 while all are equal.
+        clip: Largest absolute value of a score; None for no bound.
+        whiten: Bring the rewards of tokens to variance 1 over an iteration.
+        bad_scores: What happens when a score is NaN or infinite in fp32. ``stop`` ends the run and names the sample;
+            ``drop`` leaves the sample out: it teaches nothing and is counted.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    missing_eos_penalty: float = 0.0
+    scale: bool = False
+    clip: float | None = None
+    whiten: bool = False
+    bad_scores: Literal["stop", "drop"] = "stop"
+
+    def __post_init__(self) -> None:
+        check_arguments(Shaping, vars(self), "shaping.", missing_eos_penalty=Range(0), clip=_POSITIVE)
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The critic of PPO.
+
+    Args:
+        pretrained: Where the critic starts: a reward model keeps its head, another model begins with values of 0; None
+            takes the policy's ``pretrained``. On a shared backbone: the directory of a reward model's adapter, or None.
+        shared_backbone: With ``lora``: one backbone serves policy, reference and critic, and the reward model where it
+            is an adapter of the same weights. False gives the critic a model of its own.
+        lr: Learning rate of the critic; None takes the optimizer's.
+        clip: How far a value may move from its old value in an iteration; None for no bound.
+        loss_coef: Weight of the critic's loss, where policy and critic share a gradient norm and an optimizer.
+
+    Raises:
+        ValueError: A value is out of range, or ``pretrained`` is neither a name nor a transformers model.
+    """
+
+    pretrained: str | os.PathLike[str] | PreTrainedModel | None = None
+    shared_backbone: bool = True
+    lr: float | None = None
+    clip: float | None = 0.2
+    loss_coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_arguments(Critic, vars(self), "critic.", lr=Range(0), clip=_POSITIVE, loss_coef=Range(0))
+        if not isinstance(self.pretrained, (str, os.PathLike, PreTrainedModel, type(None))):
+            raise ValueError(
+                f"critic.pretrained is a {type(self.pretrained).__name__}. Give the directory or hub id of a reward "
+                "model or of a language model, a transformers model, or null to start from the policy's weights."
+            )
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalized advantage estimation (Schulman et al. 2016).
+
+    Args:
+        gamma: Discount per token. 1 counts all rewards alike, which is usual for completions.
+        lam: GAE lambda: 0 trusts the critic, 1 trusts the observed rewards.
+        bootstrap_truncated: Bootstrap completions that were cut at their length limit from the critic's value instead
+            of 0.
+        whiten: Bring advantages to mean 0 and variance 1 over an iteration.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    bootstrap_truncated: bool = False
+    whiten: bool = True
+
+    def __post_init__(self) -> None:
+        check_arguments(GAE, vars(self), "gae.", gamma=_SHARE, lam=_SHARE)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The policy's loss.
+
+    Args:
+        clip_low: How far the probability ratio may fall below 1 (Schulman et al. 2017). A smaller value makes steps
+            more cautious.
+        clip_high: How far it may rise above 1.
+        entropy_coef: Weight of the entropy bonus. A larger value keeps completions more diverse.
+        ptx_coef: Weight of the language-model loss (PPO-ptx, Ouyang et al. 2022); it needs ``data.ptx``.
+        aggregation: ``token`` averages over the tokens of a minibatch, ``sequence`` over the means of its completions.
+        old_logprobs: Where the old log-probs come from: ``recompute`` takes a packed pass, so that ratios start at 1;
+            ``rollout`` keeps those of the engine.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    aggregation: Literal["token", "sequence"] = "token"
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            Loss, vars(self), "loss.", clip_low=_SHARE, clip_high=Range(0), entropy_coef=Range(0), ptx_coef=Range(0)
+        )
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The optimizer steps of an iteration.
+
+    Args:
+        epochs: Passes over the completions of an iteration.
+        minibatches: Optimizer steps per pass.
+        micro_batch_tokens: Most tokens of one forward and backward pass; None takes a whole minibatch at once. A larger
+            value needs more memory; the result does not depend on it.
+        max_grad_norm: Gradients of policy and critic, each with its own norm, are clipped beyond it; None for no bound.
+        target_kl: The iteration ends before an update whose approximate KL from the sampling policy is above it, in
+            nats per token; None for no bound.
+        max_skipped: Iterations in a row that may take no update, because values were not finite, before the run ends.
+        reuse_forward: Where one micro-batch holds a whole iteration, the first update goes back through the passes that
+            scored it. This saves two forward passes and keeps the activations of policy and critic at the same time.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    epochs: int = 4
+    minibatches: int = 1
+    micro_batch_tokens: int | None = None
+    max_grad_norm: float | None = 1.0
+    target_kl: float | None = None
+    max_skipped: int = 5
+    reuse_forward: bool = True
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            Updates,
+            vars(self),
+            "updates.",
+            epochs=Range(1),
+            minibatches=Range(1),
+            micro_batch_tokens=Range(1),
+            max_grad_norm=_POSITIVE,
+            target_kl=_POSITIVE,
+            max_skipped=Range(1),
+        )
+
+
+# checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
+torch.serialization.add_safe_globals([Sampling, Rollout, KL, Shaping, Critic, GAE, Loss, Updates])

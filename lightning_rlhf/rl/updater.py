@@ -1,0 +1,178 @@
+"""Optimizer steps that all ranks take, or skip, together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_rlhf.strategies.gradients import clip_grad_norm, grad_scaler, loss_scale, sharding, zero_grad
+from lightning_rlhf.utils.collectives import world_size
+
+
+class Step(NamedTuple):
+    """What became of an update.
+
+    Attributes:
+        outcome: ``taken``; ``overflow``: skipped, since the scale of the losses was too large for fp16, which is no
+            fault of the run; ``not_finite``: skipped, since the loss or gradients were not finite.
+        grad_norms: Norms of gradients before clipping, by name.
+    """
+
+    outcome: Literal["taken", "overflow", "not_finite"]
+    grad_norms: dict[str, float]
+
+
+class Updater:
+    """Backward passes and optimizer steps of a LightningModule with manual optimization.
+
+    Losses are divided by the totals of the whole minibatch, so that the sum of all ranks' gradients is exact. One
+    collective per update makes this sum, not the backward passes, except where the strategy shards gradients.
+
+    Of the steps of an iteration exactly one goes through Lightning's counters, so that ``global_step``, ``max_steps``,
+    schedules and checkpoints are in iterations.
+
+    Args:
+        module: What is trained; it must be under a Trainer.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.module, self.trainer = module, module.trainer
+        self.sharded = sharding(self.trainer.strategy)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within it backward passes leave gradients to this rank, unless the strategy shards them."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not self.sharded:
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """A backward pass: adds a part of a minibatch's loss to its gradients."""
+        self.module.manual_backward(loss * world_size() if self.sharded else loss)  # who shards them averages
+
+    def zero_grad(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """Sets gradients to none."""
+        zero_grad(self.trainer, [p for group in parameters.values() for p in group])
+
+    def step(
+        self, parameters: Mapping[str, Sequence[nn.Parameter]], loss: float, max_grad_norm: float | None, count: bool
+    ) -> Step:
+        """Sums gradients over ranks, clips them and steps all optimizers, or skips the update, on all ranks alike.
+
+        Where losses are scaled (fp16), all optimizers are unscaled, stepped or skipped together, and the scale moves
+        once: a scale that moved between two of them would unscale the second by another factor.
+
+        Args:
+            parameters: What the optimizers train, by name; each group is clipped by its own norm.
+            loss: The whole loss, the same on all ranks.
+            max_grad_norm: Norm beyond which gradients are clipped; None for no bound.
+            count: Whether Lightning counts this step: the first of an iteration.
+
+        Returns:
+            Whether it was taken, and the norms.
+        """
+        if not self.sharded:
+            self._sum_gradients([p for group in parameters.values() for p in group])
+        scaler, scale = grad_scaler(self.trainer), loss_scale(self.trainer)
+        if scaler is not None:
+            for optimizer in self._optimizers():
+                scaler.unscale_(optimizer.optimizer)
+        strategy = self.trainer.strategy
+        norms = {name: clip_grad_norm(strategy, group, max_grad_norm).item() for name, group in parameters.items()}
+        finite = math.isfinite(loss) and all(map(math.isfinite, norms.values()))
+        if finite:
+            self._step(count)
+        if scaler is not None:
+            scaler.update()
+        elif not finite and scale != 1:
+            self._lower_scales()
+        self.zero_grad(parameters)
+        if finite:
+            return Step("taken", norms)
+        return Step("overflow" if scale > 1 and math.isfinite(loss) else "not_finite", norms)
+
+    def count_iteration(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """A step without gradients, which changes nothing, for an iteration that took no update."""
+        self.zero_grad(parameters)
+        self._step(count=True)
+
+    def step_schedules(self, metrics: Mapping[str, Any], validated: bool = False) -> None:
+        """One step of each schedule per iteration; one that follows a metric under ``val/`` steps after validation.
+
+        Args:
+            metrics: What the iteration logs, by name.
+            validated: Steps only those that follow validation, otherwise only the others.
+
+        Raises:
+            ValueError: A schedule follows a metric that is not logged.
+        """
+        found: Any = self.module.lr_schedulers()
+        for scheduler in found if isinstance(found, list) else [] if found is None else [found]:
+            plateau = isinstance(scheduler, ReduceLROnPlateau)
+            if (plateau and _monitor(scheduler).startswith("val/")) != validated:
+                continue
+            if not plateau:
+                scheduler.step()
+                continue
+            name, known = _monitor(scheduler), {**self.trainer.callback_metrics, **metrics}
+            if name not in known:
+                raise ValueError(
+                    f"lr_scheduler follows {name!r}, which is not logged. Set its monitor (of "
+                    f"lightning.pytorch.cli.ReduceLROnPlateau) to one of: {', '.join(sorted(known)) or 'none yet'}."
+                )
+            scheduler.step(float(known[name]))
+
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        if world_size() == 1:
+            return
+        for p in parameters:  # ranks whose part was empty
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for dtype in {p.dtype for p in parameters}:
+            gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def _lower_scales(self) -> None:
+        """Has those optimizers skip a step whose gradients are not finite: ColossalAI lowers their scales by it."""
+        assert self.sharded is not None
+        for optimizer in self._optimizers():
+            own = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+            if self.sharded.clip_grad_norm(own, None).isfinite():
+                optimizer.zero_grad()
+        self._step(count=False)
+
+    def _optimizers(self) -> list[Any]:
+        found: Any = self.module.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    def _step(self, count: bool) -> None:
+        """Steps all optimizers by gradients that are unscaled already."""
+        plugin: Any = self.trainer.precision_plugin
+        scaler = grad_scaler(self.trainer)
+        if scaler is not None:
+            plugin.scaler = None  # it would unscale, and move the scale, for each of them
+        try:
+            for i, optimizer in enumerate(self._optimizers()):
+                if count and i == 0:
+                    optimizer.step()
+                else:
+                    self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
+        finally:
+            if scaler is not None:
+                plugin.scaler = scaler
+
+
+def _monitor(scheduler: ReduceLROnPlateau) -> str:
+    """The metric that a schedule follows; torch's class does not say, Lightning's does."""
+    return getattr(scheduler, "monitor", "train/score" if scheduler.mode == "max" else "train/loss")

@@ -1,0 +1,663 @@
+"""What the stages of reinforcement learning share: an iteration from rollout to optimizer steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.checks import check_arguments
+from lightning_rlhf.data.packed import PackedBatch, pack, split
+from lightning_rlhf.data.prompts import PromptBatch
+from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, token_rewards, whiten
+from lightning_rlhf.functional.kl import k1, k3, kl_loss
+from lightning_rlhf.functional.ppo import policy_loss
+from lightning_rlhf.metrics import TokenMean
+from lightning_rlhf.models import Load, LoRA, Policy
+from lightning_rlhf.models.backbone import is_checkpointing
+from lightning_rlhf.models.roles import Role
+from lightning_rlhf.rewards import Reward, Samples, Scores, WeightedReward, make_reward
+from lightning_rlhf.rl import KL, Critic, Experience, Loss, Rollout, Shaping, Updater, Updates, UpdateStats
+from lightning_rlhf.rl.actors import load_actors
+from lightning_rlhf.rl.checks import check_adaptive_kl, check_lengths, check_ptx, warn_of_biased_sampling
+from lightning_rlhf.rl.experience import to_experience
+from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
+from lightning_rlhf.rollout import CachedEngine, Completion, Request, RolloutEngine, Sampling, as_answers
+from lightning_rlhf.stages.base import LOAD, Stage
+from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
+from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
+from lightning_rlhf.strategies.gradients import sharding
+from lightning_rlhf.utils.collectives import all_reduce, gather_objects, world_size
+from lightning_rlhf.utils.random import generator, sample_key
+
+#: In place of an iteration in the keys of validation samples: validations can then be compared.
+VALIDATION = -1
+ROLLOUT, KL_PENALTY, SHAPING, LOSS, UPDATES = Rollout(), KL(), Shaping(), Loss(), Updates()
+
+
+class RLStage(Stage):
+    """Base of the stages that learn from samples of their policy.
+
+    One ``training_step`` is one iteration: sample completions of a batch of prompts, score them, compute advantages,
+    then take several optimizer steps on them. ``max_steps``, schedules and checkpoints count iterations. An algorithm
+    is a subclass with its own :meth:`compute_advantages` and, where it has another loss than the clipped one, its own
+    :meth:`compute_losses`.
+
+    Args:
+        pretrained: Where the policy starts, and what the reference is: usually what SFT exported.
+        reward: Directory or hub id of a reward model; a function ``f(prompts, completions, **columns) -> scores`` or
+            its import path; or a list of both with weights. A reward model's ``score_offset`` is subtracted from its
+            scores.
+        tokenizer: Directory, hub id or tokenizer; None takes that of ``pretrained``.
+        chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
+        lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
+        engine: What samples; None takes the built-in engine.
+        rollout: How completions are sampled.
+        kl: The penalty on the distance from the reference.
+        shaping: What becomes of scores before they are rewards.
+        loss: The policy's loss.
+        updates: The optimizer steps of an iteration.
+        load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
+        offload_frozen: Keep reference and reward model in CPU memory while they are not asked. This frees device memory
+            and costs a copy to the device and back per iteration.
+        optimizer: Makes an optimizer of parameter groups.
+        lr_scheduler: Makes a schedule of an optimizer; it is stepped once per iteration.
+        seed: Seed of samples and shuffles.
+        critic: The critic; None for an algorithm without one.
+
+    Attributes:
+        policy: The policy, from ``configure_model`` on; a ``RoleModel`` where there are adapters.
+        reference: The frozen copy, where no adapter can be switched off.
+        kl_coef: The KL coefficient of now, which differs from ``kl.coef`` where it is adaptive.
+        iteration: Number of iterations done.
+        skipped: Iterations in a row that took no update because something in them was not finite.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    automatic_optimization: ClassVar[bool] = False
+    works_on = "prompts"
+    policy: Policy
+    iteration: int = 0
+    _not_finite: int = -1
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        reward: str | list[WeightedReward] | Reward | Callable[..., Any],
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        lora: LoRA | None = None,
+        engine: RolloutEngine | None = None,
+        rollout: Rollout = ROLLOUT,
+        kl: KL = KL_PENALTY,
+        shaping: Shaping = SHAPING,
+        loss: Loss = LOSS,
+        updates: Updates = UPDATES,
+        load: Load = LOAD,
+        offload_frozen: bool = False,
+        optimizer: OptimizerCallable = rl_optimizer,
+        lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        seed: int = 0,
+        critic: Critic | None = None,
+    ) -> None:
+        check_arguments(RLStage.__init__, locals())
+        super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, updates.max_skipped)
+        self.save_settings()
+        self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates
+        self.engine, self.offload_frozen, self.seed = engine or CachedEngine(), offload_frozen, seed
+        self.critic_settings = critic
+        self.kl_coef, self.running_scores = kl.coef, RunningMoments()
+        self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
+        for stage in ("val", "test"):
+            self.metrics[f"{stage}_score"] = TokenMean()
+            self.metrics[f"{stage}_length"] = TokenMean()
+
+    # ------------------------------------------------------------------------------------------------- the algorithm
+
+    def compute_advantages(self, experience: Experience, rewards: Tensor) -> Tensor:
+        """How much better each token was than expected.
+
+        Args:
+            experience: This rank's, with scores, old and reference log-probs. What an algorithm needs further in its
+                losses is set on it here.
+            rewards: (N,) rewards of tokens: shaped scores on last tokens, minus the KL penalty.
+
+        Returns:
+            (N,) advantages.
+        """
+        raise NotImplementedError
+
+    def compute_losses(self, batch: Experience, weight: Tensor, stats: UpdateStats) -> Iterator[Tensor]:
+        """The losses of a micro-batch; each is backpropagated before the next is computed.
+
+        Here it is one: the clipped policy loss, plus the KL penalty where it is in the loss, minus the entropy bonus.
+
+        Args:
+            batch: A micro-batch.
+            weight: (N,) share of each token in the mean of the minibatch over all ranks.
+            stats: Takes what is logged.
+
+        Yields:
+            Scalars.
+        """
+        options = {"temperature": self.sampling.temperature, "entropy": self.loss.entropy_coef != 0}
+        out = self.forward_role("policy", batch, **options)
+        found = policy_loss(out.logprobs, batch.old_logprobs, batch.advantages, self.loss.clip_low, self.loss.clip_high)
+        loss = found.loss
+        if self.kl.where == "loss":
+            loss = loss + self.kl_coef * kl_loss(out.logprobs - batch.reference_logprobs, self.kl.loss_estimator)
+        if self.loss.entropy_coef:
+            loss = loss - self.loss.entropy_coef * out.entropies
+        approx_kl = k3(batch.old_logprobs - out.logprobs.detach())
+        stats.add(
+            weight, policy_loss=found.loss, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio
+        )
+        ratio = found.ratio[weight > 0]
+        stats.peak(ratio_max=ratio, ratio_error=(ratio - 1).abs())
+        yield (weight * loss).sum()
+
+    # ------------------------------------------------------------------------------------------------- models
+
+    @property
+    def sampling(self) -> Sampling:
+        """How completions are drawn."""
+        return self.rollout.sampling
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Completions per prompt."""
+        return self.rollout.samples_per_prompt
+
+    @property
+    def model_to_export(self) -> Policy:
+        """The policy."""
+        return self.policy
+
+    @property
+    def updater(self) -> Updater:
+        """Takes optimizer steps."""
+        return Updater(self)
+
+    def configure_model(self) -> None:
+        """Loads policy, reference, critic and reward model once."""
+        if hasattr(self, "policy"):
+            return
+        self.actors = load_actors(
+            self.pretrained,
+            self.reward,
+            self.tokenizer,
+            self.new_token_ids,
+            self.lora,
+            self.load,
+            self.critic_settings,
+            self.offload_frozen,
+        )
+        self.policy = self.actors.policy
+        if self.actors.reference is not None:
+            self.reference = self.actors.reference
+        if self.actors.critic is not None:
+            self.critic = self.actors.critic
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the name that its gradient norm is logged under; each is clipped by its own norm."""
+        return {"policy": self.actors.policy_parameters()}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer."""
+        optimizer = self.make_optimizer(parameter_groups(self.actors.policy_parameters()))
+        return [optimizer], [self.make_lr_scheduler(optimizer)]
+
+    # ------------------------------------------------------------------------------------------------- checks
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt that leave room for a completion; data modules ask.
+
+        Raises:
+            ValueError: There is no room for a prompt.
+        """
+        if self.context_length is None:
+            return None
+        room = self.context_length - self.sampling.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+                f"context of {self.context_length} tokens. Set it to at most {self.context_length - 1}."
+            )
+        return room
+
+    def setup(self, stage: str) -> None:
+        """Refuses a module that was compiled as a whole, before anything is loaded.
+
+        Raises:
+            ValueError: It was.
+        """
+        super().setup(stage)
+        if getattr(self, "_compiler_ctx", None) is not None:  # Lightning has no public name for it
+            raise ValueError(
+                f"torch.compile({type(self).__name__}) would compile the loops of rollouts and updates anew for each "
+                "batch: compile the model alone, by module.configure_model() and module.policy.compile()."
+            )
+
+    def on_fit_start(self) -> None:
+        """Refuses, before the first rollout, what would end the run in its middle or do nothing.
+
+        Raises:
+            ValueError: The message says what, and what to set instead.
+        """
+        super().on_fit_start()
+        if not isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"{type(self).__name__} runs on one device, under DDP and under colossalai_..., not under "
+                f"{type(self.strategy).__name__}: set trainer.strategy to one of these."
+            )
+        if isinstance(self.strategy, ColossalAIStrategy) and self.strategy.placement == "auto":
+            raise ValueError(
+                f"{type(self).__name__} samples before its first training step, which Gemini's placement='auto' does "
+                "not allow: set the strategy's placement to static."
+            )
+        # Its advice is for one optimizer step per batch; here a checkpoint after the iteration is what resumes exactly.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self._check_lengths("train", "val")
+        check_ptx(self.loss.ptx_coef, self.updates.micro_batch_tokens, data)
+        check_adaptive_kl(self.kl, self.rollout.samples_per_prompt, data)
+        warn_of_biased_sampling(self.sampling)
+        self.actors.cast_reference()
+        with self.actors.on_device(self.device, "reward", "reference"):
+            pass  # leaves them off the device
+
+    def on_validation_start(self) -> None:
+        """Refuses lengths that no model can read."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_lengths("val")
+
+    def on_test_start(self) -> None:
+        """Refuses lengths that no model can read."""
+        self._check_lengths("test")
+
+    def on_predict_start(self) -> None:
+        """Refuses lengths that no model can read."""
+        self._check_lengths("predict")
+
+    def _check_lengths(self, *parts: str) -> None:
+        limits = self.actors.limits()
+        if "train" in parts and self.updates.micro_batch_tokens is not None:
+            limits["updates.micro_batch_tokens"] = self.updates.micro_batch_tokens
+        check_lengths(getattr(self.trainer, "datamodule", None), parts, self.sampling.max_new_tokens, limits)
+
+    # ------------------------------------------------------------------------------------------------- an iteration
+
+    def training_step(self, batch: PromptBatch | dict[str, Any], batch_idx: int) -> None:
+        """One iteration: sample, score, compute advantages, update."""
+        clock = [time.perf_counter()]
+        prompts, ptx = (batch["prompts"], batch["ptx"]) if isinstance(batch, dict) else (batch, None)
+        check_ptx(self.loss.ptx_coef, None, given=ptx is not None)
+        experience, samples = self.run_rollout(prompts, self.iteration)
+        clock.append(time.perf_counter())
+        experience.cached_outputs = {} if self._can_reuse_forward(experience) else None
+        self.score_experience(experience, samples)
+        clock.append(time.perf_counter())
+        found = experience.metrics | self.update_policy(experience, ptx) | {"kl_coef": self.kl_coef}
+        clock.append(time.perf_counter())
+        if self.kl.target is not None:
+            completions = prompts.total * self.samples_per_prompt
+            self.kl_coef = adapt_kl_coef(self.kl_coef, found["kl"], self.kl.target, self.kl.horizon, completions)
+        self.iteration += 1
+        for name, start, end in zip(("rollout", "scoring", "learning"), clock, clock[1:], strict=False):
+            found[f"{name}_seconds"] = end - start
+        found["tokens_per_second"] = found.pop("tokens") / (clock[-1] - clock[0])
+        metrics = {f"train/{name}": value for name, value in found.items()}
+        self.updater.step_schedules(metrics)
+        for name, value in metrics.items():
+            bar = name in ("train/score", "train/kl", "train/length_mean")
+            self.log(name, value, prog_bar=bar, batch_size=1)
+
+    def run_rollout(self, prompts: PromptBatch, iteration: int) -> tuple[Experience, Samples | None]:
+        """Samples completions of this rank's prompts.
+
+        Args:
+            prompts: B prompts, possibly none.
+            iteration: Decides the samples, with the module's seed and the prompts' rows. All ranks must call, except
+                for :data:`VALIDATION`.
+
+        Returns:
+            The experience, which knows no scores yet, and what rewards read; None where there is no prompt.
+        """
+        copies_before = self._count_copies(prompts.rows, iteration)
+        if not prompts.prompts:
+            with whole_weights(self.strategy, self.policy):  # the other ranks enter it
+                return Experience([], (), truncated=torch.zeros(0, dtype=torch.bool)), None
+        count = self.rollout.samples_per_prompt
+        requests = [
+            Request(ids, [sample_key(self.seed, iteration, row, i) for i in range(k * count, (k + 1) * count)])
+            for ids, row, k in zip(prompts.prompts, prompts.rows, copies_before, strict=True)
+        ]
+        with whole_weights(self.strategy, self.policy):
+            found = self.engine.generate(self.policy, self.tokenizer, requests, self.sampling, self.stop_token_ids)
+        return self.to_experience(prompts, as_answers(self.tokenizer, prompts.messages, found))
+
+    def to_experience(
+        self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
+    ) -> tuple[Experience, Samples]:
+        """Prompts with given completions, as :meth:`run_rollout` returns them."""
+        return to_experience(self.tokenizer, self.stop_token_ids, prompts, completions, self.device)
+
+    def _count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
+        """How often each row stands before its place among the rows of all ranks: its copies get other samples."""
+        everyone = gather_objects(tuple(rows)) if iteration != VALIDATION else [tuple(rows)]
+        rank = self.global_rank if len(everyone) > 1 else 0
+        seen = Counter(row for earlier in everyone[:rank] for row in earlier)
+        copies = []
+        for row in rows:
+            copies.append(seen[row])
+            seen[row] += 1
+        return copies
+
+    @torch.no_grad()
+    def score_experience(self, experience: Experience, samples: Samples | None) -> None:
+        """Sets scores, log-probs, advantages and metrics of an experience; all ranks must call."""
+        scores = self.score(samples)
+        experience.scores = scores.total.cpu()
+        temperature = self.sampling.temperature
+        with self.actors.on_device(self.device, "reference"):
+            (experience.reference_logprobs,) = self.forward_all(
+                experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
+            )
+        logprobs, entropies = self.forward_all(
+            experience, lambda b: self.forward_for_scoring("policy", b, temperature=temperature, entropy=True)[:2]
+        )
+        recompute = self.loss.old_logprobs == "recompute"
+        experience.old_logprobs = logprobs if recompute else experience.rollout_logprobs.to(logprobs)
+        known, sequence = experience.scores.isfinite(), experience.sequence
+        experience.weight = known.to(logprobs)[sequence]
+        if self.loss.aggregation == "sequence":
+            experience.weight = experience.weight / torch.tensor(experience.lengths).to(logprobs)[sequence]
+        rewards = self._token_rewards(experience, logprobs)
+        experience.metrics |= rollout_metrics(experience, rewards, logprobs, entropies)
+        if self.shaping.whiten:
+            rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
+        experience.advantages = self.compute_advantages(experience, rewards)
+        for name in self.reward.names:
+            part = scores.parts[name].cpu() if samples is not None else experience.scores
+            mean = self.moments(part, (known & part.isfinite()).float())[1]
+            experience.metrics[f"score/{name}"] = mean.item()
+
+    def score(self, samples: Samples | None) -> Scores:
+        """(S,) scores of this rank's samples, NaN where one is dropped; all ranks must call, also without samples.
+
+        Raises:
+            ValueError: A score on any rank is not finite, and ``shaping.bad_scores`` is ``stop``.
+        """
+        with whole_weights(self.strategy, self.policy), self.actors.on_device(self.device, "reward"):
+            scores, why = (Scores(torch.zeros(0)), "") if samples is None else self.actors.score(samples)
+        why = next(filter(None, gather_objects(why)), "")
+        if why and self.shaping.bad_scores == "stop":
+            raise ValueError(
+                f"{why} Mend the reward, or set model.shaping.bad_scores to drop, which leaves such samples out."
+            )
+        if why:
+            rank_zero_warn(f"A sample is left out: {why}")
+        return scores
+
+    def _token_rewards(self, experience: Experience, logprobs: Tensor) -> Tensor:
+        """(N,) rewards of tokens; a completion without a score counts as 0."""
+        raw, shaping = experience.scores, self.shaping
+        known = raw.isfinite().to(logprobs)
+        scores = torch.where(raw.isfinite(), raw, 0.0).to(logprobs)
+        scores = scores - shaping.missing_eos_penalty * experience.truncated
+        if shaping.scale:
+            self.running_scores.update(self.moments(scores, known))
+            scores = scores / self.running_scores.scale
+        if shaping.clip is not None:
+            scores = scores.clamp(-shaping.clip, shaping.clip)
+        coef = self.kl_coef if self.kl.where == "reward" else 0.0
+        return token_rewards(coef * k1(logprobs - experience.reference_logprobs), scores, experience.sequence)
+
+    def moments(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(3,) moments of values over all ranks; see :func:`~lightning_rlhf.functional.advantages.moments`."""
+        return moments_over_ranks(values, weight, self.device)
+
+    # ------------------------------------------------------------------------------------------------- forward passes
+
+    def forward_role(self, role: Role, batch: Experience, **options: Any) -> Any:
+        """Runs a role on a micro-batch in an update; the first time on what the scoring pass kept."""
+        kept = (batch.cached_outputs or {}).pop(role, None)
+        return self.actors.forward(role, batch.batch, **options) if kept is None else kept
+
+    def forward_for_scoring(self, role: Role, batch: Experience, **options: Any) -> Any:
+        """Runs a role on a micro-batch before the updates, and keeps output and graph where they are reused."""
+        if batch.cached_outputs is None:
+            return self.actors.forward(role, batch.batch, **options)
+        with torch.enable_grad():
+            batch.cached_outputs[role] = self.actors.forward(role, batch.batch, **options)
+        return batch.cached_outputs[role]
+
+    @torch.no_grad()
+    def forward_all(
+        self, experience: Experience, model: Callable[[Experience], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Runs a model over a whole experience; all ranks must call.
+
+        Args:
+            experience: This rank's.
+            model: From a micro-batch to (N,) or (S,) tensors.
+
+        Returns:
+            Those tensors for all of it, in its order, on the CPU.
+        """
+        found = []
+        for batch in self.micro_batches(experience):
+            keep = len(batch.rows) > 0  # otherwise it is a filler
+            found.append(tuple((t if keep else t[:0]).detach().cpu() for t in model(batch)))
+        return tuple(torch.cat(columns) for columns in zip(*found, strict=True))
+
+    def micro_batches(self, experience: Experience, chosen: Sequence[int] | None = None) -> Iterator[Experience]:
+        """Micro-batches of the chosen trees of this rank, or of all; all ranks make the same number."""
+        chosen = range(len(experience.trees)) if chosen is None else chosen
+        count = self._count_micro_batches(experience, chosen)
+        return experience.micro_batches(chosen, self.updates.micro_batch_tokens, self.device, at_least=count)
+
+    def _count_micro_batches(self, experience: Experience, chosen: Sequence[int]) -> int:
+        mine = len(experience.split_by_tokens(chosen, self.updates.micro_batch_tokens, self.device))
+        return int(all_reduce(torch.tensor(float(mine)), self.device, dist.ReduceOp.MAX))
+
+    def _can_reuse_forward(self, experience: Experience) -> bool:
+        """Whether the passes that score an experience are those of its first update; all ranks must call."""
+        # a sharded model wants its backward pass before another forward pass; who checkpoints layers does it for memory
+        separate = is_checkpointing(self.policy.transformer) or sharding(self.strategy) is not None
+        if not self.updates.reuse_forward or self.updates.minibatches > 1 or separate:
+            return False
+        return self._count_micro_batches(experience, range(len(experience.trees))) == 1
+
+    # ------------------------------------------------------------------------------------------------- updates
+
+    def minibatches(self, experience: Experience, epoch: int) -> list[list[int]]:
+        """Deals the prompts of all ranks into minibatches, by a shuffle of its own for each epoch.
+
+        The deal goes by the prompts' rows, not by who holds them: it is the same on one rank and on several.
+
+        Args:
+            experience: This rank's.
+            epoch: Number of the pass in this iteration, from 0.
+
+        Returns:
+            For each minibatch, this rank's trees in it.
+        """
+        everyone = enumerate(gather_objects(experience.rows))
+        places = sorted((row, rank, i) for rank, rows in everyone for i, row in enumerate(rows))
+        order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, epoch)).tolist()
+        count = self.updates.minibatches
+        edges = [len(places) * i // count for i in range(count + 1)]
+        mine = self.global_rank if world_size() > 1 else 0
+        dealt = [[places[j] for j in order[a:b]] for a, b in pairwise(edges)]
+        # in the order of the experience: then a single minibatch is split as `forward_all` splits, and rounds alike
+        return [sorted(i for _, rank, i in part if rank == mine) for part in dealt if part]
+
+    def update_policy(self, experience: Experience, ptx: PackedBatch | None) -> dict[str, float]:
+        """All updates of an iteration.
+
+        Returns:
+            Means over the updates that were taken, by name.
+        """
+        updater, parameters = self.updater, self.trainable_parameters()
+        taken: list[dict[str, float]] = []
+        skipped = 0
+        deals = (self.minibatches(experience, epoch) for epoch in range(self.updates.epochs))
+        for chosen in (chosen for deal in deals for chosen in deal):
+            found = self.backward_minibatch(experience, chosen, ptx)
+            if not found:
+                self._not_finite = self.iteration
+                continue
+            if self.updates.target_kl is not None and found["approx_kl"] > self.updates.target_kl:
+                break
+            step = updater.step(parameters, found["loss"], self.updates.max_grad_norm, count=not taken)
+            if step.outcome == "taken":
+                self.skipped = 0
+                taken.append(found | {f"{name}_grad_norm": norm for name, norm in step.grad_norms.items()})
+                continue
+            skipped += 1
+            if step.outcome == "not_finite":
+                self._not_finite = self.iteration
+        updater.zero_grad(parameters)
+        if not taken:
+            updater.count_iteration(parameters)
+            if self._not_finite == self.iteration:
+                self.count_skipped(True)
+        means = {k: sum(t[k] for t in taken) / len(taken) for k in (taken[0] if taken else ())}
+        if taken:
+            means["ratio_max"] = max(t["ratio_max"] for t in taken)
+            means["first_ratio_error"] = taken[0]["ratio_error"]
+            del means["ratio_error"]
+        return {**means, "updates": float(len(taken)), "skipped_updates": float(skipped)}
+
+    def backward_minibatch(
+        self, experience: Experience, chosen: list[int], ptx: PackedBatch | None
+    ) -> dict[str, float]:
+        """Forward and backward passes of one update: gradients of a minibatch's mean loss over all ranks.
+
+        Returns:
+            What is logged; nothing, and no gradients, where no sample of the minibatch has a score.
+        """
+        ends = torch.tensor([0, *(tree.num_scored for tree in experience.trees)]).cumsum(0).tolist()
+        mine = sum(experience.weight[ends[i] : ends[i + 1]].double().sum().item() for i in chosen)
+        total = all_reduce(torch.tensor(mine, dtype=torch.float32), self.device).item()
+        if not total:
+            return {}
+        stats, updater = UpdateStats(), self.updater
+        with updater.no_sync():
+            for batch in self.micro_batches(experience, chosen):
+                for loss in self.compute_losses(batch, batch.weight / total, stats):
+                    updater.backward(loss)
+                    stats.add_sums(loss=loss)
+            stats.add_sums(ptx_loss=torch.zeros(()))
+            for loss in self._ptx_losses(ptx):
+                updater.backward(self.loss.ptx_coef * loss)
+                stats.add_sums(ptx_loss=loss, loss=self.loss.ptx_coef * loss)
+        return stats.reduce(self.device)
+
+    def _ptx_losses(self, ptx: PackedBatch | None) -> Iterator[Tensor]:
+        """The language-model loss (PPO-ptx), in as many splits as the rank with the most of them makes."""
+        splits = [] if ptx is None or not self.loss.ptx_coef else split(ptx, self.updates.micro_batch_tokens or 2**62)
+        count = int(all_reduce(torch.tensor(float(len(splits))), self.device, dist.ReduceOp.MAX))
+        for i in range(count):
+            batch = splits[min(i, len(splits) - 1)]  # ranks with fewer run the last one again, with weight 0
+            weights = batch.weight / batch.totals.tokens * (i < len(splits))
+            yield self.actors.forward("policy", batch, weights=weights).loss
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Samples completions of held-out prompts, by the same keys at each validation, and scores them."""
+        self._evaluate("val", prompts)
+
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`, under ``test/``."""
+        self._evaluate("test", prompts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Steps the schedules that follow validation, before a checkpoint is written of it."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.updater.step_schedules({}, validated=True)
+
+    def _evaluate(self, stage: str, prompts: PromptBatch) -> None:
+        experience, samples = self.run_rollout(prompts, VALIDATION)
+        scores = self.score(samples).total
+        lengths = torch.tensor(experience.lengths, dtype=torch.float32, device=scores.device)
+        for name, values in {"score": scores, "length": lengths}.items():
+            metric: Any = self.metrics[f"{stage}_{name}"]
+            # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
+            known = values.isfinite().float()
+            metric.update(values.nan_to_num(), known)
+            self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A record per completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``."""
+        _, samples = self.run_rollout(prompts, VALIDATION)
+        scores = self.score(samples).total
+        if samples is None:
+            return []
+        rows = [row for row in prompts.rows for _ in range(self.rollout.samples_per_prompt)]
+        known = [score if math.isfinite(score) else None for score in scores.tolist()]
+        columns = (rows, samples.completions, known, samples.truncated)
+        names = ("row", "completion", "score", "truncated")
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    @torch.no_grad()
+    def score_completions(
+        self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
+    ) -> dict[str, list[float]]:
+        """What :class:`~lightning_rlhf.callbacks.SampleCompletions` shows beside completions; on this rank alone.
+
+        Args:
+            prompts: At least one.
+            completions: Completions of each prompt.
+
+        Returns:
+            By name, a value per completion: its ``score``, unless the reward needs a column that the prompts lack; and
+            ``kl``, the sum over its tokens of log-probs minus those of the reference, at the sampling temperature.
+        """
+        experience, samples = self.to_experience(prompts, completions)
+        batch = pack(experience.trees).to(self.device)
+        with self.actors.on_device(self.device, "reward", "reference"):
+            roles: tuple[Role, Role] = ("policy", "reference")
+            options = {"temperature": self.sampling.temperature}
+            logprobs, reference = (self.actors.forward(role, batch, **options).logprobs for role in roles)
+            readable = self.reward.needs <= samples.columns.keys()
+            scores = {"score": self.actors.score(samples)[0].total.tolist()} if readable else {}
+        return {**scores, "kl": experience.sum_by_sequence(logprobs - reference).tolist()}
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the iteration, the KL coefficient and the running scale of scores."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rl"] = {
+            "iteration": self.iteration,
+            "kl_coef": self.kl_coef,
+            "running_scores": self.running_scores.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores them."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["rl"]
+        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.running_scores.load_state_dict(state["running_scores"])
