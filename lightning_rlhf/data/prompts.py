@@ -219,6 +219,8 @@ class PromptDataModule(TreeDataModule[Prompt]):
     ) -> None:
         check_arguments(PromptDataModule.__init__, locals())
         super().__init__(**shared_arguments(locals()))
+        if not isinstance(ptx, Ptx):
+            raise ValueError(f"ptx is a {type(ptx).__name__}. Give Ptx(source, batch_size=..., max_length=...).")
         if as_text and system is not None:
             raise ValueError(
                 "as_text makes prompts plain texts, which have no system prompt. Leave out as_text or system."

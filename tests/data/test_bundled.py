@@ -1,105 +1,175 @@
-"""The instruction rows that come with the package: well formed, distinct, varied, and counted rightly in their card."""
+"""The rows that come with the package: well formed, distinct, varied, and counted rightly in their card."""
 
 import ast
 import importlib.resources
 import json
 import re
+import unicodedata
 from collections import Counter
 
 import pytest
 
 from lightning_rlhf.data.formats import to_conversation
+from lightning_rlhf.data.preference_formats import to_preference
 
 FOLDER = importlib.resources.files("lightning_rlhf.data") / "bundled"
 LANGUAGES = ("en", "zh")
+KEYS = {
+    "instructions": ["messages", "lang", "category"],
+    "preferences": ["prompt", "chosen", "rejected", "reason", "lang", "source"],
+}
 CATEGORIES = (
     *("question", "rewriting", "summary", "classification", "extraction", "translation", "code"),
     *("arithmetic", "reasoning", "planning", "writing", "refusal", "dialogue"),
 )
+REASONS = ("correct", "instruction", "honest", "safe", "concise")
 CJK = re.compile(r"[\u4e00-\u9fff]")
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EACH = pytest.mark.parametrize(("kind", "lang"), [(kind, lang) for kind in KEYS for lang in LANGUAGES])
+EACH_LANGUAGE = pytest.mark.parametrize("lang", LANGUAGES)
 
 
-def lines(lang: str) -> list[str]:
-    text = (FOLDER / f"instructions.{lang}.jsonl").read_text(encoding="utf-8")
+def lines(kind: str, lang: str) -> list[str]:
+    text = (FOLDER / f"{kind}.{lang}.jsonl").read_text(encoding="utf-8")
     assert text.endswith("\n")
     return text[:-1].split("\n")  # splitlines would also split at U+2028, which JSON may hold
 
 
-def rows(lang: str) -> list[dict]:
-    return [json.loads(line) for line in lines(lang)]
+def rows(kind: str, lang: str) -> list[dict]:
+    return [json.loads(line) for line in lines(kind, lang)]
+
+
+def messages(row: dict) -> list[dict]:
+    return row["messages"] if "messages" in row else row["prompt"]
 
 
 def answers(row: dict) -> list[str]:
+    if "chosen" in row:
+        return [row["chosen"], row["rejected"]]
     return [message["content"] for message in row["messages"] if message["role"] == "assistant"]
 
 
-def table() -> str:
-    """The table of the data card, from the rows."""
-    by_lang = {lang: rows(lang) for lang in LANGUAGES}
-    counts = {lang: Counter(row["category"] for row in found) for lang, found in by_lang.items()}
-    body = {category: [counts[lang][category] for lang in LANGUAGES] for category in CATEGORIES}
-    body["**all**"] = [len(by_lang[lang]) for lang in LANGUAGES]
-    body["with a system prompt"] = [
-        sum(row["messages"][0]["role"] == "system" for row in by_lang[lang]) for lang in LANGUAGES
-    ]
-    body["with several user turns"] = [sum(len(answers(row)) > 1 for row in by_lang[lang]) for lang in LANGUAGES]
+def roles(row: dict) -> list[str]:
+    return [message["role"] for message in messages(row)]
+
+
+def longer(row: dict) -> bool:
+    return len(row["chosen"]) > len(row["rejected"])
+
+
+def table(kind: str) -> str:
+    """The table of the data card, from the rows; in brackets, in how many of them the chosen answer is the longer."""
+    found = {lang: rows(kind, lang) for lang in LANGUAGES}
+
+    def count(part: list[dict]) -> str:
+        return f"{len(part)}" if kind == "instructions" else f"{len(part)} ({sum(map(longer, part))})"
+
+    key, groups = ("category", CATEGORIES) if kind == "instructions" else ("reason", REASONS)
+    body = {name: [count([r for r in found[lang] if r[key] == name]) for lang in LANGUAGES] for name in groups}
+    body["**all**"] = [count(part) for part in found.values()]
+    if kind == "preferences":
+        body["chosen is longer"] = [f"{sum(map(longer, part)) / len(part):.1%}" for part in found.values()]
+    body["with a system prompt"] = [sum("system" in roles(row) for row in part) for part in found.values()]
+    body["with several user turns"] = [sum(roles(row).count("user") > 1 for row in part) for part in found.values()]
     head = ["| | en | zh |", "| --- | ---: | ---: |"]
     return "\n".join(head + [f"| {name} | {en} | {zh} |" for name, (en, zh) in body.items()])
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
-def test_every_row_has_the_schema(lang):
-    found = lines(lang)
-    assert len(found) >= 100
+@EACH
+def test_every_row_has_the_schema(kind, lang):
+    found = lines(kind, lang)
+    assert len(found) >= {"instructions": 100, "preferences": 70}[kind]
     for number, line in enumerate(found, 1):
         row = json.loads(line)
         assert line == json.dumps(row, ensure_ascii=False), f"line {number} is written in another way"
-        assert list(row) == ["messages", "lang", "category"], f"line {number}"
-        assert row["lang"] == lang, f"line {number}"
-        assert row["category"] in CATEGORIES, f"line {number}"
-        for message in row["messages"]:
-            assert list(message) == ["role", "content"], f"line {number}"
-            assert message["content"] and message["content"] == message["content"].strip(), f"line {number}"
+        assert list(row) == KEYS[kind] and row["lang"] == lang, f"line {number}"
+        assert row.get("category", "code") in CATEGORIES and row.get("reason", "safe") in REASONS, f"line {number}"
+        assert row.get("source", "bundled") == "bundled", f"line {number}"
+        turns = roles(row)[1:] if roles(row)[0] == "system" else roles(row)
+        ends = ["user"] if kind == "preferences" else []
+        assert turns and turns == ["user", "assistant"] * (len(turns) // 2) + ends, f"line {number}: {turns}"
+        assert all(list(message) == ["role", "content"] for message in messages(row)), f"line {number}"
+        for text in (*(message["content"] for message in messages(row)), *answers(row)):
+            assert text and text == text.strip(), f"line {number}"
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
-def test_roles_alternate_and_the_assistant_ends(lang):
-    for number, row in enumerate(rows(lang), 1):
-        roles = [message["role"] for message in row["messages"]]
-        turns = roles[1:] if roles[0] == "system" else roles
-        assert turns and turns == ["user", "assistant"] * (len(turns) // 2), f"line {number}: {roles}"
-        assert to_conversation(row).messages == tuple(row["messages"])
+@EACH
+def test_rows_are_what_their_format_says(kind, lang):
+    for row in rows(kind, lang):
+        if kind == "instructions":
+            assert to_conversation(row).messages == tuple(row["messages"])
+            continue
+        preference = to_preference(row)
+        assert preference.prompt == tuple(row["prompt"]) and preference.pairs == ((0, 1),)
+        assert [answer[0]["content"] for answer in preference.answers] == answers(row)
+        assert (preference.source, preference.lang) == ("bundled", lang)
 
 
-def test_first_user_turns_are_distinct_across_languages():
-    firsts = Counter(to_conversation(row).first_user_turn for lang in LANGUAGES for row in rows(lang))
+def test_first_user_turns_are_distinct():
+    firsts = Counter(
+        next(message["content"] for message in messages(row) if message["role"] == "user")
+        for kind in KEYS
+        for lang in LANGUAGES
+        for row in rows(kind, lang)
+    )
     assert [turn for turn, count in firsts.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
-def test_categories_are_spread(lang):
-    counts = Counter(row["category"] for row in rows(lang))
-    assert len(counts) >= 8
-    assert max(counts.values()) <= len(rows(lang)) / 8
+@EACH_LANGUAGE
+def test_groups_are_spread(lang):
+    counts = Counter(row["category"] for row in rows("instructions", lang))
+    assert len(counts) >= 8 and max(counts.values()) <= counts.total() / 8
+    counts = Counter(row["reason"] for row in rows("preferences", lang))
+    assert set(counts) == set(REASONS) and min(counts.values()) >= 10
 
 
-def test_rows_are_in_their_language():
-    for lang in LANGUAGES:
-        for number, row in enumerate(rows(lang), 1):
-            chinese = any(CJK.search(message["content"]) for message in row["messages"])
-            if lang == "zh" or row["category"] != "translation":
-                assert chinese == (lang == "zh"), f"line {number} of {lang}"
+@EACH
+def test_rows_are_in_their_language(kind, lang):
+    for number, row in enumerate(rows(kind, lang), 1):
+        if row.get("category") == "translation" and lang == "en":
+            continue
+        texts = [message["content"] for message in messages(row)]
+        assert any(map(CJK.search, texts)) == (lang == "zh"), f"line {number}"
+        assert lang == "zh" or not any(map(CJK.search, answers(row))), f"line {number}"
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
-def test_python_in_answers_compiles(lang):
-    blocks = [block for row in rows(lang) for answer in answers(row) for block in PYTHON_BLOCK.findall(answer)]
-    fences = sum(answer.count("```python") for row in rows(lang) for answer in answers(row))
-    assert len(blocks) == fences > 0
+@EACH
+def test_python_in_answers_compiles(kind, lang):
+    found = [answer for row in rows(kind, lang) for answer in answers(row)]
+    blocks = [block for answer in found for block in PYTHON_BLOCK.findall(answer)]
+    assert len(blocks) == sum(answer.count("```python") for answer in found) > 0
     for block in blocks:
         ast.parse(block)
 
 
-def test_the_card_has_the_right_counts():
-    assert table() in (FOLDER / "README.md").read_text(encoding="utf-8"), f"The table should be:\n{table()}"
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_card_has_the_right_counts(kind):
+    assert table(kind) in (FOLDER / "README.md").read_text(encoding="utf-8"), f"The table should be:\n{table(kind)}"
+
+
+# -------------------------------------------------------------------------------------------------------- preferences
+
+
+@EACH_LANGUAGE
+def test_answers_are_distinct_and_hold_no_control_characters(lang):
+    found = rows("preferences", lang)
+    assert all(row["chosen"] != row["rejected"] for row in found)
+    assert len({row["chosen"] for row in found}) == len(found)
+    for number, row in enumerate(found, 1):
+        for text in (*(message["content"] for message in messages(row)), *answers(row)):
+            odd = {character for character in text if unicodedata.category(character)[0] == "C"} - {"\n"}
+            assert not odd, f"line {number}: {odd}"
+
+
+@EACH_LANGUAGE
+def test_length_does_not_give_the_better_answer_away(lang):
+    """A reward model that learns 'longer is better' must lose, and 'shorter is better' must win little."""
+    found = rows("preferences", lang)
+    assert all(len(row["chosen"]) != len(row["rejected"]) for row in found)
+    assert 0.4 <= sum(map(longer, found)) / len(found) <= 0.5
+    for reason in REASONS:
+        share = [longer(row) for row in found if row["reason"] == reason]
+        if reason == "concise":
+            assert not any(share)
+        else:
+            assert 0.4 <= sum(share) / len(share) <= 0.5, reason

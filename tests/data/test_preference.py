@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import lightning_rlhf.data.preference as home
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.data.preference import PreferenceDataModule
 from lightning_rlhf.data.sources import BadRowError
@@ -99,12 +98,6 @@ def test_answers_of_several_turns_share_what_they_begin_with(tiny_tokenizer):
     ]
 
 
-def test_the_system_prompt_and_a_named_format(tiny_tokenizer):
-    row = {"conversations": [{"from": "human", "value": "Say"}], "chosen": "dog", "rejected": "fox"}
-    tree = only(tiny_tokenizer, row, format="sharegpt_preference", system="Be brief.")
-    assert tiny_tokenizer.decode(tree.prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
-
-
 # -------------------------------------------------------------------------------------------------------------- pairs
 
 
@@ -188,22 +181,6 @@ def prompts(loader, tokenizer):
     return {tokenizer.decode(tree.prompt) for tree in trees(loader).values()}
 
 
-def test_split_is_by_first_user_turn_and_stable(tiny_tokenizer):
-    data = ready(tiny_tokenizer, val_fraction=0.3)
-    train, val = (prompts(x, tiny_tokenizer) for x in (data.train_dataloader(), data.val_dataloader()))
-    assert not train & val and len(train | val) == 40 and 4 <= len(val) <= 20
-    longer = [
-        {"prompt": [user(row["prompt"]), assistant("What?"), user("again")], "chosen": "a", "rejected": "b"}
-        for row in ROWS
-    ]
-    both = ready(tiny_tokenizer, [pair("new one"), *longer[::-1], *ROWS], val_fraction=0.3)
-    again, held = (prompts(x, tiny_tokenizer) for x in (both.train_dataloader(), both.val_dataloader()))
-    assert val <= held and train <= again
-    first = [{text.split("<|im_end|>")[0] for text in side} for side in (again, held)]
-    assert not first[0] & first[1] and len(first[0] | first[1]) == 41
-    assert prompts(ready(tiny_tokenizer, val_fraction=0.3, seed=1).val_dataloader(), tiny_tokenizer) != val
-
-
 def test_no_prompt_of_real_data_is_on_both_sides(tiny_tokenizer, assets):
     lines = (assets / "data" / "preference.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for line in lines if (row := json.loads(line))["lang"] == "en"][::3]
@@ -217,47 +194,6 @@ def test_no_prompt_of_real_data_is_on_both_sides(tiny_tokenizer, assets):
 
 
 # ----------------------------------------------------------------------------------------------------------- bad rows
-
-
-def write(path, lines):
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n", encoding="utf-8")
-    return str(path)
-
-
-BAD = {
-    "malformed": ('{"prompt": [', "JSON"),
-    "no answers": ({"prompt": "a"}, "no known preference format"),
-    "a conversation": ({"messages": [user("a"), assistant("b")]}, "no known preference format"),
-    "no difference": (pair("a", "x", "x"), "the same"),
-    "all tied": (ranking("a", "x", "y", ranks=[1, 1]), "tied"),
-    "empty answer": (pair("a", " "), "empty"),
-    "scores out of order": (pair("a", chosen_score=1, rejected_score=2), "worse one"),
-    "not finite": (pair("a", margin=float("nan")), "nan"),
-    "too long": (pair("a", "x", "fox " * 300), "max_length=200"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_rows_name_file_line_and_reason(name, tiny_tokenizer, tmp_path):
-    line, reason = BAD[name]
-    path = write(tmp_path / "rows.jsonl", [pair("a"), "", line])
-    with pytest.raises(BadRowError, match=rf"rows\.jsonl:3.*{reason}"):
-        ready(tiny_tokenizer, path, val_fraction=0.0)
-
-
-def test_skipped_rows_are_counted_by_reason_and_where_still_names_lines(tiny_tokenizer, tmp_path):
-    lines = [line for line, _ in BAD.values()]
-    path = write(tmp_path / "rows.jsonl", [*lines, pair("first"), lines[-1], "", ranking("second", "x", "y", "z")])
-    with pytest.warns(UserWarning, match="skipped") as seen:
-        data = ready(tiny_tokenizer, path, val_fraction=0.0, on_bad_row="skip")
-    messages = [str(w.message) for w in seen if "skipped" in str(w.message)]
-    assert len(messages) == 2 and "8 of 12" in messages[0] and "2 of 4" in messages[1]
-    found = trees(data.train_dataloader())
-    places = {tiny_tokenizer.decode(tree.prompt): data.where("train", row) for row, tree in found.items()}
-    assert [(text.split("\n")[1], place[-13:]) for text, place in sorted(places.items())] == [
-        ("first<|im_end|>", "rows.jsonl:10"),
-        ("second<|im_end|>", "rows.jsonl:13"),
-    ]
 
 
 def test_a_row_as_long_as_may_be_is_kept(tiny_tokenizer):
@@ -290,47 +226,6 @@ def test_a_template_that_writes_earlier_turns_otherwise_serves(tiny_tokenizer):
     tree = only(tiny_tokenizer, {"prompt": prompt, "chosen": "dog", "rejected": "fox"})
     assert tree.prompt == encode_prompt(tiny_tokenizer, prompt)
     assert tiny_tokenizer.decode(tree.branches[0].input_ids) == "<think></think>dog<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    "options", [dict(val_fraction=1.0), dict(batch_size=0), dict(eval_batch_size=0), dict(pair_weight="prompts")]
-)
-def test_impossible_settings_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        PreferenceDataModule(ROWS, **options)
-
-
-# -------------------------------------------------------------------------------------------------------------- cache
-
-
-def test_tokenised_once_and_again_when_anything_changes(tiny_tokenizer, tmp_path, monkeypatch):
-    calls = []
-    real = home.encode
-    monkeypatch.setattr(home, "encode", lambda *a, **k: calls.append(1) or real(*a, **k))
-    rows = [*ROWS[:4], ranking("q", "x", "y", "z", scores=[3, 2, 1])]
-
-    def count(rows=rows, **options):
-        calls.clear()
-        ready(tiny_tokenizer, rows, cache_dir=tmp_path, val_fraction=0.0, **options)
-        return len(calls)
-
-    assert count() == 11
-    assert count() == 0
-    assert count(pair_weight="prompt") == 11
-    assert count(use_margin=True) == 11
-    assert count([*rows[:4], ranking("q", "x", "y", "z", scores=[4, 2, 1])], use_margin=True) == 11
-    assert count([pair("question 0", "fox ", source="hh"), *rows[1:]]) == 11
-    assert count([pair("question 0", "dog", "fox "), *rows[1:]]) == 11
-    assert count(max_length=100) == 11
-    assert count(use_margin=True) == 0
-    tiny_tokenizer.chat_template = "{{ '' }}" + tiny_tokenizer.chat_template
-    assert count() == 11
-
-
-def test_several_processes_give_the_same_rows(tiny_tokenizer, tmp_path):
-    one = ready(tiny_tokenizer, cache_dir=tmp_path / "1")
-    two = ready(tiny_tokenizer, cache_dir=tmp_path / "2", num_proc=2, num_workers=1)
-    assert trees(one.train_dataloader()) == trees(two.train_dataloader())
 
 
 # ------------------------------------------------------------------------------------------------------------ loaders
@@ -392,15 +287,6 @@ def test_every_row_is_seen_once_an_epoch_over_ranks_and_micro_batches(batch_size
         assert sum(weights) == pytest.approx(31)
         orders.append(seen)
     assert orders[0] != orders[1]
-
-
-def test_the_bundled_rows_load(tiny_tokenizer):
-    data = ready(tiny_tokenizer, max_length=4096, source="bundled")
-    found = [*trees(data.train_dataloader()).values(), *trees(data.val_dataloader()).values()]
-    assert len(found) >= 100 and all(tree.pairs for tree in found)
-    assert {name for names in data.origins["train"] for name in names} >= {"zh", "en"}
-    prompts = data.sample_prompts(3)
-    assert len(prompts) == 3 and all(prompt[-1]["role"] == "user" for prompt in prompts)
 
 
 def test_answers_that_the_template_makes_alike_are_no_pair(tiny_tokenizer):

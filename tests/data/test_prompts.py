@@ -165,44 +165,6 @@ def test_columns_keep_json_values_exactly(tiny_tokenizer):
 
 # ------------------------------------------------------------------------------------------------------------ bad rows
 
-BAD = {
-    "malformed": ('{"prompt": [', "JSON"),
-    "no format": ({"article": "a"}, "no known prompt format"),
-    "empty": ({"prompt": " "}, "empty"),
-    "wrong type": ({"prompt": 3}, "'prompt' is a int"),
-    "half a character": ({"prompt": "a\ud800"}, "surrogate"),
-    "no user turn": ({"messages": [system("s"), assistant("a")]}, "user"),
-    "roles out of order": ({"messages": [user("a"), user("b")]}, "same role"),
-    "two system prompts": ({"messages": [system("s"), user("b")], "system": "t"}, "differ"),
-    "too long": ({"prompt": "fox " * 300}, "max_length=200"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_rows_name_file_line_and_reason(name, tiny_tokenizer, tmp_path):
-    line, reason = BAD[name]
-    path = tmp_path / "rows.jsonl"
-    lines = [{"prompt": "a"}, "", line]
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n", encoding="utf-8")
-    with pytest.raises(BadRowError, match=rf"rows\.jsonl:3.*{reason}"):
-        ready(tiny_tokenizer, str(path))
-
-
-def test_skipped_rows_are_counted_and_where_still_names_lines(tiny_tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    lines = [*(line for line, _ in BAD.values()), {"prompt": "first"}, BAD["too long"][0], {"prompt": "second"}]
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n", encoding="utf-8")
-    with pytest.warns(UserWarning, match="skipped") as seen:
-        data = ready(tiny_tokenizer, str(path), on_bad_row="skip")
-    messages = [str(w.message) for w in seen if "skipped" in str(w.message)]
-    assert len(messages) == 2 and "8 of 12" in messages[0] and "2 of 4" in messages[1]
-    (batch,) = data.train_dataloader()
-    places = {m[0]["content"]: data.where("train", row) for m, row in zip(batch.messages, batch.rows, strict=True)}
-    assert {text: place[-13:] for text, place in places.items()} == {
-        "first": "rows.jsonl:10",
-        "second": "rows.jsonl:12",
-    }
-
 
 @pytest.mark.parametrize(
     ("row", "reason"),
@@ -227,18 +189,11 @@ def test_a_named_format_and_its_lacking_column(tiny_tokenizer):
         ready(tiny_tokenizer, [row], format="alpacca")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(val_fraction=1.0),
-        dict(batch_size=0),
-        dict(eval_batch_size=0),
-        dict(as_text=True, system="s"),
-    ],
-)
-def test_impossible_settings_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        PromptDataModule(ROWS, **options)
+def test_a_plain_text_has_no_system_prompt():
+    with pytest.raises(ValueError, match="as_text makes prompts plain texts"):
+        PromptDataModule(ROWS, as_text=True, system="s")
+    with pytest.raises(ValueError, match=r"ptx is a list\. Give Ptx\(source, batch_size=\.\.\., max_length=\.\.\.\)"):
+        PromptDataModule(ROWS, ptx=TEXTS)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "max_length"])
@@ -344,27 +299,6 @@ def test_the_bundled_prompts_are_first_user_turns(tiny_tokenizer):
     assert {lang for batch in batches for lang in batch.columns["lang"]} == {"zh", "en"}
     texts = ready(tiny_tokenizer, "bundled", max_length=4096, as_text=True).train_dataloader()
     assert {m[-1]["content"] for m in messages} == {text for batch in texts for text in batch.messages}
-
-
-def test_tokenised_once_and_again_when_anything_changes(tiny_tokenizer, tmp_path, monkeypatch):
-    import lightning_rlhf.data.prompts as home
-
-    calls = []
-    real = home.encode_prompt
-    monkeypatch.setattr(home, "encode_prompt", lambda *a: calls.append(1) or real(*a))
-
-    def count(rows=ROWS, **options):
-        calls.clear()
-        ready(tiny_tokenizer, rows, cache_dir=tmp_path, **options)
-        return len(calls)
-
-    assert count() == 23
-    assert count() == 0
-    assert count([*ROWS[:-1], {**ROWS[-1], "number": 5}]) == 23
-    assert count(as_text=True) == 23
-    assert count(max_length=100) == 23
-    tiny_tokenizer.chat_template = "{{ '' }}" + tiny_tokenizer.chat_template
-    assert count() == 23
 
 
 # ----------------------------------------------------------------------------------------------------------------- ptx
