@@ -1,4 +1,8 @@
-"""Former names of arguments, each with its place of today: commands and configs refuse them with it."""
+"""Former names of arguments and their present places, by which Python, commands and configs refuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 #: What every stage takes.
 COMMON = {
@@ -49,3 +53,19 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "PromptDataModule": {"ptx_batch_size": "ptx.batch_size", "ptx_max_length": "ptx.max_length"},
 }
+#: Classes of the groups, by the arguments that take them.
+GROUPS = {"gae": "GAE", "kl": "KL"}
+
+
+def refuse_moved(kind: type, given: Iterable[str]) -> None:
+    """Refuses former names of the arguments of a class, or of one that it extends.
+
+    Raises:
+        TypeError: It says what to write instead.
+    """
+    tables = [MOVED[base.__name__] for base in kind.__mro__ if base.__name__ in MOVED]
+    for name in given:
+        if place := next((table[name] for table in tables if name in table), None):
+            group, _, field = place.partition(".")
+            how = f"{group}={GROUPS.get(group, group.capitalize())}({field}=...)" if field else f"{group}=..."
+            raise TypeError(f"{kind.__name__}: {name} is {place} now. Write {how}; see docs/moving.md.")

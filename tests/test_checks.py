@@ -150,3 +150,15 @@ def test_former_names_are_not_arguments_and_their_places_are():
             assert name not in parameters and group in parameters, name
             if field:
                 assert field in inspect.signature(classes[parameters[group].annotation]).parameters, place
+
+
+def test_former_names_are_refused_in_python_with_what_to_write():
+    with pytest.raises(TypeError, match=r"PPOModule: kl_coef is kl\.coef now\. Write kl=KL\(coef=\.\.\.\)"):
+        PPOModule("nowhere", score, kl_coef=0.1)
+    with pytest.raises(TypeError, match=r"Write load=Load\(quantization=\.\.\.\)"):
+        SFTModule("nowhere", quantization="nf4")
+    with pytest.raises(TypeError, match=r"Write centering_coef=\.\.\."):
+        RewardModule("nowhere", center=0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+        SFTModule("nowhere", nothing=1)
+    assert list(inspect.signature(PPOModule).parameters)[:3] == ["pretrained", "reward", "critic"]

@@ -37,6 +37,7 @@ from lightning_rlhf.models import Load, LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import is_quantized_layer, require_bitsandbytes
+from lightning_rlhf.moved import refuse_moved
 from lightning_rlhf.quiet import quiet_libraries
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
@@ -88,6 +89,11 @@ class Stage(L.LightningModule):
     skipped: int = 0
     #: The kind of data that it works on; None: whatever a stage of one's own takes.
     works_on: ClassVar[Kind | None] = None
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        """Refuses former names of arguments with their present place."""
+        refuse_moved(cls, given)
+        return super().__new__(cls)
 
     def __init__(
         self,
