@@ -19,6 +19,7 @@ from lightning_rlhf import LoRA, PromptDataModule, Rollout, Sampling, Updates
 from lightning_rlhf.data import pad
 from lightning_rlhf.models import RewardModel, load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -100,6 +101,8 @@ NAMED = [n for head, row in tables("moving.md") if head[1] == "here" for n in re
 
 def test_tables_for_moving_over_name_much():
     assert len(set(NAMED)) > 100
+    text = (DOCS / "moving.md").read_text(encoding="utf-8")
+    assert [old for moved in MOVED.values() for old in moved if f"`{old}`" not in text] == []
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMED)))
