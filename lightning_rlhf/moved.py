@@ -13,6 +13,8 @@ COMMON = {
     "trust_remote_code": "load.trust_remote_code",
     "max_dropped": "max_skipped",
 }
+#: Arguments of every data module.
+DATA = {"streaming": "streaming_window", "window_rows": "streaming_window"}
 MOVED: dict[str, dict[str, str]] = {
     "SFTModule": COMMON,
     "RewardModule": {**COMMON, "center": "centering_coef"},
@@ -51,7 +53,9 @@ MOVED: dict[str, dict[str, str]] = {
         "target_kl": "updates.target_kl",
         "reuse_passes": "updates.reuse_forward",
     },
-    "PromptDataModule": {"ptx_batch_size": "ptx.batch_size", "ptx_max_length": "ptx.max_length"},
+    "InstructionDataModule": DATA,
+    "PreferenceDataModule": DATA,
+    "PromptDataModule": {**DATA, "ptx_batch_size": "ptx.batch_size", "ptx_max_length": "ptx.max_length"},
 }
 #: Classes of the groups, by the arguments that take them.
 GROUPS = {"gae": "GAE", "kl": "KL"}

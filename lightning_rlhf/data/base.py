@@ -193,10 +193,10 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
         """What tokenizes a row: a function of a module, and its further arguments, which the cache's key includes.
 
-        The function is called with the value of :meth:`dump`, the tokenizer and those arguments. It returns the columns
-        that ``tree`` reads, ``kind`` and ``reason`` (both empty for a good row), and ``cut`` (whether the row was
-        shortened). It may return ``unread`` (keys that it did not use) and ``extra_stops`` (whether it left out a stop
-        token that an answer ended with).
+        The function is called with the value of :meth:`dump`, the tokenizer and those arguments, and raises
+        ``TokenizeError`` for a bad row. It returns the columns that ``tree`` reads, and may return ``cut`` (whether the
+        row was shortened), ``unread`` (keys that it did not use) and ``extra_stops`` (whether it left out a stop token
+        that an answer ended with).
         """
 
     @abstractmethod

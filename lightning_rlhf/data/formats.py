@@ -524,14 +524,6 @@ def read_turn(turn: object, what: str) -> Message:
     return message
 
 
-def _from_messages(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(read_turns(row, "messages"))
-
-
-def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(read_turns(row, "conversations"))
-
-
 def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
     """Earlier exchanges; the instruction, with its input or context after a blank line; the output."""
     wanted = "a list of [instruction, output] pairs"
@@ -567,10 +559,6 @@ def _side(row: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]
     return (Message(role=role, content=read_text(row[column], f"the column {column!r}")),)
 
 
-def _from_text(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(text=read_text(row["text"], "the column 'text'"))
-
-
 def _says_from(row: Mapping[str, Any]) -> bool:
     return any("from" in turn for turn in _turns_in(row.get("messages")))
 
@@ -578,10 +566,10 @@ def _says_from(row: Mapping[str, Any]) -> bool:
 #: The known formats of conversations and texts.
 FORMATS: FormatTable[Conversation] = FormatTable(
     "format",
-    Format("colossalchat", ("messages",), _from_messages, also=_says_from),
-    Format("messages", ("messages",), _from_messages),
-    Format("sharegpt", ("conversations",), _from_sharegpt),
+    Format("colossalchat", ("messages",), lambda row: Conversation(read_turns(row, "messages")), also=_says_from),
+    Format("messages", ("messages",), lambda row: Conversation(read_turns(row, "messages"))),
+    Format("sharegpt", ("conversations",), lambda row: Conversation(read_turns(row, "conversations"))),
     Format("alpaca", ("instruction", ("output", "response")), _from_alpaca, further=("input", "context", "history")),
     Format("prompt_completion", ("prompt", "completion"), _from_prompt_completion, user_first=False),
-    Format("text", ("text",), _from_text),
+    Format("text", ("text",), lambda row: Conversation(text=read_text(row["text"], "the column 'text'"))),
 )

@@ -102,34 +102,25 @@ def encode_instruction(
     cut: bool,
     stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """One row's tokens, or the reason that it has none; runs in worker processes."""
+    """One row's tokens; runs in worker processes."""
     messages, text, options = row
     conversation = Conversation(None if messages is None else tuple(messages), text, options)
-    empty: dict[str, Any] = {"input_ids": [], "scored": [], "cut": False}
-    try:
-        tokens = encode(tokenizer, conversation, loss_on, stop_ids)
-        if tokens.extra_stops:
-            check_answers(tokenizer, conversation.messages or (), stop_ids)
-    except TokenizeError as error:
-        return {**empty, "kind": error.kind, "reason": str(error)}
+    tokens = encode(tokenizer, conversation, loss_on, stop_ids)
+    if tokens.extra_stops:
+        check_answers(tokenizer, conversation.messages or (), stop_ids)
     length = len(tokens.input_ids)
-    if length > limit:
-        if not cut:
-            reason = f"{length} tokens are over max_length={limit}; raise it, shorten the row, or set truncate: true"
-            return {**empty, "kind": "too long", "reason": reason}
-        shortened = truncate(tokens, limit)
-        if shortened is None:
-            return {**empty, "kind": "nothing to learn", "reason": f"no scored token within max_length={limit}"}
-        tokens = shortened
-    if not any(tokens.scored):
-        return {**empty, "kind": "nothing to learn", "reason": "the loss reads none of its tokens"}
+    if length > limit and not cut:
+        reason = f"{length} tokens are over max_length={limit}; raise it, shorten the row, or set truncate: true"
+        raise TokenizeError("too long", reason)
+    kept = truncate(tokens, limit)
+    if kept is None:
+        raise TokenizeError("nothing to learn", f"no scored token within max_length={limit}")
+    if not any(kept.scored):
+        raise TokenizeError("nothing to learn", "the loss reads none of its tokens")
     return {
-        **empty,
-        "input_ids": tokens.input_ids,
-        "scored": tokens.scored,
-        "kind": "",
-        "reason": "",
+        "input_ids": kept.input_ids,
+        "scored": kept.scored,
         "cut": length > limit,
-        "unread": tokens.unread,
-        "extra_stops": tokens.extra_stops,
+        "unread": kept.unread,
+        "extra_stops": kept.extra_stops,
     }

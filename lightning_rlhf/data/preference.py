@@ -148,56 +148,41 @@ def _is_preference(row: Mapping[str, Any]) -> bool:
 def encode_preference(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, stop_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """One row's tokens, or the reason that it has none; runs in worker processes.
+    """One row's tokens; runs in worker processes.
 
     An answer ends with its stop token, as a sampled completion does. What a template writes behind it (ChatML: a line
     break) is left out, since the reward is read at the last token.
     """
-    pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
-    empty: dict[str, Any] = {"prompt": [], "answers": [], "scored": [], "cut": False, **pairs}
     messages: list[Message] = row["prompt"]
+    answers, scored = [], []
     unread: dict[str, None] = {}
     extra_stops = False
-    try:
-        prompt = encode_prompt(tokenizer, messages, row["options"], stop_ids)
-        answers, scored = [], []
-        for answer in row["answers"]:
-            # turns of the prompt are not scored: a template may write them differently than when they were the last
-            loss_on: LossOn = "last" if len(answer) == 1 else "assistant"
-            conversation = Conversation((*messages, *answer), options=row["options"])
-            tokens = encode(tokenizer, conversation, loss_on, stop_ids)
-            unread.update(dict.fromkeys(tokens.unread))
-            if tokens.extra_stops:
-                check_answers(tokenizer, (*messages, *answer), stop_ids)
-                extra_stops = True
-            end = max(i for i, read in enumerate(tokens.scored) if read) + 1
-            if tokens.input_ids[: len(prompt)] != prompt:
-                reason = (
-                    "the chat template writes the prompt differently once an answer follows, so answers can't share it"
-                )
-                return {**empty, "kind": "prompt changes", "reason": reason}
-            answers.append(tokens.input_ids[len(prompt) : end])
-            scored.append(tokens.scored[len(prompt) : end])
-    except TokenizeError as error:
-        return {**empty, "kind": error.kind, "reason": str(error).replace(LAST_ALONE, "")}
+    prompt = encode_prompt(tokenizer, messages, row["options"], stop_ids)
+    for answer in row["answers"]:
+        # turns of the prompt are not scored: a template may write them differently than when they were the last
+        loss_on: LossOn = "last" if len(answer) == 1 else "assistant"
+        try:
+            tokens = encode(tokenizer, Conversation((*messages, *answer), options=row["options"]), loss_on, stop_ids)
+        except TokenizeError as error:
+            raise TokenizeError(error.kind, error.reason.replace(LAST_ALONE, "")) from error
+        unread.update(dict.fromkeys(tokens.unread))
+        if tokens.extra_stops:
+            check_answers(tokenizer, (*messages, *answer), stop_ids)
+            extra_stops = True
+        end = max(i for i, read in enumerate(tokens.scored) if read) + 1
+        if tokens.input_ids[: len(prompt)] != prompt:
+            reason = "the chat template writes the prompt differently once an answer follows"
+            raise TokenizeError("prompt changes", f"{reason}, so answers can't share it")
+        answers.append(tokens.input_ids[len(prompt) : end])
+        scored.append(tokens.scored[len(prompt) : end])
     for better, worse in zip(row["better"], row["worse"], strict=True):
         if answers[better] == answers[worse]:
-            reason = (
-                "two answers of a pair have the same tokens: they differ only in what the chat template trims, or in "
-            )
-            reason += "a stop token. Remove one of them, or the row"
-            return {**empty, "kind": "no difference", "reason": reason}
+            reason = "two answers of a pair have the same tokens: they differ only in what the chat template trims"
+            raise TokenizeError("no difference", f"{reason}, or in a stop token. Remove one of them, or the row")
     longest = len(prompt) + max(map(len, answers))
     if longest > limit:
         reason = f"{longest} tokens are over max_length={limit}; raise it, or shorten the row"
-        return {**empty, "kind": "too long", "reason": reason}
-    return {
-        **empty,
-        "prompt": prompt,
-        "answers": answers,
-        "scored": scored,
-        "kind": "",
-        "reason": "",
-        "unread": list(unread),
-        "extra_stops": extra_stops,
-    }
+        raise TokenizeError("too long", reason)
+    pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
+    tokens_of = {"prompt": prompt, "answers": answers, "scored": scored}
+    return {**tokens_of, **pairs, "unread": list(unread), "extra_stops": extra_stops}

@@ -314,30 +314,16 @@ def _chosen_rejected(
     ]
 
 
-def _from_pair(row: Mapping[str, Any]) -> list[Candidate]:
-    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), read_prompt(row))
+def _answer(value: object, what: str) -> tuple[Message, ...]:
+    return _messages(value, what, "assistant")
 
 
-def _from_colossalchat(row: Mapping[str, Any]) -> list[Candidate]:
-    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), _prompt_in(row, "context"))
-
-
-def _from_sharegpt(row: Mapping[str, Any]) -> list[Candidate]:
-    prompt = _prompt_in(row, "conversations")
-    return _chosen_rejected(row, lambda value, what: _messages(value, what, "assistant"), prompt)
+def _transcript_or_answer(value: object, what: str) -> tuple[Message, ...]:
+    return _transcript(read_text(value, what), what) if isinstance(value, str) else _answer(value, what)
 
 
 def _prompt_in(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
     return _messages(read_list(row, column, "a list of {role: ..., content: ...}"), repr(column), "user")
-
-
-def _from_transcripts(row: Mapping[str, Any]) -> list[Candidate]:
-    def read(value: object, what: str) -> tuple[Message, ...]:
-        return (
-            _transcript(read_text(value, what), what) if isinstance(value, str) else _messages(value, what, "assistant")
-        )
-
-    return _chosen_rejected(row, read)
 
 
 def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
@@ -363,7 +349,7 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
     candidates = []
     for i, answer in enumerate(answers):
         name = f"answer {i + 1} of {column!r}"
-        messages = _after(prompt, _messages(answer, name, "assistant"))
+        messages = _after(prompt, _answer(answer, name))
         candidates.append(Candidate(name, messages, ranks[i], scores[i] if scores else None))
     return candidates
 
@@ -377,10 +363,19 @@ _PAIR_SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejecte
 #: The known formats of preferences.
 PREFERENCE_FORMATS: FormatTable[list[Candidate]] = FormatTable(
     "preference format",
-    Format("pair", ("prompt", "chosen", "rejected"), _from_pair, _PAIR_SCORES),
-    Format("colossalchat", ("context", "chosen", "rejected"), _from_colossalchat, _PAIR_SCORES),
-    Format("sharegpt_preference", ("conversations", "chosen", "rejected"), _from_sharegpt, _PAIR_SCORES),
-    Format("transcripts", ("chosen", "rejected"), _from_transcripts, _PAIR_SCORES),
+    *(
+        Format(name, (*columns, "chosen", "rejected"), convert, _PAIR_SCORES)
+        for name, columns, convert in (
+            ("pair", ("prompt",), lambda row: _chosen_rejected(row, _answer, read_prompt(row))),
+            ("colossalchat", ("context",), lambda row: _chosen_rejected(row, _answer, _prompt_in(row, "context"))),
+            (
+                "sharegpt_preference",
+                ("conversations",),
+                lambda row: _chosen_rejected(row, _answer, _prompt_in(row, "conversations")),
+            ),
+            ("transcripts", (), lambda row: _chosen_rejected(row, _transcript_or_answer)),
+        )
+    ),
     Format("ranking", ("prompt", _ANSWERS), _from_ranking, ("ranks", "rank", "scores")),
     Format("unpaired", ("prompt", ("completion", "response"), "label"), _from_unpaired),
 )

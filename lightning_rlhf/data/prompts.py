@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +19,7 @@ from lightning_rlhf.data.formats import Conversation, Message
 from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.oasst import prompt_rows
 from lightning_rlhf.data.packed import Size, StepTotals
-from lightning_rlhf.data.planner import Bin, PlannedLoader, Planner
+from lightning_rlhf.data.planner import Bin, PlannedLoader
 from lightning_rlhf.data.prompt_formats import Prompt, to_prompt
 from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
@@ -330,29 +330,18 @@ class PromptDataModule(TreeDataModule[Prompt]):
         return self.ptx
 
     def _loader(self, part: str, batch_size: int, micro_batches: int, shuffle: bool) -> PlannedLoader:
-        ranks, rank = self._ranks()
-        rows = self._rows[part]
+        loader = super()._loader(part, batch_size, micro_batches, shuffle)
         # Completions cost more than prompts, and each about the same: balance the number of prompts, then of tokens.
         drops = self.drop_last and part == "train"
-        planner = Planner(
-            rows.sizes,
-            batch_size,
-            micro_batches,
-            ranks,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drops,
-            sources=rows.sources,
-            window=self.streaming_window,
-            overhead=self.longest(part),
-            content=rows.content,
-        )
+        loader.planner = planner = replace(loader.planner, overhead=self.longest(part), drop_last=drops)
+        loader.pin_memory = False  # it has no tensors
+        loader.collate = partial(collate_prompts, names=self._names.get(part, ()))
         if drops and planner.num_trees < batch_size:
             raise ValueError(
                 f"drop_last leaves no batch: batch_size is {batch_size}, and there are {planner.num_trees} prompts. "
                 "Lower batch_size."
             )
-        return PlannedLoader(rows, planner, rank, collate=partial(collate_prompts, names=self._names.get(part, ())))
+        return loader
 
 
 def _opening(row: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
@@ -366,25 +355,12 @@ def _opening(row: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
 def encode_prompt_row(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, given: bool
 ) -> dict[str, Any]:
-    """One row's tokens, or the reason that it has none; runs in worker processes."""
-    out: dict[str, Any] = {
-        "prompt": [],
-        "messages": json.dumps(row["prompt"]),
-        "further": row["further"],
-        "kind": "",
-        "reason": "",
-        "cut": False,
-    }
-    try:
-        ids = encode_prompt(tokenizer, row["prompt"])
-    except TokenizeError as error:
-        return {**out, "kind": error.kind, "reason": str(error)}
+    """One row's tokens; runs in worker processes."""
+    ids = encode_prompt(tokenizer, row["prompt"])
     if len(ids) > limit:
-        bound = (
-            f"max_length={limit}; raise it"
-            if given
-            else f"the {limit} that the model has room for; lower max_new_tokens"
-        )
+        bound = f"max_length={limit}; raise it"
+        if not given:
+            bound = f"the {limit} that the model has room for; lower max_new_tokens"
         reason = f"the prompt's {len(ids)} tokens are over {bound}, or shorten the row"
-        return {**out, "kind": "too long", "reason": reason}
-    return {**out, "prompt": ids}
+        raise TokenizeError("too long", reason)
+    return {"prompt": ids, "messages": json.dumps(row["prompt"]), "further": row["further"]}

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -599,10 +600,6 @@ def read_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
         return None
 
 
-def _read_tsv(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    return _read_csv(path, bad, delimiter="\t")
-
-
 def _check_columns(path: str, columns: Sequence[str]) -> None:
     twice = [name for name, n in Counter(columns).items() if n > 1]
     if twice:
@@ -670,7 +667,7 @@ _READERS: dict[str, Callable[[str, BadRows], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.errors import DataError
+from lightning_rlhf.data.formats import UnfitRowError
 from lightning_rlhf.data.packed import Size
 from lightning_rlhf.data.sources import BadRows, OnBadRow
 
@@ -128,7 +129,7 @@ class RowEncoder:
     """Tokenizes records; it travels to worker processes, so its functions are those of a module.
 
     Attributes:
-        encode: Makes a row's columns from the JSON value of its text.
+        encode: Makes a row's columns from the JSON value of its text; raises ``UnfitRowError`` for a bad row.
         columns: Names and types of those that are stored: a type, or a list of one.
         tree: Makes a row's tree, which has a ``size``.
         facts: What to note about a row, once for all rows that share it.
@@ -148,11 +149,12 @@ class RowEncoder:
         unread: Counter[str] = Counter()
         content = hashlib.sha256()
         for where, text, keys in records:
-            row = self.encode(json.loads(text))
-            if row["kind"]:
-                refused.append((where, row["kind"], row["reason"]))
+            try:
+                row = self.encode(json.loads(text))
+            except UnfitRowError as error:
+                refused.append((where, error.kind, error.reason))
             else:
-                good.append({**row, "where": where})
+                good.append({"cut": False, **row, "where": where})
                 unread.update({*json.loads(keys), *row.get("unread", ())})
                 content.update(text.encode() + b"\0")
         return _Encoded(

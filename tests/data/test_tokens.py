@@ -543,8 +543,9 @@ def test_a_text_that_brings_its_stop_token_is_learnt_with_one(tiny_tokenizer, te
         assert encode_prompt(tiny_tokenizer, history) == want.input_ids[: len(encode_prompt(tiny_tokenizer, history))]
     alone = chat([("user", "Hi"), ("assistant", "<|im_end|>\n")])  # as a reward model may be given one, and no row may
     assert runs(tiny_tokenizer, encode(tiny_tokenizer, alone)) == ["<|im_end|>"]
-    row = encode_instruction([alone.messages, None, {}], tiny_tokenizer, "assistant", 100, False)
-    assert row["kind"] == "empty turn" and "turn 2 (assistant) is only a stop token" in row["reason"]
+    with pytest.raises(TokenizeError, match=r"turn 2 \(assistant\) is only a stop token") as caught:
+        encode_instruction([alone.messages, None, {}], tiny_tokenizer, "assistant", 100, False)
+    assert caught.value.kind == "empty turn"
 
 
 def test_a_generation_prompt_that_opens_a_block_is_named(tiny_tokenizer):
