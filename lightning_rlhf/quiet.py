@@ -1,4 +1,4 @@
-"""What runs leave unsaid: advertisements and warnings of libraries to their own developers."""
+"""Hides advertisements of libraries, and warnings that only concern their developers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-#: Beginnings of lines that Lightning and bitsandbytes log, by logger.
+#: Beginnings of log lines to hide, by logger.
 _LOGGED: dict[str, tuple[str, ...]] = {
     "lightning.pytorch.utilities.rank_zero": ("💡 Tip:", "TPU available: False"),
     "lightning.fabric.utilities.rank_zero": ("💡 Tip:",),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward from kernels-community",),
 }
-#: Beginnings of warnings (as regular expressions) that nobody who runs a stage can act upon, or need.
+#: Beginnings (regular expressions) of warnings that do not help somebody who runs a stage.
 _WARNED = (
-    r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # metrics.csv serves
-    r"`is_gradient_checkpointing` is deprecated",  # peft's call of transformers
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's call of torch
+    r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # metrics.csv replaces it
+    r"`is_gradient_checkpointing` is deprecated",  # peft calls it
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning calls it
     r"The '\w+' does not have many workers",  # packing is cheap
     r"The dirpath has changed from",  # a resumed run logs to a new version_N
     r"`torch\.jit\.script_method` is deprecated",
 )
-#: What a config decides already.
+#: Beginnings of warnings about settings that a config has made deliberately.
 _WARNED_COMMANDS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     r"`max_epochs` was not set\. Setting it to 1000 epochs",
@@ -33,10 +33,10 @@ _HOME = str(Path(__file__).parent)
 
 
 def quiet() -> None:
-    """Has this process say what concerns the user of a command alone; to be called before torch is loaded.
+    """Hides messages that do not concern the user of a command. Call it before torch is loaded.
 
-    Progress bars of downloads and of loading are for terminals. OpenMP's threads wait without spinning, so that a
-    machine can do other work beside this. Whoever set the environment variables otherwise is obeyed.
+    Progress bars of downloads and of loading are only shown in terminals. OpenMP's threads wait without spinning, so
+    that the machine can do other work. Environment variables that the user has set are not changed.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
@@ -48,9 +48,9 @@ def quiet() -> None:
 
 
 def quiet_libraries() -> None:
-    """Leaves out the lines of libraries that no user can act upon; our own warnings come without a source line.
+    """Hides messages of libraries that do not help users, and shows our own warnings without a source line.
 
-    A stage calls it when it is made. Warnings stay as they are where the user chose what is shown (``python -W``).
+    A stage calls it when it is made. Warnings are not filtered if the user has chosen filters (``python -W``).
     """
     for name in _LOGGED:
         logging.getLogger(name).addFilter(_concerns_users)  # the same function is added once
@@ -62,7 +62,7 @@ def quiet_libraries() -> None:
 
 
 def _without_source(former: Callable[..., str]) -> Callable[..., str]:
-    """Formats our warnings for users, whom a path and a line of our source tell nothing, and others as before."""
+    """Formats our warnings without path and line of their source, and other warnings as before."""
 
     def without_source(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None

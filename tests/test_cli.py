@@ -140,10 +140,10 @@ def test_python_dash_m(tmp_path):
 @pytest.mark.parametrize(
     "setting, words",
     [
-        (["--model.pretrained", "runs/none"], "runs/none is no directory here ("),
+        (["--model.pretrained", "runs/none"], "runs/none is not a directory in "),
         (
             ["--model.pretrained", "runs/sft"],
-            "runs/sft holds no model: there is no config.json in it; perhaps runs/sft/hf/best is meant.",
+            "runs/sft is not a model: it has no config.json; did you mean runs/sft/hf/best?",
         ),
         (["--model.z_loss", "-1"], "Neither may be negative: z_loss=-1.0"),
         (["--data.batch_size", "0"], "batch_size must be at least 1, got 0."),

@@ -1,4 +1,4 @@
-"""Hugging Face directories of the best and the last weights."""
+"""Exports the best and the last weights as Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from lightning_rlhf.utils.filesystem import check_replaceable
 class HFExport(L.Callback):
     """Writes directories that ``from_pretrained`` loads: ``best`` whenever a metric improves, ``last`` at the end.
 
-    The module says what is exported: ``model_to_export.model`` and ``tokenizer``; beside an
-    :class:`~lightning_rlhf.callbacks.EMA` its averaged weights. Sharded weights (FSDP) are gathered by
-    all ranks and written by one. Under ``fast_dev_run`` nothing is written, so that a finished run's exports stay.
-    Values that are not finite are an error that names the tensor, and leave the former export in place.
+    The module's ``model_to_export.model`` and ``tokenizer`` are exported, with an
+    :class:`~lightning_rlhf.callbacks.EMA` its averaged weights. Sharded weights (FSDP) are gathered by all ranks and
+    written by one. With ``fast_dev_run`` nothing is written, so that exports of a finished run stay. A weight that is
+    not finite raises an error that names it, and the former export stays.
 
     Args:
-        dirpath: Parent of both; default ``hf`` under the Trainer's ``default_root_dir``.
-        when: ``best``, ``end`` or ``both``; ``best`` needs ``monitor``.
-        monitor: Metric that decides what is best, such as ``val/loss``. Where it differs by rank, the mean
-            decides, of those that have it.
-        mode: Whether less or more of it is better.
-        adapter_only: Save adapters alone rather than merged weights.
-        max_shard_size: Most bytes of a weights file.
+        dirpath: Parent directory of both. Default: ``hf`` under the Trainer's ``default_root_dir``.
+        when: ``best``, ``end`` or ``both``. ``best`` needs ``monitor``.
+        monitor: Metric that decides what is best, such as ``val/loss``. If ranks have different values, their mean
+            decides.
+        mode: ``min`` if a smaller value of the metric is better, ``max`` if a larger value is better.
+        adapter_only: Save only adapters instead of merged weights.
+        max_shard_size: Largest size of a weights file. A smaller value gives more files.
 
     Raises:
         ValueError: ``when: best`` without ``monitor``.
@@ -61,58 +61,58 @@ class HFExport(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells several exports of one run apart."""
+        """Distinguishes several exports of one run."""
         return self._generate_state_key(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, so that a resumed run does not replace a better export."""
+        """Returns the best value so far, so that a resumed run does not replace a better export."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Restores the best value."""
         self.best = state_dict["best"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what would fail at the first export, when the compute is spent.
+        """Checks before training that exports will be possible.
 
         Raises:
-            FileExistsError: Something else is where the export goes.
+            FileExistsError: The path of an export is taken by something else.
             ValueError: The strategy does not gather whole weights.
         """
         if stage != TrainerFn.FITTING:
             return
         strategy: Any = trainer.strategy
-        # no public attribute tells FSDP's kind of checkpoint
+        # FSDP's type of checkpoint has no public attribute
         in_shards = getattr(strategy, "_state_dict_type", "full") != "full" or getattr(strategy, "zero_stage_3", False)
         if in_shards or isinstance(strategy, ModelParallelStrategy):
             raise ValueError(
-                f"HFExport: {type(strategy).__name__} as it is set keeps weights in shards. Use FSDPStrategy with "
-                "state_dict_type: full, or leave HFExport out."
+                f"HFExport: {type(strategy).__name__} keeps weights in shards with its settings. Use FSDPStrategy with "
+                "state_dict_type: full, or remove HFExport."
             )
         for name in [*(["best"] if self._watches else []), *(["last"] if self.when != "best" else [])]:
             check_replaceable(self._path(trainer, name))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says what will not be written, as soon as it is known.
+        """Warns if there is no validation, so that ``best`` will not be written.
 
         Raises:
-            DataError: ``when: best``, and nothing is validated.
+            DataError: ``when`` is ``best``, but nothing is validated.
         """
         self._validated = False
         validates = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
         if validates or not self._watches:
             return
-        reason = f"HFExport: nothing is validated, so that {self.monitor} never comes and no 'best' is written"
+        reason = f"HFExport: nothing is validated, so {self.monitor} is not logged and 'best' is not written"
         if self.when == "best":
-            raise DataError(f"{reason}. Give validation data, or set when: end.")
-        rank_zero_warn(f"{reason}: 'last' alone will be, at the end.")
+            raise DataError(f"{reason}. Add validation data, or set when: end.")
+        rank_zero_warn(f"{reason}. Only 'last' is written, at the end.")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports when the metric is better than ever.
+        """Exports if the metric has improved.
 
         Raises:
-            ValueError: ``monitor`` names a metric that was not logged, or weights that are not finite.
-            RuntimeError: The rank that writes failed; it has the reason.
+            ValueError: The metric was not logged, or a weight is not finite.
+            RuntimeError: The rank that writes failed; its message has the reason.
         """
         if not self._watches or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -124,18 +124,18 @@ class HFExport(L.Callback):
             raise ValueError(f"HFExport: monitor={self.monitor!r} was not logged. Logged: {known}.")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        value = sum(found) / len(found)  # all ranks must come to the same decision
+        value = sum(found) / len(found)  # all ranks must make the same decision
         best = self.best if self.best is not None else float("inf" if self.mode == "min" else "-inf")
         if value < best if self.mode == "min" else value > best:  # never a NaN
             self.best = value
             self._export(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports the last weights and says where they are.
+        """Exports the last weights and prints their directory.
 
         Raises:
-            ValueError: Weights that are not finite.
-            RuntimeError: The rank that writes failed; it has the reason.
+            ValueError: A weight is not finite.
+            RuntimeError: The rank that writes failed; its message has the reason.
         """
         if self.when != "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._export(trainer, pl_module, "last")
@@ -164,7 +164,7 @@ class HFExport(L.Callback):
             weights = whole_state_dict(trainer.strategy)
             try:
                 self._write(trainer, pl_module, name, weights)
-            except Exception as problem:  # the other ranks must hear of it, or they would wait for ever
+            except Exception as problem:  # the other ranks must know, or they would wait forever
                 error = problem
         failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
@@ -189,7 +189,7 @@ class HFExport(L.Callback):
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model without FSDP's wrappers around its layers, over the same tensors."""
+    """Returns the model without FSDP's wrappers around its layers, with the same tensors."""
     wrappers = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     if not wrappers:
         return model

@@ -1,4 +1,4 @@
-"""A transformers model that runs packed batches: which layouts it can take, and its hidden states."""
+"""Runs transformers models on packed batches: chooses a layout and computes hidden states."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LayoutChoice = Literal["auto", "tree", "padded"]
 
 
 class Hidden(NamedTuple):
-    """Hidden states of a batch, in either layout.
+    """Hidden states of a batch, in any layout.
 
     Attributes:
-        states: (M, D), M being T, or the positions of the padded rectangle.
+        states: (M, D), where M is T, or the number of positions in the padded batch.
         predictor: (N,) index into M of the position that predicts each scored token.
         last: (S,) index into M of each sequence's last token.
     """
@@ -37,22 +37,22 @@ class Hidden(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Base of the models that read packed batches; a subclass puts a head behind :meth:`hidden`.
+    """Base of the models that read packed batches. A subclass applies a head to the result of :meth:`hidden`.
 
-    The attribute ``model`` is the model as given, its attention set to ``"tree"`` unless the layout is padded. The
-    attribute ``layout`` is the layout that was chosen: ``tree``, ``inject`` (a tree, handed to the attention layers by
-    hooks, for families that drop unknown keywords), or ``padded``.
+    The attribute ``model`` is the given model; its attention is set to ``"tree"`` unless the layout is padded. The
+    attribute ``layout`` is the chosen layout: ``tree``, ``inject`` (a tree that hooks pass to the attention layers, for
+    model families that drop unknown keywords), or ``padded``.
 
     Args:
         model: A ``transformers`` decoder with any head, or a peft model around one.
-        layout: ``auto`` tries the tree layout on a small batch and takes the padded one where results differ;
-            ``tree`` raises there; ``padded`` never tries.
+        layout: ``auto`` tries the tree layout on a small batch and uses the padded layout if results differ; ``tree``
+            raises an error in this case; ``padded`` does not try.
 
     Raises:
-        ValueError: ``layout="tree"`` and the model can't take it.
+        ValueError: The model does not support ``layout="tree"``.
     """
 
-    #: ColossalAI's strategy casts what a child is called with; here token weights would lose digits.
+    #: ColossalAI's strategy would cast inputs, and token weights would lose digits.
     cast_inputs = False
 
     def __init__(self, model: nn.Module, layout: LayoutChoice = "auto") -> None:
@@ -78,11 +78,11 @@ class Backbone(nn.Module):
         return whole.base_model if whole.base_model is not whole else whole.get_decoder()
 
     def hidden(self, batch: PackedBatch) -> Hidden:
-        """Runs the model without its head; to be called inside ``forward``, where wrappers' hooks fire."""
+        """Runs the model without its head. Call it within ``forward``, where the hooks of wrappers run."""
         if self.layout == "padded":
             padded = pad(batch)
-            with self._checkpointed_as_now():
-                # right padding needs no position ids, and some families take none
+            with self._repeatable_checkpoints():
+                # right padding needs no position ids, and some families do not accept them
                 out = self._decoder(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False)
             states = out.last_hidden_state
             first = torch.arange(len(states), device=states.device) * states.shape[1]
@@ -90,14 +90,14 @@ class Backbone(nn.Module):
         inputs: dict[str, Any] = dict(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None])
         if self.layout == "tree":
             inputs["forest"] = batch.forest
-        with self._on(batch.forest), self._checkpointed_as_now():
-            # without the cache off, packed positions leak into each other in transformers 5
+        with self._on(batch.forest), self._repeatable_checkpoints():
+            # with the cache on, packed positions would affect each other in transformers 5
             out = self._decoder(**inputs, use_cache=False)
         return Hidden(out.last_hidden_state[0], batch.predictor, batch.last)
 
     @contextmanager
     def _on(self, forest: Forest) -> Iterator[None]:
-        """Within it layers run on a forest, which hooks hand over where the layout is ``inject``."""
+        """Within it, layers run on a forest. In the layout ``inject`` hooks pass it to them."""
         former, self._forest = self._forest, forest
         try:
             with tree.forest_active():
@@ -105,25 +105,25 @@ class Backbone(nn.Module):
         finally:
             self._forest = former
 
-    def _as_now(self) -> Callable[[], AbstractContextManager[None]]:
-        """What makes the context in which this forward pass runs once more, for layers that run again."""
+    def _recompute_context(self) -> Callable[[], AbstractContextManager[None]]:
+        """Returns a function that makes the context of this forward pass again, for layers that are recomputed."""
         forest = self._forest
         return nullcontext if forest is None else partial(self._on, forest)
 
     @contextmanager
-    def _checkpointed_as_now(self) -> Iterator[None]:
-        """Layers that are checkpointed within it run again in the backward pass as they run now, whatever came since.
+    def _repeatable_checkpoints(self) -> Iterator[None]:
+        """Within it, checkpointed layers are set to run in the same context again in the backward pass.
 
-        transformers takes torch's arguments for it only where checkpointing is switched on, which users may do
-        themselves, before or after. The name under which its layers keep the function is the same in all supported
-        versions; ``tests/models`` compares gradients, and fails where it is no longer read.
+        transformers only takes torch's arguments for this when checkpointing is switched on, which users may do
+        themselves. The attribute of the checkpointing function is the same in all supported versions; ``tests/models``
+        compares gradients, and fails if it is no longer read.
         """
         layers = self._checkpointing() if torch.is_grad_enabled() else []
         functions = [layer._gradient_checkpointing_func for layer in layers]
-        again = self._as_now()
+        make = self._recompute_context()
         for layer, function in zip(layers, functions, strict=True):
             layer._gradient_checkpointing_func = partial(
-                function, use_reentrant=False, context_fn=lambda: (nullcontext(), Again(again))
+                function, use_reentrant=False, context_fn=lambda: (nullcontext(), ReusableContext(make))
             )
         try:
             yield
@@ -132,21 +132,21 @@ class Backbone(nn.Module):
                 layer._gradient_checkpointing_func = function
 
     def _checkpointing(self) -> list[Any]:
-        """The modules in which transformers looks whether to checkpoint, where they say yes."""
+        """Returns the modules with gradient checkpointing."""
         return [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
     @contextmanager
     def native_attention(self, attention: str | None = None) -> Iterator[nn.Module]:
-        """The model outside packed batches, in eval mode and able to cache: for ``generate`` and rollouts.
+        """Prepares the model for ``generate`` and rollouts: without packed batches, in eval mode, with its cache.
 
         Args:
-            attention: Name of the attention function to set; None: the one that the model came with.
+            attention: Name of the attention function to set. None: the model's own.
 
         Yields:
-            The model, which is as it was afterwards.
+            The model. Its state is restored afterwards.
         """
         whole = self.transformer
-        checkpointing = self._checkpointing()  # transformers' own switch would add a hook to a peft model each time
+        checkpointing = self._checkpointing()  # transformers' switch would add a hook to a peft model each time
         with evaluating(self.model):
             tree.set_attention(whole, attention or self._own_attention)
             for module in checkpointing:
@@ -161,11 +161,11 @@ class Backbone(nn.Module):
     # ------------------------------------------------------------------------------------------------- layouts
 
     def _choose_layout(self, required: bool) -> None:
-        """Runs a small batch down each layout and takes the first that equals the padded one."""
+        """Runs a small batch in each layout and chooses the first with the same result as the padded layout."""
         batch = probe(self.transformer)
         whole = self.transformer
         reasons = []
-        # dropout would differ; layers run what they run in training
+        # without dropout, which would differ
         with evaluating(self.model), torch.no_grad():
             want = self._probed(batch)
             for layout in ("tree", "inject"):
@@ -177,29 +177,29 @@ class Backbone(nn.Module):
                     with tree.noting_windows() as windows:
                         difference = ((self._probed(batch) - want).norm() / want.norm()).item()
                     self._run_checkpointed(batch)
-                except Exception as error:  # a family may fail anywhere in its own code
+                except Exception as error:  # a model may fail anywhere in its own code
                     reasons.append(f"{layout}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 else:
-                    unseen = untried(whole, windows)
+                    unseen = reason_beyond_trial(whole, windows)
                     if difference < tolerance(whole) and unseen is None:
                         return
-                    differ = f"hidden states differ by {difference:.1e} of their size"
+                    differ = f"the relative difference of hidden states is {difference:.1e}"
                     reasons.append(f"{layout}: {unseen or differ}")
                 self._remove_hooks()
         self.layout = "padded"
         tree.set_attention(whole, self._own_attention)
-        message = f"{type(whole).__name__} can't take the tree layout ({'; '.join(reasons)})"
+        message = f"{type(whole).__name__} does not support the tree layout ({'; '.join(reasons)})"
         if required:
-            raise ValueError(f"{message}; use layout: auto or padded.")
-        log.warning("%s: batches run padded, with equal results and more compute.", message)
+            raise ValueError(f"{message}. Use layout: auto or padded.")
+        log.warning("%s: batches are padded. The results are the same, but slower.", message)
 
     def _probed(self, batch: PackedBatch) -> Tensor:
-        """All hidden states that any head reads."""
+        """Returns all hidden states that a head may read."""
         states, predictor, last = self.hidden(batch)
         return states[torch.cat([predictor, last])].float()
 
     def _run_checkpointed(self, batch: PackedBatch) -> None:
-        """Some families drop keywords only on the checkpointed path, which eval mode does not take."""
+        """Runs the batch with checkpointing, because some families drop keywords only then, and not in eval mode."""
         if is_checkpointing(self.transformer):
             with torch.random.fork_rng(), torch.enable_grad(), evaluating(self.model, False):
                 self.hidden(batch)
@@ -217,11 +217,11 @@ class Backbone(nn.Module):
         self._hooks = []
 
 
-class Again:
-    """A context that can be entered many times, one after the other.
+class ReusableContext:
+    """A context manager that can be entered several times in succession.
 
     Args:
-        make: Makes it anew.
+        make: Makes a new context for each time.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
@@ -239,11 +239,11 @@ class Again:
 
 @contextmanager
 def evaluating(module: nn.Module, on: bool = True) -> Iterator[None]:
-    """Within it a module is in evaluation mode; afterwards each part is in the mode that it was in.
+    """Within it, a module is in evaluation mode. Afterwards each submodule is in its former mode.
 
     Args:
-        module: Whose parts may differ, such as a dropout that was switched off.
-        on: False: in training mode.
+        module: The module. Its submodules may have different modes.
+        on: Use evaluation mode. False: training mode.
     """
     modes = [(part, part.training) for part in module.modules()]
     module.train(not on)
@@ -255,13 +255,13 @@ def evaluating(module: nn.Module, on: bool = True) -> Iterator[None]:
 
 
 def keep_constants(model: PreTrainedModel) -> None:
-    """Has a model run on fp32 constants, such as rotary frequencies, whoever casts it or has cast it.
+    """Keeps constants of a model, such as rotary frequencies, in fp32, even if the model is cast.
 
-    ``Module.to``, FSDP and DeepSpeed cast them with the weights. A frequency in bf16 is off by up to 0.4 %, which at
-    token 2,000 is an angle of several radians.
+    ``Module.to``, FSDP and DeepSpeed cast constants with the weights. A frequency in bf16 has an error of up to 0.4 %,
+    which is an angle of several radians at token 2,000.
 
     Args:
-        model: Each of its modules gets its constants back before it runs, where their dtype has changed.
+        model: The model. Before a module runs, it gets its constants back if their data type has changed.
     """
     for name, module in model.named_modules():
         constants = {k: b for k, b in module.named_buffers(recurse=False) if b.is_floating_point()}
@@ -269,10 +269,10 @@ def keep_constants(model: PreTrainedModel) -> None:
         constants = {k: b for k, b in constants.items() if k not in kept}
         if any(b.dtype in (torch.bfloat16, torch.float16) for b in constants.values()):
             if next(module.parameters(), None) is not None or not hasattr(module, "config"):
-                log.warning("%s is in half precision, and can't be made again: load the model anew.", name)
+                log.warning("The constants of %s are in half precision. Load the model again.", name)
                 continue
-            again: Any = type(module)(config=module.config)  # rotary embeddings follow from the config
-            constants = {k: getattr(again, k).to(b.device) for k, b in constants.items()}
+            exact: Any = type(module)(config=module.config)  # rotary embeddings only depend on the config
+            constants = {k: getattr(exact, k).to(b.device) for k, b in constants.items()}
             for k, value in constants.items():
                 setattr(module, k, value)
         if constants:
@@ -287,7 +287,7 @@ def _restore(constants: dict[str, Tensor], module: nn.Module, args: Any) -> None
 
 
 def probe(model: PreTrainedModel) -> PackedBatch:
-    """A branching tree, a pair of lone sequences and one more, of 32 tokens: enough to tell layouts apart."""
+    """Makes a small batch that shows differences of layouts: a tree with two branches and three other sequences."""
     embeddings: Any = model.get_input_embeddings()
     vocabulary: int = embeddings.weight.shape[0]
     ids = [(3 + 7 * i) % vocabulary for i in range(32)]
@@ -300,39 +300,39 @@ def probe(model: PreTrainedModel) -> PackedBatch:
     return pack(rows).to(embeddings.weight.device)
 
 
-def untried(model: PreTrainedModel, windows: Collection[int | None]) -> str | None:
-    """What a small trial can't show of a model, or None: masks that depend on a row's length.
+def reason_beyond_trial(model: PreTrainedModel, windows: Collection[int | None]) -> str | None:
+    """Returns why a model may differ on rows longer than a short trial, or None.
 
     Args:
-        model: That was tried.
-        windows: What its layers gave as their sliding windows meanwhile.
+        model: The model that was tried.
+        windows: Sliding windows that its layers passed during the trial.
     """
     config: Any = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ()
     if strange := set(kinds) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of the type {min(strange)}"
+        return f"it has layers of type {min(strange)}"
     slides = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
     window = getattr(config, "sliding_window", None) if slides else None
-    if window is not None and window not in windows:  # it may be wider than the trial
-        return f"its layers don't say that they have a window of {window} tokens"
+    if window is not None and window not in windows:  # it may be wider than the trial's rows
+        return f"its layers do not pass their window of {window} tokens to the attention function"
     return None
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """How far results may differ, by their size; half precision rounds differently in each layout."""
+    """Returns the largest relative difference to accept. Half precision rounds differently in each layout."""
     return 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.05
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Gradient checkpointing in the form that works with frozen inputs and keyword arguments."""
+    """Enables gradient checkpointing in the variant that supports frozen inputs and keyword arguments."""
     settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the other name goes away with transformers 6
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 6 removes the other name
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether :func:`enable_checkpointing` is in force; transformers 5 renamed the property."""
+    """Whether gradient checkpointing is enabled. transformers 5 renamed the property."""
     new = "is_activation_checkpointing"
     return bool(getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing"))

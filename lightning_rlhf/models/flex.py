@@ -1,11 +1,12 @@
-"""Tree attention on a GPU: one fused kernel a layer, by torch's ``flex_attention``.
+"""Tree attention on a GPU: one fused kernel per layer, with torch's ``flex_attention``.
 
-The forest becomes a block mask, made once a batch and shared by its layers: blocks of 128 by 128 tokens in which
-nobody sees anybody cost nothing, whole ones need no mask, and in the others four numbers a token say who sees whom.
+The forest becomes a block mask, which is made once per batch and shared by the layers. Blocks of 128 by 128 tokens
+without any attention cost nothing, full blocks need no mask, and in the other blocks four numbers per token determine
+the mask.
 
 The forward pass is tested on a CPU against the loop of :mod:`~lightning_rlhf.models.tree_attention`. **Neither pass
-has been run on a GPU, and the backward pass exists on no CPU.** So nothing is trusted: before a kernel serves, its
-output and gradients are compared with the loop's (:func:`agrees`), and where they differ the loop stays.
+has been run on a GPU, and there is no backward pass on a CPU.** Therefore a kernel's output and gradients are compared
+with the loop's before it is used (:func:`agrees`). If they differ, the loop is used.
 
 Shapes: T packed tokens, H query heads, K key / value heads, E head size.
 """
@@ -29,16 +30,16 @@ from lightning_rlhf.utils.compilation import uncompiled
 
 log = logging.getLogger(__name__)
 
-#: Side of a block of the mask. Rows are padded to it: other lengths are refused by older versions of torch, and give
-#: wrong gradients in some newer ones (pytorch issue 153799).
+#: Side of a block of the mask. Rows are padded to a multiple of it: older versions of torch refuse other lengths, and
+#: some newer ones give wrong gradients (pytorch issue 153799).
 BLOCK = 128
 
 
 def usable(query: Tensor) -> bool:
-    """Whether the kernel can be had: CUDA, Triton, and torch 2.7.
+    """Whether the kernel is available: it needs CUDA, Triton, and torch 2.7.
 
-    Older versions had wrong gradients (pytorch issue 146377) and trouble with rows of changing length (136196). Triton
-    has no float64.
+    Older versions had wrong gradients (pytorch issue 146377) and problems with rows of different lengths (136196).
+    Triton does not support float64.
     """
     return query.is_cuda and query.dtype != torch.float64 and _supported(query.device)
 
@@ -58,37 +59,37 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention over a packed row, in one call.
+    """Computes attention over a packed row in one call.
 
     Args:
         query: (1, H, T, E).
-        key: (1, K, T, E), K dividing H.
+        key: (1, K, T, E), where K divides H.
         value: (1, K, T, E).
-        forest: Where the trees lie.
-        scaling: Factor on the logits; default ``E ** -0.5``.
-        window: Tokens a query sees at most, itself included.
+        forest: Positions of the trees.
+        scaling: Factor on the logits. Default: ``E ** -0.5``.
+        window: Number of tokens that a query sees, itself included. None: all.
         softcap: Bound of soft-capped logits.
 
     Returns:
         (1, T, H, E).
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not know the kernel, and norms may have left fp32
+    if torch.is_autocast_enabled(device):  # autocast does not apply to the kernel, and norms may have returned fp32
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     length, size = query.shape[2], value.shape[3]
     widest = max(query.shape[3], size)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     mask = block_mask(forest, window, query.device)
     kernel = _kernel(query.is_cuda, softcap, query.shape[1], key.shape[1], query.shape[3], size, query.dtype)
-    with torch.autocast(device, enabled=False):  # its state is one more thing that torch compiles anew for
+    with torch.autocast(device, enabled=False):  # torch would compile again for each state of autocast
         out = kernel(*(_padded(t, mask.shape[-1], widest) for t in (query, key, value)), mask, scale)
     return out[:, :, :length, :size].transpose(1, 2)
 
 
 def block_mask(forest: Forest, window: int | None, device: torch.device) -> BlockMask:
-    """Who sees whom: all of the prompt and, causally, themselves, at most ``window`` tokens back.
+    """Makes the block mask: a token sees its prompt and its branch, causally, and at most ``window`` tokens.
 
-    Kept on the forest. Made a strip of blocks at a time, so that no (T, T) mask exists.
+    It is stored on the forest. It is made for one strip of blocks at a time, so that there is no (T, T) mask.
     """
     name = ("blocks", window, device)
     if name in forest.masks:
@@ -116,10 +117,10 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
 
 
 def _tokens(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
-    """(T',) each, T' the padded length: a number for a token's prompt or branch, its prompt's, and its position.
+    """Returns, for each token of the padded row, the number of its prompt or branch, of its prompt, and its position.
 
-    The padding is a sequence of its own, so that each of its tokens sees something and none is NaN. At least two
-    blocks: one alone would be compiled apart.
+    Padding is a sequence of its own, so that its tokens see something and do not become NaN. There are at least two
+    blocks, because torch would compile again for a single one.
     """
     node, prompt, position = [], [], []
     for root, branches in forest.trees:
@@ -137,13 +138,13 @@ def _tokens(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, n) bool -> how many each row has, and which: those first, in order."""
+    """Converts (n, n) booleans to the number of True per row, and to column indices that list these first."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def _padded(x: Tensor, length: int, size: int) -> Tensor:
-    """Zeros up to ``length`` tokens and to a head size that is a power of two: they change no logit and no sum."""
+    """Pads with zeros to ``length`` tokens and to a head size that is a power of two, which changes no result."""
     size = max(16, 1 << (size - 1).bit_length())
     return F.pad(x, (0, size - x.shape[3], 0, length - x.shape[2])).contiguous()
 
@@ -153,11 +154,11 @@ _number = itertools.count()
 
 @functools.cache
 def _kernel(compiled: bool, softcap: float | None, *shape: Any) -> Callable[..., Tensor]:
-    """The kernel for one shape of heads.
+    """Makes the kernel for one shape of heads.
 
-    A code object each: torch counts recompilations a code object, a row of another length, a pass without gradients
-    and a second model are some, and over its limit it would run unfused, in (H, T, T) of memory. ``fullgraph`` makes
-    that an error.
+    Each kernel has its own code object, because torch limits recompilations per code object. It recompiles for a row of
+    another length, a pass without gradients and a second model. Beyond the limit it would run without fusion and take
+    (H, T, T) of memory; ``fullgraph`` makes that an error.
     """
     cap = softcap or 1.0
 
@@ -189,32 +190,32 @@ def agrees(
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
-    """Whether the kernel does what ``loop`` does, tried once on two small rows of random numbers.
+    """Checks once, on two small rows of random numbers, that the kernel computes the same as ``loop``.
 
     Args:
-        loop: Attention with :func:`attend`'s arguments.
+        loop: An attention function with the arguments of :func:`attend`.
         heads: H and K.
         sizes: E of queries and keys, and of values.
         softcap: Bound of soft-capped logits.
-        dtype: That the kernel will compute in.
-        device: Where.
+        dtype: Data type of the computation.
+        device: Device of the computation.
 
     Returns:
-        Whether outputs and gradients are within 2 % of each other's size: rounding is, another mask or a lost term is
-        not. If not, or if the kernel can't be compiled, a warning says so.
+        Whether the relative difference of outputs and gradients is below 2 %, which covers rounding but not a wrong
+        mask or a missing term. If it is not, or if the kernel cannot be compiled, a warning is shown.
     """
     draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     ways: tuple[Callable[..., Tensor], ...] = (attend, loop)
     found = []
     try:
-        # in whatever state a layer happens to run; a checkpointed one has hooks on what is saved
+        # independent of the state in which a layer runs; a checkpointed layer has hooks on saved tensors
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
             torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
         ):
-            for group in (3, 5):  # the second length makes torch compile for all
+            for group in (3, 5):  # after the second length torch compiles for all lengths
                 trees = [Tree([0] * 90, [Branch([0] * 60)] * group), Tree([0] * 5, [Branch([0] * 140)])]
                 forest = pack(trees).forest
                 length = sum(tree.num_tokens for tree in trees)
@@ -226,13 +227,16 @@ def agrees(
                     out = attention(*inputs, forest, None, 100, softcap)
                     results.append((out, *torch.autograd.grad(out, inputs, direction)))
                 found += [((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
-    except Exception as error:  # compilers fail in many ways, and there is a way round all of them
+    except Exception as error:  # compilers fail in many ways, but the loop always works
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     else:
-        if all(difference < 0.02 for difference in found):  # NaN is not
+        if all(difference < 0.02 for difference in found):  # False for NaN
             return True
         reason = f"outputs and gradients differ by {', '.join(f'{difference:.1e}' for difference in found)}"
     log.warning(
-        "flex_attention is not used for heads of %s in %s (%s): slower, with equal results.", sizes, dtype, reason
+        "flex_attention is not used for heads of %s in %s (%s). The results are the same, but slower.",
+        sizes,
+        dtype,
+        reason,
     )
     return False

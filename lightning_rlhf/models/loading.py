@@ -1,4 +1,4 @@
-"""Hugging Face models in: weights, dtype, adapters, tokenizer."""
+"""Loads Hugging Face models: weights, data type, adapters, tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 import transformers
@@ -44,23 +44,27 @@ from lightning_rlhf.models.saving import (
 )
 from lightning_rlhf.utils.random import generator
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 HEAD = "score.weight"
 
 
 @dataclass
 class LoRA:
-    """Low-rank adapters (Hu et al. 2021), by peft.
+    """Low-rank adapters (Hu et al. 2021), with peft.
 
     Attributes:
-        r: Rank.
-        alpha: Scale of the update: ``alpha / r`` (``alpha / sqrt(r)`` with ``rslora``).
-        dropout: On the adapters' input.
+        r: Rank. A larger value has more parameters and can change the model more.
+        alpha: The adapters' output is multiplied by ``alpha / r`` (``alpha / sqrt(r)`` with ``rslora``). A larger value
+            makes larger updates.
+        dropout: Dropout probability on the adapters' input. A larger value regularizes more.
         targets: Names of the layers to adapt, or ``all-linear``.
-        modules_to_save: Modules trained in full beside the adapters, such as ``lm_head``.
-        rslora: Rank-stabilized scale (Kalajdzievski 2023).
-        dora: Decompose into magnitude and direction (Liu et al. 2024).
-        init: peft's ``init_lora_weights``: True is the paper's, or ``gaussian``, ``pissa``, ``olora``.
+        modules_to_save: Modules that are trained in full beside the adapters, such as ``lm_head``.
+        rslora: Use the rank-stabilized scale (Kalajdzievski 2023).
+        dora: Decompose weights into magnitude and direction (Liu et al. 2024).
+        init: peft's ``init_lora_weights``: True for the paper's initialization, or ``gaussian``, ``pissa``, ``olora``.
     """
 
     r: int = 16
@@ -73,15 +77,15 @@ class LoRA:
     init: bool | Literal["gaussian", "pissa", "olora"] = True
 
     def wrap(self, model: PreTrainedModel, new_tokens: Sequence[int] = ()) -> nn.Module:
-        """The model with trainable adapters, in fp32 whatever the model's dtype; everything else is frozen.
+        """Adds trainable adapters to a model and freezes everything else. Adapters are always fp32.
 
         Args:
-            model: What is adapted.
-            new_tokens: Ids whose rows in embeddings and head nobody has trained yet: they are trained beside the
-                adapters, since a frozen row can never be told from the others.
+            model: The model to adapt.
+            new_tokens: Ids whose rows in embeddings and head are not trained yet. These rows are trained beside the
+                adapters, because the model could not distinguish frozen new rows.
 
         Raises:
-            ValueError: A name in ``targets`` or ``modules_to_save`` that matches no module of the model.
+            ValueError: A name in ``targets`` or ``modules_to_save`` matches no module of the model.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -90,13 +94,13 @@ class LoRA:
         _check_names(model, "modules_to_save", self.modules_to_save, str.endswith)
         rows, whole = _rows_to_train(model, self, sorted(new_tokens))
         config = LoraConfig(
-            # of a classifier peft trains the head in full, and saves it with the adapters
+            # peft trains a classifier's head in full, and saves it with the adapters
             task_type="SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
-            modules_to_save=[*self.modules_to_save, *whole] or None,  # peft adds to the list that it gets
+            modules_to_save=[*self.modules_to_save, *whole] or None,  # a copy, because peft appends to the list
             trainable_token_indices=rows or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
@@ -110,19 +114,18 @@ class LoRA:
         return adapted
 
 
-# A checkpoint names the adapters it was made with; torch.load reads it without trusting arbitrary classes.
-
-
 @dataclass(frozen=True)
 class Load:
     """How a stage loads and holds the weights of its models.
 
     Args:
-        dtype: Dtype of the weights; heads and adapters are fp32 in any case.
-        quantization: QLoRA: hold the frozen linear layers in 4 bits (``nf4``) or 8 bits (``int8``); needs ``lora``.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
-        layout: ``auto`` computes every prompt once where the model allows it and pads elsewhere; ``tree`` and
-            ``padded`` insist on one of them.
+        dtype: Data type of the weights. Heads and adapters are always fp32. For full fine-tuning use fp32 with the
+            Trainer's ``bf16-mixed``.
+        quantization: QLoRA: keep the frozen linear layers in 4 bits (``nf4``) or 8 bits (``int8``). It needs ``lora``.
+        gradient_checkpointing: Compute activations again in the backward pass. This saves memory and takes about a
+            third more compute.
+        layout: ``auto`` computes each prompt once if the model allows it, and pads otherwise. ``tree`` and ``padded``
+            always use this layout.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -143,38 +146,61 @@ class Load:
 torch.serialization.add_safe_globals([LoRA, Load])
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory or hub id, with a pad token.
+class LoaderOptions(TypedDict, total=False):
+    """Options of all functions that load a model; see :class:`Load` for those not listed here.
 
-    The pad token only fills rectangles: masks come from lengths, so eos may serve.
+    Attributes:
+        lora: Adapters to train. None: all weights are trained.
+        vocab_size: Number of the tokenizer's tokens. Smaller embeddings grow to this size.
+        new_tokens: Ids of tokens that are new, although the embeddings have rows for them. With ``lora``, their rows
+            and the rows that were added are trained beside the adapters.
+    """
+
+    dtype: Dtype
+    lora: LoRA | None
+    quantization: Quantization | None
+    gradient_checkpointing: bool
+    vocab_size: int | None
+    new_tokens: Sequence[int]
+    trust_remote_code: bool
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face directory or hub id, and sets a pad token if there is none.
+
+    Padding is masked by lengths, so the eos token can be the pad token.
 
     Raises:
-        OSError: Nothing is there.
+        OSError: The tokenizer does not exist or cannot be read.
+        ValueError: The tokenizer has no eos token.
     """
-    with _naming(name_or_path):
+    with _explain_os_errors(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer of {name_or_path} has no eos token: nothing could end an answer.")
+        raise ValueError(
+            f"The tokenizer of {name_or_path} has no eos token, so answers could not end. Set one in its "
+            "tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def read_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
-    """The config of a whole model's Hugging Face directory or hub id.
+    """Reads the config of a whole model in a Hugging Face directory or at a hub id.
 
     Raises:
-        OSError: Nothing is there.
+        OSError: The config does not exist or cannot be read.
     """
-    with _naming(name_or_path):
+    with _explain_os_errors(name_or_path):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
 
 
 def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
-    """The config of a Hugging Face directory or hub id; of adapters, that of the model they change.
+    """Reads the config of a model. For adapters, it is the config of their base model with the adapters' changes.
 
     Raises:
-        OSError: Nothing is there, or adapters without the model that they change.
+        OSError: The config does not exist or cannot be read, or the adapters' base model does not exist.
     """
     adapters = _adapters(name_or_path)
     if adapters is None:
@@ -189,12 +215,12 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
 def load_stop_token_ids(
     pretrained: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool = False
 ) -> tuple[int, ...]:
-    """Tokens at which a model's own settings end a generation: those of its generation config, then of its config.
+    """Returns the tokens that end a generation: those of the model's generation config, then those of its config.
 
-    No weights are read. Of adapters it is what was saved with them, then what their base has.
+    It reads no weights. For adapters, their own settings come before their base model's.
 
     Raises:
-        OSError: Nothing is there, or adapters without the model that they change.
+        OSError: The model does not exist, or the adapters' base model does not exist.
     """
     if isinstance(pretrained, PreTrainedModel):
         return own_stop_token_ids(pretrained)
@@ -205,134 +231,105 @@ def load_stop_token_ids(
 
 
 def _generation_config(name_or_path: str | os.PathLike[str]) -> GenerationConfig | None:
-    """None where there is none, or none that can be read, as transformers has it."""
+    """Reads a generation config. Returns None if it does not exist or cannot be read, as transformers does."""
     try:
         file = Path(str(cached_file(os.fspath(name_or_path), "generation_config.json")))
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     config = GenerationConfig()
-    for name, value in settings.items():  # transformers' own way warns of combinations that were meant to be sampled
+    for name, value in settings.items():  # from_dict would warn of settings without do_sample
         setattr(config, name, value)
     return config
 
 
-def load_causal_lm(
-    pretrained: str | os.PathLike[str] | PreTrainedModel,
-    *,
-    dtype: Dtype = "float32",
-    lora: LoRA | None = None,
-    quantization: Quantization | None = None,
-    gradient_checkpointing: bool = False,
-    vocab_size: int | None = None,
-    new_tokens: Sequence[int] = (),
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """A causal LM ready to train.
+def load_causal_lm(pretrained: str | os.PathLike[str] | PreTrainedModel, **options: Unpack[LoaderOptions]) -> nn.Module:
+    """Loads a causal LM for training.
 
     Args:
-        pretrained: A Hugging Face directory, a hub id, or a model. Adapters found there are merged into their base.
-        dtype: Of the weights. fp32 with the Trainer's ``bf16-mixed`` is the safe choice for full fine-tuning.
-        lora: Adapters; None trains everything.
-        quantization: Hold the linear layers in 4 (``nf4``) or 8 (``int8``) bits, but for the head and adapters. What is
-            quantized can't be trained.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
-        new_tokens: Ids that are new though embeddings have rows for them. With ``lora`` the rows of these and of those
-            that embeddings grew by are trained beside the adapters.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        pretrained: A Hugging Face directory, a hub id, or a model. Adapters in a directory are merged into their base.
+        options: See :class:`LoaderOptions`.
 
     Returns:
         The model, or a peft model around it, in training mode.
 
     Raises:
-        ModuleNotFoundError: ``quantization`` without bitsandbytes.
-        OSError: Nothing is there.
-        ValueError: A dtype that the hardware can't train in.
+        ModuleNotFoundError: ``quantization`` needs bitsandbytes, which is not installed.
+        OSError: The model does not exist or cannot be read.
+        ValueError: The hardware does not support ``dtype``.
     """
     if isinstance(pretrained, PreTrainedModel):
         model = pretrained
     else:
-        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(dtype, trust_remote_code), quantization)
-    return _prepared(quantized(model, quantization), lora, gradient_checkpointing, vocab_size, new_tokens)
+        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(options), options.get("quantization"))
+    return _prepare(quantized(model, options.get("quantization")), options)
 
 
 def load_reward_model(
     pretrained: str | os.PathLike[str] | PreTrainedModel,
     *,
-    dtype: Dtype = "float32",
-    lora: LoRA | None = None,
-    quantization: Quantization | None = None,
-    gradient_checkpointing: bool = False,
-    vocab_size: int | None = None,
-    new_tokens: Sequence[int] = (),
     pad_token_id: int | None = None,
     seed: int = 0,
     needs_head: bool = False,
-    trust_remote_code: bool = False,
+    **options: Unpack[LoaderOptions],
 ) -> nn.Module:
-    """A transformers classifier with one label.
+    """Loads a reward model: a transformers classifier with one label.
 
-    From a causal LM the head is new: no bias, normal with standard deviation ``1 / sqrt(D + 1)`` (Stiennon et al.
-    2020). From a classifier it is the classifier's own.
+    A causal LM gets a new head without bias and with normal weights of standard deviation ``1 / sqrt(D + 1)`` (Stiennon
+    et al. 2020). A classifier keeps its head. With ``lora`` the head is trained beside the adapters.
 
     Args:
-        pretrained: A directory or hub id of a causal LM or of a one-label classifier, or such a classifier. Adapters
-            found there are merged into their base, and the ``score_offset`` saved with them comes back.
-        dtype: Of the weights; the head is fp32.
-        lora: Adapters; the head is trained beside them.
-        quantization: See :func:`load_causal_lm`; the head stays whole.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        vocab_size: Tokens the tokenizer knows; embeddings grow to it where they are fewer.
-        new_tokens: See :func:`load_causal_lm`.
-        pad_token_id: What plain transformers skips at the end of a row: never a token that ends answers.
-        seed: Of a new head.
-        needs_head: Refuse what has no trained head, for who wants to score and not to train.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        pretrained: A directory or hub id of a causal LM or of a one-label classifier, or such a classifier. Adapters in
+            a directory are merged into their base, with the ``score_offset`` that was saved with them.
+        pad_token_id: The token that plain transformers skips at the end of a row. It must not end answers.
+        seed: Seed of a new head.
+        needs_head: Refuse a model without a trained head, because it cannot score.
+        options: See :class:`LoaderOptions`.
 
     Returns:
         The model, or a peft model around it, in training mode.
 
     Raises:
-        ModuleNotFoundError: ``quantization`` without bitsandbytes.
-        OSError: Nothing is there, or adapters without the model that they change.
-        ValueError: A classifier with several labels, no head where one is needed, or a dtype that the hardware can't
-            train in.
+        ModuleNotFoundError: ``quantization`` needs bitsandbytes, which is not installed.
+        OSError: The model or its base does not exist or cannot be read.
+        ValueError: The classifier has several labels, a needed head is missing, or the hardware does not support
+            ``dtype``.
     """
     if isinstance(pretrained, PreTrainedModel):
         if not type(pretrained).__name__.endswith("ForSequenceClassification"):
             raise ValueError(
-                f"{type(pretrained).__name__} is no classifier: give the directory or hub id of the model."
+                f"{type(pretrained).__name__} is not a classifier. Give the model's directory or hub id instead."
             )
         _check_labels(pretrained.config, type(pretrained).__name__)
         model = pretrained
     else:
-        with torch.random.fork_rng(devices=()):  # transformers draws a head of its own first
-            arguments = _arguments(dtype, trust_remote_code)
-            model, missing = _load(AutoModelForSequenceClassification, pretrained, arguments, quantization)
+        with torch.random.fork_rng(devices=()):  # transformers initializes a head first
+            model, missing = _load(
+                AutoModelForSequenceClassification, pretrained, _arguments(options), options.get("quantization")
+            )
         if needs_head and missing:
             raise ValueError(
-                f"{pretrained} is no reward model: it has no weights for {', '.join(sorted(missing))}. Give the "
-                "directory that training a reward model left (hf/best or hf/last)."
+                f"{pretrained} is not a reward model: it has no weights for {', '.join(sorted(missing))}. Give the "
+                "directory of a trained reward model (hf/best or hf/last of its run)."
             )
         if HEAD in missing:
             weight = model.score.float().weight
             drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
             weight.data.copy_(drawn.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed)))
-    model = quantized(model, quantization)
+    model = quantized(model, options.get("quantization"))
     if pad_token_id is not None:
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
     if isinstance(score := getattr(model, "score", None), nn.Module):
         score.float()
-    return _prepared(model, lora, gradient_checkpointing, vocab_size, new_tokens)
+    return _prepare(model, options)
 
 
 def _load(
     auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, Any], quantization: Quantization | None = None
 ) -> tuple[Any, set[str]]:
-    """The model in one piece, adapters merged, and the names of weights that were nowhere to be found.
+    """Loads a whole model with merged adapters, and returns it with the names of missing weights.
 
-    It is quantized, but where there were adapters: merged into quantized weights they would be rounded.
+    The model is quantized unless it has adapters: merging into quantized weights would round them.
     """
     adapters = _adapters(pretrained)
     if adapters is not None:
@@ -341,31 +338,31 @@ def _load(
             model, missing = _load(auto, base, arguments)
         except OSError as error:
             raise OSError(
-                f"{pretrained} holds adapters of {base!r}, which can't be loaded: {error} Put it there, or correct "
-                "base_model_name_or_path in adapter_config.json."
+                f"{pretrained} has adapters of {base!r}, which cannot be loaded: {error} Move the base model there, or "
+                "correct base_model_name_or_path in adapter_config.json."
             ) from error
         return _adapt(model, os.fspath(pretrained), settings, missing)
     config = read_config(pretrained, arguments["trust_remote_code"])
     if auto is AutoModelForSequenceClassification:
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-            config.num_labels = 1  # a language model's config says 2, and means nothing by it
+            config.num_labels = 1  # a language model's config says 2, which has no meaning
         _check_labels(config, pretrained)
     if quantization is not None:
         arguments = {**arguments, **quantization_arguments(quantization, arguments[DTYPE])}
-    unsaid = _unsaid() if auto is AutoModelForSequenceClassification else nullcontext()
-    with unsaid, nullcontext() if sys.stderr.isatty() else no_progress_bars():  # in a file a bar is a line per step
+    quiet = _no_loading_report() if auto is AutoModelForSequenceClassification else nullcontext()
+    with quiet, nullcontext() if sys.stderr.isatty() else no_progress_bars():  # in a file a bar is a line per step
         model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
     missing = set(found["missing_keys"])
     if auto is AutoModelForSequenceClassification:
         others = {name for name in found["unexpected_keys"] if not name.startswith("lm_head.")} | missing - {HEAD}
         if others:
-            rank_zero_warn(f"{pretrained}: weights that are missing, or not used: {', '.join(sorted(others))}.")
+            rank_zero_warn(f"{pretrained}: these weights are missing or not used: {', '.join(sorted(others))}.")
     return model, missing
 
 
 @contextmanager
-def _unsaid() -> Iterator[None]:
-    """Without transformers' report that a new head is missing and a language model's is not used: both are meant."""
+def _no_loading_report() -> Iterator[None]:
+    """Hides transformers' report of a missing new head and of an unused language-model head, which are intended."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -375,34 +372,34 @@ def _unsaid() -> Iterator[None]:
 
 
 @contextmanager
-def _naming(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Says what could not be loaded: transformers' own message may be about the network, or kinds of tokenizers."""
-    place = Path(source)
-    if place.is_dir() and not any(place.glob("*config.json")):
-        inside = sorted({str(p.parent) for depth in ("*", "*/*") for p in place.glob(f"{depth}/*config.json")})
-        hint = f"; perhaps {' or '.join(inside)} is meant" if inside else ""
-        raise OSError(f"{source} holds no model: there is no config.json in it{hint}.")
+def _explain_os_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the model in errors: transformers' message may only be about the network or about tokenizers."""
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*config.json")):
+        inside = sorted({str(p.parent) for depth in ("*", "*/*") for p in path.glob(f"{depth}/*config.json")})
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else "."
+        raise OSError(f"{source} is not a model: it has no config.json{hint}")
     try:
         yield
     except OSError as error:
-        where = f"{source}" if place.is_dir() else f"{source} is no directory here ({Path.cwd()}); as a hub id"
+        where = f"{source}" if path.is_dir() else f"{source} is not a directory in {Path.cwd()}; as a hub id"
         raise OSError(f"{where}: {error}") from error
 
 
 def _adapters(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
-    """Of adapters, the model that they change and what our export wrote beside them; None of a whole model."""
+    """Returns the adapters' base model and the changed config values that our export saved; None for a whole model."""
     name = os.fspath(pretrained)
     try:
         found = find_adapter_config_file(name)
         if found is None or has_file(name, "config.json"):
             return None
-    except ValueError:  # neither a directory nor a hub id: what loads it says so
+    except ValueError:  # neither a directory nor a hub id; loading it raises a better error
         return None
     base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise OSError(
-            f"The adapter_config.json of {name} doesn't say which model the adapters change. Write its directory or "
-            "hub id as base_model_name_or_path."
+            f"The adapter_config.json of {name} does not name the adapters' base model. Set base_model_name_or_path to "
+            "its directory or hub id."
         )
     if not has_file(name, ADAPTED):  # adapters from elsewhere
         return base, {}
@@ -416,10 +413,10 @@ def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -
     grow_embeddings(model, settings.get("vocab_size", 0))
     with torch.random.fork_rng(devices=()), quiet_peft():
         config = PeftConfig.from_pretrained(name)
-        config.task_type = None  # the plain wrapper: a language model's adapters fit under a score head too
+        config.task_type = None  # the plain wrapper, so that adapters of a language model also fit a classifier
         model = merge_adapters(PeftModel.from_pretrained(model, name, config=config))
     model.requires_grad_(True)
-    model.name_or_path = name  # what further adapters are adapters of
+    model.name_or_path = name  # the base of further adapters
     if model.can_generate():
         model.generation_config = _generation_config(name) or model.generation_config
     for key in settings.keys() - {"vocab_size"}:
@@ -430,46 +427,45 @@ def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -
 
 def _check_labels(config: Any, name: object) -> None:
     if config.num_labels != 1:
-        raise ValueError(f"{name} is a classifier of {config.num_labels} labels; a reward model has one.")
+        raise ValueError(f"{name} is a classifier with {config.num_labels} labels, but a reward model must have one.")
 
 
-def _arguments(dtype: Dtype, trust_remote_code: bool) -> dict[str, Any]:
-    """Of ``from_pretrained``."""
+def _arguments(options: LoaderOptions) -> dict[str, Any]:
+    """Returns the arguments of ``from_pretrained``."""
+    dtype = options.get("dtype", "float32")
     if dtype == "float16" and not torch.cuda.is_available():
-        raise ValueError("dtype: float16 needs a GPU; use float32 (or bfloat16) on a CPU.")
-    return {DTYPE: getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        raise ValueError("dtype: float16 needs a GPU. Use float32 or bfloat16 on a CPU.")
+    return {DTYPE: getattr(torch, dtype), "trust_remote_code": options.get("trust_remote_code", False)}
 
 
-def _prepared(
-    model: PreTrainedModel,
-    lora: LoRA | None,
-    gradient_checkpointing: bool,
-    vocab_size: int | None,
-    new_tokens: Sequence[int],
-) -> nn.Module:
-    """In training mode, with embeddings for every token and adapters."""
-    grown = grow_embeddings(model, vocab_size or 0)
-    if gradient_checkpointing:
+def _prepare(model: PreTrainedModel, options: LoaderOptions) -> nn.Module:
+    """Grows a model's embeddings, adds adapters, and sets training mode."""
+    if unknown := options.keys() - LoaderOptions.__annotations__.keys():
+        known = ", ".join(LoaderOptions.__annotations__)
+        raise TypeError(f"{', '.join(sorted(unknown))}: unknown options. Use {known}.")
+    grown = grow_embeddings(model, options.get("vocab_size") or 0)
+    if options.get("gradient_checkpointing"):
         enable_checkpointing(model)
     model.train()
-    if lora is None:
+    if (lora := options.get("lora")) is None:
         return model
-    # nobody reads the row of a classifier's own pad token
-    return lora.wrap(model, sorted({*grown, *new_tokens} - {model.config.get_text_config().pad_token_id}))
+    # a classifier's own pad token is never read
+    unread = model.config.get_text_config().pad_token_id
+    return lora.wrap(model, sorted({*grown, *options.get("new_tokens", ())} - {unread}))
 
 
 def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> range:
-    """Gives a model's embeddings and head rows for new tokens: the mean of the others, and a little noise.
+    """Adds rows for new tokens to a model's embeddings and head: the mean of the other rows with a little noise.
 
-    They are the same wherever the same model grows: a reference must begin as the policy does, and a run that is
-    resumed as it began.
+    The same model always gets the same rows, because a reference must start like its policy, and a resumed run like the
+    original one.
 
     Args:
-        model: What may lack rows.
-        vocab_size: Rows to have; a model with more keeps them.
+        model: The model.
+        vocab_size: Number of rows to have. A model with more rows does not change.
 
     Returns:
-        The new tokens' ids.
+        The ids of the new tokens.
     """
     embeddings: Any = model.get_input_embeddings()
     known = embeddings.weight.shape[0]
@@ -492,7 +488,7 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> range:
 
 
 def _check_names(model: nn.Module, setting: str, names: Sequence[str], matches: Callable[[str, str], bool]) -> None:
-    """Refuses names of no module: peft passes them over where another name matches."""
+    """Checks that each name matches a module, because peft ignores a wrong name if another one matches."""
     modules = [name for name, _ in model.named_modules()]
     for part in names:
         if not any(matches(name, part) for name in modules):
@@ -502,12 +498,12 @@ def _check_names(model: nn.Module, setting: str, names: Sequence[str], matches: 
             )
             raise ValueError(
                 f"lora.{setting}: {part!r} matches no layer of {type(model).__name__}"
-                f"{'; near it are ' + ', '.join(near) if near else ''}."
+                f"{'; did you mean ' + ', '.join(near) + '?' if near else '.'}"
             )
 
 
 def _rows_to_train(model: PreTrainedModel, lora: LoRA, new_tokens: list[int]) -> tuple[dict[str, list[int]], list[str]]:
-    """How new tokens' rows are trained: by layer the rows alone, and names of layers that peft can only train whole."""
+    """Chooses how rows of new tokens are trained: rows by layer, and names of layers that peft can only train whole."""
     if not new_tokens:
         return {}, []
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -519,14 +515,14 @@ def _rows_to_train(model: PreTrainedModel, lora: LoRA, new_tokens: list[int]) ->
     )  # else it knows neither heads of their own nor embeddings' scales
 
     def alone(layer: Any) -> bool:
-        if isinstance(layer, nn.Linear):  # peft leaves its bias out
+        if isinstance(layer, nn.Linear):  # peft ignores its bias
             return layer.bias is None and (newer or tied)
         return newer or type(layer) is nn.Embedding
 
     targets = [] if isinstance(lora.targets, str) else lora.targets
-    own = [*lora.modules_to_save, *(f".{target}" for target in targets)]  # these have rows of their own
+    own = [*lora.modules_to_save, *(f".{target}" for target in targets)]  # their rows are trained anyway
     left = [layer for layer in layers if not f".{names[layer]}".endswith(tuple(own))]
-    if tied:  # peft ties the head's rows to the embeddings', where it may
+    if tied:  # peft ties the head's rows to the embeddings' rows if possible
         whole = [] if left == layers and all(map(alone, layers)) else left
         rows = [] if whole or not left else [embeddings]
     else:
@@ -540,7 +536,7 @@ def _rows_to_train(model: PreTrainedModel, lora: LoRA, new_tokens: list[int]) ->
 
 
 def _keep_exact(model: nn.Module) -> None:
-    """Copies of layers that are trained in full become fp32, as adapters are, and take and give what they did."""
+    """Casts layers that are trained in full to fp32, like adapters. Their inputs and outputs keep the old type."""
     for module in model.modules():
         copies = getattr(module, "modules_to_save", None)
         for layer in copies.values() if isinstance(copies, nn.ModuleDict) else ():

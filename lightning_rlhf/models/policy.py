@@ -1,4 +1,4 @@
-"""The policy: log-probs of a packed batch's scored tokens under a causal LM."""
+"""The policy: computes log-probs of a packed batch's scored tokens under a causal LM."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ log = logging.getLogger(__name__)
 
 
 class Policy(Backbone):
-    """Log-probs of a packed batch's scored tokens under a causal LM.
+    """Computes log-probs of a packed batch's scored tokens under a causal LM.
 
-    All work happens in :meth:`forward`, so that DDP, ZeRO and Gemini can wrap this child and see it. A mixture of
-    experts trains by the log-probs alone: losses that balance its router's load are not added.
+    All work happens in :meth:`forward`, so that DDP, ZeRO and Gemini can wrap this module. For a mixture of experts,
+    losses that balance the router's load are not added.
 
     Args:
         model: A ``transformers`` causal LM, or a peft model around one.
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
-        chunk: Elements of logits alive at once in the scored head.
+        chunk: Number of logits in memory at once. A larger value takes more memory.
         z_loss: Weight of the z-loss in ``loss``; see :func:`~lightning_rlhf.functional.logprobs.linear_nll`.
 
     Raises:
-        ValueError: ``layout="tree"`` and the model can't take it, or a model that changes its logits after the head
-            in a way that is not known here.
+        ValueError: The model does not support ``layout="tree"``, or it changes logits after the head in an unknown way.
     """
 
     def __init__(
@@ -57,9 +56,9 @@ class Policy(Backbone):
         Args:
             batch: A packed batch on the model's device.
             entropy: Also return entropies.
-            temperature: Sampling temperature; log-probs are of ``logits / temperature``.
-            weights: (N,) constants. Given, ``loss`` is ``-sum(weights * logprobs)``, made with its gradient in one
-                pass, and the other fields carry none.
+            temperature: The sampling temperature, by which logits are divided.
+            weights: (N,) constants. If they are given, ``loss`` is ``-sum(weights * logprobs)`` and is computed with
+                its gradient in one pass; the other fields then have no gradient.
 
         Returns:
             (N,) log-probs, entropies or None, whether each token is the arg max; the loss and the z-loss, or None.
@@ -74,15 +73,15 @@ class Policy(Backbone):
 
     @contextmanager
     def noisy_embeddings(self, batch: PackedBatch, alpha: float | None) -> Iterator[None]:
-        """NEFTune (Jain et al. 2023): within it the input embeddings carry uniform noise, from the global generator.
+        """Within it, the input embeddings have uniform noise (NEFTune, Jain et al. 2023) from the global generator.
 
-        A token's noise lies within ``alpha / sqrt(L * D)``, L being the tokens of its sequence (prompt and completion,
-        no padding). A prompt that several completions share stands once in the tree layout, and takes the harmonic mean
-        of their L: the noise's variance is then the mean of what its padded copies have.
+        The noise of a token is at most ``alpha / sqrt(L * D)``, where L is the number of tokens of its sequence (prompt
+        and completion without padding). In the tree layout several completions may share a prompt. It gets the harmonic
+        mean of their L, so that the noise's variance is the mean over its padded copies.
 
         Args:
-            batch: What is run.
-            alpha: None for no noise.
+            batch: The batch that runs.
+            alpha: Scale of the noise. A larger value regularizes more. None: no noise.
         """
         if alpha is None:
             yield
@@ -101,7 +100,7 @@ class Policy(Backbone):
         bound = bound.view((-1, 1, 1) if self.layout == "padded" else (1, -1, 1))  # by row, or by token
 
         def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # no empty_like: of a tensor subclass (Gemini), in-place functions do nothing
+            # not empty_like, because in-place functions have no effect on Gemini's tensor subclass
             noise = torch.empty(output.shape, dtype=output.dtype, device=output.device).uniform_(-1, 1)
             return output + noise.mul_(bound.to(output.device) / output.shape[-1] ** 0.5)
 
@@ -112,7 +111,7 @@ class Policy(Backbone):
             hook.remove()
 
     def _check_head(self) -> None:
-        """Compares with the model's own logits, on a small batch: a scale that is left out shows nowhere else."""
+        """Compares with the model's own logits on a small batch, because a missing scale would not show elsewhere."""
         batch = probe(self.transformer)
         padded = pad(batch)
         inputs: dict[str, Any] = dict(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False)
@@ -125,16 +124,16 @@ class Policy(Backbone):
         difference = ((got.logprobs - want).norm() / want.norm()).item()
         if not difference < tolerance(self.transformer):
             raise ValueError(
-                f"{type(self.transformer).__name__} changes its logits after the head in a way that is not known here: "
-                f"log-probs differ from its own by {difference:.1e} of their size. Only logit_scale, logits_scaling (a "
-                "divisor) and final_logit_softcapping of its config are read."
+                f"{type(self.transformer).__name__} changes its logits after the head in an unknown way: the relative "
+                f"difference to its own log-probs is {difference:.1e}. Supported settings of its config are "
+                "logit_scale, logits_scaling (a divisor) and final_logit_softcapping. Use another model."
             )
 
 
 def head_weight(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias (V,) of the head as it acts.
+    """Returns the effective weight (V, D) and bias (V,) of the head.
 
-    A LoRA layer's own ``weight`` is its base's alone; active adapters are added here, without their dropout.
+    The ``weight`` of a LoRA layer is only its base weight. Active adapters are added here, without their dropout.
     """
     head = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # peft keeps a trainable copy beside the original
@@ -144,7 +143,7 @@ def head_weight(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
         for name in head.active_adapters:
             if name in head.lora_A or name in head.lora_embedding_A:
                 delta = head.get_delta_weight(name)
-                if name in head.lora_magnitude_vector:  # DoRA; its norms carry no gradient
+                if name in head.lora_magnitude_vector:  # DoRA; its norms have no gradient
                     turned = head.weight + delta
                     ratio = head.lora_magnitude_vector[name].weight / turned.norm(dim=1).detach()
                     delta = ratio[:, None] * turned - head.weight
@@ -153,7 +152,7 @@ def head_weight(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def head_arguments(model: nn.Module) -> dict[str, Any]:
-    """What a family does to its logits after the head; without it log-probs are silently wrong."""
+    """Returns the scale and the soft cap that a model family applies to logits after the head."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere

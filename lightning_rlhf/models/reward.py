@@ -1,4 +1,4 @@
-"""The reward model: one score for each sequence of a packed batch."""
+"""The reward model: one score per sequence of a packed batch."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 
 
 class RewardModel(Backbone):
-    """Scores sequences by a transformers classifier with one label.
+    """Scores sequences with a transformers classifier that has one label.
 
-    A decoder's ``score`` head is read at each sequence's last token, by its place and not by its id. Classifiers of
-    another build (encoders) run whole, on padded rows.
+    A decoder's ``score`` head is read at each sequence's last token, which is found by its position and not by its id.
+    Other classifiers (encoders) run as they are, on padded rows.
 
     Args:
         model: A ``...ForSequenceClassification`` model with one label, or a peft model around one.
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
 
     Raises:
-        ValueError: ``layout="tree"`` and the model can't take it.
+        ValueError: The model does not support ``layout="tree"``.
     """
 
     def __init__(self, model: nn.Module, layout: LayoutChoice = "auto") -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         reads_last = hasattr(base, "score")
         if not reads_last and layout == "tree":
-            raise ValueError(f"{type(base).__name__} has no 'score' head, so it can't take the tree layout; use auto.")
+            raise ValueError(
+                f"{type(base).__name__} has no 'score' head, so it does not support the tree layout. Use auto."
+            )
         super().__init__(model, layout if reads_last else "padded")
         self.reads_last = reads_last
 
     @property
     def score_offset(self) -> float:
-        """Mean score of reference answers, as the model's config keeps it; 0 where it was never measured."""
+        """Mean score of reference answers, which the model's config stores; 0 if it was not measured."""
         return float(getattr(self.transformer.config, "score_offset", 0.0))
 
     @score_offset.setter
@@ -66,11 +68,14 @@ class RewardModel(Backbone):
 
 
 def read_head(head: nn.Module, states: Tensor) -> Tensor:
-    """(M,) outputs of a head of one label, in fp32 at least, whatever autocast is in force and whoever cast the head.
+    """Applies a head with one label in at least fp32, also under autocast and if the head has been cast.
 
     Args:
-        head: A linear layer to one label, or peft's wrapper around one.
+        head: A linear layer with one output, or peft's wrapper around one.
         states: (M, D) hidden states.
+
+    Returns:
+        (M,) outputs.
     """
     exact = {name: without_subclass(wide(p)) for name, p in head.named_parameters()}
     with torch.autocast(states.device.type, enabled=False):
@@ -79,16 +84,16 @@ def read_head(head: nn.Module, states: Tensor) -> Tensor:
 
 
 def set_distinct_pad_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
-    """Gives the tokenizer a pad token that ends no answer.
+    """Gives the tokenizer a pad token that does not end answers.
 
-    transformers' classifiers read the last token that is not the pad token: where that is the stop token, they score
-    one token early. An unused special token serves where there is one, else ``<|pad|>`` is added.
+    transformers' classifiers read the last token that is not the pad token. If this were the stop token, they would
+    read the token before it. An unused special token becomes the pad token; if there is none, ``<|pad|>`` is added.
     """
     stops = {*stop_token_ids, tokenizer.eos_token_id}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stops:
         return
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    template = str(tokenizer.chat_template)  # what it writes is used
+    template = str(tokenizer.chat_template)  # the tokens in it are used
     for token in (tokenizer.unk_token, *added):
         if token is None or token in template:
             continue

@@ -181,9 +181,9 @@ class RoleModel(Policy):
         layers: list[Any] = [m for m in peft.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         return [(layer, layer.active_adapter, layer.disable_adapters) for layer in layers]
 
-    def _as_now(self) -> Callable[[], AbstractContextManager[None]]:
-        """As :meth:`Backbone._as_now`, in the role of now."""
-        role, make = self._role, super()._as_now()
+    def _recompute_context(self) -> Callable[[], AbstractContextManager[None]]:
+        """As :meth:`Backbone._recompute_context`, in the role of now."""
+        role, make = self._role, super()._recompute_context()
 
         @contextmanager
         def again() -> Iterator[None]:

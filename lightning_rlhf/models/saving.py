@@ -1,4 +1,4 @@
-"""Hugging Face models out: directories that plain transformers 4.51 and 5 load, complete or not there at all."""
+"""Saves Hugging Face directories atomically, in a form that transformers 4.51 and 5 can load."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lightning_rlhf.utils.filesystem import atomic_directory
 log = logging.getLogger(__name__)
 
 ADAPTED = "adapted_config.json"
-"""Name of the file beside adapters that says what in their base's config is another value now.
+"""Name of the file beside adapters with the changed values of their base model's config.
 
-Not ``config.json``: transformers would take the directory for a whole model.
+It is not ``config.json``, because transformers would then take the directory for a whole model.
 """
 
 
@@ -43,40 +43,38 @@ def save_pretrained(
 ) -> Path:
     """Writes weights, config, generation config and tokenizer for ``from_pretrained``.
 
-    The model is left as it is, to the bit: adapters are merged into a copy. The copy shares its tensors with the
-    model where those lie on the CPU, so that extra memory is needed for the merged layers alone; a model on another
-    device is copied to the CPU as a whole. Weights that bitsandbytes holds in 4 or 8 bits are written as what they
-    stand for, in the model's dtype, with the adapters merged into that.
+    The model does not change: adapters are merged into a copy. The copy shares tensors with a model on the CPU, so only
+    merged layers take extra memory; a model on another device is copied to the CPU. Weights that bitsandbytes holds in
+    4 or 8 bits are dequantized to the model's data type, and adapters are merged into them.
 
-    The directory appears when it is complete. One that was written here before is replaced, and stays whole until
-    then.
+    The directory gets its name when it is complete. Until then an older export of that name stays.
 
     Args:
         model: A transformers model, or a peft model around one, whose active adapters are merged.
-        tokenizer: Saved with its chat template.
-        directory: Where to.
-        stop_token_ids: What ends a generation, the first of them first; none: the tokenizer's eos token. Those that the
-            model has of its own come behind.
-        state_dict: Full weights by the model's own names, where the model's tensors are shards.
-        adapter_only: Save the active adapter alone, for ``PeftModel.from_pretrained`` over the original model; what
-            changed in the config, such as a reward model's ``score_offset``, is written to :data:`ADAPTED`.
-        max_shard_size: Of a weight file.
+        tokenizer: The tokenizer, which is saved with its chat template.
+        directory: The directory to write.
+        stop_token_ids: Tokens that end a generation, the most important first. Default: the tokenizer's eos token. The
+            model's own stop tokens are appended.
+        state_dict: Whole weights by the model's names, if the model's tensors are shards.
+        adapter_only: Save only the active adapter, for ``PeftModel.from_pretrained`` with the original model. Changed
+            values of the config, such as a reward model's ``score_offset``, are written to :data:`ADAPTED`.
+        max_shard_size: Largest size of a weights file.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: There is a file, or a directory that holds something else.
-        ValueError: Nothing to save alone, or adapters that can't be merged or can't be saved alone; or values that are
-            not finite, which the message names.
+        FileExistsError: The path is a file, or a directory with other content.
+        ValueError: Adapters cannot be merged, there is no single adapter that can be saved, or a weight is not finite;
+            the message names it.
     """
     is_peft = hasattr(model, "get_base_model")  # peft leaves peft_config on the inner model too
     adapter = _adapter_alone(model) if adapter_only else None
     base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[operator,assignment]
     if is_peft and not adapter_only and getattr(base, "is_quantized", False) and not is_quantized(base):
         raise ValueError(
-            f"Adapters can't be merged into weights quantized by {base.quantization_method} without rounding them: "
-            "export with adapter_only=True, and merge them into the model in full precision."
+            f"Merging adapters into weights quantized by {base.quantization_method} would round them. Export with "
+            "adapter_only=True, and merge them into the model in full precision."
         )
     _check_finite(model, state_dict or {}, directory)
     with no_progress_bars(), atomic_directory(directory) as folder:
@@ -86,11 +84,11 @@ def save_pretrained(
         if base.can_generate():
             generation = _save_generation_config(base, tokenizer, stops, folder)
         if adapter is not None:
-            # not the embeddings where they have rows for new tokens: what is trained of them is the adapter's already
+            # no embeddings, even with rows for new tokens: the adapter contains the trained rows
             layers = (base.get_input_embeddings(), base.get_output_embeddings())
             options = {} if any(hasattr(layer, "lora_A") for layer in layers) else {"save_embedding_layers": False}
             model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[adapter], **options)  # type: ignore[operator]
-            if adapter != "default":  # peft gives others a directory of their own
+            if adapter != "default":  # peft writes other names to a subdirectory
                 for file in (folder / adapter).iterdir():
                     file.rename(folder / file.name)
                 (folder / adapter).rmdir()
@@ -111,7 +109,7 @@ def save_pretrained(
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Inside rich's bar, which Lightning shows, those of transformers recurse without end in Jupyter."""
+    """Hides transformers' progress bars: within Lightning's rich bar they would recurse endlessly in Jupyter."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -125,7 +123,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _check_finite(model: nn.Module, state_dict: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
-    """Refuses weights that a diverged run left; of adapters the active ones count. Buffers may be infinite bounds."""
+    """Checks that weights and active adapters are finite. Buffers may be infinite bounds."""
     is_peft = hasattr(model, "get_base_model")
     idle = {*model.peft_config} - {*model.active_adapters} if is_peft else set()  # type: ignore[misc]
     for name, parameter in model.named_parameters():
@@ -134,22 +132,22 @@ def _check_finite(model: nn.Module, state_dict: Mapping[str, Tensor], directory:
             if not value.isfinite().all():
                 what = "NaN" if value.isnan().any() else "infinite values"
                 raise ValueError(
-                    f"{directory} was not written: {name} holds {what}. The run diverged: go back to a checkpoint "
-                    "before it, with a lower learning rate. What was exported before is left as it was."
+                    f"{directory} was not written, because {name} has {what}: the run has diverged. Resume from an "
+                    "earlier checkpoint with a lower learning rate. An earlier export does not change."
                 )
 
 
 def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
-    """The model's modules and configs once more, over the same weights, or those given, on the CPU; none quantized."""
+    """Copies the modules and configs of a model, with the same or the given weights on the CPU, dequantized."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    # layers that no training changes, so that those given are the model's own
+    # quantized layers are not trained, so the model's weights are right even if others are given
     memo: dict[int, Any] = {id(m): dequantized(m, base.dtype) for m in model.modules() if is_quantized_layer(m)}
     whole = not memo
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
         if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
-            continue  # a quantized layer's
-        value = tensor if state_dict is None else state_dict.get(name, tensor)  # buffers need not be in it
+            continue  # belongs to a quantized layer
+        value = tensor if state_dict is None else state_dict.get(name, tensor)  # it may lack buffers
         value = value.detach().cpu()
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
     twin = copy.deepcopy(model, memo)
@@ -157,13 +155,13 @@ def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
 
 
 def _without_quantization(model: Any) -> Any:
-    """A model whose layers are plain already, as transformers and peft would have made it from plain weights."""
+    """Removes marks of quantization from a model whose layers are plain, as if it were made from plain weights."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if name in vars(base):
             delattr(base, name)
     base.is_quantized = False
-    for name in ("quantization_config", "_pre_quantization_dtype"):  # the latter is left by 4.51, and can't be saved
+    for name in ("quantization_config", "_pre_quantization_dtype"):  # 4.51 leaves the latter, which cannot be saved
         if hasattr(base.config, name):
             delattr(base.config, name)
     if base is model:
@@ -187,9 +185,9 @@ def _without_quantization(model: Any) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Within it peft wraps a model without warnings of what is its own affair, or taken care of here."""
+    """Within it, peft wraps a model without warnings that do not concern the user."""
     with warnings.catch_warnings():
-        # of tied weights that part: merge_adapters parts them
+        # about tied weights, which merge_adapters separates
         warnings.filterwarnings("ignore", r"Model (has|with) `tie_word_embeddings", UserWarning)
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
@@ -198,13 +196,13 @@ def quiet_peft() -> Iterator[None]:
 
 
 def merge_adapters(model: Any) -> PreTrainedModel:
-    """The plain model with the active adapters merged into it.
+    """Merges the active adapters and returns the plain model.
 
     Args:
-        model: A peft model, whose modules are used up; its tensors stay as they are.
+        model: A peft model. It cannot be used afterwards, but its tensors do not change.
     """
     seen: set[int] = set()
-    for module in model.modules():  # a delta on the head must not reach the embeddings tied to it, nor the reverse
+    for module in model.modules():  # an update of the head must not change embeddings tied to it, nor the reverse
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in seen:
                 parameter = nn.Parameter(parameter.data, requires_grad=False)
@@ -212,9 +210,9 @@ def merge_adapters(model: Any) -> PreTrainedModel:
             seen.add(id(parameter))
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     tied = [c.tie_word_embeddings for c in configs]
-    for config in configs:  # else peft reads off the parted weights that they are tied no more, and warns
+    for config in configs:  # otherwise peft would notice the separated weights and warn
         config.tie_word_embeddings = False
-    plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)  # safe: into new tensors, and refuses NaN
+    plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)  # into new tensors, and with a check for NaN
     if hasattr(plain, "peft_config"):
         del plain.peft_config
     embeddings: Any = plain.get_input_embeddings()
@@ -228,21 +226,21 @@ def merge_adapters(model: Any) -> PreTrainedModel:
 
 
 def _adapter_alone(model: nn.Module) -> str:
-    """Name of the active adapter, which must be right over the original model."""
+    """Returns the name of the active adapter, which must be usable with the original model."""
     if not hasattr(model, "get_base_model"):
-        raise ValueError("adapter_only=True needs a model with adapters: give the module lora=..., or export it whole.")
+        raise ValueError("adapter_only=True needs a model with adapters. Set the module's lora, or export it whole.")
     active = cast(list[str], model.active_adapters)
     if len(active) != 1:
         raise ValueError(
-            f"adapter_only=True saves one adapter, and {', '.join(map(repr, active)) or 'none'} are active: activate "
-            "one, or export merged (adapter_only=False)."
+            f"adapter_only=True saves one adapter, but the active ones are {', '.join(map(repr, active)) or 'none'}. "
+            "Activate one, or export merged weights (adapter_only=False)."
         )
     configs: Any = model.peft_config
     init = getattr(configs[active[0]], "init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0].lower() in ("pissa", "olora", "corda"):
         raise ValueError(
-            f"Adapter {active[0]!r} was initialized by {init}, which takes its first weights out of the base model: "
-            "over the original model it would be wrong. Export merged (adapter_only=False)."
+            f"Adapter {active[0]!r} was initialized by {init}, which changes the base model, so it would be wrong with "
+            "the original model. Export merged weights (adapter_only=False)."
         )
     return active[0]
 
@@ -251,12 +249,12 @@ def _adapter_alone(model: nn.Module) -> str:
 
 
 def own_stop_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens at which a model's own settings end a generation: its generation config's, then its config's."""
+    """Returns the tokens that end a generation: those of the model's generation config, then those of its config."""
     return stops_of(getattr(model, "generation_config", None), model.config)  # a classifier has no generation config
 
 
 def stops_of(*configs: Any) -> tuple[int, ...]:
-    """The same, of configs, or None; each may have one token, several or none."""
+    """Returns the stop tokens of several configs. A config may be None, or have no, one or several stop tokens."""
     found: list[int | None] = []
     for part in chain.from_iterable((c, c.get_text_config() if hasattr(c, "get_text_config") else c) for c in configs):
         ids = getattr(part, "eos_token_id", None)
@@ -265,11 +263,11 @@ def stops_of(*configs: Any) -> tuple[int, ...]:
 
 
 def _set_stop_token_ids(config: Any, stops: list[int]) -> None:
-    """Writes into a config what ends a generation; the first alone where its family takes no list."""
+    """Writes stop tokens to a config; only the first if the model family does not accept a list."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         try:
             part.eos_token_id = _one_or_list(stops)
-        except Exception:  # transformers 5 checks types, by an error of huggingface_hub's newer versions
+        except Exception:  # transformers 5 checks types and raises an error of newer huggingface_hub versions
             part.eos_token_id = stops[0]
 
 
@@ -282,8 +280,8 @@ def _save_generation_config(
 ) -> GenerationConfig:
     """Writes the model's generation config with this tokenizer's tokens.
 
-    Published models carry combinations that transformers refuses to save, such as a temperature without
-    ``do_sample``: they were meant to be sampled from.
+    Published models have combinations that transformers refuses to save, such as a temperature without ``do_sample``.
+    These are saved with ``do_sample``.
     """
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -291,7 +289,7 @@ def _save_generation_config(
         "pad_token_id": next(iter(stops), None) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
     config = copy.deepcopy(model.generation_config or GenerationConfig())
-    for name, value in tokens.items():  # update() would validate
+    for name, value in tokens.items():  # without update(), which would validate
         setattr(config, name, value)
     if config.temperature == 0:  # greedy by another name
         config.temperature = GenerationConfig().temperature
@@ -304,7 +302,7 @@ def _save_generation_config(
             reason = str(error).strip().splitlines()[-1]
         else:
             return candidate
-    log.warning("The model's generation config is invalid (%s): saved with the stop tokens alone.", reason)
+    log.warning("The model's generation config is invalid (%s). Only its special tokens are saved.", reason)
     plain = GenerationConfig(**tokens)
     plain.save_pretrained(folder)
     return plain
@@ -325,13 +323,13 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _portable_config(config: dict[str, Any]) -> None:
-    """Adds the rotary settings' old names: 4.51 does not read ``rope_parameters`` and would take its default theta."""
+    """Adds old names of rotary settings, because 4.51 does not read ``rope_parameters`` and would use a default."""
     for key in ("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"):
         config.pop(key, None)
     if isinstance(config.get("text_config"), dict):
         _portable_config(config["text_config"])
     rope = config.get("rope_parameters") or {}
-    if "sliding_attention" in rope:  # one set for each kind of layer
+    if "sliding_attention" in rope:  # one set per layer type
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope.get("full_attention") or {}
     if "rope_theta" in rope:
@@ -349,7 +347,7 @@ def _portable_adapter_config(config: dict[str, Any]) -> None:
 
 
 def _portable_tokenizer_config(config: dict[str, Any]) -> None:
-    """4.51 doesn't know the class that 5 names, and takes its list of further special tokens for a dict."""
+    """Replaces the class name and the list of special tokens of transformers 5, which 4.51 cannot read."""
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):

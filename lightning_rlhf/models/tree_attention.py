@@ -1,11 +1,11 @@
-"""Attention over a packed row of trees: a branch sees its prompt and itself, and nothing else.
+"""Attention over a packed row of trees: a branch sees only its prompt and itself.
 
-Computed in one of two ways, with equal results: on a GPU by one fused kernel (:mod:`~lightning_rlhf.models.flex`),
-where that can be had and proves right, and anywhere else by a loop over prompts and branches.
+There are two implementations with the same results: on a GPU a fused kernel (:mod:`~lightning_rlhf.models.flex`), if it
+is available and computes correctly, and otherwise a loop over prompts and branches.
 
-Registered with transformers as ``"tree"``. A model set to it behaves as with ``"sdpa"`` (``generate`` works) until a
-forest is handed to it; while one is active, a layer that the forest does not reach is an error, because it would
-silently let every token see the whole row.
+It is registered with transformers as ``"tree"``. A model with this attention behaves as with ``"sdpa"`` (``generate``
+works) until it gets a forest. While a forest is active, a layer that does not receive it raises an error, because its
+tokens would see the whole row.
 
 Shapes: T packed tokens, H query heads, K key / value heads, E head size.
 """
@@ -38,7 +38,7 @@ class ForestNotPassedError(RuntimeError):
 
 @contextmanager
 def forest_active() -> Iterator[None]:
-    """Within it every attention layer must receive a forest, and models make no mask of their own."""
+    """Within it, every attention layer must receive a forest, and models do not make masks."""
     token = _ACTIVE.set(True)
     try:
         yield
@@ -48,7 +48,7 @@ def forest_active() -> Iterator[None]:
 
 @contextmanager
 def noting_windows() -> Iterator[set[int | None]]:
-    """Yields a set of what layers that run give as their sliding window; None of a layer that gives none."""
+    """Yields a set that collects the sliding windows of layers that run; None for a layer without a window."""
     found: set[int | None] = set()
     token = _WINDOWS.set(found)
     try:
@@ -57,7 +57,7 @@ def noting_windows() -> Iterator[set[int | None]]:
         _WINDOWS.reset(token)
 
 
-@uncompiled  # its loop goes by lengths, and would be compiled anew for each batch
+@uncompiled  # its loop depends on lengths and would be compiled again for each batch
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -72,42 +72,47 @@ def tree_attention(
     forest: Forest | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in each layer; no padding, no (T, T) mask.
+    """Computes attention over a forest, without padding and without a (T, T) mask. transformers calls it in each layer.
 
     Args:
         module: The attention layer.
         query: (1, H, T, E).
-        key: (1, K, T, E), K dividing H.
+        key: (1, K, T, E), where K divides H.
         value: (1, K, T, E).
-        attention_mask: Unused with a forest, which says who sees whom.
-        scaling: Factor on the logits; default ``E ** -0.5``.
-        dropout: Attention dropout.
-        sliding_window: Tokens a query sees at most, itself included, where the layer has a window.
+        attention_mask: Unused with a forest.
+        scaling: Factor on the logits. Default: ``E ** -0.5``.
+        dropout: Dropout probability of attention weights.
+        sliding_window: Number of tokens that a query sees, itself included. None: all.
         softcap: Bound of soft-capped logits (Gemma 2).
         s_aux: (H,) attention sinks (GPT-OSS).
-        forest: Where the trees lie. Without one this is plain SDPA.
-        kwargs: What else transformers hands to attention functions; passed on to SDPA.
+        forest: Positions of the trees. None: plain SDPA.
+        kwargs: Other arguments from transformers, which are passed to SDPA.
 
     Returns:
-        (1, T, H, E) and no attention weights.
+        (1, T, H, E) outputs, and None in place of attention weights.
 
     Raises:
-        ForestNotPassedError: A packed row is being run and no forest arrived.
-        ValueError: More than one row, or a mask that the layer made.
+        ForestNotPassedError: A packed row runs, but the layer did not receive the forest.
+        ValueError: There is more than one row, or the layer made a mask.
     """
     if forest is None:
         if _ACTIVE.get():
-            raise ForestNotPassedError(f"{type(module).__name__} received no forest: its model drops unknown keywords.")
+            raise ForestNotPassedError(
+                f"{type(module).__name__} did not receive the forest: its model drops unknown keywords. Use layout: "
+                "padded."
+            )
         sdpa: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()["sdpa"]
         extra = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **kwargs}
         if softcap is not None or s_aux is not None:
             raise ValueError(
-                f"{type(module).__name__} uses soft-capping or sinks, which SDPA has not: run it by its own "
+                f"{type(module).__name__} uses soft-capping or sinks, which SDPA does not support. Use the model's own "
                 "attention (Policy.native_attention) outside packed batches."
             )
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra)
     if attention_mask is not None and _ASKS_FOR_MASKS:
-        raise ValueError(f"{type(module).__name__} makes a mask of its own, which may depend on a row's length.")
+        raise ValueError(
+            f"{type(module).__name__} makes its own mask, which may depend on a row's length. Use layout: padded."
+        )
     if (windows := _WINDOWS.get()) is not None:
         windows.add(sliding_window)
     if query.shape[0] != 1:
@@ -120,7 +125,7 @@ def tree_attention(
 def _fused(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None
 ) -> bool:
-    """The one place where the way is chosen: the kernel has neither dropout nor sinks, and must be the loop's equal."""
+    """Whether to use the kernel: it has no dropout and no sinks, and its results must equal the loop's."""
     if dropout or sinks is not None or not flex.usable(query):
         return False
     heads, sizes = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
@@ -139,17 +144,17 @@ def _loop(
     dropout: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """One call for each prompt and one for each of its branches: (1, T, H, E)."""
+    """Computes (1, T, H, E) attention with one call per prompt and per branch."""
     if softcap is not None or sinks is not None:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    # one split each: a slice a call would fill a whole gradient a call in the backward pass
+    # split each tensor once: in the backward pass each slice would allocate a gradient of the whole tensor
     sizes = [own.length * repeats for own, _, repeats in forest.calls]
     pieces = zip(forest.calls, *(t.split(sizes, 2) for t in (query, key, value)), strict=True)
     prompts: dict[int, tuple[Tensor, Tensor]] = {}
     out: list[Tensor] = []
     for (own, prefix, repeats), q, k, v in pieces:
-        if repeats > 1:  # side by side and of one length: a batch
+        if repeats > 1:  # neighboring branches of the same length form a batch
             q, k, v = (t.unflatten(2, (repeats, own.length))[0].transpose(0, 1) for t in (q, k, v))
         before = 0
         if prefix is None:
@@ -161,9 +166,9 @@ def _loop(
         near = window if window and window < before + own.length else None
         if softcap is not None or sinks is not None:
             seen = forest.mask(before, own.length, near, query.device)
-            result = _by_hand(q, k, v, seen, scaling, dropout, softcap, sinks)
+            result = _eager_attention(q, k, v, seen, scaling, dropout, softcap, sinks)
         else:
-            # SDPA's own is_causal is top-left: right for a prompt, wrong for a branch behind one
+            # SDPA's is_causal is aligned at the top left, which is right for a prompt, but wrong for a branch
             causal = prefix is None and near is None
             mask = None if causal else forest.mask(before, own.length, near, query.device)
             result = F.scaled_dot_product_attention(
@@ -174,7 +179,7 @@ def _loop(
     return torch.cat(out, 1)
 
 
-def _by_hand(
+def _eager_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -184,13 +189,13 @@ def _by_hand(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """What SDPA lacks: soft-capped logits and attention sinks."""
+    """Attention with soft-capped logits and attention sinks, which SDPA lacks."""
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(at_least_fp32).masked_fill(~mask, -torch.inf)
-    if sinks is not None:  # a key without a value: it takes its share and gives nothing
+    if sinks is not None:  # a sink is a key without a value: it takes probability and adds nothing
         sink = sinks.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits)
         logits = torch.cat([logits, sink], -1)
     weights = F.dropout(logits.softmax(-1).to(q.dtype)[..., : k.shape[2]], dropout)
@@ -198,7 +203,7 @@ def _by_hand(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask for a packed row; SDPA's own otherwise."""
+    """Makes no mask for a packed row, and SDPA's mask otherwise."""
     if _ACTIVE.get():
         return None
     from transformers.masking_utils import sdpa_mask
@@ -209,7 +214,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 AttentionInterface.register(NAME, tree_attention)
 try:
     from transformers import AttentionMaskInterface
-except ImportError:  # transformers < 4.53 makes a mask without asking; tree_attention ignores it
+except ImportError:  # transformers < 4.53 always makes a mask; tree_attention ignores it
     _ASKS_FOR_MASKS = False
 else:
     _ASKS_FOR_MASKS = True
@@ -217,24 +222,24 @@ else:
 
 
 def set_attention(model: nn.Module, name: str) -> None:
-    """Makes every layer of a transformers model use the attention function ``name``.
+    """Sets the attention function of every layer of a transformers model.
 
-    transformers has no public way to do so on a built model in 4.51; the attribute that its layers read is the same
-    in all supported versions, and ``tests/models/test_tree_attention.py`` fails where it is no longer read.
+    transformers 4.51 has no public way to do this for an existing model. The attribute is the same in all supported
+    versions; ``tests/models/test_tree_attention.py`` fails if it is no longer read.
     """
-    for module in model.modules():  # some families of 4.51 copy the config into each layer
+    for module in model.modules():  # in 4.51 some model families copy the config to each layer
         config: Any = getattr(module, "config", None)
         if config is not None:
             config._attn_implementation = name
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention function that :func:`set_attention` set, or the model was built with."""
+    """Returns the name of a model's attention function."""
     return str(getattr(model.config, "_attn_implementation", None) or "eager")
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The layers that call an attention function, by transformers' naming."""
+    """Returns the layers that call an attention function, which are found by their class names."""
     return [
         m
         for m in model.modules()

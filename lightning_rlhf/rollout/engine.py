@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.backbone import Backbone, untried
+from lightning_rlhf.models.backbone import Backbone, reason_beyond_trial
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
 from lightning_rlhf.rollout.kv_cache import NAME, Decoder
 from lightning_rlhf.rollout.scheduler import Scheduler
@@ -176,7 +176,7 @@ def _by_trying(policy: Backbone) -> str | None:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not difference < (0.05 if half else 1e-4):
         return f"the relative difference of logits is {difference:.1e}"
-    return untried(model, decoder.cache.windows)
+    return reason_beyond_trial(model, decoder.cache.windows)
 
 
 def _difference(got: Tensor, want: Tensor) -> float:

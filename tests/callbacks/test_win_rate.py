@@ -314,7 +314,7 @@ def test_ppo_with_a_judge_that_reads_columns(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(judge="nothing"), "is no directory here"),
+        (dict(judge="nothing"), "is not a directory in"),
         (dict(judge="http://127.0.0.1:1/v1"), "ChatJudge"),
         (dict(judge=wanted_letters), "needs the column wanted"),
         (dict(judge=letters, every_n_steps=0), "every_n_steps"),

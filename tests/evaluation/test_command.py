@@ -145,7 +145,7 @@ def test_a_judge_that_breaks_off_leaves_what_was_judged(folder):
         (("long.jsonl", "none.jsonl", "--judge", "{length}"), "none.jsonl: no such file"),
         (("org/a", "org/b", "--judge", "{length}"), "both A and B are models"),
         (("long.jsonl", "short.jsonl", "--judge", "http://127.0.0.1:1/v1"), "--judge-model"),
-        (("long.jsonl", "short.jsonl", "--judge", "nothing"), "is no directory here"),
+        (("long.jsonl", "short.jsonl", "--judge", "nothing"), "is not a directory in"),
         (("long.jsonl", "short.jsonl", "--judge", "{length}", "--out", "short.jsonl"), "would overwrite"),
         (("long.jsonl", "prompts.jsonl", "--judge", "{length}"), r"prompts\.jsonl:1: the row has no answer"),
         (("long.jsonl", "short.jsonl", "--judge", "{length}", "--limit", "0"), "--limit must be at least 1"),

@@ -38,7 +38,7 @@ def test_a_name_that_matches_no_layer_is_refused_with_those_near_it(field):
     names = {"targets": ["q_proj", "v_porj"], "modules_to_save": ["lm_haed"]}[field]
     near = {"targets": "v_proj", "modules_to_save": "lm_head"}[field]
     with pytest.raises(
-        ValueError, match=rf"lora.{field}: '.*' matches no layer of LlamaForCausalLM; near it are .*{near}"
+        ValueError, match=rf"lora.{field}: '.*' matches no layer of LlamaForCausalLM; did you mean .*{near}"
     ):
         load_causal_lm(build("llama"), lora=LoRA(**{field: names}))
 

@@ -182,7 +182,7 @@ def test_several_labels_are_refused(labels, tmp_path):
     plain = classifier(num_labels=labels)
     plain.save_pretrained(tmp_path)
     for source in (tmp_path, plain):
-        with pytest.raises(ValueError, match=f"classifier of {labels} labels"):
+        with pytest.raises(ValueError, match=f"classifier with {labels} labels"):
             load_reward_model(source)
 
 
@@ -446,7 +446,7 @@ def test_from_a_language_models_adapters_the_body_is_adapted_and_the_head_new(ti
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert (got - base).abs().max() > 1e-3
     for source in (tmp_path / "sft", tmp_path / "merged", tiny_model_dir):
-        with pytest.raises(ValueError, match=r"no reward model.*score\.weight"):
+        with pytest.raises(ValueError, match=r"not a reward model.*score\.weight"):
             load_reward_model(source, needs_head=True)
 
 

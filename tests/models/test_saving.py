@@ -174,7 +174,10 @@ def test_adapters_without_their_base_say_so(tokenizer, tiny_model_dir, tmp_path)
     )
     file = tmp_path / "hf" / "adapter_config.json"
     settings = json.loads(file.read_text())
-    for base, message in ((str(tmp_path / "gone"), "holds adapters of '.*gone'"), (None, "doesn't say which model")):
+    for base, message in (
+        (str(tmp_path / "gone"), "has adapters of '.*gone'"),
+        (None, "does not name the adapters' base model"),
+    ):
         file.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
         with pytest.raises(OSError, match=message):
             load_causal_lm(tmp_path / "hf")

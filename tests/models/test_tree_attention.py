@@ -68,7 +68,7 @@ def test_equals_a_dense_mask_forward_and_backward(window, extra):
 
 def test_a_layer_without_its_forest_is_an_error_not_a_leak():
     x = torch.randn(1, H, 4, E)
-    with tree.forest_active(), pytest.raises(tree.ForestNotPassedError, match="Identity received no forest"):
+    with tree.forest_active(), pytest.raises(tree.ForestNotPassedError, match="Identity did not receive the forest"):
         tree.tree_attention(nn.Identity(), x, x, x, None)
 
 

@@ -113,7 +113,7 @@ def test_adapters_are_a_reward_model_too(tiny_model_dir, tiny_tokenizer, tmp_pat
 
 def test_a_language_model_is_no_reward_model(tiny_model_dir, tiny_tokenizer):
     reward = RewardModelReward(tiny_model_dir, tiny_tokenizer)
-    with pytest.raises(ValueError, match="is no reward model"):
+    with pytest.raises(ValueError, match="is not a reward model"):
         reward.load()
 
 
