@@ -7,10 +7,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from reward_models import reward_adapter_model
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
-from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm, load_reward_model
+from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm
 from lightning_rlhf.models.roles import RoleModel
 from lightning_rlhf.models.saving import save_pretrained
 
@@ -33,11 +34,7 @@ def roles(model_dir, lora=None, **options):
 @pytest.fixture
 def reward_adapter(tiny_model_dir, tiny_tokenizer, tmp_path):
     """The directory of a reward model's adapter over the same weights, and what it scores."""
-    torch.manual_seed(1)
-    model = load_reward_model(tiny_model_dir, lora=LoRA(r=4), pad_token_id=tiny_tokenizer.pad_token_id)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.3)
+    model = reward_adapter_model(tiny_model_dir, tiny_tokenizer)
     reward = RewardModel(model)
     reward.score_offset = 0.25
     save_pretrained(model, tiny_tokenizer, tmp_path / "reward", adapter_only=True)

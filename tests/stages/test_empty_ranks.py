@@ -3,17 +3,13 @@
 import importlib.util
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from processes import run_ranks
+from reward_models import save_reward_adapter
 
-from lightning_rlhf import LoRA
-from lightning_rlhf.models import load_reward_model
-from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.models import load_tokenizer
 
 SCRIPT = Path(__file__).parent / "run_empty_ranks.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -22,16 +18,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900
 @pytest.fixture(scope="module")
 def place(tiny_model_dir, tmp_path_factory):
     """A folder with a reward model, whole and as adapters."""
-    from lightning_rlhf.models import load_tokenizer
-
     out = tmp_path_factory.mktemp("empty")
-    tokenizer = load_tokenizer(tiny_model_dir)
-    model = load_reward_model(tiny_model_dir, lora=LoRA(r=4), pad_token_id=tokenizer.pad_token_id)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
-    for only in (False, True):
-        save_pretrained(model, tokenizer, out / ("reward model adapter" if only else "reward model"), adapter_only=only)
+    saved = save_reward_adapter(tiny_model_dir, load_tokenizer(tiny_model_dir), out)
+    for only, name in ((False, "reward model"), (True, "reward model adapter")):
+        Path(saved[only]).rename(out / name)
     return out
 
 
@@ -46,26 +36,8 @@ def one(place, tiny_model_dir):
 
 
 def start(place, model_dir, ranks, runs):
-    """What each rank found; where one ended early, the message says at what, with its stacks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-    command = [sys.executable, str(SCRIPT), str(model_dir), str(place), json.dumps(runs)]
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **common, "LOCAL_RANK": str(rank)}, **pipes)
-        for rank in range(ranks)
-    ]
-    try:
-        errors = [process.communicate(timeout=800)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, process in enumerate(processes):
-        where = (place / f"rank{rank}.txt").read_text()[-4000:]
-        assert process.returncode == 0, f"rank {rank} of {ranks} ended at: {where}\n{errors[rank][-3000:]}"
+    """What each rank found."""
+    run_ranks(SCRIPT, model_dir, place, json.dumps(runs), ranks=ranks, logs=place)
     return [json.loads((place / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

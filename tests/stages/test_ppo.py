@@ -21,6 +21,7 @@ import torch
 from grouping import grouped
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
+from reward_models import save_reward_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
@@ -1040,16 +1041,8 @@ def test_samples_from_another_distribution_are_warned_of_once(tiny_model_dir, tm
 
 def test_a_reward_adapter_of_the_same_weights_shares_the_backbone(tiny_model_dir, tiny_tokenizer, tmp_path):
     """It gives what a reward model of its own gives, without the memory of one."""
-    torch.manual_seed(1)
-    model = load_reward_model(tiny_model_dir, lora=LoRA(r=4), pad_token_id=tiny_tokenizer.pad_token_id)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.3)
-    for only in (True, False):
-        save_pretrained(model, tiny_tokenizer, tmp_path / f"adapter {only}", adapter_only=only)
     found = {}
-    for only in (True, False):
-        reward = str(tmp_path / f"adapter {only}")
+    for only, reward in save_reward_adapter(tiny_model_dir, tiny_tokenizer, tmp_path).items():
         _, module = run(tiny_model_dir, tmp_path / f"run {only}", lora=True, max_steps=2, reward=reward)
         assert (module.reward.shared is module.policy) == only
         assert bool(list(module.reward.parameters())) != only

@@ -2,14 +2,11 @@
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 
 SCRIPT = Path(__file__).parent / "modules.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -75,22 +72,7 @@ def found(kinds, tmp_path_factory):
         precision = "bf16-mixed" if plugin in BOUNDS else "32-true"
         options = dict(plugin=plugin.removesuffix(" half"), precision=precision)
         cases |= {f"{plugin} {kind}": dict(kind=kind, **options) for kind in wanted}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
-    command = [sys.executable, str(SCRIPT), str(out), json.dumps(cases)]
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    processes = [subprocess.Popen(command, env={**env, "LOCAL_RANK": str(rank)}, **pipes) for rank in range(2)]
-    try:
-        errors = [process.communicate(timeout=800)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, process in enumerate(processes):
-        where = (out / f"rank{rank}.txt").read_text()[-4000:]
-        assert process.returncode == 0, f"rank {rank} ended at: {where}\n{errors[rank][-2000:]}"
+    run_ranks(SCRIPT, out, json.dumps(cases), logs=out)
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -1,20 +1,31 @@
-"""Two processes of a test file that is a script too."""
+"""Starts the ranks of a script."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 
-def run_two(script, folder):
-    """What each of two processes printed, and what it said when it died; their arguments are a store and the rank."""
-    store = folder / "store"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+def run_ranks(script, *arguments, ranks=2, logs=None):
+    """Runs a script as several ranks, which find each other by the environment, and returns what each printed.
+
+    If a rank fails, the error has the ends of its standard error and of its ``rankN.txt`` in the folder ``logs``.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    command = [sys.executable, str(script), *map(str, arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, script, str(store)]
-    processes = [subprocess.Popen([*command, str(rank)], env=env, **pipes) for rank in range(2)]
+    processes = [subprocess.Popen(command, env={**env, "LOCAL_RANK": str(rank)}, **pipes) for rank in range(ranks)]
     try:
-        return [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=800) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    for rank, (process, (_, error)) in enumerate(zip(processes, outputs, strict=True)):
+        where = (logs / f"rank{rank}.txt").read_text()[-4000:] if logs else ""
+        assert process.returncode == 0, f"rank {rank} of {ranks} failed: {where}\n{error[-3000:]}"
+    return [out for out, _ in outputs]
