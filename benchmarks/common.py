@@ -194,6 +194,45 @@ def report(meter: Meter) -> None:
     print(_MARK + json.dumps({k: result[k] for k in ("warmup", "tokens", "seconds", "extra_mib", "losses")}))
 
 
+#: Help of the options that several benchmarks have; all are whole numbers.
+SHARED = {
+    "rounds": "rounds in which the contestants take turns; more give a more reliable median",
+    "steps": "measured steps per round (PPO: iterations)",
+    "warmup": "steps before them that are not measured, at least 1",
+    "rows": "rows per step or batch",
+    "length": "maximum number of tokens per row, or per prompt if completions are sampled",
+    "new": "maximum number of tokens per completion",
+    "vocab_size": "size of the vocabulary",
+    "width": "hidden size of the random model",
+    "layers": "layers of the random model",
+}
+
+
+class BenchmarkParser(argparse.ArgumentParser):
+    """The command line of a benchmark.
+
+    Args:
+        about: Description, the script's docstring.
+        workers: Names that the hidden option ``--worker`` may have. None: there is no such option.
+        shared: Defaults of the options of :data:`SHARED` that the benchmark has. None: the default depends on the case.
+    """
+
+    def __init__(self, about: str | None, workers: Iterable[str] | None = None, **shared: int | None) -> None:
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name, default in shared.items():
+            text = f"{SHARED[name]}; default: {'depends on the case' if default is None else default}"
+            self.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
+        if workers is not None:
+            self.add_argument("--worker", choices=list(workers), help=argparse.SUPPRESS)
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Reads the options, and checks the warm-up."""
+        options = self.parse_args(arguments)
+        if (warmup := getattr(options, "warmup", None)) is not None and warmup < 1:
+            self.error("--warmup must be at least 1, because the clock starts at the end of a step.")
+        return options
+
+
 def flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """Those of the options that have a value, as a worker's command line."""
     given = {name: getattr(options, name) for name in names}

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import lightning.pytorch as L
 import torch
-from common import Meter
+from common import BenchmarkParser, Meter
 from memory import first_letters
 from sft import word_tokenizer
 from sharding import num_parameters
@@ -268,28 +268,18 @@ def row(name: str, recipe: Recipe, parameters: int, meter: Meter, peak_tflops: f
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RECIPES)}; default all")
+    sizes = dict.fromkeys(("steps", "warmup", "rows", "length", "new", "width", "layers", "vocab_size"))
+    parser = BenchmarkParser(__doc__, RECIPES, **sizes)
+    parser.add_argument("recipes", nargs="*", help=f"some of {', '.join(RECIPES)}; default: all")
     parser.add_argument("--cpu-smoke", action="store_true", help="toy size on a CPU, without MFU and memory")
-    parser.add_argument("--peak-tflops", type=float, help="of the card: dense bf16, in 10^12 operations a second")
-    parser.add_argument("--steps", type=int, help="measured, or iterations of PPO; default 10")
-    parser.add_argument("--warmup", type=int, help="steps before them, at least 1; default 3")
-    parser.add_argument("--rows", type=int, help="of a step; this and the following: default the recipe's")
-    parser.add_argument("--length", type=int, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, help="tokens of an answer")
-    parser.add_argument("--width", type=int, help=f"of the model, a multiple of {HEAD}")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--vocab-size", type=int, help="default 32000")
-    parser.add_argument("--worker", choices=RECIPES, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--peak-tflops", type=float, help="peak of the card in dense bf16, 10^12 operations per second")
+    options = parser.parse(arguments)
     if unknown := [name for name in options.recipes if name not in RECIPES]:
-        parser.error(f"There is no recipe {', '.join(unknown)}: choose of {', '.join(RECIPES)}.")
+        parser.error(f"There is no recipe {', '.join(unknown)}. Choose from {', '.join(RECIPES)}.")
     options.recipes = options.recipes or list(RECIPES)
     for name, value in (SMOKE if options.cpu_smoke else {"steps": 10, "warmup": 3, "vocab_size": 32_000}).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clock starts at the end of a step.")
     return options
 
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import lightning.pytorch as L
 import torch
-from common import Meter
+from common import BenchmarkParser, Meter
 from sft import word_tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -226,25 +226,17 @@ def rows(extra: Mapping[str, list[Meter]], whole: Mapping[str, list[Meter]]) -> 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder, or smollm2-135m-instruct, fetched once; default a random Llama")
+    sizes = dict(rows=8, length=96, new=32, vocab_size=32_000, width=512, layers=8)
+    parser = BenchmarkParser(__doc__, CONTESTANTS, rounds=1, steps=2, **sizes)
+    parser.add_argument("--model", help="a directory, or smollm2-135m-instruct (downloaded once); default: a Llama")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2, help="or iterations of a round, at least 2")
-    parser.add_argument("--rows", type=int, default=8, help="of a micro-batch")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of an iteration")
-    parser.add_argument("--length", type=int, default=96, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="of the random Llama")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per step; default: %(default)s")
     parser.add_argument("--from-start", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     if SFT not in options.contestants:
-        parser.error(f"--contestants must have {SFT}, which the others are measured by.")
+        parser.error(f"--contestants must include {SFT}, with which the others are compared.")
     if options.steps < 2:
-        parser.error("--steps must be at least 2: the first is the warm-up.")
+        parser.error("--steps must be at least 2, because the first step is the warm-up.")
     return options
 
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import lightning.pytorch as L
 import torch
-from common import OURS, Meter
+from common import OURS, BenchmarkParser, Meter
 from sft import word_tokenizer
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -240,23 +240,13 @@ def rows(case: Case, found: Mapping[str, list[Meter]], steps: int) -> list[list[
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(length=96, new=32, vocab_size=1024, width=256, layers=4)
+    parser = BenchmarkParser(__doc__, CONTESTANTS, rounds=3, steps=6, warmup=2, **sizes)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="measured iterations of a round")
-    parser.add_argument("--warmup", type=int, default=2, help="iterations before them, at least 1")
-    parser.add_argument("--completions", type=int, default=8, help="of an iteration")
-    parser.add_argument("--length", type=int, default=96, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=32, help="tokens of a completion")
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--completions", type=int, default=8, help="completions per iteration; default: %(default)s")
     parser.add_argument("--case", choices=CASES, default="one", help=argparse.SUPPRESS)
-    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clock starts at the end of an iteration.")
+    options = parser.parse(arguments)
     return options
 
 

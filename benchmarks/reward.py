@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import torch
-from common import OURS, Goal, Meter
+from common import OURS, BenchmarkParser, Goal, Meter
 from torch import Tensor
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 
@@ -204,22 +204,13 @@ PEERS: dict[str, Callable[[Task], None]] = {
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BenchmarkParser(__doc__, [OURS, *PEERS], rounds=3, steps=8, warmup=2, length=1024, width=256, layers=4)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of a round")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1")
-    parser.add_argument("--data", default=str(common.ASSETS / "data" / "preference.jsonl"), help="default %(default)s")
-    parser.add_argument("--tokenizer", default=SMOLLM2, help="a folder, or %(default)s, fetched once")
-    parser.add_argument("--pairs", type=int, default=8, help="of a step")
-    parser.add_argument("--length", type=int, default=1024, help="most tokens of a prompt with its answer")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--data", default=str(common.ASSETS / "data" / "preference.jsonl"), help="default: %(default)s")
+    parser.add_argument("--tokenizer", default=SMOLLM2, help="a directory, or %(default)s (downloaded once)")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per step; default: %(default)s")
     parser.add_argument("--cache", help=argparse.SUPPRESS)
-    parser.add_argument("--worker", choices=[OURS, *PEERS], help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clock starts at the end of a step.")
+    options = parser.parse(arguments)
     return options
 
 

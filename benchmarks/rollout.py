@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import torch
-from common import OURS, Goal, Meter
+from common import OURS, BenchmarkParser, Goal, Meter
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lightning_rlhf.models import Policy, load_causal_lm
@@ -151,20 +151,11 @@ CONTESTANTS = {OURS: rollout_ours, GENERATE: rollout_generate}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BenchmarkParser(__doc__, CONTESTANTS, rounds=3, warmup=1, new=None, rows=None, width=256, layers=4)
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2, help="measured rollouts of a round")
-    parser.add_argument("--warmup", type=int, default=1, help="rollouts before them, at least 1")
-    parser.add_argument("--model", help="another model's folder, or smollm2-135m-instruct, fetched once")
-    parser.add_argument("--new", type=int, help="most tokens of a completion; default the case's")
-    parser.add_argument("--rows", type=int, help="of a batch at most; default the case's")
-    parser.add_argument("--width", type=int, default=256, help="of the random Llama")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clock starts at the end of a rollout.")
+    parser.add_argument("--repeats", type=int, default=2, help="measured rollouts per round; default: %(default)s")
+    parser.add_argument("--model", help="another model's directory, or smollm2-135m-instruct (downloaded once)")
+    options = parser.parse(arguments)
     return options
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import torch
-from common import OURS, Goal, Meter
+from common import OURS, BenchmarkParser, Goal, Meter
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -231,21 +231,14 @@ PEERS: dict[str, Callable[[Task], None]] = {
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(length=None, vocab_size=None, width=256, layers=4)
+    parser = BenchmarkParser(__doc__, [OURS, *PEERS], rounds=3, steps=None, warmup=2, **sizes)
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="measured steps of a round; default the case's")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1")
-    parser.add_argument("--tokenizer", default=SMOLLM2, help="of the case real: a folder, or %(default)s, fetched once")
-    parser.add_argument("--length", type=int, help="most tokens of a sequence; default the case's")
-    parser.add_argument("--vocab-size", type=int, help="of a made-up vocabulary; default the case's")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--worker", choices=[OURS, *PEERS], help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the clock starts at the end of a step.")
+    parser.add_argument(
+        "--tokenizer", default=SMOLLM2, help="for the case real: a directory, or %(default)s (downloaded once)"
+    )
+    options = parser.parse(arguments)
     return options
 
 

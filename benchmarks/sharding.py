@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import lightning.pytorch as L
 import torch
-from common import OURS
+from common import OURS, BenchmarkParser
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -355,30 +355,26 @@ def overhead_row(ranks: int, found: list[list[Pair]]) -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict.fromkeys(("steps", "rows", "length", "width", "layers"))
+    parser = BenchmarkParser(__doc__, warmup=2, vocab_size=1024, **sizes)
     names = [name for name in dict.fromkeys(case.strategy for case in CASES) if name != DDP]
-    parser.add_argument("--strategies", nargs="+", choices=names, default=names, help="beside ddp")
-    parser.add_argument("--ranks", nargs="+", type=int, help="processes; default 1 2 4, with --overhead 1 2")
-    parser.add_argument("--overhead", action="store_true", help="of the Trainer over a bare loop, instead of bytes")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of --overhead that don't count")
-    parser.add_argument("--steps", type=int, help="of a run, at least 2; or measured ones of --overhead")
-    parser.add_argument("--rows", type=int, help="of a rank's batch")
-    parser.add_argument("--length", type=int, help="tokens of a row")
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--min-chunk-elements", type=int, help="Gemini's; default the strategy's")
+    parser.add_argument("--strategies", nargs="+", choices=names, default=names, help="strategies besides ddp")
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, help="numbers of processes; default: 1 2 4, with --overhead 1 2"
+    )
+    parser.add_argument(
+        "--overhead", action="store_true", help="measure the Trainer's overhead over a bare loop, instead of memory"
+    )
+    parser.add_argument("--min-chunk-elements", type=int, help="Gemini's smallest chunk; default: the strategy's")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     for name, value in (OVERHEAD_SIZE if options.overhead else SIZE).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.warmup < 1:
-        parser.error("--warmup must be at least 1: the first step makes the optimizer states.")
     if options.steps < 2 and not options.overhead:
-        parser.error("--steps must be at least 2: the first makes the optimizer states.")
+        parser.error("--steps must be at least 2, because the first step makes the optimizer states.")
     return options
 
 
