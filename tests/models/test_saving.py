@@ -137,7 +137,7 @@ def test_only_the_active_adapter_is_saved_and_in_the_root(name, rank, tokenizer,
 def test_several_active_adapters_are_not_saved_as_one(tokenizer, tiny_model_dir, tmp_path):
     tuned = two_adapters(tiny_model_dir)
     tuned.base_model.set_adapter(["default", "critic"])
-    with pytest.raises(ValueError, match="'default', 'critic' are active"):
+    with pytest.raises(ValueError, match="the active ones are 'default', 'critic'"):
         saving.save_pretrained(tuned, tokenizer, tmp_path / "hf", adapter_only=True)
 
 
