@@ -78,6 +78,7 @@ demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bun
 lint: $(VENV)/.test-installed ## ruff, codespell and mypy: 1 minute
 	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
 	$(call timed,codespell,git ls-files -z | xargs -0 $(VENV)/bin/codespell)
+	$(call timed,imports between packages,$(VENV)/bin/lint-imports --no-cache)
 	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
 
 # Not --quiet: --strict then misses warnings.

@@ -8,6 +8,8 @@ import importlib.abc
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lightning_rlhf.utils.lazy import loader
+
 if TYPE_CHECKING:
     from lightning_rlhf.callbacks import (
         EMA,
@@ -87,10 +89,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

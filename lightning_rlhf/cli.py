@@ -122,13 +122,14 @@ def cli(args: Sequence[str] | None, run: bool = True, kind: Any = None) -> Any:
             if stage == "fit":
                 super().setup(trainer, pl_module, stage)
 
-    # imported so that class names work without their modules: --model SFTModule
     import lightning_rlhf.callbacks
-    import lightning_rlhf.data.instruction
-    import lightning_rlhf.data.preference
-    import lightning_rlhf.data.prompts
+    import lightning_rlhf.data
     import lightning_rlhf.stages
     from lightning_rlhf.keys import KeyParser, StageCLI
+
+    for face in (lightning_rlhf.callbacks, lightning_rlhf.data, lightning_rlhf.stages):
+        for name in face.__all__:
+            getattr(face, name)  # loads it, so that class names work without their modules: --model SFTModule
 
     return (kind or StageCLI)(
         LightningModule,

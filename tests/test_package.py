@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import importlib.metadata
 import os
 import re
@@ -51,6 +52,21 @@ def test_importing_loads_no_framework(module):
     heavy = ("torch", "transformers", "lightning", "peft", "datasets", "bitsandbytes", "colossalai", "numpy", "pyarrow")
     out = python(f"import sys, {module}; print(*(m for m in {heavy} if m in sys.modules))")
     assert out.split() == []
+
+
+def test_importing_the_stages_loads_what_they_need_alone():
+    out = python("import sys, lightning_rlhf.stages; print(*sys.modules)")
+    unwanted = ("evaluation", "report", "inspection")
+    assert [name for name in out.split() if name.startswith(tuple(f"lightning_rlhf.{room}" for room in unwanted))] == []
+
+
+@pytest.mark.parametrize("room", ["callbacks", "data", "utils"])
+def test_faces_that_load_late_have_all_that_they_list(room):
+    face = importlib.import_module(f"lightning_rlhf.{room}")
+    assert sorted(face._HOMES) == sorted(face.__all__)
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = face.no_such_name
 
 
 def test_public_names_resolve_and_are_listed():

@@ -26,7 +26,7 @@ from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.data.sources import BadRowError, read_rows
 from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
-from lightning_rlhf.evaluation.answers import RaiseBadRows, complete, prompt_text, room
+from lightning_rlhf.evaluation.answers import RaiseBadRows, prompt_text
 from lightning_rlhf.models.saving import own_stop_token_ids
 from lightning_rlhf.rollout import (
     CachedEngine,
@@ -35,6 +35,8 @@ from lightning_rlhf.rollout import (
     RolloutEngine,
     Sampling,
     as_answers,
+    complete,
+    room,
     sample_key,
 )
 from lightning_rlhf.strategies import runs_alone, whole_weights

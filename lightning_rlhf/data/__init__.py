@@ -3,7 +3,9 @@
 Names are imported when they are used: packed batches need nothing that reads files.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_rlhf.utils.lazy import loader
 
 if TYPE_CHECKING:
     from lightning_rlhf.data.instruction import InstructionDataModule
@@ -40,9 +42,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        import importlib
-
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = loader(__name__, _HOMES)

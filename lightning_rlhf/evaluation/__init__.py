@@ -1,6 +1,6 @@
 """Evaluation by win rate: two models answer prompts, and a judge chooses the better answers."""
 
-from lightning_rlhf.evaluation.answers import complete, generate_answers, names_file, read_answers
+from lightning_rlhf.evaluation.answers import generate_answers, names_file, read_answers
 from lightning_rlhf.evaluation.chat_judge import ChatJudge
 from lightning_rlhf.evaluation.judges import Answer, Judge, JudgeError, Question, RewardJudge, Verdict, make_judge
 from lightning_rlhf.evaluation.pairs import AnswerPair, JudgedPair, judge_pairs, rates
@@ -15,7 +15,6 @@ __all__ = [
     "Question",
     "RewardJudge",
     "Verdict",
-    "complete",
     "generate_answers",
     "judge_pairs",
     "make_judge",

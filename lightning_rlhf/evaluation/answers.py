@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +19,8 @@ from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.evaluation.judges import Answer
 from lightning_rlhf.models import Policy, load_causal_lm, load_tokenizer
-from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import Dtype, load_stop_token_ids
-from lightning_rlhf.rollout import CachedEngine, Completion, Request, RolloutEngine, Sampling, as_answers, sample_key
+from lightning_rlhf.rollout import CachedEngine, Sampling, as_answers, complete, room, sample_key
 
 #: Columns that may hold the answer in a file; the first that exists is used.
 COLUMNS = ("completion", "answer", "response", "output")
@@ -38,54 +36,6 @@ class RaiseBadRows(BadRows):
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-
-
-def room(policy: Backbone, prompt: Sequence[int], most: int) -> int:
-    """Returns the number of tokens that the model's context leaves for an answer, but at most ``most``."""
-    context = getattr(policy.transformer.config.get_text_config(), "max_position_embeddings", None)
-    return most if context is None else min(most, context - len(prompt))
-
-
-def complete(
-    engine: RolloutEngine,
-    policy: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    keys: Sequence[int],
-    sampling: Sampling,
-    stop_token_ids: Sequence[int],
-) -> list[Completion]:
-    """Completes each prompt once. A completion ends at the latest at the end of the model's context.
-
-    Args:
-        engine: The rollout engine.
-        policy: A backbone whose model can generate.
-        tokenizer: The model's tokenizer.
-        prompts: Token ids of each prompt. Each prompt must leave room for at least one token.
-        keys: Seed of each completion; see :class:`~lightning_rlhf.rollout.Request`.
-        sampling: Sampling settings.
-        stop_token_ids: Tokens that end a completion.
-
-    Returns:
-        One completion per prompt, in order.
-
-    Raises:
-        ValueError: A prompt fills the context.
-    """
-    by_limit: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompts):
-        by_limit.setdefault(room(policy, ids, sampling.max_new_tokens), []).append(i)
-    found: dict[int, Completion] = {}
-    for limit, rows in by_limit.items():
-        if limit < 1:
-            raise ValueError(
-                f"Prompt {rows[0]} has {len(prompts[rows[0]])} tokens and fills the model's context. Shorten it."
-            )
-        requests = [Request(prompts[i], [keys[i]]) for i in rows]
-        limited = replace(sampling, max_new_tokens=limit)
-        groups = engine.generate(policy, tokenizer, requests, limited, stop_token_ids)
-        found |= {i: completion for i, [completion] in zip(rows, groups, strict=True)}
-    return [found[i] for i in range(len(prompts))]
 
 
 def generate_answers(

@@ -1,5 +1,6 @@
 """Rollouts: a policy completes prompts and returns the completions with their log-probs."""
 
+from lightning_rlhf.rollout.complete import complete, room
 from lightning_rlhf.rollout.engine import CachedEngine
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
 from lightning_rlhf.rollout.types import Completion, Request, RolloutEngine, Sampling, as_answers
@@ -13,5 +14,7 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "as_answers",
+    "complete",
+    "room",
     "sample_key",
 ]

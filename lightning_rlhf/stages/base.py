@@ -26,26 +26,25 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.callbacks import CheckpointError, SaveOnInterrupt
+from lightning_rlhf.callbacks import SaveOnInterrupt
 from lightning_rlhf.callbacks.progress import whole_run_bar
 from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import encode_prompt
-from lightning_rlhf.evaluation import complete
 from lightning_rlhf.models import Load, LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import is_quantized_layer, require_bitsandbytes
 from lightning_rlhf.moved import refuse_moved
 from lightning_rlhf.quiet import quiet_libraries
-from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, sample_key
+from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, complete, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups, parameters_of
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
 from lightning_rlhf.strategies.gradients import clip_grad_norm, loss_scale, zero_grad
-from lightning_rlhf.strategies.sharded import ShardedOptimizer
-from lightning_rlhf.utils.checkpoint_io import check_is_checkpoint, explain_bad_checkpoint
+from lightning_rlhf.strategies.optimizer import ShardedOptimizer
+from lightning_rlhf.utils.checkpoint_io import CheckpointError, check_is_checkpoint, explain_bad_checkpoint
 from lightning_rlhf.utils.collectives import gather_objects, world_size
 from lightning_rlhf.utils.random import rng_state, set_rng_state
 

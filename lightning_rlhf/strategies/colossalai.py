@@ -28,11 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_rlhf.strategies import checkpoints
+from lightning_rlhf.strategies.optimizer import ShardedOptimizer
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
 from lightning_rlhf.strategies.sharded import (
     Boosted,
     GeminiBoosted,
-    ShardedOptimizer,
     ZeroBoosted,
     is_persistent,
     named_buffers,

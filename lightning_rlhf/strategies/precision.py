@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rlhf.strategies.sharded import Boosted, ShardedOptimizer
+from lightning_rlhf.strategies.optimizer import ShardedOptimizer
+from lightning_rlhf.strategies.sharded import Boosted
 
 Plugin = Literal["ddp", "zero1", "zero2", "gemini"]
 

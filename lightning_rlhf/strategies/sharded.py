@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple, NoReturn, cast
@@ -676,88 +676,3 @@ def _keep_digits(exact: Tensor, rounded: Tensor) -> Tensor:
     """Returns ``exact`` where ``rounded`` is unchanged, and ``rounded`` where it was written to."""
     exact = exact.to(rounded.device)
     return torch.where(rounded == exact.to(rounded.dtype), exact, rounded.to(exact.dtype))
-
-
-class ParamGroup(MutableMapping[str, Any]):
-    """A parameter group as the LightningModule sees it: the optimizer's settings with the child's parameters.
-
-    Args:
-        live: The optimizer's parameter group. Settings are read from it and written to it.
-        parameters: The child's parameters.
-    """
-
-    def __init__(self, live: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        self._live, self._parameters = live, parameters
-
-    def __getitem__(self, name: str) -> Any:
-        return self._parameters if name == "params" else self._live[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._live[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._live[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._live)
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-
-class ShardedOptimizer(Optimizer):
-    """A boosted child's optimizer, as Lightning and its users see it.
-
-    It is not ColossalAI's wrapper: Lightning derives classes from an optimizer's class, and a ZeRO optimizer removes
-    its hooks when an object of such a class is deleted. ``state`` is empty, but :meth:`state_dict` is complete.
-
-    Args:
-        boosted: The child.
-    """
-
-    def __init__(self, boosted: Boosted) -> None:
-        # without super().__init__, which needs parameters
-        self.boosted = boosted
-        self.state = {}  # type: ignore[assignment]
-        self.defaults = boosted.original.defaults
-
-    @property
-    def param_groups(self) -> list[ParamGroup]:  # type: ignore[override]
-        """Parameter groups; settings written here, such as a learning rate, take effect."""
-        return [ParamGroup(*both) for both in zip(self.boosted.groups, self.boosted.group_parameters, strict=True)]
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs the closure and steps."""
-        result = None if closure is None else closure()
-        self.boosted.step()
-        return result
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients."""
-        self.boosted.zero_grad()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses further groups.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            "A parameter group was added during training, but ColossalAI shards parameters at the start of fit. Give "
-            "the optimizer all groups in configure_optimizers, or use ddp."
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Gathers the whole state in torch's format on rank 0. All ranks must call it."""
-        from lightning_rlhf.strategies.checkpoints import optimizer_state
-
-        return optimizer_state(self.boosted)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this rank's shards of a whole state in torch's format."""
-        from lightning_rlhf.strategies.checkpoints import load_optimizer_state
-
-        load_optimizer_state(self.boosted, state_dict)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.boosted.original!r})"

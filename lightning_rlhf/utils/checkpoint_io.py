@@ -81,7 +81,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         trainer:
           plugins:
-          - class_path: lightning_rlhf.callbacks.AtomicCheckpointIO
+          - class_path: lightning_rlhf.utils.AtomicCheckpointIO
 
     :class:`~lightning_rlhf.callbacks.SaveOnInterrupt` replaces Lightning's default writer by it.
     """

@@ -28,11 +28,11 @@ from lightning_rlhf import (
     RewardModule,
     SFTModule,
 )
-from lightning_rlhf.callbacks import CheckpointError
 from lightning_rlhf.cli import main
 from lightning_rlhf.models import load_causal_lm, load_tokenizer
 from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.stages.base import rng_state, set_rng_state
+from lightning_rlhf.utils import CheckpointError
 
 ROWS = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(8)]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_rlhf.callbacks import AtomicCheckpointIO
+from lightning_rlhf.utils import AtomicCheckpointIO
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 KILLED = """
 import sys, time, torch
-from lightning_rlhf.callbacks import AtomicCheckpointIO
+from lightning_rlhf.utils import AtomicCheckpointIO
 io = AtomicCheckpointIO()
 io.save_checkpoint({"x": torch.zeros(10)}, sys.argv[1])
 print("first", flush=True)
