@@ -27,24 +27,24 @@ Role = Literal["policy", "reference", "critic", "reward"]
 class RoleModel(Policy):
     """A causal LM under adapters that plays the roles of PPO; called without a role it is the policy.
 
-    The policy is the model under its own adapter, the reference the model with adapters off, the critic the model
-    under a second adapter and a head of its own, the reward model, where it was trained as an adapter of the same
-    weights, a third adapter that stays frozen.
+    The policy is the model with its own adapter. The reference is the model with adapters off. The critic is the model
+    with a second adapter and its own head. The reward model, if it was trained as an adapter of the same weights, is a
+    third adapter, which stays frozen.
 
-    A role is played within its call alone: between calls the model is the policy, for whatever reads it there, such as
-    exports, ``generate`` or a user. Backward passes may come in any order, at any time: checkpointed layers run again
-    in the role that they ran in.
+    A role lasts for one call: between calls the model is the policy, for exports, ``generate`` and users who read it.
+    Backward passes may come in any order and at any time: checkpointed layers run again in the role that they ran in.
 
     Args:
         model: A peft model around a causal LM; its active adapter is the policy's.
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
         chunk: Elements of logits alive at once in the scored head.
-        critic: Whether to add a critic, with adapters as the policy's and a head of zeros.
-        critic_init: Directory of a reward model's adapter for the critic to start from.
+        critic: Adds a critic, with adapters like the policy's and a head of zeros.
+        critic_init: Directory of a reward model's adapter, from which the critic starts.
         reward: Directory of a reward model's adapter for the role ``reward``.
 
     Raises:
-        ValueError: No adapters, an initialization that changes the backbone, or a reward adapter of other shapes.
+        ValueError: The model has no adapters, their initialization changes the backbone, or a reward adapter does not
+            fit.
     """
 
     _role: Role = "policy"
@@ -59,14 +59,14 @@ class RoleModel(Policy):
         reward: str | os.PathLike[str] | None = None,
     ) -> None:
         if not hasattr(model, "peft_config"):
-            raise ValueError("A shared backbone needs adapters: give lora, or set shared_backbone: false.")
+            raise ValueError("A shared backbone needs adapters: set lora, or critic.shared_backbone to false.")
         peft: Any = model
         own = peft.active_adapter
         config = peft.peft_config[own]
         if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
             raise ValueError(
-                f"lora.init={config.init_lora_weights!r} takes its weights out of the backbone, which is the reference "
-                "here, with shared_backbone or without: use true or gaussian."
+                f"lora.init={config.init_lora_weights!r} moves weights out of the backbone, which is the reference "
+                "here: set lora.init to true or gaussian."
             )
         super().__init__(model, layout, chunk)
         self.adapters: dict[str, str] = {"policy": own}
@@ -121,18 +121,18 @@ class RoleModel(Policy):
         temperature: float = 1.0,
         weights: Tensor | None = None,
     ) -> ScoredTokens | Values | Tensor:
-        """Plays a role.
+        """Runs the model in a role.
 
         Args:
             batch: A packed batch on the model's device.
-            role: Which.
-            entropy: See :meth:`Policy.forward`, also for the following.
+            role: The role.
+            entropy: See :meth:`Policy.forward`, as for the next two.
             temperature: Sampling temperature.
             weights: (N,) constants.
 
         Returns:
-            Of policy and reference what :class:`Policy` returns, of the critic its values, of the reward model (S,)
-            scores less its ``score_offset``.
+            For policy and reference what :class:`Policy` returns; for the critic its values; for the reward model (S,)
+            scores minus its ``score_offset``.
         """
         with self.playing(role):
             if role == "critic":
@@ -144,10 +144,10 @@ class RoleModel(Policy):
 
     @contextmanager
     def playing(self, role: Role) -> Iterator[None]:
-        """Within it the model's adapters are those of a role; afterwards they are as before, the policy's.
+        """Activates the adapters of a role; afterwards those of before are active again.
 
         Args:
-            role: Which.
+            role: The role.
         """
         former = self._role
         self._play(role)
@@ -159,16 +159,16 @@ class RoleModel(Policy):
     def _play(self, role: Role) -> None:
         """Switches adapters and nothing else.
 
-        peft's own switch makes an adapter trainable and freezes the others: a backward pass after it would lose
-        gradients without a word. So what it does to layers is noted once, by itself, and written to the same two
-        attributes, which ``tests/models/test_roles.py`` compares with those that peft shows in public.
+        peft's own switch makes an adapter trainable and freezes the others, so a backward pass after it would silently
+        lose gradients. So its effect on the layers is recorded once and written to the same two private attributes;
+        ``tests/models/test_roles.py`` compares them with those that peft shows in public.
         """
         self._role = role
         for layer, active, disabled in self._states[role]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
     def _state(self, role: str) -> list[tuple[Any, Any, bool]]:
-        """Each layer that has adapters, with what is active in it and whether all are off, once peft plays a role."""
+        """Lets peft activate a role, and returns each adapted layer with what is active in it."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import AuxiliaryTrainingWrapper
 
@@ -193,12 +193,12 @@ class RoleModel(Policy):
         return again
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What the policy's optimizer trains."""
+        """Returns the parameters that the policy's optimizer trains."""
         critic = {id(p) for p in self.critic_parameters()}
         return [p for p in self._trainable if id(p) not in critic]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What the critic's does: its adapter and its head."""
+        """Returns the parameters that the critic's optimizer trains: its adapter and its head."""
         if "critic" not in self.adapters:
             return []
         embeddings: Any = self.transformer.get_input_embeddings()
@@ -222,8 +222,8 @@ class RoleModel(Policy):
         rows = config.trainable_token_indices or {}
         if not rows.keys() <= policy.keys():
             raise ValueError(
-                "A reward model's adapter has rows of new tokens, which the policy's has not: set shared_backbone: "
-                "false."
+                "A reward model's adapter has rows for new tokens, which the policy's adapter lacks: set "
+                "critic.shared_backbone to false."
             )
         config.trainable_token_indices = {**policy, **rows} or None
         while role in peft.peft_config:  # the user's own adapter has that name
@@ -237,8 +237,8 @@ class RoleModel(Policy):
 
         if not is_adapter(directory):
             raise ValueError(
-                f"{directory} holds no adapters, so it can't share the policy's backbone: train the reward model on "
-                "the same weights and export it with adapter_only, or set shared_backbone: false."
+                f"{directory} holds no adapters, so it cannot share the policy's backbone: train the reward model on "
+                "the same weights and export it with adapter_only: true, or set critic.shared_backbone to false."
             )
         weights = load_peft_weights(os.fspath(directory), device="cpu")
         heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
@@ -262,5 +262,5 @@ class RoleModel(Policy):
 
 
 def is_adapter(directory: object) -> bool:
-    """Whether it is a directory of adapters."""
+    """Returns whether a directory holds adapters."""
     return isinstance(directory, (str, os.PathLike)) and (Path(directory) / "adapter_config.json").exists()

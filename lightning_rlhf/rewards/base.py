@@ -47,7 +47,7 @@ class Samples:
 
 
 class Scores(NamedTuple):
-    """What a reward gives.
+    """The result of a reward.
 
     Attributes:
         total: (S,) scores in fp32.

@@ -88,7 +88,7 @@ class FunctionReward(Reward):
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """What is at an import path; the current directory is searched too.
+    """Imports a function; the current directory is searched too.
 
     Args:
         path: ``package.module.function`` or ``package.module:function``.

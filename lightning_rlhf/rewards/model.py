@@ -195,7 +195,7 @@ def _encoded(
 
 
 def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:
-    """Whether a reward model can read what the policy writes, token for token.
+    """Returns whether a reward model reads the policy's tokens as the policy does.
 
     Every token of the policy must be the reward model's too, under the same id, and text, BOS, eos and chat template
     must become the same ids. The reward model may know further tokens, such as a pad token of its own.

@@ -94,7 +94,7 @@ def make_reward(
     dtype: Dtype = "float32",
     trust_remote_code: bool = False,
 ) -> Reward:
-    """What a stage's argument ``reward`` means.
+    """Makes a reward from a stage's argument ``reward``.
 
     Args:
         spec: A directory, a hub id (``org/name``), a function or its import path, a list of weighted ones (as
@@ -137,7 +137,7 @@ def make_reward(
 
 
 def names_model(name: str) -> bool:
-    """Whether a text is a directory that is there, or looks like a hub id (``org/name``)."""
+    """Returns whether a text is an existing directory or looks like a hub id (``org/name``)."""
     return os.path.isdir(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
@@ -157,7 +157,7 @@ def _part(given: Any) -> WeightedReward:
 
 
 def _names(parts: Sequence[WeightedReward]) -> list[str]:
-    """What parts are logged as: the last pieces of their sources, as many as tell one from the others."""
+    """Names parts for logging: the last pieces of their sources, as many as are needed to tell them apart."""
     given = Counter(part.name for part in parts if part.name)
     if twice := [name for name, count in given.items() if count > 1]:
         raise ValueError(f"reward: {given[twice[0]]} parts have the name {twice[0]!r}. Give each its own.")

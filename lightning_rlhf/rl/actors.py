@@ -27,14 +27,14 @@ Pretrained = str | os.PathLike[str] | PreTrainedModel
 
 
 class Actors:
-    """The models of a stage of reinforcement learning, and how they are asked.
+    """The models of a stage of reinforcement learning.
 
     Args:
         policy: The policy; a ``RoleModel`` where there are adapters, which then is the reference too.
-        reward: Scores completions.
-        reference: The frozen copy, where no adapter can be switched off.
-        critic: The critic, where it is a model of its own.
-        offload_frozen: Keep reference and reward model in CPU memory while they are not asked.
+        reward: The reward that scores completions.
+        reference: A frozen copy of the start; None if the policy has adapters that can be turned off.
+        critic: The critic, if it is a separate model.
+        offload_frozen: Keep reference and reward model in CPU memory while they are not used.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Actors:
         self.offload_frozen = offload_frozen
 
     def forward(self, role: Role, batch: PackedBatch, **options: Any) -> Any:
-        """Runs a role, whichever model plays it.
+        """Runs the model that has a role.
 
         Args:
-            role: Which.
+            role: The role.
             batch: A packed batch on the device of the models.
-            options: As of the forward pass of :class:`~lightning_rlhf.models.roles.RoleModel`.
+            options: Passed to the forward pass, see :class:`~lightning_rlhf.models.roles.RoleModel`.
         """
         if isinstance(self.policy, RoleModel) and not (role == "critic" and self.critic is not None):
             return self.policy(batch, role, **options)
@@ -63,7 +63,7 @@ class Actors:
 
     @contextmanager
     def on_device(self, device: torch.device, *names: Literal["reward", "reference"]) -> Iterator[None]:
-        """Within it these models are on the device; otherwise on the CPU, where ``offload_frozen`` says so."""
+        """Keeps models on the device within the block; with ``offload_frozen`` they are otherwise on the CPU."""
         models = [m for name in names if self.offload_frozen and (m := getattr(self, name)) is not None]
         for model in models:
             model.to(device)
@@ -74,7 +74,7 @@ class Actors:
                 model.to("cpu")
 
     def score(self, samples: Samples) -> tuple[Scores, str]:
-        """Scores of samples, NaN where the reward gave no finite number, and what is to be said of those."""
+        """Scores samples. Returns the scores, with NaN for those that are not finite, and a message about these."""
         who = f"The reward {type(self.reward).__name__}"
         try:
             scores = self.reward(samples)
@@ -93,7 +93,7 @@ class Actors:
                 parameter.data = parameter.data.to(dtype)
 
     def limits(self) -> dict[str, int]:
-        """Most tokens of a prompt with its completion that reward model and critic can read, by what sets the limit."""
+        """Returns how many tokens of prompt and completion reward model and critic can read, by what sets the limit."""
         found = dict(self.reward.limits)
         if self.critic is not None:
             config = self.critic.transformer.config.get_text_config()
@@ -103,13 +103,13 @@ class Actors:
         return found
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What the policy's optimizer trains."""
+        """Returns the parameters that the policy's optimizer trains."""
         if isinstance(self.policy, RoleModel):
             return self.policy.policy_parameters()
         return [p for p in self.policy.parameters() if p.requires_grad]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What the critic's optimizer trains."""
+        """Returns the parameters that the critic's optimizer trains."""
         if self.critic is not None:
             return [p for p in self.critic.parameters() if p.requires_grad]
         return self.policy.critic_parameters() if isinstance(self.policy, RoleModel) else []
@@ -202,7 +202,7 @@ def _check_critic(critic: Critic, tokenizer: PreTrainedTokenizerBase, trust_remo
 
 
 def _same_weights(reward: RewardModelReward, pretrained: Pretrained) -> bool:
-    """Whether a reward is an adapter of the very weights that the policy starts from."""
+    """Returns whether a reward is an adapter of the weights that the policy starts from."""
     if not is_adapter(reward.pretrained) or not reward.same_tokens:
         return False
     config = json.loads((Path(reward.pretrained) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -212,7 +212,7 @@ def _same_weights(reward: RewardModelReward, pretrained: Pretrained) -> bool:
 
 
 def _copied(pretrained: Pretrained) -> Pretrained:
-    """The weights that the run starts from, apart from those that it trains."""
+    """Returns weights to start from that are independent of those that are trained."""
     return copy.deepcopy(pretrained) if isinstance(pretrained, PreTrainedModel) else pretrained
 
 

@@ -88,7 +88,7 @@ def check_adaptive_kl(kl: KL, samples_per_prompt: int, data: Any) -> None:
 
 
 def warn_of_biased_sampling(sampling: Sampling) -> None:
-    """Says that completions come from another distribution than the losses assume, where they do."""
+    """Warns if completions come from another distribution than the losses assume."""
     off = Sampling()
     names = ("top_k", "top_p", "repetition_penalty", "min_new_tokens")
     if changed := [name for name in names if getattr(sampling, name) != getattr(off, name)]:

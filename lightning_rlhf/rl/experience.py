@@ -239,9 +239,9 @@ def _as_read(
 
 
 class UpdateStats:
-    """What one update did, summed over its micro-batches and all ranks.
+    """Statistics of one update, summed over its micro-batches and all ranks.
 
-    Every rank adds the same names in the same order, since all make the same number of micro-batches.
+    All ranks add the same names in the same order, because all make the same number of micro-batches.
     """
 
     def __init__(self) -> None:

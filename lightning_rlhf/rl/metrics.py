@@ -12,7 +12,7 @@ from lightning_rlhf.utils.collectives import gather_objects, gather_tensors
 
 
 def moments_over_ranks(values: Tensor, weight: Tensor | None, device: torch.device) -> Tensor:
-    """(3,) moments of values over all ranks; all must call.
+    """Computes (3,) moments of values over all ranks. All ranks must call it.
 
     Args:
         values: This rank's.
@@ -23,7 +23,7 @@ def moments_over_ranks(values: Tensor, weight: Tensor | None, device: torch.devi
 
 
 def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, entropies: Tensor) -> dict[str, float]:
-    """What is logged of the completions of an iteration, over all ranks; all must call.
+    """Computes what is logged about the completions of an iteration, over all ranks. All ranks must call it.
 
     Args:
         experience: With scores and reference log-probs; a dropped completion counts in neither scores nor rewards.

@@ -81,11 +81,11 @@ class KL:
 
 @dataclass(frozen=True)
 class Shaping:
-    """What becomes of scores before they are rewards, in this order: penalty, scale, clip; then whitening of rewards.
+    """How scores become rewards: first the penalty, then scaling, then clipping, then whitening of rewards.
 
     Args:
         missing_eos_penalty: Subtracted from the score of a completion that was cut at its length limit. A larger value
-            teaches the policy to end its answers.
+            pushes the policy harder to end its answers.
         scale: Divide scores by their standard deviation in the run so far; by 1 while all are equal.
         clip: Largest absolute value of a score; None for no bound.
         whiten: Bring the rewards of tokens to variance 1 over an iteration.

@@ -19,11 +19,11 @@ from lightning_rlhf.utils.collectives import world_size
 
 
 class Step(NamedTuple):
-    """What became of an update.
+    """The result of an update.
 
     Attributes:
-        outcome: ``taken``; ``overflow``: skipped, since the scale of the losses was too large for fp16, which is no
-            fault of the run; ``not_finite``: skipped, since the loss or gradients were not finite.
+        outcome: ``taken``; ``overflow`` if it was skipped because the loss scale was too large for fp16, which is
+            normal; ``not_finite`` if it was skipped because the loss or gradients were not finite.
         grad_norms: Norms of gradients before clipping, by name.
     """
 
@@ -37,11 +37,11 @@ class Updater:
     Losses are divided by the totals of the whole minibatch, so that the sum of all ranks' gradients is exact. One
     collective per update makes this sum, not the backward passes, except where the strategy shards gradients.
 
-    Of the steps of an iteration exactly one goes through Lightning's counters, so that ``global_step``, ``max_steps``,
-    schedules and checkpoints are in iterations.
+    Lightning counts exactly one step per iteration, so that ``global_step``, ``max_steps``, schedules and checkpoints
+    are in iterations.
 
     Args:
-        module: What is trained; it must be under a Trainer.
+        module: The module that is trained; a Trainer must be attached.
     """
 
     def __init__(self, module: L.LightningModule) -> None:
@@ -49,7 +49,7 @@ class Updater:
         self.sharded = sharding(self.trainer.strategy)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Within it backward passes leave gradients to this rank, unless the strategy shards them."""
+        """Keeps gradients of backward passes on this rank, unless the strategy shards them."""
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and not self.sharded:
             return strategy.block_backward_sync()
@@ -57,7 +57,9 @@ class Updater:
 
     def backward(self, loss: Tensor) -> None:
         """A backward pass: adds a part of a minibatch's loss to its gradients."""
-        self.module.manual_backward(loss * world_size() if self.sharded else loss)  # who shards them averages
+        self.module.manual_backward(
+            loss * world_size() if self.sharded else loss
+        )  # strategies that shard gradients average them
 
     def zero_grad(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
         """Sets gradients to none."""
@@ -72,13 +74,13 @@ class Updater:
         once: a scale that moved between two of them would unscale the second by another factor.
 
         Args:
-            parameters: What the optimizers train, by name; each group is clipped by its own norm.
+            parameters: All trained parameters, in groups by name; each group is clipped by its own norm.
             loss: The whole loss, the same on all ranks.
             max_grad_norm: Norm beyond which gradients are clipped; None for no bound.
             count: Whether Lightning counts this step: the first of an iteration.
 
         Returns:
-            Whether it was taken, and the norms.
+            The outcome and the norms.
         """
         if not self.sharded:
             self._sum_gradients([p for group in parameters.values() for p in group])
@@ -144,7 +146,7 @@ class Updater:
                 gradient.copy_(summed.view_as(gradient))
 
     def _lower_scales(self) -> None:
-        """Has those optimizers skip a step whose gradients are not finite: ColossalAI lowers their scales by it."""
+        """Lets optimizers with gradients that are not finite skip a step, so that ColossalAI lowers their scales."""
         assert self.sharded is not None
         for optimizer in self._optimizers():
             own = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
@@ -174,5 +176,5 @@ class Updater:
 
 
 def _monitor(scheduler: ReduceLROnPlateau) -> str:
-    """The metric that a schedule follows; torch's class does not say, Lightning's does."""
+    """Returns the metric that a schedule follows; torch's class does not say, Lightning's does."""
     return getattr(scheduler, "monitor", "train/score" if scheduler.mode == "max" else "train/loss")

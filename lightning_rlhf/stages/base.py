@@ -472,7 +472,7 @@ class Stage(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen and not k.startswith(scales)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes this rank's RNG state, and completes the weights with the frozen ones.
+        """Restores this rank's RNG state, and completes the weights with the frozen ones.
 
         Raises:
             CheckpointError: It is another stage's, or its optimizer or schedule is of another kind.
@@ -582,12 +582,12 @@ def _check_stage(kind: type, checkpoint: dict[str, Any], where: str) -> None:
 
 
 def _name(value: object) -> str:
-    """What an object is, in a word."""
+    """Returns a short name for an object."""
     return str(getattr(value, "__qualname__", None) or type(value).__name__)
 
 
 def _is_data(value: object) -> bool:
-    """Whether a checkpoint may hold it: plain values, and the packages' own settings (``LoRA``) made of them."""
+    """Returns whether a checkpoint may hold a value: plain values, and dataclasses of settings made of them."""
     if dataclasses.is_dataclass(value):
         return all(_is_data(getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, (list, tuple)):

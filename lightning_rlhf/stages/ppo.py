@@ -42,10 +42,10 @@ class PPOModule(RLStage):
         tokenizer: Directory, hub id or tokenizer; None takes that of ``pretrained``.
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
-        engine: What samples completions; None takes the built-in engine.
+        engine: The rollout engine; None takes the built-in one.
         rollout: How completions are sampled.
         kl: The penalty on the distance from the reference.
-        shaping: What becomes of scores before they are rewards.
+        shaping: How scores become rewards.
         gae: How advantages are estimated from rewards and the critic's values.
         loss: The policy's loss: clipping, entropy bonus, PPO-ptx.
         updates: The optimizer steps of an iteration: epochs, minibatches, micro-batches, gradient norm.
@@ -58,7 +58,7 @@ class PPOModule(RLStage):
 
     Attributes:
         policy: The policy, from ``configure_model`` on.
-        kl_coef: The KL coefficient of now, which differs from ``kl.coef`` where it is adaptive.
+        kl_coef: The current KL coefficient; it differs from ``kl.coef`` if ``kl.target`` adapts it.
 
     Logged: see ``docs/ppo.md``.
 

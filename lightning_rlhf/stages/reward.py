@@ -237,7 +237,7 @@ class RewardModule(Stage):
         checkpoint["score_offset_step"] = self._offset_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Restores it."""
         super().on_load_checkpoint(checkpoint)
         self.reward_model.score_offset = checkpoint["score_offset"]
         self._offset_step = checkpoint["score_offset_step"]

@@ -66,10 +66,10 @@ class RLStage(Stage):
         tokenizer: Directory, hub id or tokenizer; None takes that of ``pretrained``.
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
-        engine: What samples; None takes the built-in engine.
+        engine: The rollout engine; None takes the built-in one.
         rollout: How completions are sampled.
         kl: The penalty on the distance from the reference.
-        shaping: What becomes of scores before they are rewards.
+        shaping: How scores become rewards.
         loss: The policy's loss.
         updates: The optimizer steps of an iteration.
         load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
@@ -81,9 +81,9 @@ class RLStage(Stage):
         critic: The critic; None for an algorithm without one.
 
     Attributes:
-        policy: The policy, from ``configure_model`` on; a ``RoleModel`` where there are adapters.
-        reference: The frozen copy, where no adapter can be switched off.
-        kl_coef: The KL coefficient of now, which differs from ``kl.coef`` where it is adaptive.
+        policy: The policy, from ``configure_model`` on; with adapters it is a ``RoleModel``.
+        reference: The frozen copy, without adapters.
+        kl_coef: The current KL coefficient; it differs from ``kl.coef`` if ``kl.target`` adapts it.
         iteration: Number of iterations done.
         skipped: Iterations in a row that took no update because something in them was not finite.
 
@@ -132,7 +132,7 @@ class RLStage(Stage):
     # ------------------------------------------------------------------------------------------------- the algorithm
 
     def compute_advantages(self, experience: Experience, rewards: Tensor) -> Tensor:
-        """How much better each token was than expected.
+        """Computes how much better each token was than expected.
 
         Args:
             experience: This rank's, with scores, old and reference log-probs. What an algorithm needs further in its
@@ -216,7 +216,7 @@ class RLStage(Stage):
             self.critic = self.actors.critic
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained, by the name that its gradient norm is logged under; each is clipped by its own norm."""
+        """Returns groups of trained parameters, by the name of their gradient norm; each is clipped by its own norm."""
         return {"policy": self.actors.policy_parameters()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -361,7 +361,7 @@ class RLStage(Stage):
         return to_experience(self.tokenizer, self.stop_token_ids, prompts, completions, self.device)
 
     def _count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
-        """How often each row stands before its place among the rows of all ranks: its copies get other samples."""
+        """Counts earlier copies of each row on all ranks, so that copies get different samples."""
         everyone = gather_objects(tuple(rows)) if iteration != VALIDATION else [tuple(rows)]
         rank = self.global_rank if len(everyone) > 1 else 0
         seen = Counter(row for earlier in everyone[:rank] for row in earlier)
@@ -438,12 +438,12 @@ class RLStage(Stage):
     # ------------------------------------------------------------------------------------------------- forward passes
 
     def forward_role(self, role: Role, batch: Experience, **options: Any) -> Any:
-        """Runs a role on a micro-batch in an update; the first time on what the scoring pass kept."""
+        """Runs a role on a micro-batch in an update; the first update reuses what the scoring pass kept."""
         kept = (batch.cached_outputs or {}).pop(role, None)
         return self.actors.forward(role, batch.batch, **options) if kept is None else kept
 
     def forward_for_scoring(self, role: Role, batch: Experience, **options: Any) -> Any:
-        """Runs a role on a micro-batch before the updates, and keeps output and graph where they are reused."""
+        """Runs a role on a micro-batch before the updates, and keeps output and graph if they will be reused."""
         if batch.cached_outputs is None:
             return self.actors.forward(role, batch.batch, **options)
         with torch.enable_grad():
@@ -480,8 +480,8 @@ class RLStage(Stage):
         return int(all_reduce(torch.tensor(float(mine)), self.device, dist.ReduceOp.MAX))
 
     def _can_reuse_forward(self, experience: Experience) -> bool:
-        """Whether the passes that score an experience are those of its first update; all ranks must call."""
-        # a sharded model wants its backward pass before another forward pass; who checkpoints layers does it for memory
+        """Returns whether the first update can reuse the passes that score an experience. All ranks must call it."""
+        # a sharded model needs its backward pass before the next forward pass; checkpointing is there to save memory
         separate = is_checkpointing(self.policy.transformer) or sharding(self.strategy) is not None
         if not self.updates.reuse_forward or self.updates.minibatches > 1 or separate:
             return False
@@ -624,7 +624,7 @@ class RLStage(Stage):
     def score_completions(
         self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
     ) -> dict[str, list[float]]:
-        """What :class:`~lightning_rlhf.callbacks.SampleCompletions` shows beside completions; on this rank alone.
+        """Scores completions for :class:`~lightning_rlhf.callbacks.SampleCompletions`, on this rank alone.
 
         Args:
             prompts: At least one.
