@@ -136,6 +136,8 @@ class Critic:
                 f"critic.pretrained is a {type(self.pretrained).__name__}. Give the directory or hub id of a reward "
                 "model or of a language model, a transformers model, or null to start from the policy's weights."
             )
+        if isinstance(self.pretrained, os.PathLike):
+            object.__setattr__(self, "pretrained", os.fspath(self.pretrained))  # a checkpoint holds it as text
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,8 @@ class Stage(L.LightningModule):
         elif paths := {k: os.fspath(v) for k, v in settings.items() if isinstance(v, os.PathLike)}:
             self.save_hyperparameters(paths)
             objects -= paths.keys()
+        if groups := {k: _without_objects(settings[k]) for k in objects if dataclasses.is_dataclass(settings[k])}:
+            self.save_hyperparameters(groups)  # the other fields of a group are settings
         defaults: dict[str, Any] = {}
         for base in type(self).__mro__:
             for name, parameter in inspect.signature(base.__init__).parameters.items():  # type: ignore[misc]
@@ -584,6 +586,12 @@ def _check_stage(kind: type, checkpoint: dict[str, Any], where: str) -> None:
 def _name(value: object) -> str:
     """Returns a short name for an object."""
     return str(getattr(value, "__qualname__", None) or type(value).__name__)
+
+
+def _without_objects(group: Any) -> Any:
+    """Returns a dataclass of settings with None in the place of objects that no checkpoint may hold."""
+    values = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    return dataclasses.replace(group, **{name: None for name, value in values.items() if not _is_data(value)})
 
 
 def _is_data(value: object) -> bool:
