@@ -89,7 +89,7 @@ def test_command_prints_a_table(memory, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["--contestants", "ppo"], "must have sft"), (["--steps", "1"], "at least 2")]
+    ("arguments", "words"), [(["--contestants", "ppo"], "must include sft"), (["--steps", "1"], "at least 2")]
 )
 def test_what_can_not_be_measured_is_refused(memory, capsys, arguments, words):
     with pytest.raises(SystemExit):
