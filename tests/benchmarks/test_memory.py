@@ -40,9 +40,9 @@ def test_an_iteration_is_cut_as_a_step_is(memory, task, monkeypatch):
     class Watched(memory.PPOModule):
         def micro_batches(self, experience, chosen=None):
             modules.append(self)
-            for batch, columns in super().micro_batches(experience, chosen):
-                sizes.append(batch.num_tokens)
-                yield batch, columns
+            for part in super().micro_batches(experience, chosen):
+                sizes.append(part.batch.num_tokens)
+                yield part
 
     monkeypatch.setattr(memory, "PPOModule", Watched)
     memory.make_reward_adapter(task)

@@ -26,14 +26,14 @@ def runs(tiny_model_dir, tmp_path_factory):
     rows = [{"instruction": f"question {i}", "output": "fox dog"[: 3 + i % 4]} for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, stage, extra in (
-        ("a", "PPO", ["--model.kl_coef", "0.1"]),
-        ("b", "PPO", ["--model.kl_coef", "0.2", "--model.lora.r", "4"]),
+        ("a", "PPO", ["--model.kl.coef", "0.1"]),
+        ("b", "PPO", ["--model.kl.coef", "0.2", "--model.lora.r", "4"]),
         ("bare", "PPO", []),
         ("sft", "SFT", []),
     ):
         data = "PromptDataModule" if stage == "PPO" else "InstructionDataModule"
         online = ["--model.reward", "lightning_rlhf.rewards.functions.length_window",
-                  "--model.sampling.max_new_tokens", "6"] if stage == "PPO" else []  # fmt: skip
+                  "--model.rollout.sampling.max_new_tokens", "6"] if stage == "PPO" else []  # fmt: skip
         callbacks = ["SampleCompletions", "--trainer.callbacks.max_new_tokens", "5", "--trainer.callbacks+", "Report"]
         main([
             "fit", "--model", f"{stage}Module", "--model.pretrained", str(tiny_model_dir), *online, *extra,
@@ -112,13 +112,14 @@ def test_settings_that_differ_are_shown_and_all_are_folded_away(compared):
     html = compared("a", "b")
     few, whole = ({first: rest for first, *rest in rows} for rows in tables(html) if rows[0] == ["setting", "a", "b"])
     assert few.pop("setting") == ["a", "b"]
-    assert few.pop("Model.kl_coef") == ["0.1", "0.2"] and few.pop("Model.lora.r") == ["None", "4"]
+    assert few.pop("Model.kl.coef") == ["0.1", "0.2"] and few.pop("Model.lora.r") == ["None", "4"]
     assert few.keys() == {name for name in whole if name.startswith("Model.lora.") and name != "Model.lora.r"}
-    assert whole["Model.epochs"][0] == whole["Model.epochs"][1] and whole["Trainer.max_steps"] == ["3", "3"]
+    first, second = whole["Model.updates.epochs"]
+    assert first == second and whole["Trainer.max_steps"] == ["3", "3"]
     html = compared("a", "bare")  # of one the report tells, of the other the config
     few = next({first: rest for first, *rest in rows} for rows in tables(html) if rows[0][0] == "setting")
-    assert few["Model.kl_coef"] == ["0.1", "0.05"]
-    assert {name for name in few if name.startswith("Model")} == {"Model.kl_coef"}
+    assert few["Model.kl.coef"] == ["0.1", "0.05"]
+    assert {name for name in few if name.startswith("Model")} == {"Model.kl.coef"}
 
 
 def test_headlines_are_first_last_and_best(parse):
