@@ -14,10 +14,24 @@ from pathlib import Path
 import torch
 
 from lightning_rlhf import PPOModule
+from lightning_rlhf.rl.updater import Updater
 
 spec = importlib.util.spec_from_file_location("run", Path(__file__).with_name("run.py"))
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
+
+
+class WatchedUpdater(Updater):
+    def step(self, parameters, loss, max_grad_norm, count):
+        before = {name: [p.detach().clone() for p in group] for name, group in parameters.items()}
+        step = super().step(parameters, loss, max_grad_norm, count)
+        moved = [
+            any(not torch.equal(p, b) for p, b in zip(parameters[name], before[name], strict=True))
+            for name in ("policy", "value")
+        ]
+        scales = {boosted.path: boosted.scale for boosted in self.trainer.strategy.boosted}
+        self.module.seen.append([step.outcome == "taken", *moved, scales["policy"], scales["critic"]])
+        return step
 
 
 class Overflowing(PPOModule):
@@ -25,20 +39,16 @@ class Overflowing(PPOModule):
         super().__init__(*args, **kwargs)
         self.seen = []
 
-    def gradients(self, experience, chosen, ptx):
-        found = super().gradients(experience, chosen, ptx)
+    @property
+    def updater(self):
+        return WatchedUpdater(self)
+
+    def backward_minibatch(self, experience, chosen, ptx):
+        found = super().backward_minibatch(experience, chosen, ptx)
         if len(self.seen) in (1, 2):
-            critic = next(boosted for boosted in self._sharded.boosted if boosted.path == "critic")
+            critic = next(boosted for boosted in self.trainer.strategy.boosted if boosted.path == "critic")
             next(gradient for _, gradient in critic.gradients())[0] = math.inf
         return found
-
-    def update(self, parameters, loss, first):
-        before, policy = [p.detach().clone() for p in parameters], len(self.trained()[0])
-        taken = super().update(parameters, loss, first)
-        moved = [not torch.equal(p, b) for p, b in zip(parameters, before, strict=True)]
-        scales = {boosted.path: boosted.scale for boosted in self._sharded.boosted}
-        self.seen.append([taken, any(moved[:policy]), any(moved[policy:]), scales["policy"], scales["critic"]])
-        return taken
 
 
 if __name__ == "__main__":
