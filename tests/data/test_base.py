@@ -147,7 +147,7 @@ def test_sources_may_differ_in_format_and_count_their_own_bad_rows(tiny_tokenize
     assert len(texts) == 4 and sum(text.startswith("<|im_start|>") for text in texts) == 3
 
 
-def test_a_source_is_tokenised_once_whatever_its_weight_and_neighbours(tiny_tokenizer, tmp_path, monkeypatch):
+def test_a_source_is_tokenized_once_whatever_its_weight_and_neighbors(tiny_tokenizer, tmp_path, monkeypatch):
     calls = []
     real = TokenCache.write
     monkeypatch.setattr(TokenCache, "write", lambda *a: calls.append(1) or real(*a))
@@ -337,7 +337,7 @@ def test_streaming_stops_at_the_first_bad_row(tiny_tokenizer, tmp_path, monkeypa
 
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_streaming_holds_few_rows(num_proc, tiny_tokenizer, tmp_path, monkeypatch):
-    """Rows that are alive at a time: no more than are being tokenised, however many there are."""
+    """Rows that are alive at a time: no more than are being tokenized, however many there are."""
     monkeypatch.setattr(token_cache, "_ROWS", 4)
     monkeypatch.setattr(token_cache, "_BLOCK", 2)
     path = write(tmp_path / "my.jsonl", [row("q", i) for i in range(400)])
@@ -416,7 +416,7 @@ def test_resume_within_a_window_gives_the_rest_bit_for_bit(kind, workers, tiny_t
             next(it)
         state = json.loads(json.dumps(whole.state_dict()))
         rest = [spell(b) for b in it]
-        other = make(cache_dir=tmp_path / f"{epoch}{place}")  # tokenised anew
+        other = make(cache_dir=tmp_path / f"{epoch}{place}")  # tokenized anew
         other.load_state_dict(state)
         other.set_epoch(epoch)
         assert len(other) == len(whole) and len(rest) == len(whole) - place

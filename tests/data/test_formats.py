@@ -1,4 +1,4 @@
-"""Rows of every format, Chinese and English, recognised and named; and every way in which a row can be unfit."""
+"""Rows of every format, Chinese and English, recognized and named; and every way in which a row can be unfit."""
 
 import itertools
 import json
@@ -258,13 +258,13 @@ def test_named_format_that_does_not_fit(name, row, message):
 
 
 def test_every_column_takes_turns_of_either_spelling():
-    spelt = [[{who: role, what: text} for role, text in (("user", "a"), ("assistant", "b"))]
+    spelled = [[{who: role, what: text} for role, text in (("user", "a"), ("assistant", "b"))]
              for who in ("role", "from") for what in ("content", "value")]  # fmt: skip
     want = Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    for turns in spelt:
+    for turns in spelled:
         for row in ({"messages": turns}, {"conversations": turns}, {"prompt": turns[:1], "completion": turns[1]}):
             assert to_conversation(row) == want
-    mixed = [spelt[0][0], spelt[3][1]]
+    mixed = [spelled[0][0], spelled[3][1]]
     assert to_conversation({"messages": mixed}) == to_conversation({"messages": mixed}, "messages") == want
 
 
@@ -437,8 +437,8 @@ def test_what_cant_be_done_is_refused_by_name(row, message):
 def test_keys_of_other_trainers_are_honored():
     tools = [{"type": "function", "function": {"name": "f", "strict": None}}]
     plain = [{"type": "function", "function": {"name": "f"}}]
-    for spelt in (tools, json.dumps(plain)):
-        row = turn(weight=0.0, reasoning_content="so", name=None) | {"tools": spelt, "system_prompt": "Be brief."}
+    for spelled in (tools, json.dumps(plain)):
+        row = turn(weight=0.0, reasoning_content="so", name=None) | {"tools": spelled, "system_prompt": "Be brief."}
         made = to_conversation(row, system="other")
         assert [m["role"] for m in made.messages] == ["system", "user", "assistant"]
         assert made.messages[0]["content"] == "Be brief."

@@ -469,7 +469,7 @@ LEARNT = tuple((role, content, {}) for role, content, _ in TALK)
 
 
 @pytest.mark.parametrize("template", [None, "chatml", "llama3", "vicuna"])
-def test_turns_of_weight_0_are_not_learnt(tiny_tokenizer, template):
+def test_turns_of_weight_0_are_not_learned(tiny_tokenizer, template):
     set_chat_template(tiny_tokenizer, template)
     whole, weighted = encode(tiny_tokenizer, turns(*LEARNT)), encode(tiny_tokenizer, turns(*TALK))
     assert weighted.input_ids == whole.input_ids
@@ -528,7 +528,7 @@ def test_reasoning_reaches_the_template_or_is_refused(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("template", [None, "chatml"])
-def test_a_text_that_brings_its_stop_token_is_learnt_with_one(tiny_tokenizer, template):
+def test_a_text_that_brings_its_stop_token_is_learned_with_one(tiny_tokenizer, template):
     set_chat_template(tiny_tokenizer, template)
     want = encode(tiny_tokenizer, chat([("user", "Hi"), ("assistant", "Hello!"), ("user", "a"), ("assistant", "b")]))
     for end in ("<|im_end|>", "<|im_end|>\n", "<|im_end|><|im_end|>"):
