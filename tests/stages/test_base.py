@@ -299,9 +299,9 @@ class Broken(L.Callback):
 
 
 def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=None, steps=6, lora=None,
-          max_dropped=3, callbacks=(), **options):  # fmt: skip
+          max_skipped=3, callbacks=(), **options):  # fmt: skip
     torch.manual_seed(0)
-    given = dict(lora=lora, max_dropped=max_dropped, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **options)
+    given = dict(lora=lora, max_skipped=max_skipped, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **options)
     if stage == "sft":
         module, data = SFTModule(model_dir, **grouped(**given)), InstructionDataModule
     else:
@@ -357,7 +357,7 @@ def test_a_run_that_diverged_ends_with_an_error(tiny_model_dir, tmp_path, stage)
 @pytest.mark.parametrize("lora", [None, LoRA(r=4)], ids=["full", "lora"])
 def test_a_learning_rate_that_is_too_large_is_told(tiny_model_dir, tmp_path, lora):
     with pytest.raises(RuntimeError, match="in a row were skipped"):
-        learn("sft", tiny_model_dir, tmp_path, lr=1e12, steps=5, lora=lora, max_dropped=5,
+        learn("sft", tiny_model_dir, tmp_path, lr=1e12, steps=5, lora=lora, max_skipped=5,
               lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0))  # fmt: skip
 
 

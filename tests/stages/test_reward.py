@@ -386,8 +386,8 @@ def test_settings_are_kept_and_a_checkpoint_loads_by_itself(tiny_model_dir, tmp_
     assert not settings.keys() & {"optimizer", "lr_scheduler"}
     assert settings["tokenizer"] is None  # of an object nothing would be kept
     assert settings["pretrained"] == str(tiny_model_dir)
-    assert (settings["centering_coef"], settings["head_seed"], settings["layout"]) == (0.1, 3, "padded")
-    assert (again.centering_coef, again.layout) == (0.1, "padded")
+    assert (settings["centering_coef"], settings["head_seed"], settings["load"].layout) == (0.1, 3, "padded")
+    assert (again.centering_coef, again.load.layout) == (0.1, "padded")
     assert again.reward_model.score_offset == module.reward_model.score_offset != 0.0
 
 

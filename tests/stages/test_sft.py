@@ -286,7 +286,7 @@ def test_negative_regularisers_are_refused(setting, tiny_model_dir):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_step_that_is_not_finite_on_one_rank_is_dropped_on_all(tiny_model_dir, tmp_path):
-    options = dict(max_steps=4, spoiled=[1, [1, 2]], max_dropped=3)
+    options = dict(max_steps=4, spoiled=[1, [1, 2]], max_skipped=3)
     two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
     one = spawn(tiny_model_dir, tmp_path / "one", **{**options, "spoiled": [0, [1, 2]]})
     assert all(p.isfinite().all() for p in two.values()) and difference(two, one) < 1e-5
