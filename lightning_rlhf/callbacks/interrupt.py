@@ -242,7 +242,8 @@ class SaveOnInterrupt(L.Callback):
         close_bars(trainer)
         if trainer.is_global_zero and error.text and not error.said:
             sys.stdout.flush()
-            print(error.text, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{error.text}\n")  # at once: the watching thread may print too
+            sys.stderr.flush()
             error.said = True
         if error is not exception:
             raise error from None

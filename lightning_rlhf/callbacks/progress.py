@@ -180,7 +180,7 @@ def print_above_bar(trainer: L.Trainer, text: str, file: TextIO | None = None) -
     if bars:
         bars[0].write(text, file=file)
     else:
-        print(text, file=file)
+        file.write(f"{text}\n")  # at once: another thread may print too
     file.flush()
 
 

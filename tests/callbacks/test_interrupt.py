@@ -112,7 +112,7 @@ def test_nobody_takes_a_broken_off_epoch_for_a_whole_one(given, short_fit, tiny_
     module = Module(tiny_model_dir)
     with pytest.raises(Interrupted):
         short_fit(callbacks, module, max_epochs=3, min_epochs=3, enable_checkpointing=True)
-    assert notes.hooks == ["epoch start", "epoch end", "epoch start"] and module.updates.epochs == 1
+    assert notes.hooks == ["epoch start", "epoch end", "epoch start"] and module.epochs == 1
     assert early.wait_count == 0 and len(list((tmp_path / "epochs").iterdir())) == 1
     checkpoint = saved(tmp_path / ("mine" if given else "") / "interrupted.ckpt")
     assert checkpoint["global_step"] == checkpoint["callbacks"]["Notes"]["steps"] == notes.steps == 6
@@ -143,8 +143,8 @@ def test_a_second_signal_stops_at_once_and_names_the_last_checkpoint(first, seco
     assert not (tmp_path / "interrupted.ckpt").exists()
     assert caught.value.code == 128 + signal.Signals[second]
     assert caught.value.checkpoint == checkpoints.best_model_path
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"{second}: stopped at once; step 3 is lost. The last checkpoint is {tmp_path / 'c'}")
+    text = f"{second}: stopped at once; step 3 is lost. The last checkpoint is {tmp_path / 'c'}"
+    assert any(line.startswith(text) for line in capfd.readouterr().err.splitlines())  # the other thread speaks too
 
 
 def test_a_signal_in_the_last_step_ends_the_work_after_a_whole_run(short_fit, tmp_path, capfd):

@@ -15,8 +15,8 @@ from lightning_rlhf.data.packed import Branch, Tree, pack, pad
 from lightning_rlhf.models import LoRA, Policy, RewardModel, load_causal_lm
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.value import ValueModel
+from lightning_rlhf.rl.actors import disable_dropout
 from lightning_rlhf.rollout.engine import reason_against
-from lightning_rlhf.stages.online import disable_dropout
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 BASE = dict(

@@ -273,7 +273,7 @@ def test_an_export_is_the_policy_alone(tiny_model_dir, tiny_tokenizer, reward_ad
 def test_what_does_not_fit_is_refused(tiny_model_dir, tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="needs adapters"):
         RoleModel(load_causal_lm(tiny_model_dir))
-    with pytest.raises(ValueError, match=r"with shared_backbone or without: use true or gaussian\.$"):
+    with pytest.raises(ValueError, match=r"which is the reference here: set lora\.init to true or gaussian\.$"):
         RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=4, init="pissa")))
     with pytest.raises(ValueError, match="holds no adapters"):
         RoleModel(load_causal_lm(tiny_model_dir, lora=LoRA(r=4)), reward=tiny_model_dir)

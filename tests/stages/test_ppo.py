@@ -821,7 +821,7 @@ LONG = [{"prompt": "Say fox dog " * n} for n in (1, 3)]
         (dict(reward="short"), r"over 48: the context of the reward model .*max_new_tokens to at most \d+, or "),
         (dict(reward=[WeightedReward("short"), WeightedReward(happy)]), "over 48: the context of the reward model"),
         (dict(critic="short"), "over 48: the context of the critic"),
-        (dict(micro_batch_tokens=45), r"over 45: micro_batch_tokens.* or micro_batch_tokens to at least (\d+)"),
+        (dict(micro_batch_tokens=45), r"over 45: updates.* updates.micro_batch_tokens to at least (\d+)"),
         (dict(sampling=Sampling(max_new_tokens=300)), r"no room .* context of 256 tokens. Set it to at most 255"),
         (dict(kl_target=1.0, kl_horizon=1.0), "A KL horizon of 1.0 is too short for 8 samples"),
         (dict(ptx_coef=0.1), r"ptx_coef=0.1 .* the data have none. Give data.ptx.source"),

@@ -179,7 +179,7 @@ def test_a_row_that_comes_twice_gets_other_samples_on_any_rank(tiny_model_dir, m
     everyone = [(5, 7), (), (7, 7, 9), (7,)]
     found = {}
     for rank, mine in enumerate(everyone):
-        monkeypatch.setattr("lightning_rlhf.stages.online.gather_objects", lambda rows: everyone)
+        monkeypatch.setattr("lightning_rlhf.stages.rl.gather_objects", lambda rows: everyone)
         monkeypatch.setattr(PPOModule, "global_rank", rank)
         for row, its in samples_of(tiny_model_dir, list(mine)).items() if mine else ():
             found.setdefault(row, []).extend(its)
