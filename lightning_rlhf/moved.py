@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Set
 
 #: What every stage takes.
 COMMON = {
@@ -61,14 +62,15 @@ MOVED: dict[str, dict[str, str]] = {
 GROUPS = {"gae": "GAE", "kl": "KL"}
 
 
-def refuse_moved(kind: type, given: Iterable[str]) -> None:
+def refuse_moved(kind: type, given: Set[str]) -> None:
     """Refuses former names of the arguments of a class, or of one that it extends.
 
     Raises:
         TypeError: It says what to write instead.
     """
+    own = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     tables = [MOVED[base.__name__] for base in kind.__mro__ if base.__name__ in MOVED]
-    for name in given:
+    for name in given - own.keys():
         if place := next((table[name] for table in tables if name in table), None):
             group, _, field = place.partition(".")
             how = f"{group}={GROUPS.get(group, group.capitalize())}({field}=...)" if field else f"{group}=..."

@@ -48,7 +48,7 @@ def printed(tiny_model_dir, tmp_path_factory):
     runs = {
         "fit sft": ["fit", *sft, *model, *lora, *trainer],
         "fit reward": ["fit", *rm, *model, *trainer],
-        "fit ppo": ["fit", *ppo, "rows.jsonl", "--model.sampling.max_new_tokens", "4", *model, *trainer],
+        "fit ppo": ["fit", *ppo, "rows.jsonl", "--model.rollout.sampling.max_new_tokens", "4", *model, *trainer],
         "validate": ["validate", *sft, *model, *trainer],
         "predict": ["predict", *sft, *model, *trainer],
         "inspect": ["inspect", *sft, *model, "--rows", "1"],

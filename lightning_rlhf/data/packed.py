@@ -139,7 +139,7 @@ def _total(count: Callable[[Tree], float]) -> Any:
     return field(default=0.0, metadata={"count": count})
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: FSDP's precision plugin refuses a batch that holds a frozen dataclass
 class StepTotals:
     """Totals over all bins and ranks of the optimizer step that a batch belongs to.
 

@@ -85,7 +85,10 @@ class WeightedSum(Reward):
         sums = torch.where(weights != 0, torch.stack(list(found.values()), 1) * weights, 0.0).sum(1)
         if errors:
             raise BadScores(str(errors[0]), Scores(sums, found))
-        return Scores(check_scores(sums, samples, "The weighted sum of rewards"), found)
+        try:
+            return Scores(check_scores(sums, samples, "The weighted sum of rewards"), found)
+        except BadScores as error:
+            raise BadScores(str(error), Scores(error.scores.total, found)) from None
 
 
 def make_reward(
@@ -116,7 +119,7 @@ def make_reward(
         if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*[.:]\w+", name):
             return FunctionReward(import_function(name))
         raise ValueError(
-            f"reward: {name!r} is no directory here ({os.getcwd()}), no hub id (org/name) and no import path "
+            f"reward: {name!r} is not a directory in {os.getcwd()}, a hub id (org/name) or an import path "
             "(package.module.function)."
         )
     if isinstance(spec, (WeightedReward, Mapping)):

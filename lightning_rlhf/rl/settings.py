@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.functional.kl import kl_loss
+from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.rollout import Sampling
 
 _POSITIVE = Range(0, above=True)
@@ -238,4 +239,4 @@ class Updates:
 
 
 # checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
-torch.serialization.add_safe_globals([Sampling, Rollout, KL, Shaping, Critic, GAE, Loss, Updates])
+torch.serialization.add_safe_globals([WeightedReward, Sampling, Rollout, KL, Shaping, Critic, GAE, Loss, Updates])

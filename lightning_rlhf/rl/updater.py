@@ -138,7 +138,7 @@ class Updater:
             return
         for p in parameters:  # ranks whose part was empty
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for dtype in {p.dtype for p in parameters}:
+        for dtype in dict.fromkeys(p.dtype for p in parameters):  # in the same order on all ranks
             gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
             flat = torch.cat([g.flatten() for g in gradients])
             dist.all_reduce(flat)

@@ -91,7 +91,7 @@ class Stage(L.LightningModule):
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         """Refuses former names of arguments with their present place."""
-        refuse_moved(cls, given)
+        refuse_moved(cls, given.keys())
         return super().__new__(cls)
 
     def __init__(

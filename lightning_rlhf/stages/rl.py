@@ -118,6 +118,11 @@ class RLStage(Stage):
         critic: Critic | None = None,
     ) -> None:
         check_arguments(RLStage.__init__, locals())
+        groups = {Rollout: rollout, KL: kl, Shaping: shaping, Loss: loss, Updates: updates, Critic: critic, Load: load}
+        for kind, group in groups.items():
+            if not isinstance(group, kind) and not (kind is Critic and group is None):
+                name = kind.__name__.lower()
+                raise ValueError(f"{name} is {group!r}: give a {kind.__name__}(...), a group of settings.")
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, updates.max_skipped)
         self.save_settings()
         self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates
@@ -396,7 +401,7 @@ class RLStage(Stage):
             rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
         experience.advantages = self.compute_advantages(experience, rewards)
         for name in self.reward.names:
-            part = scores.parts[name].cpu() if samples is not None else experience.scores
+            part = scores.parts[name].cpu() if name in scores.parts else experience.scores
             mean = self.moments(part, (known & part.isfinite()).float())[1]
             experience.metrics[f"score/{name}"] = mean.item()
 

@@ -63,7 +63,7 @@ def test_stories(learning, made):
     assert found["train kl last 5"] != 0
     assert {"score before", "score after", "length before", "length after", "train length_mean last 5"} <= found.keys()
     (module,) = made
-    assert (module.shared, module.kl_coef, module.samples_per_prompt) == (False, 0.03, 2)
+    assert (module.actors.critic is None, module.kl_coef, module.samples_per_prompt) == (False, 0.03, 2)
 
 
 def test_validation_draws_by_the_same_keys(learning, monkeypatch):

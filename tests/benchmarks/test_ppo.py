@@ -30,7 +30,7 @@ def weights(ppo, monkeypatch):
     class Watched(ppo.PPOModule):
         def on_train_start(self):
             super().on_train_start()
-            found.append((self, [p.detach().clone() for role in self.trained() for p in role]))
+            found.append((self, [p.detach().clone() for role in self.trainable_parameters().values() for p in role]))
 
     monkeypatch.setattr(ppo, "PPOModule", Watched)
     return found

@@ -171,5 +171,5 @@ def test_weights_that_are_missing_beside_the_head_are_told(tiny_model_dir, tmp_p
     weights = load_file(file)
     weights["model.layers.0.stray.weight"] = weights.pop("model.norm.weight")
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"missing, or not used: model.layers.0.stray.weight, model.norm.weight\."):
+    with pytest.warns(UserWarning, match=r"missing or not used: model.layers.0.stray.weight, model.norm.weight\."):
         RewardModule(tmp_path / "model").configure_model()

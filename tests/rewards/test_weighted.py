@@ -103,7 +103,7 @@ def test_each_kind(tiny_model_dir, tiny_tokenizer):
 
 @pytest.mark.parametrize("spec", ["not there", "runs/reward/hf/best", "./nowhere", ""])
 def test_what_is_none_of_them_says_what_was_tried(spec, tiny_tokenizer):
-    with pytest.raises(ValueError, match=r"no directory here .* no hub id .* no import path"):
+    with pytest.raises(ValueError, match=r"is not a directory in .* a hub id .* or an import path"):
         make_reward(spec, tiny_tokenizer)
     with pytest.raises(ValueError, match="the list is empty"):
         make_reward([], tiny_tokenizer)

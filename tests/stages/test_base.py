@@ -380,7 +380,7 @@ def test_overflow_in_fp16_is_no_divergence_until_the_scale_is_one(tiny_model_dir
 
     watch = Overflow(range(5))
     module, _ = learn("sft", tiny_model_dir, tmp_path, plugins=plugin(2.0**16), callbacks=[watch])
-    assert watch.seen == [0] * 6 and module.scaler.get_scale() == 2.0**11
+    assert watch.seen == [0] * 6 and module.trainer.precision_plugin.scaler.get_scale() == 2.0**11
     with pytest.raises(RuntimeError, match="3 optimizer steps in a row"):
         learn("sft", tiny_model_dir, tmp_path, plugins=plugin(4.0), callbacks=[Overflow(range(99))], steps=50)
 

@@ -69,8 +69,8 @@ class TransformerEngine(HalfPrecision):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(precision="bf16-true"), "set trainer.precision to bf16-mixed, and model.dtype to bfloat16"),
-        (dict(precision="16-true"), "set trainer.precision to 16-mixed, and model.dtype to float16"),
+        (dict(precision="bf16-true"), "set trainer.precision to bf16-mixed, and model.load.dtype to bfloat16"),
+        (dict(precision="16-true"), "set trainer.precision to 16-mixed, and model.load.dtype to float16"),
         (dict(plugins=TransformerEngine()), "set trainer.precision to bf16-mixed"),
     ],
     ids=["bf16", "fp16", "fp8"],
@@ -86,7 +86,7 @@ def test_lightnings_own_quantization_and_a_half_default_dtype_are_refused(tiny_m
     module, data = stage("sft", tiny_model_dir, tmp_path / "cache", lora=LoRA(r=2))
     plugin = object.__new__(BitsandbytesPrecision)  # it needs a GPU to be made
     module._trainer = SimpleNamespace(precision_plugin=plugin, strategy=None)
-    with pytest.raises(ValueError, match=r"model.quantization to nf4 or int8"):
+    with pytest.raises(ValueError, match=r"model.load.quantization to nf4 or int8"):
         module._check_precision()
     module._trainer = None
     torch.set_default_dtype(torch.bfloat16)
@@ -120,7 +120,7 @@ def test_what_trains_over_a_bf16_model_is_fp32_and_moves_in_all_its_entries(name
 
 def test_training_all_weights_in_16_bits_is_warned_of(tiny_model_dir, tmp_path):
     module, data = stage("sft", tiny_model_dir, tmp_path / "cache", dtype="bfloat16")
-    with pytest.warns(UserWarning, match=r"below 1/256 of a weight are lost. Set model.dtype to float32"):
+    with pytest.warns(UserWarning, match=r"below 1/256 of a weight are lost. Set model.load.dtype to float32"):
         fit(module, data, tmp_path, precision="bf16-mixed")
 
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_loads_by_itself(kind, wide_model_dir, tmp_path):
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     settings = dict(pretrained=wide_model_dir, optimizer=AdamW)
     again = SFTModule.load_from_checkpoint(tmp_path / "one.ckpt", strict=True, **settings)
-    assert again.quantization == kind and is_quantized(again)
+    assert again.load.quantization == kind and is_quantized(again)
     assert_equal(trained(again), trained(module))
 
 

@@ -16,7 +16,7 @@ from lightning_rlhf.data.templates import turn_end
 from lightning_rlhf.data.tokens import continued_ids, encode_prompt
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
-from lightning_rlhf.rewards import Reward, RewardModelReward
+from lightning_rlhf.rewards import Reward, RewardModelReward, Scores
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.rollout.detokenizer import decode
 
@@ -30,7 +30,7 @@ class Read(Reward):
 
     def forward(self, samples):
         self.given.append(samples)
-        return torch.arange(len(samples.completions), dtype=torch.float32)
+        return Scores(torch.arange(len(samples.completions), dtype=torch.float32))
 
 
 def module_of(model_dir, reward, **options):
@@ -89,9 +89,9 @@ def test_a_stop_string_ends_an_answer_the_same_for_every_reader(
     ]  # of nothing, a template writes its blank all the same
     anew = [b.input_ids for tree in same._rendered(samples) for b in tree.branches]
     assert [anew[i] for i in said] == [read[i] for i in said]
-    found = same(samples)
+    found = same(samples).total
     same.same_tokens = False
-    torch.testing.assert_close(same(samples)[said], found[said])
+    torch.testing.assert_close(same(samples).total[said], found[said])
 
 
 def tokens_behind(module, text):
