@@ -12,9 +12,18 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_rlhf.strategies.gradients import clip_grad_norm, grad_scaler, loss_scale, sharding, zero_grad
+from lightning_rlhf.strategies import ColossalAIStrategy
+from lightning_rlhf.strategies.gradients import (
+    clip_grad_norm,
+    grad_scaler,
+    loss_scale,
+    parameters_of,
+    sharding,
+    zero_grad,
+)
 from lightning_rlhf.utils.collectives import world_size
 
 
@@ -41,12 +50,23 @@ class Updater:
     are in iterations.
 
     Args:
-        module: The module that is trained; a Trainer must be attached.
+        module: The module that is trained. A Trainer must be attached when it is used, and the module's
+            ``on_before_optimizer_step`` must call :meth:`clip`.
     """
 
     def __init__(self, module: L.LightningModule) -> None:
-        self.module, self.trainer = module, module.trainer
-        self.sharded = sharding(self.trainer.strategy)
+        self.module = module
+        self._to_clip: list[tuple[Sequence[nn.Parameter], float]] = []
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The module's."""
+        return self.module.trainer
+
+    @property
+    def sharded(self) -> ColossalAIStrategy | None:
+        """The strategy, where each rank holds a part of the gradients."""
+        return sharding(self.trainer.strategy)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Keeps gradients of backward passes on this rank, unless the strategy shards them."""
@@ -70,6 +90,9 @@ class Updater:
     ) -> Step:
         """Sums gradients over ranks, clips them and steps all optimizers, or skips the update, on all ranks alike.
 
+        As everywhere in Lightning, ``on_before_optimizer_step`` sees gradients that are unscaled and not yet clipped.
+        An update that is skipped calls no such hook.
+
         Where losses are scaled (fp16), all optimizers are unscaled, stepped or skipped together, and the scale moves
         once: a scale that moved between two of them would unscale the second by another factor.
 
@@ -81,6 +104,9 @@ class Updater:
 
         Returns:
             The outcome and the norms.
+
+        Raises:
+            RuntimeError: The module's hook did not clip.
         """
         if not self.sharded:
             self._sum_gradients([p for group in parameters.values() for p in group])
@@ -89,10 +115,16 @@ class Updater:
             for optimizer in self._optimizers():
                 scaler.unscale_(optimizer.optimizer)
         strategy = self.trainer.strategy
-        norms = {name: clip_grad_norm(strategy, group, max_grad_norm).item() for name, group in parameters.items()}
+        norms = {name: clip_grad_norm(strategy, group, None).item() for name, group in parameters.items()}
         finite = math.isfinite(loss) and all(map(math.isfinite, norms.values()))
         if finite:
+            self._to_clip = [] if max_grad_norm is None else [(group, max_grad_norm) for group in parameters.values()]
             self._step(count)
+            if self._to_clip:
+                raise RuntimeError(
+                    f"{type(self.module).__name__}.on_before_optimizer_step does not call super(), which clips "
+                    "gradients: call it last."
+                )
         if scaler is not None:
             scaler.update()
         elif not finite and scale != 1:
@@ -101,6 +133,19 @@ class Updater:
         if finite:
             return Step("taken", norms)
         return Step("overflow" if scale > 1 and math.isfinite(loss) else "not_finite", norms)
+
+    def clip(self, optimizer: Optimizer) -> None:
+        """Clips the gradients that an optimizer is about to step by; to be called after all hooks that look at them.
+
+        Hooks may have changed them, so the norms are measured anew.
+        """
+        own = {id(p) for p in parameters_of(optimizer)}
+        waiting, self._to_clip = self._to_clip, []
+        for group, limit in waiting:
+            if own.isdisjoint(map(id, group)):
+                self._to_clip.append((group, limit))
+            else:
+                clip_grad_norm(self.trainer.strategy, group, limit)
 
     def count_iteration(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
         """A step without gradients, which changes nothing, for an iteration that took no update."""
@@ -147,10 +192,10 @@ class Updater:
 
     def _lower_scales(self) -> None:
         """Lets optimizers with gradients that are not finite skip a step, so that ColossalAI lowers their scales."""
-        assert self.sharded is not None
+        sharded = self.sharded
+        assert sharded is not None
         for optimizer in self._optimizers():
-            own = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
-            if self.sharded.clip_grad_norm(own, None).isfinite():
+            if sharded.clip_grad_norm(parameters_of(optimizer.optimizer), None).isfinite():
                 optimizer.zero_grad()
         self._step(count=False)
 

@@ -40,9 +40,9 @@ from lightning_rlhf.moved import refuse_moved
 from lightning_rlhf.quiet import quiet_libraries
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, complete, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
-from lightning_rlhf.stages.optim import fit_schedules, parameter_groups, parameters_of
+from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
-from lightning_rlhf.strategies.gradients import clip_grad_norm, loss_scale, zero_grad
+from lightning_rlhf.strategies.gradients import clip_grad_norm, loss_scale, parameters_of, zero_grad
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer
 from lightning_rlhf.utils.checkpoint_io import CheckpointError, check_is_checkpoint, explain_bad_checkpoint
 from lightning_rlhf.utils.collectives import gather_objects, world_size

@@ -96,8 +96,3 @@ def fit_schedules(trainer: Trainer) -> None:
                     "lr_scheduler its total_steps."
                 )
             scheduler.set_total_steps(int(steps))
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's own parameters that an optimizer trains."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
@@ -127,7 +128,7 @@ class RLStage(Stage):
         self.save_settings()
         self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates
         self.engine, self.offload_frozen, self.seed = engine or CachedEngine(), offload_frozen, seed
-        self.critic_settings = critic
+        self.critic_settings, self.updater = critic, Updater(self)
         self.kl_coef, self.running_scores = kl.coef, RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
         for stage in ("val", "test"):
@@ -194,11 +195,6 @@ class RLStage(Stage):
     def model_to_export(self) -> Policy:
         """The policy."""
         return self.policy
-
-    @property
-    def updater(self) -> Updater:
-        """Takes optimizer steps."""
-        return Updater(self)
 
     def configure_model(self) -> None:
         """Loads policy, reference, critic and reward model once."""
@@ -493,6 +489,11 @@ class RLStage(Stage):
         return self._count_micro_batches(experience, range(len(experience.trees))) == 1
 
     # ------------------------------------------------------------------------------------------------- updates
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips gradients. An override does its own work, then calls this."""
+        super().on_before_optimizer_step(optimizer)
+        self.updater.clip(optimizer)
 
     def minibatches(self, experience: Experience, epoch: int) -> list[list[int]]:
         """Deals the prompts of all ranks into minibatches, by a shuffle of its own for each epoch.

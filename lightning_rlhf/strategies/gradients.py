@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_rlhf.functional.precision import wide
 from lightning_rlhf.strategies.colossalai import ColossalAIStrategy
@@ -18,6 +19,11 @@ from lightning_rlhf.strategies.colossalai import ColossalAIStrategy
 def sharding(strategy: Strategy | None) -> ColossalAIStrategy | None:
     """The strategy, where each rank holds a part of the gradients."""
     return strategy if isinstance(strategy, ColossalAIStrategy) and strategy.sharded else None
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's own parameters that an optimizer trains."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def clip_grad_norm(strategy: Strategy, parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Tensor:

@@ -99,7 +99,7 @@ def test_what_a_judge_may_be(reward_dir, tiny_tokenizer):
         assert make_judge(spec, tiny_tokenizer).compare(questions)[0].winner in ("first", "tie")
     with pytest.raises(ValueError, match="ChatJudge"):
         make_judge("https://judge.example/v1")
-    with pytest.raises(ValueError, match="is not a directory in .* a hub id .* or an import path"):
+    with pytest.raises(ValueError, match=r"is not a directory in .* a hub id .* or an import path"):
         make_judge("no such thing")
 
 

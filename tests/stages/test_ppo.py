@@ -628,17 +628,13 @@ class Scales(PPOModule):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seen = []
+        self.seen, self.updater = [], Watched(self)
 
     def backward_minibatch(self, experience, chosen, ptx):
         found = super().backward_minibatch(experience, chosen, ptx)
         if len(self.seen) in self.overflows:
             self.trainable_parameters()["value"][0].grad.view(-1)[0] = math.inf
         return found
-
-    @property
-    def updater(self):
-        return Watched(self)
 
 
 def scaled(model_dir, tmp_path, plugin, max_steps=2, overflows=(), shared=False, **options):
@@ -769,25 +765,55 @@ def test_schedules_run_by_iterations(tiny_model_dir, tmp_path):
     assert all(c.scheduler.total_steps == 4 for c in trainer.lr_scheduler_configs)
 
 
-def test_gradient_norms_are_bounded_for_policy_and_critic_apart(tiny_model_dir, tmp_path):
-    seen = []
+class Order(L.Callback):
+    """Norms of the gradients that a callback's hook sees, and those that the optimizers then step by."""
 
-    class Watch(L.Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            seen.append(optimizer)
+    def __init__(self, module, factor=1.0):
+        self.module, self.factor, self.seen, self.stepped = module, factor, [], []
 
-    class Norms(PPOModule):
+    def groups(self, optimizer):
+        """The groups of an optimizer that have gradients, each with its norm."""
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, group in self.module.trainable_parameters().items():
+            if any(id(p) in own and p.grad is not None for p in group):
+                yield name, torch.stack([p.grad.norm() for p in group]).norm().item()
+
+    def on_train_start(self, trainer, module):
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda optimizer, *_: self.stepped.extend(self.groups(optimizer)))
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.seen += self.groups(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None if p.grad is None else p.grad * self.factor
+
+
+@pytest.mark.parametrize("plugin", [None, {"init_scale": 64.0}], ids=["fp32", "fp16's scaler"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one optimizer", "two"])
+def test_hooks_see_gradients_before_they_are_clipped(tiny_model_dir, tmp_path, shared, plugin):
+    """As in all of Lightning; the norms of policy and critic are bounded apart, whatever hooks made of them."""
+    for factor in (1.0, 1e-7):
+        options = dict(lora=LoRA(r=4), shared_backbone=shared, sampling=Sampling(max_new_tokens=6), max_norm=1e-3)
+        module = PPOModule(tiny_model_dir, letters, **grouped(**options, epochs=1))
+        order = Order(module, factor)
+        trainer = quiet(tmp_path, max_steps=1, callbacks=[order], plugins=[ScalesOnly(**plugin)] if plugin else None)
+        trainer.fit(module, PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0))
+        assert [name for name, _ in order.seen] == [name for name, _ in order.stepped] == ["policy", "value"]
+        for (name, seen), (_, stepped) in zip(order.seen, order.stepped, strict=True):
+            assert seen > 1e-3 and seen == pytest.approx(trainer.callback_metrics[f"train/{name}_grad_norm"].item())
+            assert stepped == pytest.approx(min(1e-3, factor * seen), rel=1e-3)
+
+
+def test_a_hook_that_keeps_gradients_from_being_clipped_is_refused(tiny_model_dir, tmp_path):
+    class Own(PPOModule):
         def on_before_optimizer_step(self, optimizer):
-            for parameters in self.trainable_parameters().values():
-                norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
-                assert norm <= 1e-3 * 1.001
+            pass
 
-    options = dict(lora=LoRA(r=4), sampling=Sampling(max_new_tokens=6), max_norm=1e-3)
-    module = Norms(tiny_model_dir, letters, **grouped(**options))
-    trainer = quiet(tmp_path, max_steps=1, callbacks=[Watch()])
-    trainer.fit(module, PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0))
-    assert len(seen) == 4
-    assert trainer.callback_metrics["train/policy_grad_norm"] > 1e-3  # before it was clipped
+    module = Own(tiny_model_dir, letters, **grouped(lora=LoRA(r=4), sampling=Sampling(max_new_tokens=6)))
+    data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0)
+    with pytest.raises(RuntimeError, match=r"Own.on_before_optimizer_step does not call super\(\), which clips"):
+        quiet(tmp_path, max_steps=1).fit(module, data)
 
 
 # ------------------------------------------------------------------------------------------------- known beforehand

@@ -37,11 +37,7 @@ class WatchedUpdater(Updater):
 class Overflowing(PPOModule):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seen = []
-
-    @property
-    def updater(self):
-        return WatchedUpdater(self)
+        self.seen, self.updater = [], WatchedUpdater(self)
 
     def backward_minibatch(self, experience, chosen, ptx):
         found = super().backward_minibatch(experience, chosen, ptx)
