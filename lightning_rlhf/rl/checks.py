@@ -90,7 +90,8 @@ def check_adaptive_kl(kl: KL, samples_per_prompt: int, data: Any) -> None:
 def warn_of_biased_sampling(sampling: Sampling) -> None:
     """Warns if completions come from another distribution than the losses assume."""
     off = Sampling()
-    names = ("top_k", "top_p", "repetition_penalty", "min_new_tokens")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    names = ("top_k", "top_p", "min_p", *penalties, "logit_bias", "min_new_tokens")
     if changed := [name for name in names if getattr(sampling, name) != getattr(off, name)]:
         given = ", ".join(f"sampling.{name}={getattr(sampling, name)}" for name in changed)
         rank_zero_warn(

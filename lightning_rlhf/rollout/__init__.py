@@ -3,7 +3,7 @@
 from lightning_rlhf.rollout.complete import complete, room
 from lightning_rlhf.rollout.engine import CachedEngine
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
-from lightning_rlhf.rollout.types import Completion, Request, RolloutEngine, Sampling, as_answers
+from lightning_rlhf.rollout.types import Completion, Request, RolloutEngine, Sampling, Token, as_answers
 from lightning_rlhf.utils.random import sample_key
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Request",
     "RolloutEngine",
     "Sampling",
+    "Token",
     "as_answers",
     "complete",
     "room",

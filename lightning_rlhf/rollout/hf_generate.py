@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lightning_rlhf.models.backbone import Backbone
-from lightning_rlhf.rollout.sampling import sample_tokens
+from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, make_sequences
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
@@ -89,9 +89,9 @@ class _SampleTokens(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         tokens, logprobs = sample_tokens(scores, self.rows)
-        for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+        for row, token, logprob, logits in zip(self.rows, tokens, logprobs, scores, strict=True):
             if not row.done:
-                row.push(token, logprob)
+                row.push(token, logprob, likeliest_tokens(logits, row) if row.alternatives else ())
         sampled = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, sampled, 0.0)
 

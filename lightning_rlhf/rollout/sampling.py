@@ -8,7 +8,7 @@ rounding would change a token whenever the number falls close to the border of t
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -31,10 +31,8 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
         rows: S sequences.
 
     Returns:
-        S tokens, and their log-probs at the temperature, before any other processor, in fp32.
-
-    Raises:
-        FloatingPointError: Logits are not finite.
+        S tokens, and their log-probs at the temperature, before any other processor, in fp32. The log-prob of a row
+        whose logits are not finite is NaN, and its token means nothing.
     """
     settings = [row.sampling for row in rows]
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -43,7 +41,7 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
     scores = _process_scores(scaled, rows)
     token = torch.empty(len(rows), dtype=torch.long, device=logits.device)
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0]
-    cut = [i for i, s in enumerate(settings) if s.temperature > 0 and (s.top_k or s.top_p < 1)]
+    cut = [i for i, s in enumerate(settings) if s.temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p)]
     plain = sorted({*range(len(rows))} - {*greedy, *cut})
     if greedy:
         token[greedy] = scores[_span(greedy)].argmax(-1)
@@ -55,11 +53,19 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
     if cut:
         token[cut] = _sample_likeliest(scores[_span(cut)], [rows[i] for i in cut], ids)
     logprobs: list[float] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
-    if not all(map(math.isfinite, logprobs)):
-        raise FloatingPointError(
-            "Rollout: the policy's logits are not finite. Its weights may have diverged: lower the learning rate."
-        )
     return token.tolist(), logprobs
+
+
+def likeliest_tokens(logits: Tensor, row: ActiveSequence) -> list[tuple[int, float]]:
+    """Returns the ``row.alternatives`` likeliest tokens, with the log-probs that :func:`sample_tokens` reports.
+
+    Args:
+        logits: (V,), in any float type.
+        row: The sequence.
+    """
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (row.sampling.temperature or 1.0)
+    values, ids = scaled.log_softmax(-1).topk(min(row.alternatives, len(logits)))
+    return list(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def _span(indices: list[int]) -> slice | list[int]:
@@ -69,10 +75,11 @@ def _span(indices: list[int]) -> slice | list[int]:
 
 
 def _process_scores(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
-    """Applies repetition penalty and minimum length; returns ``scaled`` itself if there is nothing to apply."""
+    """Applies penalties, biases and minimum length; returns ``scaled`` itself if there is nothing to apply."""
     penalized = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
+    shifted = [(i, shifts) for i, row in enumerate(rows) if (shifts := _shifts(row))]
     short = [i for i, row in enumerate(rows) if row.too_short and row.stops]
-    if not penalized and not short:
+    if not penalized and not shifted and not short:
         return scaled
     scores = scaled.clone()
     if penalized:
@@ -83,27 +90,42 @@ def _process_scores(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
         penalty = scores.new_tensor([rows[i].sampling.repetition_penalty for i in penalized])[:, None]
         old = scores[lines, columns]
         scores[lines, columns] = torch.where(old < 0, old * penalty, old / penalty)
+    for i, shifts in shifted:
+        scores[i, list(shifts)] += scores.new_tensor(list(shifts.values())) / (rows[i].sampling.temperature or 1.0)
     for i in short:
         scores[i, list(rows[i].stops)] = -torch.inf
     return scores
 
 
+def _shifts(row: ActiveSequence) -> dict[int, float]:
+    """Returns what to add to the logits of single tokens, by token id."""
+    s = row.sampling
+    shifts = dict(s.logit_bias)
+    if s.presence_penalty or s.frequency_penalty:
+        for token, count in Counter(row.ids).items():
+            shifts[token] = shifts.get(token, 0.0) - s.presence_penalty - s.frequency_penalty * count
+    return shifts
+
+
 def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
-    """Samples (S,) tokens from (S, V) scores under top-k and then top-p, among the ``width`` likeliest tokens."""
+    """Samples (S,) tokens from (S, V) scores under top-k, top-p and min-p, among the ``width`` likeliest tokens."""
     vocabulary = scores.shape[1]
     limits = [row.sampling.top_k or vocabulary for row in rows]
     width = min(vocabulary, max(width, *(k for k in limits if k < vocabulary), 1))
     best, index = scores.topk(width)
     limit = torch.tensor(limits, device=scores.device)[:, None]
-    top_p = scores.new_tensor([row.sampling.top_p for row in rows])[:, None]
+    # rounding may bring the sum of probabilities to 1 before the last token
+    top_p = scores.new_tensor([p if (p := row.sampling.top_p) < 1 else torch.inf for row in rows])[:, None]
+    least = best[:, :1] + scores.new_tensor([row.sampling.min_p for row in rows])[:, None].log()
     best = best.masked_fill(torch.arange(width, device=scores.device) >= limit, -torch.inf)
     whole = torch.where(limit < vocabulary, best.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True))
     mass = (best - whole).exp()
     summed = mass.cumsum(-1)
-    kept = best.masked_fill(summed - mass >= top_p, -torch.inf)
+    kept = best.masked_fill((summed - mass >= top_p) | (best < least), -torch.inf)
     noise = _log_exponential(_keys(rows, range(len(rows)), ids), ids[index])
     token = index.gather(1, (kept - noise).argmax(-1, keepdim=True))[:, 0]
-    flat = (limit >= vocabulary) & (summed[:, -1:] < top_p) if width < vocabulary else None
+    open_ended = (limit >= vocabulary) & (summed[:, -1:] < top_p) & (best[:, -1:] >= least)
+    flat = open_ended if width < vocabulary else None
     if flat is not None and flat.any():  # so flat that the nucleus needs more tokens
         wider: list[int] = flat[:, 0].nonzero()[:, 0].tolist()
         token[wider] = _sample_likeliest(scores[wider], [rows[i] for i in wider], ids, vocabulary)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.rollout.kv_cache import Decoder
-from lightning_rlhf.rollout.sampling import sample_tokens
+from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, make_sequences
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
@@ -144,9 +144,9 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------- rows
 
     def _sample(self, rows: Sequence[ActiveSequence], logits: Tensor) -> None:
-        for row, token, logprob in zip(rows, *sample_tokens(logits, rows), strict=True):
+        for i, (row, token, logprob) in enumerate(zip(rows, *sample_tokens(logits, rows), strict=True)):
             if not row.done:  # it may have been cancelled
-                row.push(token, logprob)
+                row.push(token, logprob, likeliest_tokens(logits[i], row) if row.alternatives else ())
 
     def _admit(self) -> None:
         """Replaces finished rows by waiting ones, and samples the first token of each new row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -9,10 +10,10 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.rollout.detokenizer import Detokenizer, decode, tail
-from lightning_rlhf.rollout.types import Completion, Request, Sampling
+from lightning_rlhf.rollout.types import Completion, Request, Sampling, Token
 from lightning_rlhf.utils.random import sample_key
 
-OnToken = Callable[[int, str], None]
+OnToken = Callable[[Token], None]
 """Receives each token with the new text that can be shown. Joined, these texts are the completion's text."""
 
 
@@ -26,6 +27,7 @@ class ActiveSequence:
         stops: Tokens that end the completion.
         tokenizer: The model's tokenizer.
         on_token: Called in the thread that samples the tokens.
+        alternatives: Number of likeliest tokens to report beside each token.
 
     Attributes:
         ids: Tokens so far.
@@ -42,10 +44,13 @@ class ActiveSequence:
         stops: Collection[int],
         tokenizer: PreTrainedTokenizerBase,
         on_token: OnToken | None = None,
+        alternatives: int = 0,
     ) -> None:
         self.prompt, self.key, self.sampling, self.stops = prompt, key, sampling, stops
+        self.alternatives = alternatives
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self._likeliest: list[Sequence[tuple[int, float]]] = []
         self.future: Future[Completion] = Future()
         self.done = False  # future.done() takes a lock, and each row is asked several times per token
         self.future.add_done_callback(self._end)
@@ -73,14 +78,25 @@ class ActiveSequence:
         """Whether the completion is below its minimum length, so that it cannot stop."""
         return len(self.ids) < self.sampling.min_new_tokens
 
-    def push(self, token: int, logprob: float) -> None:
-        """Appends the next token. An error in ``on_token`` ends this row only."""
+    def push(self, token: int, logprob: float, alternatives: Sequence[tuple[int, float]] = ()) -> None:
+        """Appends the next token. An error in ``on_token``, or a log-prob that is not finite, ends this row only."""
+        if not math.isfinite(logprob):
+            self.fail(
+                FloatingPointError(
+                    "Rollout: the policy's logits are not finite. Its weights may have diverged: lower the learning "
+                    "rate."
+                )
+            )
+            return
         self.ids.append(token)
         self.logprobs.append(logprob)
+        if self.alternatives:
+            self._likeliest.append(alternatives)
         try:
             completion = self._finished()
             if self._on_token is not None and self._stream is not None:
-                self._on_token(token, self._stream.rest() if completion else self._stream.release())
+                text = self._stream.rest() if completion else self._stream.release()
+                self._on_token(Token(token, logprob, alternatives, text))
         except Exception as error:
             self.fail(error)
         else:
@@ -107,9 +123,9 @@ class ActiveSequence:
                 return None
             reason = "length"
         if stream is not None:
-            return Completion(ids, self.logprobs, stream.finish(), reason)
+            return Completion(ids, self.logprobs, stream.finish(), reason, self._likeliest)
         shown, after = ids[:-1] if stopped else ids, tail(self._tokenizer, self.prompt)
-        return Completion(ids, self.logprobs, decode(self._tokenizer, shown, after), reason)
+        return Completion(ids, self.logprobs, decode(self._tokenizer, shown, after), reason, self._likeliest)
 
 
 def make_sequences(
@@ -155,4 +171,10 @@ def make_sequences(
             f"{name}: a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's "
             f"context of {context} tokens. Use shorter prompts or a smaller sampling.max_new_tokens."
         )
-    return [ActiveSequence(prompt, key, sampling, stops, tokenizer, on_token) for key in request.keys]
+    if strange := [i for i in sampling.logit_bias if i >= vocabulary]:
+        raise ValueError(
+            f"{name}: logit_bias names the token {strange[0]}, but the model's vocabulary has only {vocabulary} entries."
+        )
+    return [
+        ActiveSequence(prompt, key, sampling, stops, tokenizer, on_token, request.alternatives) for key in request.keys
+    ]

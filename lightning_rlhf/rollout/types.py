@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -28,8 +28,14 @@ class Sampling:
         top_k: Sample from this many of the likeliest tokens. A larger value samples more diverse tokens; 0: off.
         top_p: Sample from the smallest set of likeliest tokens whose probabilities add up to this, after ``top_k``. A
             larger value samples more diverse tokens; 1: off.
+        min_p: Sample only from tokens that are at least this many times as likely as the likeliest one. A larger value
+            samples less diverse tokens; 0: off.
         repetition_penalty: Penalty on tokens that the prompt or the completion already has, as in transformers. A
             larger value avoids repetition more; 1: off.
+        presence_penalty: Number that is subtracted from the logits of tokens that the completion already has, as in
+            OpenAI's API. A larger value avoids repetition more; 0: off.
+        frequency_penalty: The same number for each time that the completion has the token.
+        logit_bias: Numbers that are added to the logits of single tokens, by token id.
         stop_strings: Texts that end a completion and are removed from its text. They may contain special tokens, such
             as ``<|im_end|>``.
 
@@ -42,7 +48,11 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,11 +67,19 @@ class Sampling:
             ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 is off)"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", positive, "above 0 (1 is off)"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number (0 is off)"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number (0 is off)"),
+            ("logit_bias", _is_bias(self.logit_bias), "finite numbers by token id"),
             ("stop_strings", all(self.stop_strings), "texts of at least one character"),
         ):
             if not right:
                 raise ValueError(f"sampling.{name} must be {rule}; got {getattr(self, name)!r}.")
+
+
+def _is_bias(given: Mapping[int, float]) -> bool:
+    return all(isinstance(i, int) and i >= 0 and math.isfinite(value) for i, value in given.items())
 
 
 @dataclass(frozen=True)
@@ -71,10 +89,28 @@ class Request:
     Args:
         prompt: Token ids, at least one.
         keys: Seeds, one per completion. A completion depends on (weights, prompt, key, sampling) only.
+        alternatives: Number of likeliest tokens to report beside each sampled token.
     """
 
     prompt: Sequence[int]
     keys: Sequence[int]
+    alternatives: int = 0
+
+
+class Token(NamedTuple):
+    """A token of a completion.
+
+    Attributes:
+        id: The token's id.
+        logprob: Its log-prob; see :class:`Completion`.
+        alternatives: The likeliest tokens of this step with their log-probs, the likeliest first.
+        text: The new text that can be shown. It may be empty, and it may belong to earlier tokens.
+    """
+
+    id: int
+    logprob: float
+    alternatives: Sequence[tuple[int, float]] = ()
+    text: str = ""
 
 
 class Completion(NamedTuple):
@@ -83,15 +119,18 @@ class Completion(NamedTuple):
     Attributes:
         input_ids: The sampled tokens, the stop token included.
         logprobs: Log-prob of each token: log-softmax of ``logits / temperature`` (temperature 1 if greedy), in fp32,
-            before top-k, top-p, penalty and minimum length.
+            before top-k, top-p, min-p, penalties, biases and minimum length.
         text: Text of the tokens after the prompt, without special tokens, and cut before a stop string.
         finish_reason: ``stop`` after a stop token or a stop string, ``length`` at the length limit.
+        alternatives: For each token, the likeliest tokens of its step with their log-probs, as many as the request asks
+            for.
     """
 
     input_ids: list[int]
     logprobs: list[float]
     text: str
     finish_reason: Literal["stop", "length"]
+    alternatives: Sequence[Sequence[tuple[int, float]]] = ()
 
     @property
     def truncated(self) -> bool:

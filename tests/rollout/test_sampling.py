@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -12,7 +13,7 @@ from transformers import (
 
 from lightning_rlhf.rollout import Sampling
 from lightning_rlhf.rollout import sampling as module
-from lightning_rlhf.rollout.sampling import sample_tokens
+from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence
 
 VOCABULARY = 12
@@ -45,6 +46,8 @@ def expected(logits, prompt, s):
         steps.append(TopKLogitsWarper(s.top_k))
     if s.top_p < 1:
         steps.append(TopPLogitsWarper(s.top_p))
+    if s.min_p:
+        steps.append(MinPLogitsWarper(s.min_p))
     return steps(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
 
 
@@ -60,6 +63,10 @@ def expected(logits, prompt, s):
         dict(top_p=0.7),
         dict(top_p=0.05),
         dict(top_k=5, top_p=0.6),
+        dict(min_p=0.2),
+        dict(min_p=1.0),
+        dict(min_p=0.1, top_p=0.9, temperature=1.5),
+        dict(min_p=0.05, top_k=7),
         dict(repetition_penalty=2.0),
         dict(repetition_penalty=0.5, temperature=0.8),
         EVERYTHING,
@@ -163,12 +170,58 @@ def test_half_precision_is_scored_in_fp32():
     assert logprobs[0] == pytest.approx(half.float().log_softmax(-1)[0, tokens[0]].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0), dict(top_p=0.9), dict(top_k=3), EVERYTHING], ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error(bad):
-    logits = LOGITS[None].clone()
-    logits[0, 4] = bad
+def test_logits_that_are_not_finite_end_their_own_row(bad, settings):
+    want = sample_tokens(LOGITS.expand(2, -1), rows(2, **settings))
+    logits = LOGITS.repeat(2, 1)
+    logits[1, 4] = bad
+    both = rows(2, **settings)
+    tokens, logprobs = sample_tokens(logits, both)
+    assert (tokens[0], logprobs[0]) == (want[0][0], want[1][0])
+    both[1].push(tokens[1], logprobs[1])
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample_tokens(logits, rows(1))
+        both[1].future.result(0)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_penalties_and_biases_follow_their_definition(temperature):
+    """logit - presence [count > 0] - frequency count + bias, of the completion alone, before the temperature."""
+    settings = dict(presence_penalty=0.7, frequency_penalty=-0.4, logit_bias={2: 1.5, 9: -0.5}, temperature=temperature)
+    n, said = 20_000, [2, 2, 5, 2]
+    many = rows(n, **settings)
+    for row in many:
+        row.ids = [*said]
+    tokens, logprobs = sample_tokens(LOGITS.expand(n, -1), many)
+    wanted = LOGITS.clone()
+    for token in range(VOCABULARY):  # 3 and 7 are in the prompt, which does not count
+        wanted[token] -= 0.7 * (token in said) - 0.4 * said.count(token)
+    wanted[2] += 1.5
+    wanted[9] -= 0.5
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCABULARY)
+    assert pvalue(counts, (wanted / temperature).softmax(-1)) > 1e-3
+    plain = (LOGITS / temperature).log_softmax(-1)
+    torch.testing.assert_close(torch.tensor(logprobs), plain[tokens], atol=1e-5, rtol=0)
+    (greedy,) = rows(1, **{**settings, "temperature": 0.0})
+    greedy.ids = [*said]
+    assert sample_tokens(LOGITS[None], [greedy])[0] == [int(wanted.argmax())]
+
+
+def test_a_wide_min_p_is_exact(monkeypatch):
+    """Rows with more likely tokens than the first look sorts."""
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1)) * 0.1
+    narrow, _ = sample_tokens(logits, some := rows(40, min_p=0.6))
+    monkeypatch.setattr(module, "_NUCLEUS", 3000)
+    assert sample_tokens(logits, some)[0] == narrow
+    assert max(int((logits[i] > logits[i, t]).sum()) for i, t in enumerate(narrow)) > 1024
+
+
+def test_alternatives_are_the_likeliest_tokens():
+    row = ActiveSequence(PROMPT, 0, Sampling(temperature=0.5, top_k=1), frozenset(), None, alternatives=3)
+    found = likeliest_tokens(LOGITS, row)
+    values, ids = (LOGITS / 0.5).log_softmax(-1).topk(3)
+    assert [i for i, _ in found] == ids.tolist()
+    assert [v for _, v in found] == pytest.approx(values.tolist())
 
 
 def test_the_global_generator_is_not_drawn_from():

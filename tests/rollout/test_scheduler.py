@@ -49,15 +49,16 @@ def test_requests_with_settings_of_their_own_come_at_any_time(policy, tiny_token
 def test_tokens_and_text_stream(policy, tiny_tokenizer, prompts, session):
     got = []
     sampling = Sampling(40, stop_strings=["zz", "qq"])
-    (future,) = session.submit(Request(prompts[0], [3]), sampling, [], on_token=lambda *piece: got.append(piece))
+    (future,) = session.submit(Request(prompts[0], [3]), sampling, [], on_token=got.append)
     session.step()
     assert len(got) in (1, 2)  # the first comes before the last is made
     finish(session)
     completion = future.result(0)
-    assert [token for token, _ in got] == completion.input_ids
-    assert "".join(text for _, text in got) == completion.text
+    assert [token.id for token in got] == completion.input_ids
+    assert [token.logprob for token in got] == completion.logprobs
+    assert "".join(token.text for token in got) == completion.text
     assert completion.text == tiny_tokenizer.decode(completion.input_ids, skip_special_tokens=True)
-    assert len([text for _, text in got if text]) > 10
+    assert len([token for token in got if token.text]) > 10
 
 
 def test_a_cancelled_row_leaves_the_batch(policy, tiny_tokenizer, prompts, session, monkeypatch):
@@ -87,7 +88,7 @@ def test_all_cancelled_leaves_nothing_to_do(session, prompts):
 
 
 def test_a_caller_that_fails_ends_its_own_row_alone(session, prompts):
-    def broken(token, text):
+    def broken(token):
         raise KeyError("no such client")
 
     (bad,) = session.submit(Request(prompts[0], [1]), Sampling(9), [], on_token=broken)
