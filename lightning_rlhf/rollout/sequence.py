@@ -171,9 +171,9 @@ def make_sequences(
             f"{name}: a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} exceed the model's "
             f"context of {context} tokens. Use shorter prompts or a smaller sampling.max_new_tokens."
         )
-    if strange := [i for i in sampling.logit_bias if i >= vocabulary]:
+    if beyond := [i for i in sampling.logit_bias if i >= vocabulary]:
         raise ValueError(
-            f"{name}: logit_bias names the token {strange[0]}, but the model's vocabulary has only {vocabulary} entries."
+            f"{name}: logit_bias names the token {beyond[0]}, but the vocabulary has only {vocabulary} entries."
         )
     return [
         ActiveSequence(prompt, key, sampling, stops, tokenizer, on_token, request.alternatives) for key in request.keys
