@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_rlhf.arguments import Parser
+from lightning_rlhf.utils.progress import ProgressLine
 
 if TYPE_CHECKING:
     from lightning_rlhf.data.formats import Message
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
     if isinstance(judge, RewardJudge):
         judge.reward.to(device)  # the models are no longer on the device
     judged: list[JudgedPair] = []
-    progress = _ProgressLine("judging", len(pairs))
+    progress = ProgressLine("judging", len(pairs))
     with options.out.open("w", encoding="utf-8") as out:
         for start in range(0, len(pairs), _PAIRS):
             found = judge_pairs(judge, pairs[start : start + _PAIRS])
@@ -220,7 +221,7 @@ def _answers(
     sampling = Sampling(options.max_new_tokens, temperature=options.temperature)
     file = options.out.with_name(f"{options.out.stem}.{side}.jsonl")
     answers: list[Answer] = []
-    progress = _ProgressLine(f"answers of {side.upper()}", len(prompts))
+    progress = ProgressLine(f"answers of {side.upper()}", len(prompts))
     with file.open("w", encoding="utf-8") as out:
         for i, answer in generate_answers(
             obtain(source),
@@ -238,18 +239,3 @@ def _answers(
             out.write(json.dumps({**row, **columns[i], **row}, ensure_ascii=False) + "\n")
             progress(len(answers))
     return answers
-
-
-class _ProgressLine:
-    """Shows progress on standard error: one line that is updated in a terminal, otherwise a line per quarter."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.quarter = name, total, 0
-
-    def __call__(self, done: int) -> None:
-        line = f"{self.name}  {done}/{self.total}"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
-        elif 4 * done // self.total > self.quarter:
-            print(line, file=sys.stderr, flush=True)
-            self.quarter = 4 * done // self.total

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
 import transformers
@@ -322,6 +322,44 @@ def load_reward_model(
     if isinstance(score := getattr(model, "score", None), nn.Module):
         score.float()
     return _prepare(model, options)
+
+
+def load_exported(
+    pretrained: str | os.PathLike[str], dtype: Dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Loads what a stage exported, a causal LM or a reward model, to read it and not to train it.
+
+    Args:
+        pretrained: A directory or hub id. Adapters are merged into their base.
+        dtype: Data type of the weights. Default: the one that they were saved in. A reward model's head is always fp32.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The model in evaluation mode on the CPU.
+
+    Raises:
+        OSError: The model does not exist or cannot be read.
+        ValueError: The model is a classifier without a trained head, or with several labels.
+    """
+    arguments = {DTYPE: getattr(torch, dtype) if dtype else "auto", "trust_remote_code": trust_remote_code}
+    scores = _scores(pretrained, trust_remote_code)
+    model, missing = _load(
+        AutoModelForSequenceClassification if scores else AutoModelForCausalLM, pretrained, arguments
+    )
+    if HEAD in missing:
+        raise ValueError(f"{pretrained} is a reward model without weights for {HEAD}. Export it again.")
+    if scores:
+        model.score.float()
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def _scores(pretrained: str | os.PathLike[str], trust_remote_code: bool) -> bool:
+    """Whether a directory or hub id is a reward model, whole or as adapters."""
+    if _adapters(pretrained) is not None:
+        adapters = json.loads(Path(str(find_adapter_config_file(os.fspath(pretrained)))).read_text(encoding="utf-8"))
+        return bool(adapters.get("task_type") == "SEQ_CLS")
+    names = read_config(pretrained, trust_remote_code).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def _load(
