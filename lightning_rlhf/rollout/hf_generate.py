@@ -54,31 +54,42 @@ class HFGenerateEngine:
         stop_token_ids: Sequence[int],
     ) -> list[list[Completion]]:
         """Completes prompts; see :meth:`RolloutEngine.generate`."""
-        model: Any = policy.transformer
         groups = [
-            make_sequences(model, tokenizer, request, sampling, stop_token_ids, name=f"Rollout request {i}")
+            make_sequences(
+                policy.transformer, tokenizer, request, sampling, stop_token_ids, name=f"Rollout request {i}"
+            )
             for i, request in enumerate(requests)
         ]
+        self.run(policy, [row for rows in groups for row in rows])
+        return [[row.future.result() for row in rows] for rows in groups]
+
+    def run(self, policy: Backbone, rows: Sequence[ActiveSequence]) -> None:
+        """Generates rows until each has its completion or an error, or has been cancelled.
+
+        Args:
+            policy: A backbone whose model can generate. Its active adapters apply.
+            rows: Rows of any prompts and settings.
+        """
+        model: Any = policy.transformer
         by_length: dict[int, list[ActiveSequence]] = {}
-        for row in (row for rows in groups for row in rows):
+        for row in rows:
             by_length.setdefault(len(row.prompt), []).append(row)
-        settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1)
         device = model.get_input_embeddings().weight.device
         with policy.native_attention(), torch.no_grad(), _empty_generation_config(model):
-            for rows in by_length.values():
-                size = self.max_rows or len(rows)
-                for start in range(0, len(rows), size):
-                    part = rows[start : start + size]
+            for equal in by_length.values():
+                size = self.max_rows or len(equal)
+                for start in range(0, len(equal), size):
+                    part = equal[start : start + size]
                     ids = torch.tensor([row.prompt for row in part], device=device)
+                    longest = max(row.sampling.max_new_tokens for row in part)
                     model.generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
-                        generation_config=settings,
+                        generation_config=GenerationConfig(max_new_tokens=longest, do_sample=False, num_beams=1),
                         logits_processor=LogitsProcessorList([_SampleTokens(part)]),
                         stopping_criteria=StoppingCriteriaList([_AllDone(part)]),
                         synced_gpus=self.synced_gpus,
                     )
-        return [[row.future.result() for row in rows] for rows in groups]
 
 
 class _SampleTokens(LogitsProcessor):
