@@ -274,9 +274,15 @@ class PackedBatch:
         }
         return replace(self, forest=Forest(self.forest.trees), pairs=Pairs(*map(function, self.pairs)), **changed)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on ``device``. Lightning calls this method."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False, copy: bool = False) -> PackedBatch:
+        """The same batch with its tensors on ``device``. Lightning calls this method.
+
+        Args:
+            device: Where the tensors go.
+            non_blocking: See ``torch.Tensor.to``.
+            copy: Copy also tensors that are there already.
+        """
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking, copy=copy))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory."""

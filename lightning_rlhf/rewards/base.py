@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -44,6 +45,16 @@ class Samples:
         for name, values in sizes.items():
             if len(values) != self.batch.num_sequences:
                 raise ValueError(f"{name} has {len(values)} entries for {self.batch.num_sequences} completions.")
+
+    def copy(self) -> Samples:
+        """The same samples, in tensors and lists of their own."""
+        return Samples(
+            batch=self.batch.to(self.batch.last.device, copy=True),
+            prompts=[copy.deepcopy(prompt) for prompt in self.prompts],  # one each, where completions share a prompt
+            completions=list(self.completions),
+            truncated=list(self.truncated),
+            columns={name: [copy.deepcopy(value) for value in values] for name, values in self.columns.items()},
+        )
 
 
 class Scores(NamedTuple):
@@ -119,6 +130,29 @@ class Reward(nn.Module, ABC):
     def load(self) -> None:
         """Loads what is heavy, once. Modules call it in ``configure_model``."""
         return
+
+    def __call__(self, samples: Samples) -> Scores:
+        """Scores samples by :meth:`forward`, which gets a copy of them: it may write into it.
+
+        Args:
+            samples: S completions.
+
+        Raises:
+            BadScores: Some scores are not finite numbers.
+            TypeError: ``forward`` returns something else than scores.
+            ValueError: It returns another number of scores.
+        """
+        scores = super().__call__(samples.copy())
+        size = len(samples.completions)
+        returned = f"The reward {type(self).__name__} returned"
+        wanted = (
+            f"Return lightning_rlhf.rewards.Scores(total), total being a tensor of shape ({size},): one score each."
+        )
+        if not isinstance(scores, Scores):
+            raise TypeError(f"{returned} a {type(scores).__name__} for {size} completions. {wanted}")
+        if scores.total.shape != (size,):
+            raise ValueError(f"{returned} scores of shape {tuple(scores.total.shape)} for {size} completions. {wanted}")
+        return scores
 
     def train(self, mode: bool = True) -> Any:
         """Stays in eval mode, so that a score depends on its sample alone."""

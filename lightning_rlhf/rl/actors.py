@@ -75,12 +75,9 @@ class Actors:
 
     def score(self, samples: Samples) -> tuple[Scores, str]:
         """Scores samples. Returns the scores, with NaN for those that are not finite, and a message about these."""
-        who = f"The reward {type(self.reward).__name__}"
         try:
             scores = self.reward(samples)
-            if not isinstance(scores, Scores):
-                raise TypeError(f"{who} returned a {type(scores).__name__}: return Scores(tensor of (S,) scores).")
-            check_scores(scores.total, samples, who)
+            check_scores(scores.total, samples, f"The reward {type(self.reward).__name__}")
             return scores, ""
         except BadScores as error:
             return error.scores, str(error)

@@ -70,7 +70,7 @@ class Experience:
     cached_outputs: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     _whole: PackedBatch | None = field(default=None, repr=False)
-    _packs: list[tuple[list[Tree], PackedBatch]] | None = field(default=None, repr=False)
+    _packs: dict[int | None, list[tuple[list[Tree], PackedBatch]]] = field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> list[int]:
@@ -85,7 +85,7 @@ class Experience:
 
     @property
     def batch(self) -> PackedBatch:
-        """All trees in one packed batch; a micro-batch has it ready, on the device."""
+        """All trees in one packed batch on the CPU; that of a micro-batch is on the device."""
         if self._whole is None:
             self._whole = pack(self.trees, rows=self.rows)
         return self._whole
@@ -100,28 +100,31 @@ class Experience:
         sequence = self.sequence.to(values.device)
         return values.new_zeros(len(self.lengths)).index_add(0, sequence, values)
 
-    def split_by_tokens(
-        self, chosen: Sequence[int], max_tokens: int | None, device: torch.device
-    ) -> list[tuple[list[Tree], PackedBatch]]:
-        """Splits the chosen trees into packed batches; those of all trees are made once and kept.
-
-        A tree over ``max_tokens`` is cut between its completions.
+    def split_by_tokens(self, chosen: Sequence[int], max_tokens: int | None) -> list[list[Tree]]:
+        """Splits the chosen trees, in order, into micro-batches.
 
         Args:
             chosen: Indices of trees.
-            max_tokens: Most tokens of a batch; None puts all into one.
-            device: Where the batches go.
+            max_tokens: Most tokens of a micro-batch; None puts all into one. A tree that is larger alone is cut between
+                its completions.
 
         Returns:
-            The trees of each batch, and the batch.
+            The trees of each.
 
         Raises:
             ValueError: A prompt with one completion is over ``max_tokens``.
         """
+        return within_budget([self.trees[i] for i in chosen], max_tokens, "updates.micro_batch_tokens")
+
+    def _packed(self, chosen: Sequence[int], max_tokens: int | None) -> list[tuple[list[Tree], PackedBatch]]:
+        """The trees of each micro-batch, packed on the CPU; those of all trees are packed once and kept.
+
+        They are kept without what a forward pass adds to them: its attention masks are far larger than they are.
+        """
         every = list(chosen) == list(range(len(self.trees)))
-        if every and self._packs is not None:
-            return self._packs
-        splits = within_budget([self.trees[i] for i in chosen], max_tokens, "updates.micro_batch_tokens")
+        if every and max_tokens in self._packs:
+            return self._packs[max_tokens]
+        splits = self.split_by_tokens(chosen, max_tokens)
         owners = [self.rows[i] for i in chosen for _ in self.trees[i].branches]
         found, branch = [], 0
         for trees in splits:
@@ -129,10 +132,9 @@ class Experience:
             for tree in trees:
                 rows.append(owners[branch])
                 branch += len(tree.branches)
-            one = self._whole if every and len(splits) == 1 else None
-            found.append((trees, (pack(trees, rows=rows) if one is None else one).to(device)))
+            found.append((trees, self.batch if every and len(splits) == 1 else pack(trees, rows=rows)))
         if every:
-            self._packs = found
+            self._packs[max_tokens] = found
         return found
 
     def micro_batches(
@@ -143,7 +145,7 @@ class Experience:
         Args:
             chosen: Indices of trees.
             max_tokens: Most tokens of a micro-batch; None puts all into one.
-            device: Where their tensors go.
+            device: Where their tensors go, with one micro-batch at a time.
             at_least: Number of micro-batches that other ranks make; fillers with zeros make up for those missing here.
 
         Yields:
@@ -154,16 +156,15 @@ class Experience:
         """
         sizes = {"token": [t.num_scored for t in self.trees], "sequence": [len(t.branches) for t in self.trees]}
         spans = {per: torch.tensor([0, *size]).cumsum(0).tolist() for per, size in sizes.items()}
-        columns, splits = {}, self.split_by_tokens(chosen, max_tokens, device)
+        columns, splits = {}, self._packed(chosen, max_tokens)
         for name, per in _columns(self):
             if len(column := getattr(self, name)) and splits:
                 columns[name] = torch.cat([column[spans[per][i] : spans[per][i + 1]] for i in chosen]).to(device)
         begin = {"token": 0, "sequence": 0}
         for trees, batch in splits:
             end = {"token": begin["token"] + batch.num_scored, "sequence": begin["sequence"] + batch.num_sequences}
-            yield self._part(
-                trees, batch, {k: columns[k][begin[p] : end[p]] for k, p in _columns(self) if k in columns}
-            )
+            own = {k: columns[k][begin[p] : end[p]] for k, p in _columns(self) if k in columns}
+            yield self._part(trees, batch.to(device), own)  # which makes a batch without masks
             begin = end
         for _ in range(at_least - len(splits)):
             zeros = {name: getattr(self, name).new_zeros(1, device=device) for name, _ in _columns(self)}
@@ -172,7 +173,7 @@ class Experience:
     def _part(self, trees: list[Tree], batch: PackedBatch, columns: Mapping[str, Tensor]) -> Experience:
         unknown: dict[str, Any] = {name: _unknown() for name, _ in _columns(self)}
         return dataclasses.replace(
-            self, trees=trees, rows=batch.rows, metrics={}, _whole=batch, _packs=None, **{**unknown, **columns}
+            self, trees=trees, rows=batch.rows, metrics={}, _whole=batch, _packs={}, **{**unknown, **columns}
         )
 
 
@@ -209,9 +210,9 @@ def to_experience(
     def per_completion(values: Iterable[Any]) -> list[Any]:
         return [v for v, group in zip(values, completions, strict=True) for _ in group]
 
-    batch = pack(read, rows=prompts.rows).to(device)
+    batch = pack(read, rows=prompts.rows)
     samples = Samples(
-        batch=batch,
+        batch=batch.to(device),
         prompts=per_completion(prompts.messages),
         completions=[completion.text for completion in every],
         truncated=[completion.truncated for completion in every],

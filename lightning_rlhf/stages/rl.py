@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.packed import PackedBatch, pack, split
+from lightning_rlhf.data.packed import PackedBatch, split
 from lightning_rlhf.data.prompts import PromptBatch
 from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, token_rewards, whiten
 from lightning_rlhf.functional.kl import k1, k3, kl_loss
@@ -477,7 +477,7 @@ class RLStage(Stage):
         return experience.micro_batches(chosen, self.updates.micro_batch_tokens, self.device, at_least=count)
 
     def _count_micro_batches(self, experience: Experience, chosen: Sequence[int]) -> int:
-        mine = len(experience.split_by_tokens(chosen, self.updates.micro_batch_tokens, self.device))
+        mine = len(experience.split_by_tokens(chosen, self.updates.micro_batch_tokens))
         return int(all_reduce(torch.tensor(float(mine)), self.device, dist.ReduceOp.MAX))
 
     def _can_reuse_forward(self, experience: Experience) -> bool:
@@ -641,7 +641,7 @@ class RLStage(Stage):
             ``kl``, the sum over its tokens of log-probs minus those of the reference, at the sampling temperature.
         """
         experience, samples = self.to_experience(prompts, completions)
-        batch = pack(experience.trees).to(self.device)
+        batch = experience.batch.to(self.device)
         with self.actors.on_device(self.device, "reward", "reference"):
             roles: tuple[Role, Role] = ("policy", "reference")
             options = {"temperature": self.sampling.temperature}

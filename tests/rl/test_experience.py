@@ -1,10 +1,14 @@
 """Micro-batches of an experience: within the budget, in order, each token with its numbers."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from lightning_rlhf.data.packed import Branch, Tree, unpack, within_budget
+from lightning_rlhf.data.packed import Branch, Tree, pack, unpack, within_budget
+from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.rl import Experience, UpdateStats
+from lightning_rlhf.rl import experience as module
 
 CPU = torch.device("cpu")
 
@@ -46,13 +50,51 @@ def test_a_tree_that_fits_is_not_cut():
 
 
 def sizes(e, budget):
-    return [[tree.num_tokens for tree in trees] for trees, _ in e.split_by_tokens([0, 1, 2], budget, CPU)]
+    return [[tree.num_tokens for tree in trees] for trees in e.split_by_tokens([0, 1, 2], budget)]
 
 
-def test_all_trees_are_packed_once():
+def test_all_trees_are_packed_once(monkeypatch):
+    packed = []
+    monkeypatch.setattr(module, "pack", lambda trees, **options: (packed.append(trees), pack(trees, **options))[1])
     e = experience()
-    first, again = ([part.batch for part in e.micro_batches([0, 1, 2], 14, CPU)] for _ in range(2))
-    assert len(first) == 2 and all(a is b for a, b in zip(first, again, strict=True))
+    for _ in range(3):
+        assert len(e.split_by_tokens([0, 1, 2], 14)) == len(list(e.micro_batches([0, 1, 2], 14, CPU))) == 2
+    assert len(packed) == 2
+    for _ in range(3):  # one micro-batch is the whole
+        assert [part.batch.num_tokens for part in e.micro_batches([0, 1, 2], None, CPU)] == [e.batch.num_tokens]
+    assert len(packed) == 3
+
+
+def held(value, seen=None):
+    """Bytes of the distinct storages that an object holds."""
+    seen = {} if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    elif isinstance(value, dict):
+        held([*value.values()], seen)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            held(entry, seen)
+    elif dataclasses.is_dataclass(value):
+        held(vars(value), seen)
+    return sum(seen.values())
+
+
+def test_attention_masks_are_not_kept(tiny_model_dir):
+    """They are (tokens of a branch) x (tokens before and in it), and the rest of a batch goes with its tokens."""
+    policy = Policy(load_causal_lm(tiny_model_dir), layout="packed")
+    branches = [Branch([1] * (60 + i)) for i in range(6)]
+    e = Experience([Tree([2] * 80, branches)], (0,), old_logprobs=torch.zeros(sum(60 + i for i in range(6))))
+    list(e.micro_batches([0], None, CPU))
+    before, in_use = held(e), []
+    with torch.no_grad():
+        for _ in range(3):
+            for part in e.micro_batches([0], None, CPU):
+                policy(part.batch)
+                in_use.append(held(part))
+    assert held(e) == before
+    masks = sum((60 + i) * (80 + 60 + i) for i in range(6))
+    assert min(in_use) > masks > before  # bytes: what was held in an iteration, and what is held now
 
 
 def test_a_filler_counts_for_nothing():
@@ -72,5 +114,5 @@ def test_statistics_are_weighted_sums_and_maxima():
 
 def test_what_can_not_be_cut_says_what_would_do():
     with pytest.raises(ValueError, match=r"have 7 tokens, over updates.micro_batch_tokens=6: raise it to at least 7"):
-        experience().split_by_tokens([0], 6, CPU)
+        experience().split_by_tokens([0], 6)
     assert within_budget([], 3) == within_budget([], None) == []

@@ -1076,6 +1076,33 @@ def test_a_reward_adapter_of_the_same_weights_shares_the_backbone(tiny_model_dir
     assert difference(found[True], found[False]) < 1e-4
 
 
+class Length(Reward):
+    """A score by the tokens of a completion; the last of two also spoils what it read."""
+
+    def __init__(self, spoils):
+        super().__init__()
+        self.spoils = spoils
+
+    def forward(self, samples):
+        scores = samples.batch.input_ids[samples.batch.last].float() / samples.batch.lengths
+        if self.spoils:
+            for values in (samples.batch.input_ids, samples.batch.target, samples.batch.weight, samples.batch.last):
+                values.zero_()
+            samples.completions.clear()
+        return Scores(scores)
+
+
+def test_a_reward_that_writes_into_its_batch_changes_nothing(tiny_model_dir, tmp_path):
+    found = {}
+    for spoils in (False, True):
+        out = tmp_path / str(spoils)
+        _, module = run(tiny_model_dir, out, reward=Length(spoils), lora=True, max_steps=2)
+        prompts = PromptDataModule(run_ppo.prompts(3), val_fraction=0.0, predict=run_ppo.prompts(3))
+        found[spoils] = trained(module), quiet(out).predict(module, prompts)
+    assert_equal(found[True][0], found[False][0])
+    assert found[True][1] == found[False][1]
+
+
 def test_weighted_rewards_are_logged_apart(tiny_model_dir, tmp_path):
     def ones(prompts, completions):
         return [1.0] * len(completions)
