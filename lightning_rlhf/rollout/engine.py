@@ -38,19 +38,36 @@ class CachedEngine:
         prefill_tokens: Maximum number of prompt tokens, padding included, in one forward pass; a longer prompt runs
             alone. A larger value takes fewer passes and more memory. Prompts of different lengths run in separate
             passes if their padding would cost more than another pass over the weights.
+        prefill_chunk: Run longer prompts in pieces of this many tokens, one per step, so that a new prompt does not
+            hold up running completions. A step starts no more prompt tokens than this. A smaller value gives steadier
+            streams and later first tokens. None: prompts run at once.
+        keep_prefixes: Number of finished completions that a session keeps in the cache. A prompt that begins like one
+            of them, such as the next turn of a chat, only runs what is new. A larger value takes more memory.
+        reserve: Admit a completion only if its ``max_new_tokens`` fit into ``max_live_tokens``. False: admit it by the
+            tokens that it has, and set the newest completion aside when memory runs out; it goes on later, with the
+            same tokens, but computes its keys again.
 
     Raises:
         ValueError: A limit is below 1.
     """
 
     def __init__(
-        self, max_live_tokens: int | None = None, max_rows: int | None = None, prefill_tokens: int = 4096
+        self,
+        max_live_tokens: int | None = None,
+        max_rows: int | None = None,
+        prefill_tokens: int = 4096,
+        prefill_chunk: int | None = None,
+        keep_prefixes: int = 0,
+        reserve: bool = True,
     ) -> None:
         limits = dict(max_live_tokens=max_live_tokens, max_rows=max_rows, prefill_tokens=prefill_tokens)
-        for name, limit in limits.items():
+        for name, limit in (limits | {"prefill_chunk": prefill_chunk}).items():
             if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1{', or null for no limit'}; got {limit}.")
+                raise ValueError(f"{name} must be at least 1, or null for no limit; got {limit}.")
+        if keep_prefixes < 0:
+            raise ValueError(f"keep_prefixes must be at least 0; got {keep_prefixes}.")
         self.max_live_tokens, self.max_rows, self.prefill_tokens = max_live_tokens, max_rows, prefill_tokens
+        self.prefill_chunk, self.keep_prefixes, self.reserve = prefill_chunk, keep_prefixes, reserve
 
     def generate(
         self,
@@ -71,6 +88,8 @@ class CachedEngine:
             ]
             while session.busy:
                 session.step()
+                if session.error is not None:
+                    raise session.error
         return [[future.result() for future in group] for group in futures]
 
     @contextmanager
@@ -93,9 +112,7 @@ class CachedEngine:
                 f"{type(policy.transformer).__name__} cannot run in a session: {reason}. Use HFGenerateEngine."
             )
         with policy.native_attention(NAME), _without_inference_tensors(policy.transformer):
-            session = Scheduler(
-                Decoder(policy.transformer), tokenizer, self.max_live_tokens, self.max_rows, self.prefill_tokens
-            )
+            session = Scheduler(Decoder(policy.transformer), tokenizer, self)
             try:
                 yield session
             finally:

@@ -27,8 +27,8 @@ _ACTIVE: ContextVar[SlotCache] = ContextVar("the cache that a model is being run
 class SlotCache(Cache):
     """Keys and values in two (R, K, C, E) tensors per layer.
 
-    transformers only calls ``update`` and asks for lengths. :meth:`prefilling` and :meth:`decoding` set the rows and
-    columns to write; the model runs within one of these contexts.
+    transformers only calls ``update`` and asks for lengths. :meth:`prefilling`, :meth:`extending` and :meth:`decoding`
+    set the rows and columns to write; the model runs within one of these contexts.
 
     Attributes:
         slots: R, the number of rows that fit in memory.
@@ -48,6 +48,7 @@ class SlotCache(Cache):
         self._rows = self._from = self._positions = self._places = torch.empty(0, dtype=torch.long)
         self._width = 0  # columns that are read
         self._prefill = False
+        self._extended: int | None = None  # the row of extending()
         self._masks: dict[int | None, Tensor | None] = {}
 
     def arrange(self, sources: Sequence[int | None], slots: int, columns: int, width: int) -> None:
@@ -85,6 +86,19 @@ class SlotCache(Cache):
             yield
 
     @contextmanager
+    def extending(self, row: int, positions: Tensor, width: int) -> Iterator[None]:
+        """Within it, the model runs on L tokens of one row, at (L,) consecutive positions, the last at ``width - 1``.
+
+        The columns before them must have their keys and values.
+        """
+        self._positions, self._width, self._prefill, self._extended = positions, width, False, row
+        try:
+            with self._active():
+                yield
+        finally:
+            self._extended = None
+
+    @contextmanager
     def decoding(self, positions: Tensor, width: int) -> Iterator[None]:
         """Within it, the model runs on one token per row, at (R,) positions below ``width``."""
         self._positions, self._width, self._prefill = positions, width, False
@@ -108,7 +122,7 @@ class SlotCache(Cache):
         return self._places
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """Returns the mask to add to the logits: (R, 1, 1, C) in decoding, (L, L) in prefilling, None if only causal.
+        """Returns the mask to add to the logits: (R, 1, 1, C) in decoding, (L, C) otherwise, None if only causal.
 
         Args:
             window: Number of tokens that a query sees, itself included. None: all.
@@ -120,7 +134,9 @@ class SlotCache(Cache):
         if window not in self._masks:
             columns = torch.arange(self._width, device=like.device)
             # the causal mask hides padding on the right of a prompt, and decoding overwrites it
-            queries = columns[:, None] if self._prefill else self._positions[:, None, None, None]
+            queries = columns[:, None] if self._prefill else self._positions[:, None]
+            if not self._prefill and self._extended is None:
+                queries = queries[:, None, None]
             seen = columns <= queries
             if window is not None:
                 seen &= columns > queries - window
@@ -141,16 +157,21 @@ class SlotCache(Cache):
                 store.append(new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3]))
             if self._prefill:
                 store[layer_idx][self._rows, :, : self._width] = new[self._from]
+            elif self._extended is not None:
+                store[layer_idx][self._extended, :, self._width - new.shape[2] : self._width] = new[0]
             else:
                 store[layer_idx].flatten(0, 2).index_copy_(0, self._place(new.shape[1]), new.flatten(0, 2))
         if self._prefill:
             return key_states, value_states
-        rows = len(key_states)
-        return self._keys[layer_idx][:rows, :, : self._width], self._values[layer_idx][:rows, :, : self._width]
+        first = self._extended or 0
+        rows = slice(first, first + len(key_states))
+        return self._keys[layer_idx][rows, :, : self._width], self._values[layer_idx][rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Returns the number of columns before the new ones."""
-        return 0 if self._prefill else self._width - 1
+        if self._prefill:
+            return 0
+        return self._width - (1 if self._extended is None else len(self._positions))
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
         """Returns None: the cache grows when needed."""
@@ -274,6 +295,24 @@ class Decoder:
         try:
             with self.cache.prefilling(target, prompt_of, longest):
                 return self._run(ids, positions)
+        finally:
+            hook.remove()
+
+    def extend(self, tokens: Sequence[int], row: int, start: int) -> None:
+        """Runs tokens of one row that come after those whose keys it has.
+
+        Args:
+            tokens: L token ids.
+            row: The cache row.
+            start: Position of the first token.
+        """
+        end = start + len(tokens)
+        positions = torch.arange(start, end, device=self.device)
+        # nobody reads the logits, so make as few as possible
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+        try:
+            with self.cache.extending(row, positions, end):
+                self._run(self._tensor([tokens]), positions[None])
         finally:
             hook.remove()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,50 +23,107 @@ _GRAIN = 128
 """The cache grows by multiples of this many columns: attention is slower over keys that lie far apart in memory."""
 _PADDING = 64
 """Number of padding tokens that cost about as much as another pass over the weights."""
+_PATIENCE = 32
+"""Number of steps in which shorter requests may pass one that does not fit yet."""
+_SHARED = 16
+"""Number of tokens from which it is worth copying another row's keys."""
+_LOOK_AHEAD = 64
+"""Number of waiting prompts that are tried in a step."""
+_T = TypeVar("_T")
+
+
+class Limits(Protocol):
+    """How much a scheduler runs at once; see :class:`~lightning_rlhf.rollout.CachedEngine`."""
+
+    max_live_tokens: int | None
+    max_rows: int | None
+    prefill_tokens: int
+    prefill_chunk: int | None
+    keep_prefixes: int
+    reserve: bool
 
 
 class _PromptGroup:
-    """Waiting rows of one prompt, and the (V,) ``logits`` of its next token while some of its rows are running."""
+    """Waiting rows of one prompt.
+
+    Attributes:
+        rows: The rows, in the order of arrival.
+        logits: (V,) logits of the next token while some rows of the prompt are running.
+        blocked: Number of steps in which a row did not fit.
+    """
 
     def __init__(self) -> None:
         self.rows: deque[ActiveSequence] = deque()
         self.logits: Tensor | None = None
+        self.blocked = 0
+
+
+class _Admission(NamedTuple):
+    """A row that enters the cache.
+
+    Attributes:
+        row: The row.
+        group: The group of a row whose prompt runs at once, or has run; None if it runs in pieces.
+        source: The cache row whose keys it takes.
+    """
+
+    row: ActiveSequence
+    group: _PromptGroup | None = None
+    source: int | None = None
 
 
 class Scheduler:
     """A session: submit requests at any time, and call :meth:`step` while it is busy.
 
     One thread calls :meth:`step`. Other threads may submit requests, and cancel them by their futures. No future waits
-    forever: each one gets a completion or the error of the step that failed, or is cancelled when the session closes.
+    forever: each one gets a completion or an error, or is cancelled when the session closes.
 
     Args:
         decoder: The model with its cache. Its attention must stay set during the session.
         tokenizer: The model's tokenizer.
-        max_live_tokens: See :class:`~lightning_rlhf.rollout.CachedEngine`.
-        max_rows: See there.
-        prefill_tokens: See there.
+        limits: How much runs at once.
+
+    Attributes:
+        error: The first error that ended a row.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
-        max_live_tokens: int | None,
-        max_rows: int | None,
-        prefill_tokens: int,
-    ) -> None:
-        self._decoder, self._tokenizer = decoder, tokenizer
-        self._budget, self._max_rows = max_live_tokens or sys.maxsize, max_rows or sys.maxsize
-        self._prefill_tokens = prefill_tokens
+    def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+        self._decoder, self._tokenizer, self._limits = decoder, tokenizer, limits
+        self._budget, self._max_rows = limits.max_live_tokens or sys.maxsize, limits.max_rows or sys.maxsize
+        self._chunk = limits.prefill_chunk or sys.maxsize
         self._waiting: dict[tuple[int, ...], _PromptGroup] = {}  # by prompt, in the order of arrival
+        self._aside: deque[ActiveSequence] = deque()  # rows that lost their place in the cache, oldest first
         self._rows: list[ActiveSequence] = []  # in the order of the cache's rows
-        self._lock = threading.Lock()  # guards self._waiting
+        self._kept: list[tuple[int, ...]] = []  # tokens of the cache's next rows, which have finished
+        self._arrivals = 0
+        self._lock = threading.Condition()  # guards self._waiting
         self._closed = False
+        self.error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
         """Whether there are unfinished requests."""
-        return bool(self._rows or self._waiting)
+        return bool(self._rows or self._waiting or self._aside)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Numbers of running and of waiting rows."""
+        with self._lock:
+            waiting = sum(not row.done for group in self._waiting.values() for row in group.rows)
+        return sum(not row.done for row in self._rows), waiting + len(self._aside)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until there is something to do, or the session is closed.
+
+        Args:
+            timeout: Maximum number of seconds.
+
+        Returns:
+            Whether the session is busy.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: self.busy or self._closed, timeout)
+        return self.busy
 
     def submit(
         self,
@@ -102,108 +160,114 @@ class Scheduler:
             if self._closed:
                 raise RuntimeError("The rollout session is closed.")
             for row in rows:
+                row.arrival, self._arrivals = self._arrivals, self._arrivals + 1
                 self._waiting.setdefault(row.prompt, _PromptGroup()).rows.append(row)
+            self._lock.notify_all()
         return [row.future for row in rows]
 
     @torch.inference_mode()
     def step(self) -> None:
         """Admits waiting rows that fit, and samples one token per row.
 
-        Raises:
-            Exception: The step failed. All futures get the error. The session is empty and can be used further.
+        A step that fails ends the newest row with its error; the others go on in the next step.
         """
         try:
             self._admit()
+            self._fill()
             if not all(row.done for row in self._rows):
-                # a row that was cancelled before its first token runs its prompt's last token again: the keys stay
-                last = [(row.ids or row.prompt)[-1] for row in self._rows]
-                logits = self._decoder.decode(last, [row.position for row in self._rows])
-                self._sample(self._rows, logits)
+                self._decode()
             if not self.busy:
-                self._decoder.cache.free()
-        except BaseException as error:
-            self._end(error)
+                self._rest()
+        except Exception as error:
+            self._end_newest(error)
+        except BaseException:
+            self._end()
             raise
 
     def close(self) -> None:
         """Cancels all unfinished requests and frees the memory."""
-        self._closed = True
-        self._end(None)
-
-    def _end(self, error: BaseException | None) -> None:
         with self._lock:
-            rows = [*self._rows, *(row for group in self._waiting.values() for row in group.rows)]
-            self._rows, self._waiting = [], {}
+            self._closed = True
+            self._lock.notify_all()
+        self._end()
+
+    # ------------------------------------------------------------------------------------------------- ends
+
+    def _end(self) -> None:
+        """Cancels all rows."""
+        with self._lock:
+            rows = [*self._rows, *self._aside, *(row for group in self._waiting.values() for row in group.rows)]
+            self._rows, self._waiting, self._kept = [], {}, []
+            self._aside.clear()
         for row in rows:
-            if isinstance(error, Exception):
-                row.fail(error)
-            else:
-                row.future.cancel()
+            row.future.cancel()
         self._decoder.cache.free()
 
-    # ------------------------------------------------------------------------------------------------- rows
+    def _end_newest(self, error: Exception) -> None:
+        """Ends one row, frees the memory, and lets the others run their tokens again."""
+        active = [row for row in self._rows if not row.done]
+        self.error = self.error or error
+        if not active:  # nobody can be blamed: tell all who wait
+            with self._lock:
+                active = [*self._aside, *(row for group in self._waiting.values() for row in group.rows)]
+            for row in active:
+                row.fail(error)
+        else:
+            active.sort(key=lambda row: row.arrival)
+            active.pop().fail(error)
+            for row in active:
+                row.filled = 0
+            self._aside.extendleft(reversed(active))
+        self._rows, self._kept = [], []
+        for group in self._waiting.values():
+            group.logits = None
+        self._decoder.cache.free()
+
+    def _rest(self) -> None:
+        """Keeps no more memory than the finished rows need that may be prefixes of coming ones."""
+        if not self._kept:
+            self._decoder.cache.free()
+            return
+        longest = max(map(len, self._kept))
+        slots, columns = len(self._kept), -(-longest // _GRAIN) * _GRAIN
+        if columns < self._decoder.cache.columns or slots < self._decoder.cache.slots:
+            self._decoder.cache.arrange(range(slots), slots, columns, longest)
+
+    # ------------------------------------------------------------------------------------------------- passes
+
+    def _decode(self) -> None:
+        """Runs one more token of each row, and samples the next one where all are known to the model."""
+        rows = self._rows
+        # a row that was cancelled runs a token again; one whose prompt runs in pieces advances by one token
+        at = [min(row.filled, row.position) for row in rows]
+        ready = [row.ready for row in rows]
+        tokens = [row.token(p) for row, p in zip(rows, at, strict=True)]
+        logits = self._decoder.decode(tokens, at)
+        for row, p in zip(rows, at, strict=True):
+            row.filled = max(row.filled, p + 1)
+        if all(ready):
+            self._sample(rows, logits)
+        else:
+            chosen = [i for i, is_ready in enumerate(ready) if is_ready]
+            self._sample([rows[i] for i in chosen], logits[chosen])
 
     def _sample(self, rows: Sequence[ActiveSequence], logits: Tensor) -> None:
+        if not rows:
+            return
         for i, (row, token, logprob) in enumerate(zip(rows, *sample_tokens(logits, rows), strict=True)):
             if not row.done:  # it may have been cancelled
                 row.push(token, logprob, likeliest_tokens(logits[i], row) if row.alternatives else ())
+                self.error = self.error or row.error
 
-    def _admit(self) -> None:
-        """Replaces finished rows by waiting ones, and samples the first token of each new row."""
-        kept = [i for i, row in enumerate(self._rows) if not row.done]
-        new = self._take_waiting([self._rows[i] for i in kept])
-        if len(kept) == len(self._rows) and not new:
-            if any(row.position >= self._decoder.cache.columns for row in self._rows):
-                self._fit_cache(range(len(self._rows)))
-            return
-        # rows keep their places if possible; rows from the end fill the gaps first, then new rows
-        total = len(kept) + len(new)
-        stays = {i for i in kept if i < total}
-        fill: list[tuple[ActiveSequence, int | None]] = [(self._rows[i], i) for i in kept if i >= total]
-        fill += [(row, None if group.logits is None else self._row_with(row.prompt)) for row, group in new]
-        following = iter(fill)
-        layout = [(self._rows[i], i) if i in stays else next(following) for i in range(total)]
-        self._rows = [row for row, _ in layout]
-        self._fit_cache([source for _, source in layout])
-        if new:
-            self._start(new)
-
-    def _take_waiting(self, kept: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, _PromptGroup]]:
-        """Removes and returns the waiting rows that fit beside the kept ones, first come first served."""
-        taken: list[tuple[ActiveSequence, _PromptGroup]] = []
-        columns = max((row.columns for row in kept), default=0)
-        with self._lock:
-            for prompt, group in list(self._waiting.items()):
-                if group.logits is not None and self._row_with(prompt) is None:
-                    group.logits = None  # all its running rows ended while a longer one waited for room
-                while group.rows:
-                    row, rows = group.rows[0], len(kept) + len(taken) + 1
-                    if not row.done:
-                        if rows > self._max_rows or rows * max(columns, row.columns) > self._budget:
-                            return taken
-                        columns = max(columns, row.columns)
-                        taken.append((row, group))
-                    group.rows.popleft()
-                del self._waiting[prompt]
-        return taken
-
-    def _row_with(self, prompt: tuple[int, ...]) -> int | None:
-        """Returns a cache row with a prompt's keys and values; a finished row keeps them until it is replaced."""
-        return next((i for i, row in enumerate(self._rows) if row.prompt == prompt), None)
-
-    def _fit_cache(self, sources: Sequence[int | None]) -> None:
-        """Moves rows within the cache, and enlarges it if the rows with one more token each do not fit."""
-        cache, rows = self._decoder.cache, self._rows
-        slots, columns = len(rows), max((row.position + 2 for row in rows), default=0)
-        if slots > cache.slots or columns > cache.columns:
-            most = max(row.columns for row in rows)
-            columns = min(-(-columns // _GRAIN) * _GRAIN, most)
-            if slots > cache.slots:  # a server's requests arrive one by one: grow in larger steps
-                slots = max(slots, min(2 * cache.slots, self._max_rows, self._budget // most))
-        else:
-            slots, columns = cache.slots, cache.columns
-        in_use = [row.position + 1 for row, source in zip(rows, sources, strict=True) if source is not None]
-        cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
+    def _fill(self) -> None:
+        """Runs a piece of a prompt that does not run at once: all its tokens but the last, which decoding runs."""
+        behind = [i for i, row in enumerate(self._rows) if row.filled < row.position and not row.done]
+        if behind:
+            i = min(behind, key=lambda i: self._rows[i].arrival)
+            row = self._rows[i]
+            end = min(row.position, row.filled + min(self._chunk, self._limits.prefill_tokens))
+            self._decoder.extend(row.tokens(row.filled, end), i, row.filled)
+            row.filled = end
 
     def _start(self, new: Sequence[tuple[ActiveSequence, _PromptGroup]]) -> None:
         """Runs the prompts that have not run yet, and samples the first token of each new row."""
@@ -214,13 +278,181 @@ class Scheduler:
         first = {group: group.logits for group in members if group.logits is not None}
         unseen = sorted((g for g in members if g not in first), key=lambda g: len(members[g][0].prompt))
         lengths = [len(members[group][0].prompt) for group in unseen]
-        for batch in (unseen[part] for part in _prefill_batches(lengths, self._prefill_tokens)):
+        for batch in (unseen[part] for part in _prefill_batches(lengths, self._limits.prefill_tokens)):
             prompts = [members[group][0].prompt for group in batch]
             logits = self._decoder.prefill(prompts, [[slot[row] for row in members[group]] for group in batch])
             for group, next_logits in zip(batch, logits, strict=True):
                 first[group] = next_logits
                 group.logits = next_logits.clone() if group.rows else None  # for the rows that still wait
+        for row, _ in new:
+            row.filled = len(row.prompt)
         self._sample([row for row, _ in new], torch.stack([first[group] for _, group in new]))
+
+    # ------------------------------------------------------------------------------------------------- admission
+
+    def _admit(self) -> None:
+        """Replaces finished rows by waiting ones, and samples the first token of those whose prompt runs at once."""
+        active = self._staying()
+        new = self._take_waiting(list(active.values()))
+        if len(active) == len(self._rows) and not new:
+            if any(row.position >= self._decoder.cache.columns for row in self._rows):
+                self._fit_cache(range(len(self._rows) + len(self._kept)))
+            return
+        rows = _place(0, active, [(a.row, a.source) for a in new])
+        prefixes = _place(len(rows), self._prefixes([row for row, _ in rows]), [])
+        self._rows, self._kept = [row for row, _ in rows], [tokens for tokens, _ in prefixes]
+        self._fit_cache([source for _, source in [*rows, *prefixes]])
+        if at_once := [(a.row, a.group) for a in new if a.group is not None]:
+            self._start(at_once)
+
+    def _staying(self) -> dict[int, ActiveSequence]:
+        """Returns the unfinished rows by cache row, without the newest ones that memory has no room for."""
+        active = {i: row for i, row in enumerate(self._rows) if not row.done}
+        if self._limits.reserve:
+            return active
+        while len(active) > 1 and len(active) * max(map(_next_columns, active.values())) > self._budget:
+            newest = max(active, key=lambda i: active[i].arrival)
+            active[newest].filled = 0
+            self._aside.appendleft(active.pop(newest))
+        return active
+
+    def _prefixes(self, rows: Sequence[ActiveSequence]) -> dict[int, tuple[int, ...]]:
+        """Returns the tokens of finished rows to keep, by cache row: the newest ones that fit beside ``rows``."""
+        if not self._limits.keep_prefixes:
+            return {}
+        found = {len(self._rows) + i: tokens for i, tokens in enumerate(self._kept)}
+        found |= {i: tuple(row.tokens(0, row.filled)) for i, row in enumerate(self._rows) if row.done and row.filled}
+        columns = max(map(self._need, rows), default=0)
+        kept: dict[int, tuple[int, ...]] = {}
+        for i, tokens in reversed(found.items()):
+            columns = max(columns, len(tokens))
+            if len(kept) < self._limits.keep_prefixes and (len(rows) + len(kept) + 1) * columns <= self._budget:
+                kept = {i: tokens, **kept}
+        return kept
+
+    def _need(self, row: ActiveSequence) -> int:
+        """Returns the number of columns that must be free for a row to be admitted."""
+        return row.columns if self._limits.reserve else _next_columns(row)
+
+    def _take_waiting(self, running: list[ActiveSequence]) -> list[_Admission]:
+        """Removes and returns the waiting rows that fit beside the running ones: first come, first served.
+
+        Rows that were set aside come first. For some steps, rows that fit may pass one that does not.
+
+        Args:
+            running: Rows that stay; the rows that are taken are appended.
+        """
+        taken: list[_Admission] = []
+        columns = max(map(self._need, running), default=0)
+        filling = {row.prompt for row in running if row.filled < len(row.prompt)}
+        chunk = self._chunk  # prompt tokens that may still run at once in this step
+
+        def fits(row: ActiveSequence) -> bool:
+            rows = len(running) + 1
+            return rows <= self._max_rows and rows * max(columns, self._need(row)) <= self._budget
+
+        def take(admission: _Admission) -> None:
+            nonlocal columns
+            columns = max(columns, self._need(admission.row))
+            if admission.group is None:
+                filling.add(admission.row.prompt)
+            running.append(admission.row)
+            taken.append(admission)
+
+        with self._lock:
+            while self._aside and (self._aside[0].done or fits(self._aside[0])):
+                if not (row := self._aside.popleft()).done:
+                    take(self._in_pieces(row))
+            for prompt, group in list(self._waiting.items())[: 0 if self._aside else _LOOK_AHEAD]:
+                source = None if group.logits is None else self._row_with(prompt)
+                if source is None:
+                    group.logits = None  # all its running rows may have ended while a longer one waited for room
+                new = source is None
+                while group.rows:
+                    row = group.rows[0]
+                    if row.done:
+                        group.rows.popleft()
+                        continue
+                    if not fits(row):
+                        group.blocked += 1
+                        break
+                    admission = _Admission(row, group, source)
+                    if new:
+                        if prompt in filling or (chunk < len(prompt) <= self._chunk and chunk < self._chunk):
+                            break  # it will copy that row's keys, or its turn comes in the next step
+                        admission = self._in_pieces(row)
+                        if admission.source is None and len(prompt) <= self._chunk:
+                            admission, new = _Admission(row, group), False  # the others share this pass
+                            chunk -= len(prompt)
+                    take(admission)
+                    group.rows.popleft()
+                if not group.rows:
+                    del self._waiting[prompt]
+                elif group.blocked > _PATIENCE:
+                    break
+        return taken
+
+    def _in_pieces(self, row: ActiveSequence) -> _Admission:
+        """Admits a row whose tokens run in pieces, from where another row has the same tokens."""
+        row.filled, source = 0, None
+        if self._limits.keep_prefixes or self._limits.prefill_chunk:
+            wanted = row.tokens(0, row.position)  # the last token always runs
+            known = [*(r.tokens(0, r.filled) for r in self._rows), *self._kept]
+            shared = [_shared(wanted, tokens) for tokens in known]
+            if shared and max(shared) >= _SHARED:
+                row.filled = max(shared)
+                source = shared.index(row.filled)
+        return _Admission(row, None, source)
+
+    def _row_with(self, prompt: tuple[int, ...]) -> int | None:
+        """Returns a cache row with a prompt's keys and values; a finished row keeps them until it is replaced."""
+        return next((i for i, r in enumerate(self._rows) if r.prompt == prompt and r.filled >= len(prompt)), None)
+
+    def _fit_cache(self, sources: Sequence[int | None]) -> None:
+        """Moves rows within the cache, and enlarges it if the rows with one more token each do not fit."""
+        cache, rows = self._decoder.cache, self._rows
+        lengths = [*(row.position + 1 for row in rows), *map(len, self._kept)]
+        slots = len(lengths)
+        columns = max([*(row.position + 2 for row in rows), *map(len, self._kept)], default=0)
+        if slots > cache.slots or columns > cache.columns:
+            most = max([*(row.columns for row in rows), *map(len, self._kept)])
+            columns = min(-(-columns // _GRAIN) * _GRAIN, most)
+            if slots > cache.slots:  # a server's requests arrive one by one: grow in larger steps
+                room = self._budget // (most if self._limits.reserve else columns)
+                slots = max(slots, min(2 * cache.slots, self._max_rows, room))
+        else:
+            slots, columns = cache.slots, cache.columns
+        in_use = [length for length, source in zip(lengths, sources, strict=True) if source is not None]
+        cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
+
+
+def _next_columns(row: ActiveSequence) -> int:
+    """Returns the number of columns that a row takes for its next tokens."""
+    return min(row.columns, -(-(row.position + 2) // _GRAIN) * _GRAIN)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns the number of first tokens that two sequences share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _place(
+    first: int, owners: Mapping[int, _T], others: Sequence[tuple[_T, int | None]]
+) -> list[tuple[_T, int | None]]:
+    """Assigns consecutive cache rows.
+
+    Args:
+        first: The first cache row to assign.
+        owners: What already has a cache row. It keeps its row if that is one of those to assign.
+        others: What comes after them, with the cache row to copy or None. It fills the gaps.
+
+    Returns:
+        What each cache row gets, with the cache row to copy or None.
+    """
+    places = range(first, first + len(owners) + len(others))
+    stays = {i for i in owners if i in places}
+    following = iter([*((owners[i], i) for i in owners if i not in stays), *others])
+    return [(owners[i], i) if i in stays else next(following) for i in places]
 
 
 def _prefill_batches(lengths: Sequence[int], most: int) -> list[slice]:

@@ -32,7 +32,10 @@ class ActiveSequence:
     Attributes:
         ids: Tokens so far.
         logprobs: Their log-probs.
+        arrival: Number of rows that were submitted before.
+        filled: Number of tokens, prompt included, whose keys and values the engine's cache has.
         done: The completion has finished, failed or been cancelled.
+        error: Why it failed.
         future: Gets the completion or an error. Cancelling it ends the row.
     """
 
@@ -50,6 +53,8 @@ class ActiveSequence:
         self.alternatives = alternatives
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.arrival = self.filled = 0
+        self.error: BaseException | None = None
         self._likeliest: list[Sequence[tuple[int, float]]] = []
         self.future: Future[Completion] = Future()
         self.done = False  # future.done() takes a lock, and each row is asked several times per token
@@ -62,6 +67,21 @@ class ActiveSequence:
     def position(self) -> int:
         """Position of the last token."""
         return len(self.prompt) + len(self.ids) - 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether the cache has all tokens but the last, so that the next pass gives the next token's logits."""
+        return self.filled >= self.position
+
+    def token(self, position: int) -> int:
+        """Returns a token of prompt or completion."""
+        first = len(self.prompt)
+        return self.ids[position - first] if position >= first else self.prompt[position]
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Returns a part of prompt and completion."""
+        first = len(self.prompt)
+        return [*self.prompt[start:end], *self.ids[max(0, start - first) : max(0, end - first)]]
 
     @property
     def columns(self) -> int:
@@ -106,6 +126,7 @@ class ActiveSequence:
     def fail(self, error: BaseException) -> None:
         """Ends the row with an error, which its future raises."""
         if not self.done and self.future.set_running_or_notify_cancel():
+            self.error = error
             self.future.set_exception(error)
 
     def _end(self, future: Future[Completion]) -> None:

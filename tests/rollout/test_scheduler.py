@@ -1,14 +1,17 @@
 """A server's view: requests come at any time, tokens stream, callers leave, steps fail; nobody is left waiting."""
 
 import asyncio
+import itertools
+import random
 import threading
 from concurrent.futures import CancelledError
 
 import pytest
 import torch
 
-from lightning_rlhf.rollout import CachedEngine, Request, Sampling
-from lightning_rlhf.rollout.kv_cache import Decoder
+from lightning_rlhf.models import Policy
+from lightning_rlhf.rollout import CachedEngine, Request, Sampling, scheduler
+from lightning_rlhf.rollout.kv_cache import Decoder, SlotCache
 
 
 @pytest.fixture
@@ -100,26 +103,68 @@ def test_a_caller_that_fails_ends_its_own_row_alone(session, prompts):
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode"])
-def test_a_step_that_fails_tells_all_who_wait(where, policy, tiny_tokenizer, session, prompts, monkeypatch):
-    running = session.submit(Request(prompts[0], [1, 2, 3]), Sampling(9), [])
+def test_a_step_that_fails_costs_one_answer(where, policy, tiny_tokenizer, session, prompts, monkeypatch):
+    """The newest row's; the others go on, with the same tokens."""
+    running = session.submit(Request(prompts[0], [1, 2]), Sampling(9), [])
     session.step()
-    waiting = session.submit(Request(prompts[1], [1, 2, 3]), Sampling(9), [])
+    (newest,) = session.submit(Request(prompts[1], [3]), Sampling(9), [])
+    real, failures = getattr(Decoder, where), [torch.OutOfMemoryError("no room")]
+
+    def out_of_memory(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(Decoder, where, out_of_memory)
+    finish(session)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        newest.result(0)
+    want = alone(policy, tiny_tokenizer, Request(prompts[0], [1, 2]), Sampling(9))
+    assert [future.result(0).input_ids for future in running] == want
+
+
+def test_steps_that_all_fail_tell_everybody_and_end(policy, tiny_tokenizer, session, prompts, monkeypatch):
+    futures = session.submit(Request(prompts[0], range(6)), Sampling(9), [])  # two wait
     with monkeypatch.context() as patch:
 
-        def out_of_memory(*args):
+        def broken(*args):
             raise torch.OutOfMemoryError("no room")
 
-        patch.setattr(Decoder, where, out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            session.step()
-    for future in [*running, *waiting]:
-        with pytest.raises(torch.OutOfMemoryError, match="no room"):
-            future.result(0)
-    assert not session.busy
-    # and it goes on
+        patch.setattr(Decoder, "prefill", broken)
+        patch.setattr(Decoder, "extend", broken)
+        patch.setattr(Decoder, "decode", broken)
+        finish(session)
+        for future in futures:
+            with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                future.result(0)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):  # training stops at once
+            alone(policy, tiny_tokenizer, Request(prompts[0], [1]), Sampling(9))
     (future,) = session.submit(Request(prompts[0], [1]), Sampling(9), [])
     finish(session)
     assert [future.result(0).input_ids] == alone(policy, tiny_tokenizer, Request(prompts[0], [1]), Sampling(9))
+
+
+def test_logits_that_are_not_finite_end_their_own_row(policy, tiny_tokenizer, session, prompts, monkeypatch):
+    bad, good = (session.submit(Request(prompts[i], [i]), Sampling(9), [])[0] for i in (0, 1))
+    session.step()
+    decode = Decoder.decode
+
+    def spoiled(self, *args):
+        logits = decode(self, *args).clone()
+        logits[0] = torch.nan
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "decode", spoiled)
+        session.step()
+    finish(session)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        bad.result(0)
+    assert [good.result(0).input_ids] == alone(policy, tiny_tokenizer, Request(prompts[1], [1]), Sampling(9))
+    for parameter in policy.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        alone(policy, tiny_tokenizer, Request(prompts[0], [1]), Sampling(99))
 
 
 def test_an_interrupt_leaves_nobody_waiting(session, prompts, monkeypatch):
@@ -196,3 +241,212 @@ def test_coroutines_are_served_by_a_stepping_thread(policy, tiny_tokenizer, prom
             over.set()
             thread.join()
     assert answers == want and left.cancelled()
+
+
+# ------------------------------------------------------------------------------------------------- a server's load
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Numbers of tokens of each pass over the model, by kind."""
+    seen = []
+
+    def watch(name, count):
+        real = getattr(Decoder, name)
+
+        def counted(self, *args):
+            seen.append((name, count(*args)))
+            return real(self, *args)
+
+        monkeypatch.setattr(Decoder, name, counted)
+
+    watch("prefill", lambda prompts, rows: sum(map(len, prompts)))
+    watch("extend", lambda tokens, row, start: len(tokens))
+    watch("decode", lambda tokens, positions: len(tokens))
+    return seen
+
+
+FAMILIES = [("Llama", {}), ("GPTNeoX", {}), ("Mistral", dict(sliding_window=5)), ("Gemma2", dict(sliding_window=5))]
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=str)
+def test_pieces_of_a_prompt_are_the_prompt(family, changes, make_model, tiny_tokenizer, prompts):
+    policy = Policy(make_model(family, **changes))
+    sampling = Sampling(12)
+    requests = [Request(prompt, [i, i + 10]) for i, prompt in enumerate(prompts)]
+    want = CachedEngine().generate(policy, tiny_tokenizer, requests, sampling, [])
+    for chunk in (1, 2, 5, 100):
+        got = CachedEngine(prefill_chunk=chunk).generate(policy, tiny_tokenizer, requests, sampling, [])
+        for one, other in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+            assert one.input_ids == other.input_ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_long_prompt_holds_up_nobody(policy, tiny_tokenizer, passes):
+    """While 60 tokens come in pieces of 8, the running row gets a token in each step."""
+    long = [(7 * i) % 300 for i in range(60)]
+    with CachedEngine(prefill_chunk=8).session(policy, tiny_tokenizer) as session:
+        got = []
+        session.submit(Request([1, 2, 3], [0]), Sampling(20), [], on_token=got.append)
+        session.step()
+        (future,) = session.submit(Request(long, [5]), Sampling(4), [])
+        passes.clear()
+        for step in range(10):
+            session.step()
+            assert len(got) == 3 + step
+        assert max(count for name, count in passes if name != "decode") <= 8
+        finish(session)
+    assert [future.result(0).input_ids] == alone(policy, tiny_tokenizer, Request(long, [5]), Sampling(4))
+
+
+def test_several_answers_to_a_long_prompt_run_it_once(policy, tiny_tokenizer, passes):
+    long = [(7 * i) % 300 for i in range(60)]
+    want = alone(policy, tiny_tokenizer, Request(long, range(5)), Sampling(6))
+    passes.clear()
+    with CachedEngine(prefill_chunk=8).session(policy, tiny_tokenizer) as session:
+        futures = session.submit(Request(long, range(5)), Sampling(6), [])
+        finish(session)
+    assert [future.result(0).input_ids for future in futures] == want
+    assert sum(count for name, count in passes if name == "extend") <= 60
+
+
+def test_the_next_turn_runs_only_what_is_new(policy, tiny_tokenizer, passes):
+    first = [(7 * i) % 300 for i in range(40)]
+    others = [[(11 * i + j) % 300 for i in range(40)] for j in range(1, 3)]
+    engine = CachedEngine(keep_prefixes=2)
+    with engine.session(policy, tiny_tokenizer) as session:
+        (future,) = session.submit(Request(first, [1]), Sampling(10), [])
+        finish(session)
+        answer = future.result(0).input_ids
+        second = [*first, *answer, 5, 6, 7, 8]
+        passes.clear()
+        (future,) = session.submit(Request(second, [2]), Sampling(10), [])
+        finish(session)
+        got = [future.result(0).input_ids]
+        # the last token of the answer never ran; the last one of the prompt is decoded
+        assert [x for x in passes if x[0] != "decode"] == [("extend", 4)]
+        for other in others:  # the kept ones are replaced
+            session.submit(Request(other, [1]), Sampling(3), [])
+            finish(session)
+        passes.clear()
+        session.submit(Request(first, [1]), Sampling(3), [])
+        finish(session)
+        assert ("prefill", 40) in passes
+    assert got == alone(policy, tiny_tokenizer, Request(second, [2]), Sampling(10))
+
+
+def test_memory_is_taken_as_it_is_used_and_rows_go_on_after_being_set_aside(
+    policy, tiny_tokenizer, prompts, monkeypatch
+):
+    """Ten rows that may become 120 tokens long share room for 300: by reservation two of them would run together."""
+    monkeypatch.setattr(scheduler, "_GRAIN", 16)
+    requests = [Request(prompts[i % 5], [i]) for i in range(10)]
+    sampling = Sampling(100, temperature=2.0)
+    stops = list(range(6))  # most end early
+    want = [alone(policy, tiny_tokenizer, request, sampling, stops) for request in requests]
+    together, sizes = [], []
+    arrange = SlotCache.arrange
+
+    def watched(self, sources, slots, columns, width):
+        sizes.append(slots * columns)
+        arrange(self, sources, slots, columns, width)
+
+    monkeypatch.setattr(SlotCache, "arrange", watched)
+    with CachedEngine(max_live_tokens=300, reserve=False).session(policy, tiny_tokenizer) as session:
+        futures = [session.submit(request, sampling, stops) for request in requests]
+        while session.busy:
+            session.step()
+            together.append(len(session._rows))
+        assert session.load == (0, 0)
+    assert [[future.result(0).input_ids for future in group] for group in futures] == want
+    assert max(sizes) <= 300 and max(together) > 4
+    assert any(len(group[0]) > 60 for group in want)  # which had to be set aside on the way
+
+
+def test_short_requests_pass_one_that_does_not_fit_but_not_for_ever(policy, tiny_tokenizer, prompts):
+    with CachedEngine(max_live_tokens=200).session(policy, tiny_tokenizer) as session:
+        session.submit(Request(prompts[0], [0]), Sampling(60), [])
+        session.step()
+        (long,) = session.submit(Request(prompts[0][:2], [1]), Sampling(120, min_new_tokens=120), [])
+        (short,) = session.submit(Request(prompts[2], [2]), Sampling(5), [])
+        for _ in range(6):
+            session.step()
+        assert short.done() and not long.done()
+        steps = 0
+        while all(row.future is not long for row in session._rows):
+            session.submit(Request(prompts[3], [steps]), Sampling(20), [])  # short ones come all the time
+            session.step()
+            steps += 1
+        assert steps < 100  # the first one ends, and no others were let in for its last steps
+
+
+def test_waiting_costs_nothing_and_ends_with_a_request(policy, tiny_tokenizer, prompts):
+    with CachedEngine().session(policy, tiny_tokenizer) as session:
+        assert not session.wait(0.01)
+        threading.Timer(0.05, lambda: session.submit(Request(prompts[0], [1]), Sampling(1), [])).start()
+        assert session.wait(30)
+        finish(session)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tiny_tokenizer, monkeypatch):
+    """Random limits, settings, arrivals, prompts that share beginnings, cancellations and failures."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(scheduler, "_GRAIN", 8)
+    monkeypatch.setattr(scheduler, "_SHARED", 2)
+    stems = [[draw.randrange(300) for _ in range(draw.choice([1, 4, 20]))] for _ in range(3)]
+
+    def ask():
+        prompt = [*draw.choice(stems), *(draw.randrange(300) for _ in range(draw.choice([0, 1, 5])))]
+        keys = [draw.randrange(99) for _ in range(draw.choice([1, 1, 3]))]
+        settings = Sampling(
+            draw.choice([1, 5, 40]),
+            temperature=draw.choice([0, 1, 2]),
+            top_k=draw.choice([0, 9]),
+            presence_penalty=draw.choice([0, 1]),
+            min_p=draw.choice([0, 0.1]),
+        )
+        return Request(prompt, keys, alternatives=draw.choice([0, 2])), settings, [1, 2, 3]
+
+    engine = CachedEngine(
+        max_live_tokens=draw.choice([None, 200]),
+        max_rows=draw.choice([None, 3]),
+        prefill_chunk=draw.choice([None, 1, 3, 8]),
+        keep_prefixes=draw.choice([0, 2, 9]),
+        reserve=draw.choice([True, False]),
+    )
+    decode, failing = Decoder.decode, [False]
+
+    def failing_decode(self, *args):
+        if failing[0]:
+            failing[0] = False
+            raise RuntimeError("once")
+        return decode(self, *args)
+
+    asked = [ask() for _ in range(25)]
+    want = [CachedEngine().generate(policy, tiny_tokenizer, [one[0]], *one[1:])[0] for one in asked]
+    monkeypatch.setattr(Decoder, "decode", failing_decode)
+    with engine.session(policy, tiny_tokenizer) as session:
+        futures = []
+        for one in asked:
+            futures.append(session.submit(*one))
+            for _ in range(draw.randrange(6)):
+                session.step()
+            if draw.random() < 0.2:
+                draw.choice(futures[-1]).cancel()
+            failing[0] = draw.random() < 0.1
+        failing[0] = False
+        finish(session)
+    lost = 0
+    for group, answers in zip(futures, want, strict=True):
+        for future, answer in zip(group, answers, strict=True):
+            if future.cancelled() or future.exception(0):
+                lost += 1
+                continue
+            got = future.result(0)
+            assert got._replace(logprobs=[], alternatives=[]) == answer._replace(logprobs=[], alternatives=[])
+            assert got.logprobs == pytest.approx(answer.logprobs, abs=1e-4)
+            assert [[i for i, _ in step] for step in got.alternatives] == [
+                [i for i, _ in step] for step in answer.alternatives
+            ]
+    assert lost < 20
