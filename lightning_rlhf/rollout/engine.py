@@ -112,7 +112,8 @@ class CachedEngine:
                 f"{type(policy.transformer).__name__} cannot run in a session: {reason}. Use HFGenerateEngine."
             )
         with policy.native_attention(NAME), _without_inference_tensors(policy.transformer):
-            session = Scheduler(Decoder(policy.transformer), tokenizer, self)
+            adapted = policy.model if hasattr(policy.model, "peft_config") else None
+            session = Scheduler(Decoder(policy.transformer, adapted), tokenizer, self)
             try:
                 yield session
             finally:

@@ -69,7 +69,15 @@ class HFGenerateEngine:
         Args:
             policy: A backbone whose model can generate. Its active adapters apply.
             rows: Rows of any prompts and settings.
+
+        Raises:
+            ValueError: A row has an adapter of its own, which only :class:`~lightning_rlhf.rollout.CachedEngine` runs.
         """
+        if named := [row.adapter for row in rows if row.adapter is not None]:
+            raise ValueError(
+                f"HFGenerateEngine generates with the active adapter, but a request names {named[0]!r}. Activate it, "
+                "or use CachedEngine."
+            )
         model: Any = policy.transformer
         by_length: dict[int, list[ActiveSequence]] = {}
         for row in rows:

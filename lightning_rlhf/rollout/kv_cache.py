@@ -21,6 +21,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 NAME = "rollout"
+BASE = "__base__"
+"""peft's name of the model without adapters."""
+Adapters = Sequence[str] | None
+"""peft's names of the adapters of some rows. None: the model as it is set."""
 _ACTIVE: ContextVar[SlotCache] = ContextVar("the cache that a model is being run with")
 
 
@@ -263,19 +267,32 @@ class Decoder:
 
     Args:
         model: The transformers model.
+        adapted: The peft model around it, if its rows may have adapters of their own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, SlotCache()
+    def __init__(self, model: PreTrainedModel, adapted: nn.Module | None = None) -> None:
+        self.model, self.adapted, self.cache = model, adapted, SlotCache()
         embeddings: Any = model.get_input_embeddings()
         self.device: torch.device = embeddings.weight.device
 
-    def prefill(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> Tensor:
+    def adapter_names(self) -> tuple[str, tuple[str, ...]]:
+        """Returns peft's names of the active adapter, and of all that a row may have."""
+        peft: Any = self.adapted
+        if peft is None:
+            return BASE, ()
+        status = peft.get_model_status()
+        active = status.active_adapters if status.enabled is True else []
+        return next(iter(active), BASE), (BASE, *peft.peft_config)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], adapters: Adapters = None
+    ) -> Tensor:
         """Runs each prompt once.
 
         Args:
             prompts: B lists of token ids.
             rows: For each prompt, the cache rows that get its keys and values.
+            adapters: For each prompt, the name of its adapter. None: the model as it is set.
 
         Returns:
             (B, V) logits of each prompt's next token.
@@ -294,17 +311,18 @@ class Decoder:
         hook = self.model.get_output_embeddings().register_forward_pre_hook(only_last)
         try:
             with self.cache.prefilling(target, prompt_of, longest):
-                return self._run(ids, positions)
+                return self._run(ids, positions, adapters)
         finally:
             hook.remove()
 
-    def extend(self, tokens: Sequence[int], row: int, start: int) -> None:
+    def extend(self, tokens: Sequence[int], row: int, start: int, adapters: Adapters = None) -> None:
         """Runs tokens of one row that come after those whose keys it has.
 
         Args:
             tokens: L token ids.
             row: The cache row.
             start: Position of the first token.
+            adapters: The name of the row's adapter, in a list. None: the model as it is set.
         """
         end = start + len(tokens)
         positions = torch.arange(start, end, device=self.device)
@@ -312,31 +330,35 @@ class Decoder:
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
         try:
             with self.cache.extending(row, positions, end):
-                self._run(self._tensor([tokens]), positions[None])
+                self._run(self._tensor([tokens]), positions[None], adapters)
         finally:
             hook.remove()
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], adapters: Adapters = None) -> Tensor:
         """Runs one token per cache row, from the first row on.
 
         Args:
             tokens: Token ids, one per row.
             positions: Their positions.
+            adapters: The name of each row's adapter. None: the model as it is set.
 
         Returns:
             (R, V) logits of each row's next token.
         """
         at = self._tensor(positions)
         with self.cache.decoding(at, max(positions) + 1):
-            return self._run(self._tensor(tokens)[:, None], at[:, None])
+            return self._run(self._tensor(tokens)[:, None], at[:, None], adapters)
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
         # with a 4-D mask models do not make their own, but pass it on; slot_attention does not read it
         mask = torch.zeros(len(ids), 1, 1, 1, dtype=self.model.dtype, device=self.device)
         # transformers 5.40 drops the name past_key_values
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        cache = {name: self.cache, "use_cache": True}
-        logits: Tensor = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **cache).logits
+        options: dict[str, Any] = {name: self.cache, "use_cache": True}
+        model: nn.Module = self.model
+        if adapters is not None and self.adapted is not None:
+            model, options["adapter_names"] = self.adapted, list(adapters)
+        logits: Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask, **options).logits
         return logits[:, -1]
 
     def _tensor(self, values: Any) -> Tensor:

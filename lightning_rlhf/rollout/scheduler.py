@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.rollout.kv_cache import Decoder
+from lightning_rlhf.rollout.kv_cache import Adapters, Decoder
 from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
-from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, make_sequences
+from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, Start, make_sequences
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 _GRAIN = 128
@@ -91,14 +91,15 @@ class Scheduler:
         self._decoder, self._tokenizer, self._limits = decoder, tokenizer, limits
         self._budget, self._max_rows = limits.max_live_tokens or sys.maxsize, limits.max_rows or sys.maxsize
         self._chunk = limits.prefill_chunk or sys.maxsize
-        self._waiting: dict[tuple[int, ...], _PromptGroup] = {}  # by prompt, in the order of arrival
+        self._waiting: dict[Start, _PromptGroup] = {}  # in the order of arrival
         self._aside: deque[ActiveSequence] = deque()  # rows that lost their place in the cache, oldest first
         self._rows: list[ActiveSequence] = []  # in the order of the cache's rows
-        self._kept: list[tuple[int, ...]] = []  # tokens of the cache's next rows, which have finished
+        self._kept: list[Start] = []  # tokens of the cache's next rows, which have finished
         self._arrivals = 0
         self._lock = threading.Condition()  # guards self._waiting
         self._closed = False
         self.error: BaseException | None = None
+        self._active_adapter, self._adapter_names = decoder.adapter_names()
 
     @property
     def busy(self) -> bool:
@@ -149,6 +150,11 @@ class Scheduler:
             ValueError: The request does not fit the model or the cache.
             RuntimeError: The session is closed.
         """
+        if request.adapter not in (None, *self._adapter_names):
+            raise ValueError(
+                f"{name}: there is no adapter {request.adapter!r}. There are: "
+                f"{', '.join(self._adapter_names) or 'none, because the model has no adapters'}."
+            )
         model = self._decoder.model
         rows = make_sequences(model, self._tokenizer, request, sampling, stop_token_ids, on_token, name)
         if rows and rows[0].columns > self._budget:
@@ -161,7 +167,7 @@ class Scheduler:
                 raise RuntimeError("The rollout session is closed.")
             for row in rows:
                 row.arrival, self._arrivals = self._arrivals, self._arrivals + 1
-                self._waiting.setdefault(row.prompt, _PromptGroup()).rows.append(row)
+                self._waiting.setdefault(row.start, _PromptGroup()).rows.append(row)
             self._lock.notify_all()
         return [row.future for row in rows]
 
@@ -228,7 +234,7 @@ class Scheduler:
         if not self._kept:
             self._decoder.cache.free()
             return
-        longest = max(map(len, self._kept))
+        longest = max(len(tokens) for _, tokens in self._kept)
         slots, columns = len(self._kept), -(-longest // _GRAIN) * _GRAIN
         if columns < self._decoder.cache.columns or slots < self._decoder.cache.slots:
             self._decoder.cache.arrange(range(slots), slots, columns, longest)
@@ -242,7 +248,7 @@ class Scheduler:
         at = [min(row.filled, row.position) for row in rows]
         ready = [row.ready for row in rows]
         tokens = [row.token(p) for row, p in zip(rows, at, strict=True)]
-        logits = self._decoder.decode(tokens, at)
+        logits = self._decoder.decode(tokens, at, self._adapters(rows))
         for row, p in zip(rows, at, strict=True):
             row.filled = max(row.filled, p + 1)
         if all(ready):
@@ -259,6 +265,12 @@ class Scheduler:
                 row.push(token, logprob, likeliest_tokens(logits[i], row) if row.alternatives else ())
                 self.error = self.error or row.error
 
+    def _adapters(self, rows: Sequence[ActiveSequence]) -> Adapters:
+        """Returns the rows' adapters, or None if the active one is right for all."""
+        if all(row.adapter is None for row in rows):
+            return None
+        return [self._active_adapter if row.adapter is None else row.adapter for row in rows]
+
     def _fill(self) -> None:
         """Runs a piece of a prompt that does not run at once: all its tokens but the last, which decoding runs."""
         behind = [i for i, row in enumerate(self._rows) if row.filled < row.position and not row.done]
@@ -266,7 +278,7 @@ class Scheduler:
             i = min(behind, key=lambda i: self._rows[i].arrival)
             row = self._rows[i]
             end = min(row.position, row.filled + min(self._chunk, self._limits.prefill_tokens))
-            self._decoder.extend(row.tokens(row.filled, end), i, row.filled)
+            self._decoder.extend(row.tokens(row.filled, end), i, row.filled, self._adapters([row]))
             row.filled = end
 
     def _start(self, new: Sequence[tuple[ActiveSequence, _PromptGroup]]) -> None:
@@ -279,8 +291,12 @@ class Scheduler:
         unseen = sorted((g for g in members if g not in first), key=lambda g: len(members[g][0].prompt))
         lengths = [len(members[group][0].prompt) for group in unseen]
         for batch in (unseen[part] for part in _prefill_batches(lengths, self._limits.prefill_tokens)):
-            prompts = [members[group][0].prompt for group in batch]
-            logits = self._decoder.prefill(prompts, [[slot[row] for row in members[group]] for group in batch])
+            rows = [members[group] for group in batch]
+            logits = self._decoder.prefill(
+                [group[0].prompt for group in rows],
+                [[slot[row] for row in group] for group in rows],
+                self._adapters([group[0] for group in rows]),
+            )
             for group, next_logits in zip(batch, logits, strict=True):
                 first[group] = next_logits
                 group.logits = next_logits.clone() if group.rows else None  # for the rows that still wait
@@ -316,18 +332,18 @@ class Scheduler:
             self._aside.appendleft(active.pop(newest))
         return active
 
-    def _prefixes(self, rows: Sequence[ActiveSequence]) -> dict[int, tuple[int, ...]]:
+    def _prefixes(self, rows: Sequence[ActiveSequence]) -> dict[int, Start]:
         """Returns the tokens of finished rows to keep, by cache row: the newest ones that fit beside ``rows``."""
         if not self._limits.keep_prefixes:
             return {}
-        found = {len(self._rows) + i: tokens for i, tokens in enumerate(self._kept)}
-        found |= {i: tuple(row.tokens(0, row.filled)) for i, row in enumerate(self._rows) if row.done and row.filled}
+        found = {len(self._rows) + i: prefix for i, prefix in enumerate(self._kept)}
+        found |= {i: _run(row) for i, row in enumerate(self._rows) if row.done and row.filled}
         columns = max(map(self._need, rows), default=0)
-        kept: dict[int, tuple[int, ...]] = {}
-        for i, tokens in reversed(found.items()):
-            columns = max(columns, len(tokens))
+        kept: dict[int, Start] = {}
+        for i, prefix in reversed(found.items()):
+            columns = max(columns, len(prefix[1]))
             if len(kept) < self._limits.keep_prefixes and (len(rows) + len(kept) + 1) * columns <= self._budget:
-                kept = {i: tokens, **kept}
+                kept = {i: prefix, **kept}
         return kept
 
     def _need(self, row: ActiveSequence) -> int:
@@ -344,7 +360,7 @@ class Scheduler:
         """
         taken: list[_Admission] = []
         columns = max(map(self._need, running), default=0)
-        filling = {row.prompt for row in running if row.filled < len(row.prompt)}
+        filling = {row.start for row in running if row.filled < len(row.prompt)}
         chunk = self._chunk  # prompt tokens that may still run at once in this step
 
         def fits(row: ActiveSequence) -> bool:
@@ -355,7 +371,7 @@ class Scheduler:
             nonlocal columns
             columns = max(columns, self._need(admission.row))
             if admission.group is None:
-                filling.add(admission.row.prompt)
+                filling.add(admission.row.start)
             running.append(admission.row)
             taken.append(admission)
 
@@ -363,8 +379,9 @@ class Scheduler:
             while self._aside and (self._aside[0].done or fits(self._aside[0])):
                 if not (row := self._aside.popleft()).done:
                     take(self._in_pieces(row))
-            for prompt, group in list(self._waiting.items())[: 0 if self._aside else _LOOK_AHEAD]:
-                source = None if group.logits is None else self._row_with(prompt)
+            for start, group in list(self._waiting.items())[: 0 if self._aside else _LOOK_AHEAD]:
+                length = len(start[1])
+                source = None if group.logits is None else self._row_with(start)
                 if source is None:
                     group.logits = None  # all its running rows may have ended while a longer one waited for room
                 new = source is None
@@ -378,16 +395,16 @@ class Scheduler:
                         break
                     admission = _Admission(row, group, source)
                     if new:
-                        if prompt in filling or (chunk < len(prompt) <= self._chunk and chunk < self._chunk):
+                        if start in filling or (chunk < length <= self._chunk and chunk < self._chunk):
                             break  # it will copy that row's keys, or its turn comes in the next step
                         admission = self._in_pieces(row)
-                        if admission.source is None and len(prompt) <= self._chunk:
+                        if admission.source is None and length <= self._chunk:
                             admission, new = _Admission(row, group), False  # the others share this pass
-                            chunk -= len(prompt)
+                            chunk -= length
                     take(admission)
                     group.rows.popleft()
                 if not group.rows:
-                    del self._waiting[prompt]
+                    del self._waiting[start]
                 elif group.blocked > _PATIENCE:
                     break
         return taken
@@ -397,25 +414,25 @@ class Scheduler:
         row.filled, source = 0, None
         if self._limits.keep_prefixes or self._limits.prefill_chunk:
             wanted = row.tokens(0, row.position)  # the last token always runs
-            known = [*(r.tokens(0, r.filled) for r in self._rows), *self._kept]
-            shared = [_shared(wanted, tokens) for tokens in known]
+            known = [*map(_run, self._rows), *self._kept]
+            shared = [_shared(wanted, tokens) if adapter == row.adapter else 0 for adapter, tokens in known]
             if shared and max(shared) >= _SHARED:
                 row.filled = max(shared)
                 source = shared.index(row.filled)
         return _Admission(row, None, source)
 
-    def _row_with(self, prompt: tuple[int, ...]) -> int | None:
+    def _row_with(self, start: Start) -> int | None:
         """Returns a cache row with a prompt's keys and values; a finished row keeps them until it is replaced."""
-        return next((i for i, r in enumerate(self._rows) if r.prompt == prompt and r.filled >= len(prompt)), None)
+        return next((i for i, r in enumerate(self._rows) if r.start == start and r.filled >= len(r.prompt)), None)
 
     def _fit_cache(self, sources: Sequence[int | None]) -> None:
         """Moves rows within the cache, and enlarges it if the rows with one more token each do not fit."""
         cache, rows = self._decoder.cache, self._rows
-        lengths = [*(row.position + 1 for row in rows), *map(len, self._kept)]
-        slots = len(lengths)
-        columns = max([*(row.position + 2 for row in rows), *map(len, self._kept)], default=0)
+        kept = [len(tokens) for _, tokens in self._kept]
+        lengths = [*(row.position + 1 for row in rows), *kept]
+        slots, columns = len(lengths), max([*(row.position + 2 for row in rows), *kept], default=0)
         if slots > cache.slots or columns > cache.columns:
-            most = max([*(row.columns for row in rows), *map(len, self._kept)])
+            most = max([*(row.columns for row in rows), *kept])
             columns = min(-(-columns // _GRAIN) * _GRAIN, most)
             if slots > cache.slots:  # a server's requests arrive one by one: grow in larger steps
                 room = self._budget // (most if self._limits.reserve else columns)
@@ -424,6 +441,11 @@ class Scheduler:
             slots, columns = cache.slots, cache.columns
         in_use = [length for length, source in zip(lengths, sources, strict=True) if source is not None]
         cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
+
+
+def _run(row: ActiveSequence) -> Start:
+    """Returns a row's tokens that have run."""
+    return row.adapter, tuple(row.tokens(0, row.filled))
 
 
 def _next_columns(row: ActiveSequence) -> int:

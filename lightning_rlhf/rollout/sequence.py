@@ -17,6 +17,10 @@ OnToken = Callable[[Token], None]
 """Receives each token with the new text that can be shown. Joined, these texts are the completion's text."""
 
 
+Start = tuple[str | None, tuple[int, ...]]
+"""An adapter, and tokens that it runs."""
+
+
 class ActiveSequence:
     """One completion that is being generated. It holds the stopping rules that all engines share.
 
@@ -28,6 +32,7 @@ class ActiveSequence:
         tokenizer: The model's tokenizer.
         on_token: Called in the thread that samples the tokens.
         alternatives: Number of likeliest tokens to report beside each token.
+        adapter: See :class:`~lightning_rlhf.rollout.Request`.
 
     Attributes:
         ids: Tokens so far.
@@ -48,9 +53,10 @@ class ActiveSequence:
         tokenizer: PreTrainedTokenizerBase,
         on_token: OnToken | None = None,
         alternatives: int = 0,
+        adapter: str | None = None,
     ) -> None:
         self.prompt, self.key, self.sampling, self.stops = prompt, key, sampling, stops
-        self.alternatives = alternatives
+        self.alternatives, self.adapter = alternatives, adapter
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.arrival = self.filled = 0
@@ -62,6 +68,11 @@ class ActiveSequence:
         self._tokenizer, self._on_token = tokenizer, on_token
         streams = on_token is not None or sampling.stop_strings
         self._stream = Detokenizer(tokenizer, sampling.stop_strings, tail(tokenizer, prompt)) if streams else None
+
+    @property
+    def start(self) -> Start:
+        """What rows have in common whose prompts run once for all."""
+        return self.adapter, self.prompt
 
     @property
     def position(self) -> int:
@@ -196,6 +207,5 @@ def make_sequences(
         raise ValueError(
             f"{name}: logit_bias names the token {beyond[0]}, but the vocabulary has only {vocabulary} entries."
         )
-    return [
-        ActiveSequence(prompt, key, sampling, stops, tokenizer, on_token, request.alternatives) for key in request.keys
-    ]
+    more = (on_token, request.alternatives, request.adapter)
+    return [ActiveSequence(prompt, key, sampling, stops, tokenizer, *more) for key in request.keys]

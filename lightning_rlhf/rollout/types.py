@@ -90,11 +90,14 @@ class Request:
         prompt: Token ids, at least one.
         keys: Seeds, one per completion. A completion depends on (weights, prompt, key, sampling) only.
         alternatives: Number of likeliest tokens to report beside each sampled token.
+        adapter: peft's name of the adapter to use, or ``__base__`` for none; in a session, requests with different
+            adapters share a batch. None: the active adapter.
     """
 
     prompt: Sequence[int]
     keys: Sequence[int]
     alternatives: int = 0
+    adapter: str | None = None
 
 
 class Token(NamedTuple):

@@ -3,14 +3,16 @@
 import asyncio
 import itertools
 import random
+import re
 import threading
 from concurrent.futures import CancelledError
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lightning_rlhf.models import Policy
-from lightning_rlhf.rollout import CachedEngine, Request, Sampling, scheduler
+from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request, Sampling, scheduler
 from lightning_rlhf.rollout.kv_cache import Decoder, SlotCache
 
 
@@ -260,9 +262,9 @@ def passes(monkeypatch):
 
         monkeypatch.setattr(Decoder, name, counted)
 
-    watch("prefill", lambda prompts, rows: sum(map(len, prompts)))
-    watch("extend", lambda tokens, row, start: len(tokens))
-    watch("decode", lambda tokens, positions: len(tokens))
+    watch("prefill", lambda prompts, *_: sum(map(len, prompts)))
+    watch("extend", lambda tokens, *_: len(tokens))
+    watch("decode", lambda tokens, *_: len(tokens))
     return seen
 
 
@@ -386,6 +388,59 @@ def test_waiting_costs_nothing_and_ends_with_a_request(policy, tiny_tokenizer, p
         threading.Timer(0.05, lambda: session.submit(Request(prompts[0], [1]), Sampling(1), [])).start()
         assert session.wait(30)
         finish(session)
+
+
+@pytest.fixture
+def adapted(policy):
+    """The policy under two adapters that change it a lot; the first one is active."""
+    peft = get_peft_model(
+        policy.transformer, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), adapter_name="first"
+    )
+    peft.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return Policy(peft)
+
+
+def by_hand(adapted, tokenizer, adapter, prompt, key, sampling):
+    """With the adapter activated by peft itself."""
+    if adapter == "__base__":
+        with adapted.model.disable_adapter():
+            return alone(adapted, tokenizer, Request(prompt, [key]), sampling)[0]
+    adapted.model.set_adapter(adapter or "first")
+    try:
+        return alone(adapted, tokenizer, Request(prompt, [key]), sampling)[0]
+    finally:
+        adapted.model.set_adapter("first")
+
+
+@pytest.mark.parametrize("limits", [dict(), dict(prefill_chunk=4, keep_prefixes=4), dict(max_rows=2)], ids=str)
+def test_rows_with_adapters_of_their_own_share_a_batch(limits, adapted, tiny_tokenizer, prompts):
+    long = [(7 * i) % 300 for i in range(40)]
+    asked = [(name, p) for p in (prompts[0], long, prompts[3]) for name in ("second", "__base__", None, "first")]
+    want = [by_hand(adapted, tiny_tokenizer, name, p, i, Sampling(12)) for i, (name, p) in enumerate(asked)]
+    assert want[0] != want[1]
+    with CachedEngine(**limits).session(adapted, tiny_tokenizer) as session:
+        futures = []
+        for i, (name, p) in enumerate(asked):
+            futures += session.submit(Request(p, [i], adapter=name), Sampling(12), [])
+            session.step()
+        finish(session)
+        assert [future.result(0).input_ids for future in futures] == want
+        # the same prompt again: keys of another adapter are not taken for its own
+        again = [session.submit(Request(long, [i], adapter=asked[i][0]), Sampling(12), [])[0] for i in range(4, 8)]
+        finish(session)
+        assert [future.result(0).input_ids for future in again] == want[4:8]
+
+
+def test_an_adapter_that_is_not_there_is_refused(adapted, policy, tiny_tokenizer):
+    known = "no adapter 'third'. There are: __base__, first, second"
+    with CachedEngine().session(adapted, tiny_tokenizer) as session, pytest.raises(ValueError, match=re.escape(known)):
+        session.submit(Request([1], [1], adapter="third"), Sampling(3), [])
+    with pytest.raises(ValueError, match="HFGenerateEngine generates with the active adapter"):
+        HFGenerateEngine().generate(adapted, tiny_tokenizer, [Request([1], [1], adapter="first")], Sampling(3), [])
 
 
 @pytest.mark.parametrize("seed", range(6))
