@@ -28,6 +28,7 @@ from lightning_rlhf import (
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.moved import MOVED
 from lightning_rlhf.stages.optim import CosineWarmup
+from lightning_rlhf.stages.rl import RLStage
 
 
 def score(prompts, completions):
@@ -159,6 +160,14 @@ def test_former_names_are_refused_in_python_with_what_to_write():
         SFTModule("nowhere", quantization="nf4")
     with pytest.raises(TypeError, match=r"Write centering_coef=\.\.\."):
         RewardModule("nowhere", center=0.1)
+    with pytest.raises(TypeError, match=r"Own: target_kl is updates\.target_kl now\. Write updates=Updates\("):
+        type("Own", (RLStage,), {})("nowhere", score, target_kl=0.1)
+    with pytest.raises(TypeError, match="PreferenceDataModule: streaming is streaming_window now"):
+        PreferenceDataModule("nowhere", streaming=True)
+    with pytest.raises(TypeError, match=r"PromptDataModule: ptx_max_length is ptx\.max_length now\. Write ptx=Ptx\("):
+        PromptDataModule("nowhere", ptx_max_length=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+        InstructionDataModule("nowhere", nothing=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
         SFTModule("nowhere", nothing=1)
     assert list(inspect.signature(PPOModule).parameters)[:3] == ["pretrained", "reward", "critic"]

@@ -37,6 +37,7 @@ from lightning_rlhf.data.sources import (
     weighted_sources,
 )
 from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, TokenRows, cache_key, distinct
+from lightning_rlhf.moved import refuse_moved
 from lightning_rlhf.protocols import HasContext, HasStopTokens, HasTokenizer, SamplePrompt
 
 #: Faults that an empty cell of a table may cause.
@@ -97,6 +98,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     facts: Callable[[Mapping[str, Any]], Iterable[Any]] = staticmethod(lambda row: ())
     #: A word for messages that tells this data module from the Trainer's own, such as ``ptx``.
     name = ""
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        """Refuses former names of arguments with their present place."""
+        refuse_moved(cls, given)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -612,7 +618,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
 def shared_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Picks from a subclass's arguments those that :class:`TreeDataModule` takes."""
-    return {name: given[name] for name in inspect.signature(TreeDataModule).parameters if name in given}
+    names = inspect.signature(TreeDataModule.__init__).parameters.keys() - {"self"}
+    return {name: value for name, value in given.items() if name in names}
 
 
 class _Counted:

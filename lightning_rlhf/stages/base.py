@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -36,7 +36,7 @@ from lightning_rlhf.models import Load, LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import is_quantized_layer, require_bitsandbytes
-from lightning_rlhf.moved import refuse_moved
+from lightning_rlhf.moved import find_moved, refuse_moved, write_argument
 from lightning_rlhf.quiet import quiet_libraries
 from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, complete, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
@@ -88,10 +88,12 @@ class Stage(L.LightningModule):
     skipped: int = 0
     #: The kind of data that it works on; None: whatever a stage of one's own takes.
     works_on: ClassVar[Kind | None] = None
+    #: Entries that its checkpoints must have beside Lightning's own, each with its keys.
+    entries: ClassVar[Mapping[str, tuple[str, ...]]] = {"stage": ("classes", "objects", "optimizers", "schedules")}
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         """Refuses former names of arguments with their present place."""
-        refuse_moved(cls, given.keys())
+        refuse_moved(cls, given)
         return super().__new__(cls)
 
     def __init__(
@@ -143,6 +145,26 @@ class Stage(L.LightningModule):
         self._makers_to_match: dict[str, list[str]] | None = None
         self._mid_step = self._diverges = False
         self._counted = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses another model in the place of the one that a fit trains: the optimizer has the weights of that one.
+
+        Raises:
+            ValueError: It is one.
+        """
+        now = vars(self).get("_modules", {}).get(name)
+        if isinstance(now, Backbone) and isinstance(value, nn.Module) and value is not now and self._is_fitting():
+            raise ValueError(
+                f"{type(self).__name__}.{name} was replaced during fit, whose optimizer trains the former model's "
+                "weights. Replace it before fit."
+            )
+        super().__setattr__(name, value)
+
+    def _is_fitting(self) -> bool:
+        if self.strategy is None:
+            return False
+        state = self.trainer.state
+        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING and bool(self.trainer.optimizers)
 
     def save_settings(self) -> None:
         """Saves the settings of a subclass's constructor, for loggers and ``load_from_checkpoint``.
@@ -548,6 +570,14 @@ class Stage(L.LightningModule):
                 held = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
             check_is_checkpoint(held, checkpoint_path)
             _check_stage(cls, held, os.fspath(checkpoint_path))
+            moved = find_moved(cls, held.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+            if lost := {name: place for name, place in moved.items() if place.partition(".")[0] not in kwargs}:
+                name, place = next(iter(lost.items()))
+                raise CheckpointError(
+                    f"{os.fspath(checkpoint_path)} was written by an earlier version of lightning_rlhf, whose "
+                    f"{', '.join(lost)} would be lost: {name} is {place} now. Give "
+                    f"{cls.__name__}.load_from_checkpoint(..., {write_argument(place)})."
+                )
             objects = held["stage"]["objects"]
             if missing := [name for name in objects if name not in kwargs]:
                 raise CheckpointError(
@@ -567,8 +597,8 @@ def _stages(kind: type) -> list[str]:
     return [base.__name__ for base in kind.__mro__ if issubclass(base, Stage) and base is not Stage]
 
 
-def _check_stage(kind: type, checkpoint: dict[str, Any], where: str) -> None:
-    """Refuses a checkpoint of another stage; one of a subclass or of a base will do.
+def _check_stage(kind: type[Stage], checkpoint: dict[str, Any], where: str) -> None:
+    """Refuses a checkpoint of another stage, or of another layout; one of a subclass or of a base will do.
 
     Raises:
         CheckpointError: It is one.
@@ -581,6 +611,13 @@ def _check_stage(kind: type, checkpoint: dict[str, Any], where: str) -> None:
             f"{where} is a checkpoint of {saved[0]}, and {kind.__name__} can't go on from it. Give what that run "
             "exported (its hf/best or hf/last) as pretrained."
         )
+    for entry, keys in kind.entries.items():
+        if entry not in checkpoint or any(key not in checkpoint[entry] for key in keys):
+            raise CheckpointError(
+                f"{where} was written by an earlier version of lightning_rlhf: its entry {entry!r} is missing or has "
+                f"other keys, so {kind.__name__} can't go on from it. Give what that run exported (its hf/best or "
+                "hf/last) as pretrained, or finish it with the version that wrote it."
+            )
 
 
 def _name(value: object) -> str:

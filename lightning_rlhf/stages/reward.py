@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -61,6 +62,7 @@ class RewardModule(Stage):
 
     reward_model: RewardModel
     works_on = "preferences"
+    entries: ClassVar[Mapping[str, tuple[str, ...]]] = {**Stage.entries, "score_offset": (), "score_offset_step": ()}
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -48,6 +48,8 @@ from lightning_rlhf.utils.random import generator, sample_key
 
 #: In place of an iteration in the keys of validation samples: validations can then be compared.
 VALIDATION = -1
+#: By which argument of the constructor a model comes.
+_GIVEN_AS = {"policy": "pretrained", "reference": "pretrained", "critic": "critic=Critic(model)", "reward": "reward"}
 ROLLOUT, KL_PENALTY, SHAPING, LOSS, UPDATES = Rollout(), KL(), Shaping(), Loss(), Updates()
 
 
@@ -94,6 +96,10 @@ class RLStage(Stage):
 
     automatic_optimization: ClassVar[bool] = False
     works_on = "prompts"
+    entries: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **Stage.entries,
+        "rl": ("iteration", "kl_coef", "running_scores"),
+    }
     policy: Policy
     iteration: int = 0
     _not_finite: int = -1
@@ -134,6 +140,23 @@ class RLStage(Stage):
         for stage in ("val", "test"):
             self.metrics[f"{stage}_score"] = TokenMean()
             self.metrics[f"{stage}_length"] = TokenMean()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses other models in the place of those that ``configure_model`` loads.
+
+        Raises:
+            ValueError: It is one; the message says where to give it.
+        """
+        if name in _GIVEN_AS and isinstance(value, nn.Module):
+            actors = vars(self).get("actors")
+            own = getattr(actors, name) if actors is not None else value if name == "reward" else None
+            if value is not own:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} can't be replaced: configure_model fits policy, reference, critic "
+                    f"and reward to one another. Give the model as {_GIVEN_AS[name]}, or change {name} in place, as by "
+                    f"module.{name}.compile()."
+                )
+        super().__setattr__(name, value)
 
     # ------------------------------------------------------------------------------------------------- the algorithm
 

@@ -1,5 +1,6 @@
 """What all stages share: what they refuse, what their checkpoints hold."""
 
+import copy
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_rlhf import (
     HFExport,
     InstructionDataModule,
+    Load,
     LoRA,
     PPOModule,
     PreferenceDataModule,
@@ -30,6 +32,7 @@ from lightning_rlhf import (
 )
 from lightning_rlhf.cli import main
 from lightning_rlhf.models import load_causal_lm, load_tokenizer
+from lightning_rlhf.rewards import make_reward
 from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.stages.base import rng_state, set_rng_state
 from lightning_rlhf.utils import CheckpointError
@@ -222,6 +225,94 @@ def test_a_checkpoint_of_another_stage_is_named(held, kind, saved, tiny_model_di
         L.Trainer(default_root_dir=tmp_path, **QUIET).validate(module, data_of(module, tmp_path), ckpt_path=path)
     with pytest.raises(CheckpointError, match=message):
         kind.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "key"),
+    [
+        (PPOModule, "rl", None),
+        (PPOModule, "rl", "kl_coef"),
+        (RewardModule, "score_offset", None),
+        (SFTModule, "stage", "objects"),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_layout_is_named(kind, entry, key, saved, tiny_model_dir, tmp_path):
+    held = torch.load(saved / f"{kind.__name__}.ckpt", weights_only=True)
+    del (held if key is None else held[entry])[entry if key is None else key]
+    torch.save(held, path := tmp_path / "old.ckpt")
+    module = ppo(tiny_model_dir) if kind is PPOModule else kind(tiny_model_dir)
+    message = rf"old.ckpt was written by an earlier version.*'{entry}'.*{kind.__name__} can't go on.* as pretrained, or"
+    for act in (
+        lambda: run(module, tmp_path, path, steps=2),
+        lambda: L.Trainer(default_root_dir=tmp_path, **QUIET).validate(
+            module, data_of(module, tmp_path), ckpt_path=path
+        ),
+        lambda: kind.load_from_checkpoint(path),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            act()
+
+
+def test_settings_of_an_earlier_checkpoint_are_not_lost_silently(saved, tmp_path):
+    held = torch.load(saved / "SFTModule.ckpt", weights_only=True)
+    held["hyper_parameters"] |= {"dtype": "bfloat16", "layout": "padded"}
+    torch.save(held, tmp_path / "old.ckpt")
+    message = r"earlier version.*whose dtype, layout would be lost: dtype is load\.dtype now\. Give .*load=Load\(dtype="
+    with pytest.raises(CheckpointError, match=message):
+        SFTModule.load_from_checkpoint(tmp_path / "old.ckpt", optimizer=sgd)
+    module = SFTModule.load_from_checkpoint(tmp_path / "old.ckpt", optimizer=sgd, load=Load(layout="padded"))
+    assert module.load.layout == "padded"
+
+
+# ------------------------------------------------------------------------------------------------- models of one's own
+
+
+@pytest.mark.parametrize("stage", [SFTModule, RewardModule])
+def test_a_model_may_be_replaced_before_a_fit(stage, tiny_model_dir, tmp_path):
+    """And is then the one that is trained."""
+    name = "policy" if stage is SFTModule else "reward_model"
+    module, other = (stage(tiny_model_dir, optimizer=sgd) for _ in range(2))
+    for each in (module, other):
+        each.configure_model()
+    first, second = getattr(module, name), getattr(other, name)
+    start = copy.deepcopy(first.state_dict())
+    setattr(module, name, second)
+    run(module, tmp_path)
+    assert module.model_to_export is second
+    assert all(torch.equal(value, start[key]) for key, value in first.state_dict().items())
+    assert any(not torch.equal(value, start[key]) for key, value in second.state_dict().items())
+
+
+def test_a_model_is_not_replaced_during_a_fit(tiny_model_dir, tmp_path):
+    class Replaces(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            pl_module.policy = copy.deepcopy(pl_module.policy)
+
+    with pytest.raises(ValueError, match=r"SFTModule\.policy was replaced during fit.*Replace it before fit"):
+        fit(tiny_model_dir, tmp_path, callbacks=[Replaces()])
+
+
+@pytest.mark.parametrize("name", ["policy", "reference", "critic", "reward"])
+def test_models_of_reinforcement_learning_come_through_the_constructor(name, tiny_model_dir):
+    """Replaced ones would not have reached rollouts, scores and updates."""
+    module = ppo(tiny_model_dir)
+    other = ppo(tiny_model_dir)
+    other.configure_model()
+    given_as = {"policy": "pretrained", "reference": "pretrained", "critic": r"critic=Critic\(model\)"}.get(name, name)
+    for configured in (False, True):
+        if name == "reward" and not configured:
+            continue  # nothing has been made of it yet
+        if configured:
+            module.configure_model()
+        with pytest.raises(ValueError, match=rf"PPOModule\.{name} can't be replaced: .*Give the model as {given_as}"):
+            setattr(module, name, getattr(other, name))
+    module.policy = module.policy  # as decorators and wrappers may do
+
+
+def test_a_reward_may_be_replaced_before_models_are_loaded(tiny_model_dir, tmp_path):
+    module = ppo(tiny_model_dir)
+    module.reward = make_reward(lambda prompts, completions: [5.0] * len(completions), None)
+    assert run(module, tmp_path).callback_metrics["train/score"] == 5
 
 
 def test_a_subclass_goes_on_from_its_base_and_back(saved, tiny_model_dir, tmp_path):
