@@ -18,6 +18,7 @@ TOOLS = {
     "demo": ("lightning_rlhf.demo:main", "train a small real model with SFT, reward model and PPO on bundled data"),
     "win-rate": ("lightning_rlhf.evaluation.command:main", "measure how often one model's answers beat another's"),
     "quantize": ("lightning_rlhf.quantize.command:main", "make a model of 4 or 8 bits: GPTQ, AutoRound, rounding"),
+    "export": ("lightning_rlhf.export.command:main", "hand a model on: merged weights, adapters alone, or a GGUF file"),
     "report": ("lightning_rlhf.report.compare:main", "compare runs on one page: curves, answers, settings"),
 }
 
