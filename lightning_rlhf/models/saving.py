@@ -39,6 +39,7 @@ def save_pretrained(
     stop_token_ids: Sequence[int] = (),
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_only: bool = False,
+    keep_quantized: bool = False,
     max_shard_size: str = "5GB",
 ) -> Path:
     """Writes weights, config, generation config and tokenizer for ``from_pretrained``.
@@ -58,6 +59,7 @@ def save_pretrained(
         state_dict: Whole weights by the model's names, if the model's tensors are shards.
         adapter_only: Save only the active adapter, for ``PeftModel.from_pretrained`` with the original model. Changed
             values of the config, such as a reward model's ``score_offset``, are written to :data:`ADAPTED`.
+        keep_quantized: Save a model without adapters as bitsandbytes holds it, in 4 or 8 bits.
         max_shard_size: Largest size of a weights file.
 
     Returns:
@@ -96,7 +98,10 @@ def save_pretrained(
             (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
             _save_adapted(base, folder)
         else:
-            whole = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
+            if keep_quantized:
+                whole = cast(PreTrainedModel, model)
+            else:
+                whole = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
             if whole.can_generate():
                 whole.generation_config = generation
             _set_stop_token_ids(whole.config, stops)

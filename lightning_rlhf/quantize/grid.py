@@ -12,9 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.arguments import did_you_mean
 
-METHODS = ("rtn",)
+METHODS = ("gptq", "autoround", "rtn", "nf4", "int8")
 """``gptq``: Frantar et al. 2022, by gptqmodel. ``autoround``: Cheng et al. 2023, by auto-round. ``rtn``: each weight to
 the nearest number of its grid. These three write the GPTQ format. ``nf4`` and ``int8``: bitsandbytes, as in QLoRA."""
+
+CALIBRATED = ("gptq", "autoround")
+"""The methods that need calibration rows."""
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, 256)
@@ -30,7 +33,7 @@ class Rounded(NamedTuple):
     Attributes:
         codes: (D_out, D_in) unsigned integers below ``2 ** bits``.
         scales: (D_out, G) step of each group, in fp16, as it is stored.
-        zeros: (D_out, G) the code that stands for 0. At least 1, because the format stores ``zeros - 1``.
+        zeros: (D_out, G) the code that stands for 0.
     """
 
     codes: Tensor
@@ -90,12 +93,10 @@ class Grid:
         if self.sym:
             high = torch.maximum(high, -low)
             low = -high
-        else:
-            low = torch.minimum(low, -high / (self.top - 1))  # leaves code 0 below 0, so that zeros are at least 1
         empty = high == low
         low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
         scales = ((high - low) / self.top).half().clamp(min=2.0**-24).float()
-        zeros = (-low / scales).round().clamp(1, self.top)
+        zeros = (-low / scales).round().clamp(0, self.top)
         return scales, torch.full_like(zeros, (self.top + 1) // 2) if self.sym else zeros
 
     def encode(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Rounded:

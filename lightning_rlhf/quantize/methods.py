@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_rlhf.models.gptq import require
 from lightning_rlhf.models.loading import Dtype, load_config, load_exported, load_tokenizer
+from lightning_rlhf.models.quantization import Quantization, quantized, require_bitsandbytes
 from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.quantize.autoround import STEPS, AutoRounder, of_one_length
+from lightning_rlhf.quantize.calibration import check_tokens
+from lightning_rlhf.quantize.gptq import solve
 from lightning_rlhf.quantize.grid import (
+    CALIBRATED,
     Grid,
     Rounded,
     blocks_of,
@@ -23,6 +29,7 @@ from lightning_rlhf.quantize.grid import (
     linear_layers,
     weight_of,
 )
+from lightning_rlhf.quantize.layerwise import LayerwiseRun
 from lightning_rlhf.quantize.packing import PackedLinear, gptq_config
 from lightning_rlhf.utils.filesystem import check_replaceable
 from lightning_rlhf.utils.progress import ProgressLine
@@ -36,6 +43,7 @@ def quantize(
     rows: Sequence[Tensor] = (),
     *,
     dtype: Dtype | None = None,
+    steps: int = STEPS,
     trust_remote_code: bool = False,
 ) -> Path:
     """Quantizes the linear layers of a model's decoder layers, and writes the model with its tokenizer.
@@ -51,6 +59,7 @@ def quantize(
         rows: Calibration rows, each a one-dimensional tensor of token ids. ``gptq`` and ``autoround`` need them.
         dtype: Data type of everything that is not quantized, except a reward model's head, which is fp32. Default: the
             one that the model was saved in.
+        steps: Steps of ``autoround`` for each layer. More are more exact and take longer.
         trust_remote_code: Run code that comes with the model.
 
     Returns:
@@ -60,16 +69,31 @@ def quantize(
         FileExistsError: ``out`` holds something else.
         ModuleNotFoundError: A package that the method needs is not installed; the message says how to install it.
         OSError: The model cannot be read, or the disk is full.
-        ValueError: There is no such method, the model is quantized already, or a layer does not fit the grid.
+        ValueError: There is no such method, the model is quantized already, a layer does not fit the grid, or there are
+            too few calibration tokens.
     """
     check_method(method)
     check_replaceable(out)
     check_not_quantized(source, trust_remote_code)
+    if method in CALIBRATED and not rows:
+        raise ValueError(f"{method} needs calibration rows, and there are none.")
+    if method == "gptq":
+        require("gptqmodel")
+    elif method == "autoround":
+        require("auto_round")
+    elif method in ("nf4", "int8"):
+        require_bitsandbytes()
     tokenizer = load_tokenizer(source, trust_remote_code)
     model = load_exported(source, dtype, trust_remote_code)
+    if method in ("nf4", "int8"):
+        model = quantized(model, cast(Quantization, method))
+        return save_pretrained(model, tokenizer, out, keep_quantized=True)
     check_shapes(model, grid)
+    if method in CALIBRATED:
+        check_tokens(rows, model)
     _check_disk(model, grid, Path(out))
-    _round_layers(model, grid)
+    with torch.no_grad():
+        _round_layers(model, method, grid, rows, steps)
     model.config.quantization_config = gptq_config(grid, method, blocks_of(model)[0])
     return save_pretrained(model, tokenizer, out)
 
@@ -106,14 +130,27 @@ def _check_disk(model: PreTrainedModel, grid: Grid, out: Path) -> None:
         )
 
 
-def _round_layers(model: PreTrainedModel, grid: Grid) -> None:
-    """Rounds each weight to its nearest number."""
-    _, blocks = blocks_of(model)
-    progress = ProgressLine("layers", len(blocks))
+def _round_layers(model: PreTrainedModel, method: str, grid: Grid, rows: Sequence[Tensor], steps: int) -> None:
+    """Replaces the linear layers of one decoder layer after another by packed weights."""
+    name, blocks = blocks_of(model)
+    progress = ProgressLine(f"{method}: layers", len(blocks))
     device = compute_device()
+    if method == "rtn":
+        for i, block in enumerate(blocks):
+            _replace(
+                f"{name}.{i}",
+                block,
+                {n: grid.round(weight_of(x).to(device)) for n, x in linear_layers(block).items()},
+                grid,
+            )
+            progress(i + 1)
+        return
+    run = LayerwiseRun(model, of_one_length(rows) if method == "autoround" else rows, device)
+    quantize_layer = AutoRounder(steps) if method == "autoround" else solve
     for i, block in enumerate(blocks):
-        for name, layer in linear_layers(block).items():
-            replace(block, name, grid.round(weight_of(layer).to(device)), grid)
+        with run.layer(i):
+            rounded = quantize_layer(run, i, block, grid)
+        _replace(f"{name}.{i}", block, rounded, grid)
         progress(i + 1)
 
 
@@ -122,20 +159,11 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def replace(block: nn.Module, name: str, rounded: Rounded, grid: Grid) -> None:
-    """Replaces a linear layer by its packed weights, so that its memory is free.
-
-    Args:
-        block: The decoder layer that has it.
-        name: The layer's name in the block.
-        rounded: Its weights.
-        grid: Their grid.
-
-    Raises:
-        ValueError: A weight is not finite.
-    """
-    layer: Any = block.get_submodule(name)
-    if not rounded.scales.isfinite().all():
-        raise ValueError(f"{name} has weights that are not finite or too large for fp16 scales, so it has no grid.")
-    parent, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(parent), leaf, PackedLinear(rounded, grid, layer.bias))
+def _replace(name: str, block: nn.Module, rounded: Mapping[str, Rounded], grid: Grid) -> None:
+    """Replaces linear layers of a decoder layer by their packed weights, so that their memory is free."""
+    for layer, weights in rounded.items():
+        if not weights.scales.isfinite().all():
+            raise ValueError(f"{name}.{layer} has weights that are not finite or too large for scales in fp16.")
+        parent, _, leaf = layer.rpartition(".")
+        bias: Any = block.get_submodule(layer).bias
+        setattr(block.get_submodule(parent), leaf, PackedLinear(weights, grid, bias))

@@ -40,13 +40,28 @@ class PackedLinear(nn.Module):
     def __init__(self, rounded: Rounded, grid: Grid, bias: Tensor | None) -> None:
         super().__init__()
         inputs = torch.arange(rounded.codes.shape[1], dtype=torch.int32)
-        self.register_buffer("qweight", pack_words(rounded.codes.T, grid.bits).cpu())
-        # the format's first version stores one less; 1 is the least of ours, so that nothing wraps around
-        self.register_buffer("qzeros", pack_words(rounded.zeros - 1, grid.bits).T.contiguous().cpu())
-        self.register_buffer("scales", rounded.scales.T.contiguous().cpu())
+        codes, scales, zeros = _without_zeros_of_0(rounded, grid)
+        self.register_buffer("qweight", pack_words(codes.T, grid.bits).cpu())
+        self.register_buffer("qzeros", pack_words(zeros - 1, grid.bits).T.contiguous().cpu())
+        self.register_buffer("scales", scales.T.contiguous().cpu())
         self.register_buffer("g_idx", inputs // grid.group_size)
         if bias is not None:
             self.register_buffer("bias", bias.detach().cpu())
+
+
+def _without_zeros_of_0(rounded: Rounded, grid: Grid) -> Rounded:
+    """Writes groups whose zero is 0 with opposite signs: the same weights, by zeros that the format can hold.
+
+    Its first version, which every reader knows, stores ``zeros - 1``. Of a zero of 0 some readers make 0, others 16,
+    and others change the zeros beside it.
+    """
+    flipped = rounded.zeros == 0
+    inner = flipped.repeat_interleave(grid.group_size, 1)
+    return Rounded(
+        torch.where(inner, grid.top - rounded.codes, rounded.codes),
+        torch.where(flipped, -rounded.scales, rounded.scales),
+        rounded.zeros.masked_fill(flipped, grid.top),
+    )
 
 
 def gptq_config(grid: Grid, method: str, blocks: str) -> dict[str, Any]:
