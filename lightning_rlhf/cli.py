@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_rlhf.arguments import did_you_mean
 from lightning_rlhf.quiet import quiet
+from lightning_rlhf.utils.imports import search_current_directory
 
 COMMANDS = ("fit", "validate", "test", "predict")
 #: Tools beside the Trainer's methods: name, "module:function" that takes the other arguments, and one line of help.
@@ -61,11 +62,12 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-rlhf: there is no command {arguments[0]}{near} All: {', '.join(known)}", file=sys.stderr)
         sys.exit(2)
     try:
-        if arguments[0] in TOOLS:
-            module, function = TOOLS[arguments[0]][0].split(":")
-            getattr(importlib.import_module(module), function)(arguments[1:])
-        else:
-            _stage(arguments[0], args)
+        with search_current_directory():
+            if arguments[0] in TOOLS:
+                module, function = TOOLS[arguments[0]][0].split(":")
+                getattr(importlib.import_module(module), function)(arguments[1:])
+            else:
+                _stage(arguments[0], args)
     except KeyboardInterrupt:  # nothing is running that could be saved
         print("SIGINT: stopped.", file=sys.stderr)
         sys.exit(130)
@@ -92,6 +94,8 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
         return True
     if isinstance(error, FileNotFoundError):
         return error.errno is None  # with a number it comes from the system
+    if isinstance(error, ImportError):
+        return error.name is None  # with a name it comes from Python
     return isinstance(error, (DataError, CheckpointError, MisconfigurationException))
 
 

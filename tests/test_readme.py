@@ -206,7 +206,11 @@ def files_named(path):
     yield from (path.parent / target for target in targets if target)
     folders = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     known = rf"(?<![\w/.~-])(?:(?:{folders})/[\w./*-]*[\w*]|[\w.-]+\.(?:md|txt|cfg|toml|yml|py|ipynb))(?![\w/])"
-    yield from (ROOT / name for name in re.findall(known, re.sub(link, "]", text)) if not name.startswith("my."))
+    yield from (
+        ROOT / name
+        for name in re.findall(known, re.sub(link, "]", text))
+        if not name.startswith(("my.", "my_", "test_my_"))
+    )
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,9 +7,11 @@ import importlib.resources
 import inspect
 import json
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.errors import DataError
-from lightning_rlhf.data.formats import FormatError
+from lightning_rlhf.data.formats import FormatError, import_format
 from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees
 from lightning_rlhf.data.planner import PlannedLoader, Planner
 from lightning_rlhf.data.preference_formats import read_name
@@ -59,7 +61,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         val: Validation rows. Default: ``val_fraction`` of the training rows.
         test: Rows for ``trainer.test``. Default: the validation rows.
         predict: Rows for ``trainer.predict``. Default: the validation rows.
-        format: Name of the row format. ``auto`` finds out for each row.
+        format: Name of the row format, or the import path of your own. ``auto`` finds out for each row.
         system: System prompt for rows that have none.
         max_length: Maximum number of tokens per sequence. Longer rows are bad rows. Default: the model's context.
         on_bad_row: ``raise`` stops at the first bad row and names file, line and reason. ``skip`` leaves bad rows out
@@ -575,14 +577,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         for i, source in enumerate(self._weighted[origin]):
             state = source_state(self._files(source.source)) if self.streaming else None
             if state is not None:
-                what = [
-                    state,
-                    origin == "predict",
-                    held_out,
-                    self.seed,
-                    self.val_fraction,
-                    source.format or self.format,
-                ]
+                format = source.format or self.format
+                what = [state, origin == "predict", held_out, self.seed, self.val_fraction, format, self._code(format)]
                 key = cache_key(self.tokenizer, type(self).__name__, arguments, [json.dumps([*what, self.reading()])])
             else:
                 texts = chain.from_iterable(self._records(self._rows_of(part, i)))
@@ -603,6 +599,21 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 rank_zero_info(f"{self._called(part, i)}: tokenized rows are kept in {path}")
             paths.append(path)
         return paths
+
+    def _code(self, format: str) -> list[str]:
+        """The source of the modules in which users wrote what makes an item of a row: their classes, and a format.
+
+        A cache that is found by the files alone would outlive a change of it.
+        """
+        names = {kind.__module__ for kind in type(self).__mro__}
+        if import_format(format) is not None:
+            names.add(format.rpartition(":" if ":" in format else ".")[0])
+        packages = {__name__.partition(".")[0], "lightning", "abc", "builtins", "typing"}
+        found = []
+        for name in sorted(name for name in names if name.partition(".")[0] not in packages):
+            with suppress(OSError, TypeError):  # nobody can tell in an interactive session
+                found.append(inspect.getsource(sys.modules[name]))
+        return found
 
     def _notes(self, bad: BadRows, rows: _Counted) -> dict[str, Any]:
         """Notes about reading the rows."""

@@ -9,11 +9,13 @@ never ignored. ``unread`` lists all other keys that nothing reads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
 from lightning_rlhf.data.sources import read_json
+from lightning_rlhf.utils.imports import import_object
 
 #: The role that each name in public data sets stands for.
 ROLES = {
@@ -173,8 +175,10 @@ class Format(Generic[Made]):
         return ", ".join(" or ".join(map(repr, group)) for group in lacking)
 
 
-class FormatTable(dict[str, Format[Made]]):
+class FormatTable(Mapping[str, Format[Made]]):
     """Formats by name, in the order in which ``auto`` tries them.
+
+    It can't be changed. A format of one's own is named by its import path.
 
     Args:
         kind: What a format is called in messages.
@@ -182,8 +186,16 @@ class FormatTable(dict[str, Format[Made]]):
     """
 
     def __init__(self, kind: str, *formats: Format[Made]) -> None:
-        super().__init__((format.name, format) for format in formats)
-        self.kind = kind
+        self.kind, self._formats = kind, {format.name: format for format in formats}
+
+    def __getitem__(self, name: str) -> Format[Made]:
+        return self._formats[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self._formats)
 
     def detect(self, row: Mapping[str, Any]) -> Format[Made] | None:
         """The first format that a row matches, if any."""
@@ -194,10 +206,11 @@ class FormatTable(dict[str, Format[Made]]):
 
         Args:
             row: Its columns.
-            name: The name of the format, or ``auto``.
+            name: The name of the format, its import path (``package.module.name``), or ``auto``.
 
         Raises:
             FormatError: The row is of no known format, or lacks a column of the one that is named.
+            ImportError: Nothing is at the import path.
             ValueError: No format has this name: that is no fault of a row.
         """
         if name == "auto":
@@ -206,12 +219,40 @@ class FormatTable(dict[str, Format[Made]]):
             known = "; ".join(f"{format.name}: {format.missing({})}" for format in self.values())
             reason = f"no known {self.kind} has the columns of this row: {column_names(row)}. Known are {known}"
             raise FormatError("unknown format", f"{reason}{_turn_advice(row)}")
-        if name not in self:
-            raise ValueError(f"The {self.kind} {name!r} is not known. Choose 'auto' or one of: {', '.join(self)}.")
-        if missing := self[name].missing(row):
+        found = self.get(name) or import_format(name)
+        if found is None:
+            raise ValueError(
+                f"The {self.kind} {name!r} is not known. Choose 'auto', the import path of your own "
+                f"(package.module.name), or one of: {', '.join(self)}."
+            )
+        if missing := found.missing(row):
             lacks = f"the {self.kind} {name!r} needs the column {missing}, and the row has {column_names(row)}"
             raise FormatError("missing column", f"{lacks}. Rename columns, or choose the format 'auto'")
-        return self[name]
+        return found
+
+
+@functools.cache
+def import_format(path: str) -> Format[Any] | None:
+    """Imports a format of one's own.
+
+    Args:
+        path: Its import path, ``package.module.name`` or ``package.module:name``.
+
+    Returns:
+        The format; None if the text is no import path.
+
+    Raises:
+        ImportError: Nothing is there.
+        ValueError: What is there is no :class:`Format`.
+    """
+    if "." not in path and ":" not in path:
+        return None
+    found = import_object(path, "format")
+    if not isinstance(found, Format):
+        raise ValueError(
+            f"The format {path} is a {type(found).__name__}. Make it a lightning_rlhf.data.formats.Format."
+        )
+    return found
 
 
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:
@@ -223,7 +264,7 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
 
     Args:
         row: The columns of the row.
-        format: A name in :data:`FORMATS`, or ``"auto"`` for the first of them that matches.
+        format: A name in :data:`FORMATS`, the import path of another, or ``"auto"`` for the first that matches.
         system: System turn for rows that have none. Plain text never gets one.
 
     Returns:

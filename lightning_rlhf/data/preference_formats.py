@@ -106,7 +106,8 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
 
     Args:
         row: The columns of the row.
-        format: A name in :data:`PREFERENCE_FORMATS`, or ``"auto"`` for the first of them that matches.
+        format: A name in :data:`PREFERENCE_FORMATS`, the import path of another, or ``"auto"`` for the first that
+            matches.
         system: System turn for rows that have none.
 
     Returns:

@@ -99,7 +99,7 @@ def to_prompt(row: Mapping[str, Any], format: str = "auto", system: str | None =
 
     Args:
         row: The columns of the row.
-        format: A name in :data:`PROMPT_FORMATS`, or ``"auto"`` for the first of them that matches.
+        format: A name in :data:`PROMPT_FORMATS`, the import path of another, or ``"auto"`` for the first that matches.
         system: System turn for rows that have none.
         as_text: Take a text as it is, not as a user turn.
 

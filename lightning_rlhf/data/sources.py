@@ -45,7 +45,7 @@ class WeightedSource:
         source: Rows in memory, paths, globs, a hub id, or ``bundled``.
         weight: Passes over the source per epoch. With 2, each row comes twice; with 0.5, one epoch takes half of the
             rows and the next epoch the other half.
-        format: Row format of this source. Default: the data module's.
+        format: Row format of this source, or the import path of your own. Default: the data module's.
     """
 
     source: Any

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
 from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores, shorten
+from lightning_rlhf.utils.imports import import_object
 
 
 class FunctionReward(Reward):
@@ -88,7 +86,7 @@ class FunctionReward(Reward):
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """Imports a function; the current directory is searched too.
+    """Imports a reward function; the current directory is searched too.
 
     Args:
         path: ``package.module.function`` or ``package.module:function``.
@@ -100,28 +98,7 @@ def import_function(path: str) -> Callable[..., Any]:
         ImportError: No such module or name, or a module that imports what isn't there.
         TypeError: Something that can't be called.
     """
-    module, _, name = path.rpartition(":" if ":" in path else ".")
-    if not module:
-        raise ImportError(f"{path!r} is no import path: those look like package.module.function.")
-    here = os.getcwd()
-    sys.path.append(here)  # a console script's own search path starts where it is installed
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, and something that it imports is not
-        raise ImportError(
-            f"Can't import the reward {path!r}: there is no module {error.name!r}, neither installed nor in {here}. "
-            "Put its folder on PYTHONPATH."
-        ) from error
-    finally:
-        sys.path.remove(here)
-    if not hasattr(found, name):
-        names = sorted(n for n, value in vars(found).items() if inspect.isfunction(value) and not n.startswith("_"))
-        raise ImportError(
-            f"Can't import the reward {path!r}: {module} has no {name}. Its functions: {', '.join(names) or 'none'}."
-        )
-    function = getattr(found, name)
+    function = import_object(path, "reward")
     if not callable(function):
         raise TypeError(f"The reward {path} is a {type(function).__name__}, which can't be called.")
     return cast(Callable[..., Any], function)

@@ -127,12 +127,25 @@ class RewardModule(Stage):
             self.metrics[f"train_{name}"].update(value, weight)  # type: ignore[operator]
         return (weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)
 
+    def compute_losses(self, chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+        """The loss of each pair: Bradley and Terry's, plus the centering penalty.
+
+        Args:
+            chosen: (P,) scores of the better answers.
+            rejected: (P,) scores of the worse ones.
+            margin: (P,) by how much the better ones should win.
+
+        Returns:
+            (P,) losses.
+        """
+        loss = bradley_terry_loss(chosen, rejected, margin)
+        return loss + self.centering_coef * centering_penalty(chosen, rejected)
+
     def _compare(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(P,) scores of the better and the worse answers, and losses."""
         scores = self.reward_model(batch)
         chosen, rejected = scores[batch.pairs.better], scores[batch.pairs.worse]
-        loss = bradley_terry_loss(chosen, rejected, batch.pairs.margin)
-        return chosen, rejected, loss + self.centering_coef * centering_penalty(chosen, rejected)
+        return chosen, rejected, self.compute_losses(chosen, rejected, batch.pairs.margin)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs once an optimizer step, over its micro-batches and all ranks."""

@@ -90,7 +90,7 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     (tmp_path / "my_broken_rewards.py").write_text("import no_such_module_at_all\n")
     monkeypatch.chdir(tmp_path)
     assert FunctionReward("my_own_rewards.shout")(samples(["a!", "!!"])).total.tolist() == [1.0, 2.0]
-    with pytest.raises(ImportError, match=r"has no whisper\. Its functions: shout"):
+    with pytest.raises(ImportError, match=r"has no whisper\. It has: .*shout"):
         FunctionReward("my_own_rewards:whisper")
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):  # its own fault, not the path's
         FunctionReward("my_broken_rewards.f")

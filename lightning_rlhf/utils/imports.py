@@ -1,0 +1,66 @@
+"""Objects by their import paths."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def search_current_directory() -> Iterator[None]:
+    """Within it, modules are also found in the current directory.
+
+    The search path of a console script starts where the script is installed.
+    """
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def import_object(path: str, what: str) -> Any:
+    """Imports an object; the current directory is searched too.
+
+    Args:
+        path: ``package.module.name`` or ``package.module:name``.
+        what: What the object is called in messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        ImportError: There is no such module or name, or the module imports something that is not there.
+    """
+    module, _, name = path.rpartition(":" if ":" in path else ".")
+    if not module:
+        raise ImportError(f"{path!r} is no import path: those look like package.module.name.")
+    try:
+        with search_current_directory():
+            found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it imports is not
+        raise ImportError(
+            f"Can't import the {what} {path!r}: there is no module {error.name!r}, neither installed nor in "
+            f"{os.getcwd()}. Put its folder on PYTHONPATH."
+        ) from error
+    if not hasattr(found, name):
+        own = sorted(n for n, value in vars(found).items() if _is_own(value, module) and not n.startswith("_"))
+        raise ImportError(
+            f"Can't import the {what} {path!r}: {module} has no {name}. It has: {', '.join(own) or 'nothing'}."
+        )
+    return getattr(found, name)
+
+
+def _is_own(value: object, module: str) -> bool:
+    """Returns whether a module made a value, rather than importing it."""
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return value.__module__ == module
+    return not inspect.ismodule(value)
