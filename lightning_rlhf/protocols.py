@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lightning_rlhf.data import PromptBatch
+    from lightning_rlhf.models import Load
+    from lightning_rlhf.rollout import Completion, Sampling
+
 SamplePrompt: TypeAlias = "list[dict[str, str]] | str"
 
 
@@ -28,6 +32,11 @@ class HasStopTokens(Protocol):
     stop_token_ids: Sequence[int]
 
 
+def stop_tokens_of(module: object) -> tuple[int, ...]:
+    """Returns a module's ``stop_token_ids``; none if it has none."""
+    return tuple(module.stop_token_ids) if isinstance(module, HasStopTokens) else ()
+
+
 @runtime_checkable
 class HasContext(Protocol):
     """``context_length`` is the maximum number of tokens per sequence; None if the model's config has none."""
@@ -40,6 +49,40 @@ class LimitsPrompts(Protocol):
     """``prompt_limit`` is the maximum number of tokens per prompt that leaves room for its completion."""
 
     prompt_limit: int | None
+
+
+@runtime_checkable
+class DrawsSamples(Protocol):
+    """``sampling`` says how the module draws completions in training, ``samples_per_prompt`` how many."""
+
+    @property
+    def sampling(self) -> Sampling: ...  # noqa: D102
+
+    @property
+    def samples_per_prompt(self) -> int: ...  # noqa: D102
+
+
+@runtime_checkable
+class HasLoad(Protocol):
+    """``load`` says how the module holds weights."""
+
+    load: Load
+
+
+@runtime_checkable
+class ScoresCompletions(Protocol):
+    """``score_completions`` gives values by name, one per completion, for ``SampleCompletions``."""
+
+    def score_completions(  # noqa: D102
+        self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
+    ) -> Mapping[str, Sequence[float]]: ...
+
+
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """``as_text`` says that prompts are plain texts that no chat template touches."""
+
+    as_text: bool
 
 
 @runtime_checkable
@@ -66,8 +109,10 @@ class KnowsLengths(Protocol):
 
 
 @runtime_checkable
-class HasPtx(KnowsLengths, Protocol):
-    """``ptx`` is the data module of the texts beside the prompts (PPO-ptx), or None."""
+class GivesPrompts(KnowsLengths, Protocol):
+    """``batch_size`` prompts per iteration; ``ptx`` is the data module of the texts beside them (PPO-ptx), or None."""
+
+    batch_size: int
 
     @property
     def ptx(self) -> KnowsLengths | None: ...  # noqa: D102

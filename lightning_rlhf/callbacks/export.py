@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.protocols import stop_tokens_of
 from lightning_rlhf.strategies import whole_state_dict
 from lightning_rlhf.utils.collectives import gather_objects
 from lightning_rlhf.utils.filesystem import check_replaceable
@@ -181,7 +182,7 @@ class HFExport(L.Callback):
                 _unwrapped(model),
                 pl_module.tokenizer,
                 self._path(trainer, name),
-                stop_token_ids=getattr(pl_module, "stop_token_ids", ()),
+                stop_token_ids=stop_tokens_of(pl_module),
                 state_dict={k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
                 adapter_only=self.adapter_only,
                 max_shard_size=self.max_shard_size,

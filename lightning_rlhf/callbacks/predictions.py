@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_rlhf.protocols import FindsRows
 from lightning_rlhf.utils.collectives import gather_objects
 
 
@@ -51,9 +52,9 @@ class WritePredictions(L.Callback):
         """Writes the records of a batch."""
         if self._part is None:
             return
-        where = getattr(getattr(trainer, "datamodule", None), "where", None)
+        data = getattr(trainer, "datamodule", None)
         for record in outputs:
-            place = {"where": where("predict", record["row"])} if where else {}
+            place = {"where": data.where("predict", record["row"])} if isinstance(data, FindsRows) else {}
             self._part.write(json.dumps({**record, **place}, ensure_ascii=False) + "\n")
         self._part.flush()
 

@@ -28,6 +28,7 @@ from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.evaluation.answers import RaiseBadRows, prompt_text
 from lightning_rlhf.models.saving import own_stop_token_ids
+from lightning_rlhf.protocols import DrawsSamples, GivesSamplePrompts, ReadsTexts, ScoresCompletions, stop_tokens_of
 from lightning_rlhf.rollout import (
     CachedEngine,
     Completion,
@@ -147,14 +148,21 @@ class PromptCallback(L.Callback):
                 found.append((row.where, next(filter(None, map(row.value.get, keys)), None), further))
         elif self.prompts is not None:
             found = [(f"{type(self).__name__}: prompts[{i}]", prompt, {}) for i, prompt in enumerate(self.prompts)]
-        elif hasattr(data, "sample_prompts"):
-            prompts = data.sample_prompts(self.num_prompts)
-            columns = data.sample_columns(self.num_prompts) if hasattr(data, "sample_columns") else [{}] * len(prompts)
-            found = [(f"sample_prompts[{i}]", *both) for i, both in enumerate(zip(prompts, columns, strict=True))]
+        elif isinstance(data, GivesSamplePrompts):
+            both = zip(data.sample_prompts(self.num_prompts), data.sample_columns(self.num_prompts), strict=True)
+            found = [(f"sample_prompts[{i}]", prompt, dict(columns)) for i, (prompt, columns) in enumerate(both)]
         else:
-            raise ValueError(f"{type(self).__name__}: set prompts, or use a data module with sample_prompts(n).")
-        as_text = getattr(data, "as_text", False)
+            raise ValueError(
+                f"{type(self).__name__}: set prompts, or use a data module with sample_prompts(n) and "
+                "sample_columns(n)."
+            )
+        as_text = isinstance(data, ReadsTexts) and data.as_text
         return [(where, _parse_prompt(prompt, where, as_text), further) for where, prompt, further in found]
+
+    def _sampling(self, module: object) -> Sampling:
+        """Returns how answers are drawn; stop strings end them as in training."""
+        strings = module.sampling.stop_strings if isinstance(module, DrawsSamples) else ()
+        return Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
 
     def _needs_all_ranks(self, trainer: L.Trainer) -> bool:
         """Whether all ranks must run the model together, because each holds a part of it."""
@@ -165,11 +173,9 @@ class PromptCallback(L.Callback):
     ) -> list[Completion]:
         """Completes prompts, which are given by their indices, one batch after the other."""
         tokenizer = module.tokenizer
-        stops = getattr(module, "stop_token_ids", ())
-        stops = stops or stop_token_ids(tokenizer, own_stop_token_ids(module.model_to_export.transformer))
+        own = own_stop_token_ids(module.model_to_export.transformer)
+        stops = stop_tokens_of(module) or stop_token_ids(tokenizer, own)
         engine: RolloutEngine = HFGenerateEngine(synced_gpus=True) if self._needs_all_ranks(trainer) else CachedEngine()
-        strings = getattr(getattr(module, "sampling", None), "stop_strings", ())  # as in training
-        sampling = Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
         gathered: AbstractContextManager[None] = nullcontext()
         root = trainer.strategy.model
         if isinstance(
@@ -181,7 +187,7 @@ class PromptCallback(L.Callback):
             for batch in batches:
                 ids = [self._prompts.prompts[i] for i in batch]
                 keys = [sample_key(self.seed, *key, i) for i in batch]
-                found += complete(engine, module.model_to_export, tokenizer, ids, keys, sampling, stops)
+                found += complete(engine, module.model_to_export, tokenizer, ids, keys, self._sampling(module), stops)
         asked = [self._prompts.messages[i] for batch in batches for i in batch]
         return [c for (c,) in as_answers(tokenizer, asked, [[c] for c in found])]
 
@@ -271,8 +277,8 @@ class SampleCompletions(PromptCallback):
     def _generate(self, trainer: L.Trainer, module: Any, step: int) -> list[dict[str, Any]]:
         """Completes one prompt at a time, so that an answer does not depend on the other prompts."""
         found = self._complete(trainer, module, [[i] for i in range(len(self._prompts.prompts))], step)
-        scores = {}
-        if hasattr(module, "score_completions"):
+        scores: Mapping[str, Sequence[float]] = {}
+        if isinstance(module, ScoresCompletions):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 scores = module.score_completions(self._prompts, [[completion] for completion in found])
         answers = zip(self._prompts.messages, found, strict=True)

@@ -30,8 +30,8 @@ from lightning_rlhf.evaluation import (
     read_answers,
 )
 from lightning_rlhf.models import Load
+from lightning_rlhf.protocols import HasLoad, stop_tokens_of
 from lightning_rlhf.rewards import Reward, WeightedReward
-from lightning_rlhf.rollout import Sampling
 from lightning_rlhf.strategies import whole_weights
 from lightning_rlhf.utils.collectives import gather_objects
 
@@ -130,8 +130,8 @@ class MeasureWinRate(PromptCallback):
         if stage not in self.stages:
             return
         self._baseline, self._saved, self._judged_before = [], {}, False
-        dtype: Any = getattr(pl_module, "load", Load()).dtype
-        self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, trainer.strategy.root_device)
+        dtype, device = _load_of(pl_module).dtype, trainer.strategy.root_device
+        self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, device)
         needs = self._judge.reward.needs if isinstance(self._judge, RewardJudge) else frozenset()
         if missing := sorted(needs - self._prompts.columns.keys()):
             raise ValueError(
@@ -186,14 +186,15 @@ class MeasureWinRate(PromptCallback):
         if self._saved.get("of") == self._asked():
             self._baseline = [Answer(*answer) for answer in self._saved["answers"]]
             return
-        source, tokenizer, stops = self.against, None, ()
+        source, tokenizer = self.against, None
+        stops: tuple[int, ...] = ()
         if source == "start":
             if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
                 found = self._answers(trainer, module)
                 self._baseline = [found[i] for i in range(len(prompts))]
                 return
             source, tokenizer = getattr(module, "pretrained", None), module.tokenizer  # type: ignore[assignment]
-            stops = getattr(module, "stop_token_ids", ())
+            stops = stop_tokens_of(module)
             if not isinstance(source, (str, os.PathLike)):
                 raise ValueError(
                     "MeasureWinRate: the run was resumed, and the model at its start is not available. Set against to "
@@ -203,18 +204,16 @@ class MeasureWinRate(PromptCallback):
             self._baseline = read_answers(source, prompts)
             return
         mine = {i: prompts[i] for i in self._share(trainer)}
-        strings = getattr(getattr(module, "sampling", None), "stop_strings", ())
-        sampling = Sampling(self.max_new_tokens, temperature=self.temperature, stop_strings=strings)
         options: dict[str, Any] = dict(
             tokenizer=tokenizer,
             stop_ids=stops,
-            dtype=getattr(module, "load", Load()).dtype,
+            dtype=_load_of(module).dtype,
             device=trainer.strategy.root_device,
             batch_size=_BATCH,
-            trust_remote_code=getattr(module, "load", Load()).trust_remote_code,
+            trust_remote_code=_load_of(module).trust_remote_code,
         )
         with torch.random.fork_rng(devices=()), trainer.precision_plugin.forward_context():
-            answers = dict(generate_answers(source, mine, sampling, self.seed, **options))
+            answers = dict(generate_answers(source, mine, self._sampling(module), self.seed, **options))
         found = {i: answer for part in gather_objects(answers) for i, answer in part.items()}
         self._baseline = [found[i] for i in range(len(prompts))]
 
@@ -317,3 +316,8 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _load_of(module: object) -> Load:
+    """Returns how a module holds weights."""
+    return module.load if isinstance(module, HasLoad) else Load()

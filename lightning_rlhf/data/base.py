@@ -40,7 +40,7 @@ from lightning_rlhf.data.sources import (
 )
 from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, TokenRows, cache_key, distinct
 from lightning_rlhf.moved import refuse_moved
-from lightning_rlhf.protocols import HasContext, HasStopTokens, HasTokenizer, SamplePrompt
+from lightning_rlhf.protocols import HasContext, HasTokenizer, SamplePrompt, stop_tokens_of
 
 #: Faults that an empty cell of a table may cause.
 _FAULTS_OF_EMPTY_CELLS = ("unknown format", "missing column", "no transcript")
@@ -461,7 +461,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     @property
     def stop_ids(self) -> list[int]:
         """The module's ``stop_token_ids``; empty if it has none."""
-        return list(self._module.stop_token_ids) if isinstance(self._module, HasStopTokens) else []
+        return list(stop_tokens_of(self._module))
 
     @property
     def _module(self) -> object:

@@ -19,6 +19,7 @@ from lightning_rlhf.data.prompts import PromptBatch, PromptsWithPtx
 from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
 from lightning_rlhf.inspection.statistics import Statistics, measure
+from lightning_rlhf.protocols import DrawsSamples
 from lightning_rlhf.stages import RewardModule
 
 Split = Literal["train", "val", "test", "predict"]
@@ -255,10 +256,9 @@ def _prompt(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch
     """Shows a batch of one prompt."""
     [ids] = batch.prompts
     shown = list(pieces(tokenizer, ids, [False] * len(ids), special_ids(tokenizer)))
-    most = getattr(getattr(module, "sampling", None), "max_new_tokens", None)
-    count = getattr(module, "samples_per_prompt", 1)
     starts = "generation starts here"
-    if most is not None:
+    if isinstance(module, DrawsSamples):
+        count, most = module.samples_per_prompt, module.sampling.max_new_tokens
         starts += f": {'a completion' if count == 1 else f'{count} completions'} of at most {most} tokens"
     columns = {name: value for name, (value,) in batch.columns.items()}
     return RowView(0, "", [f"{len(ids)} tokens"], shown, [], starts, columns)

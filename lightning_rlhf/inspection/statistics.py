@@ -16,6 +16,7 @@ from lightning_rlhf.data.packed import Tree
 from lightning_rlhf.data.planner import PlannedLoader
 from lightning_rlhf.data.prompts import PromptDataModule
 from lightning_rlhf.data.token_cache import TokenRows
+from lightning_rlhf.protocols import DrawsSamples
 from lightning_rlhf.stages import RewardModule
 
 
@@ -83,7 +84,7 @@ def measure(
         facts.append(("keys that no setting reads", count_keys(data.unread[split])))
     if data.extra_stops[split]:
         facts.append(("own stop tokens of answers", f"{data.extra_stops[split]:,} rows: trained with one"))
-    samples = getattr(module, "samples_per_prompt", 1) if prompts else 1
+    samples = module.samples_per_prompt if prompts and isinstance(module, DrawsSamples) else 1
     planned, problems = _plan(loader, tokens, [row * samples for row in lengths], samples, prompts)
     return Statistics(facts + planned, histogram(every), problems)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_rlhf.data.prompts import PromptDataModule
 from lightning_rlhf.functional.advantages import adapt_kl_coef
+from lightning_rlhf.protocols import GivesPrompts, KnowsLengths
 from lightning_rlhf.rl.settings import KL
 from lightning_rlhf.rollout import Sampling
 
@@ -25,7 +25,7 @@ def check_lengths(data: Any, parts: Sequence[str], max_new_tokens: int, limits: 
     Raises:
         ValueError: There are such prompts; the message says which settings would do.
     """
-    if not isinstance(data, PromptDataModule):
+    if not isinstance(data, KnowsLengths):
         return
     longest = max(map(data.longest, parts))
     whole = longest + max_new_tokens
@@ -57,14 +57,15 @@ def check_ptx(coef: float, micro_batch_tokens: int | None, data: Any = None, giv
         ValueError: The message says what to set.
     """
     if given is None:
-        if not isinstance(data, PromptDataModule):
+        if not isinstance(data, GivesPrompts):
             return
-        given = data.ptx is not None
+        ptx = data.ptx
+        given = ptx is not None
         if given and not coef:
             rank_zero_warn(
                 "data.ptx is read and not learned from: model.loss.ptx_coef is 0. Set it, or leave out data.ptx.source."
             )
-        longest = data.ptx.longest("train") if given and coef else 0  # type: ignore[union-attr]
+        longest = ptx.longest("train") if ptx is not None and coef else 0
         if micro_batch_tokens is not None and longest > micro_batch_tokens:
             raise ValueError(
                 f"A text of data.ptx has {longest} tokens, over updates.micro_batch_tokens={micro_batch_tokens}. Raise "
@@ -83,7 +84,7 @@ def check_adaptive_kl(kl: KL, samples_per_prompt: int, data: Any) -> None:
     Raises:
         ValueError: It is.
     """
-    if kl.target is not None and isinstance(data, PromptDataModule):
+    if kl.target is not None and isinstance(data, GivesPrompts):
         adapt_kl_coef(kl.coef, kl.target, kl.target, kl.horizon, data.batch_size * samples_per_prompt)
 
 

@@ -38,7 +38,7 @@ from lightning_rlhf.models.loading import load_config, load_stop_token_ids
 from lightning_rlhf.models.quantization import is_quantized_layer, require_bitsandbytes
 from lightning_rlhf.moved import find_moved, refuse_moved, write_argument
 from lightning_rlhf.quiet import quiet_libraries
-from lightning_rlhf.rollout import CachedEngine, Completion, Sampling, as_answers, complete, sample_key
+from lightning_rlhf.rollout import CachedEngine, Completion, RolloutEngine, Sampling, as_answers, complete, sample_key
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
@@ -138,6 +138,7 @@ class Stage(L.LightningModule):
         self.stop_token_ids = stop_token_ids(self.tokenizer, further)
         object.__setattr__(self, "pretrained", pretrained)  # not a child: a model would be saved under two names
         self.lora, self.load, self.max_skipped = lora, load, max_skipped
+        self.engine: RolloutEngine = CachedEngine()
         self.make_optimizer: Callable[..., Any] = optimizer
         self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
         self.metrics = nn.ModuleDict()  # in one child, which is one line in the table of a model
@@ -206,6 +207,11 @@ class Stage(L.LightningModule):
         """The model that callbacks export and show."""
         raise NotImplementedError
 
+    @property
+    def sampling(self) -> Sampling:
+        """How :meth:`generate` draws: greedily, at most 128 tokens."""
+        return Sampling(temperature=0.0)
+
     def generate(
         self,
         prompts: str | Sequence[str | Sequence[Mapping[str, str]]] | Sequence[Mapping[str, str]],
@@ -218,8 +224,7 @@ class Stage(L.LightningModule):
 
         Args:
             prompts: User turns, or messages ``{"role": ..., "content": ...}``; several in a list, or one.
-            sampling: How to draw; default the module's own ``sampling`` where it has one (PPO), else greedy, at most
-                128 tokens. An answer ends where the model's context does.
+            sampling: How to draw; default :attr:`sampling`. An answer ends where the model's context does.
             as_text: Texts are no user turns but go on as they are, without a chat template.
             seed: Of the sampling: the same prompts and seed give the same completions.
 
@@ -244,11 +249,10 @@ class Stage(L.LightningModule):
             [Message(role="user", content=p)] if isinstance(p, str) and not as_text else p
             for p in ([prompts] if one else prompts)
         ]
-        own = getattr(self, "sampling", None) or Sampling(temperature=0.0)
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in asked]
         keys = [sample_key(seed, i) for i in range(len(asked))]
-        engine = getattr(self, "engine", None) or CachedEngine()
-        found = complete(engine, self.model_to_export, self.tokenizer, ids, keys, sampling or own, self.stop_token_ids)
+        sampling = sampling or self.sampling
+        found = complete(self.engine, self.model_to_export, self.tokenizer, ids, keys, sampling, self.stop_token_ids)
         return [completion for (completion,) in as_answers(self.tokenizer, asked, [[c] for c in found])]
 
     @cached_property

@@ -22,6 +22,7 @@ from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
 from lightning_rlhf.models import Load, LoRA, RewardModel, load_reward_model
 from lightning_rlhf.models.backbone import evaluating
 from lightning_rlhf.models.reward import set_distinct_pad_token
+from lightning_rlhf.protocols import NamesOrigins
 from lightning_rlhf.stages.base import LOAD, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 
@@ -234,8 +235,8 @@ class RewardModule(Stage):
     def _report(self, stage: str) -> dict[str, Tensor]:
         loss: Any = self.metrics[f"{stage}_loss"]
         preference: Any = self.metrics[f"{stage}_preference"]
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        preference.names = getattr(datamodule, "origins", {}).get(stage, ())
+        datamodule = getattr(self.trainer, "datamodule", None)
+        preference.names = datamodule.origins.get(stage, ()) if isinstance(datamodule, NamesOrigins) else ()
         found: dict[str, Tensor] = {"loss": loss.compute(), **preference.compute()}
         for name, value in found.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=1)

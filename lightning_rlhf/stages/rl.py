@@ -38,7 +38,7 @@ from lightning_rlhf.rl.actors import load_actors
 from lightning_rlhf.rl.checks import check_adaptive_kl, check_lengths, check_ptx, warn_of_biased_sampling
 from lightning_rlhf.rl.experience import to_experience
 from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
-from lightning_rlhf.rollout import CachedEngine, Completion, Request, RolloutEngine, Sampling, as_answers
+from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
 from lightning_rlhf.stages.base import LOAD, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
 from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
@@ -133,7 +133,7 @@ class RLStage(Stage):
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, updates.max_skipped)
         self.save_settings()
         self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates
-        self.engine, self.offload_frozen, self.seed = engine or CachedEngine(), offload_frozen, seed
+        self.engine, self.offload_frozen, self.seed = engine or self.engine, offload_frozen, seed
         self.critic_settings, self.updater = critic, Updater(self)
         self.kl_coef, self.running_scores = kl.coef, RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
