@@ -20,6 +20,7 @@ TOOLS = {
     "win-rate": ("lightning_rlhf.evaluation.command:main", "measure how often one model's answers beat another's"),
     "quantize": ("lightning_rlhf.quantize.command:main", "make a model of 4 or 8 bits: GPTQ, AutoRound, rounding"),
     "export": ("lightning_rlhf.export.command:main", "hand a model on: merged weights, adapters alone, or a GGUF file"),
+    "serve": ("lightning_rlhf.serving.command:main", "serve a run's models over HTTP, with OpenAI's interface"),
     "report": ("lightning_rlhf.report.compare:main", "compare runs on one page: curves, answers, settings"),
 }
 

@@ -60,7 +60,7 @@ def test_importing_the_stages_loads_what_they_need_alone():
     assert [name for name in out.split() if name.startswith(tuple(f"lightning_rlhf.{room}" for room in unwanted))] == []
 
 
-@pytest.mark.parametrize("room", ["callbacks", "data", "utils"])
+@pytest.mark.parametrize("room", ["callbacks", "data", "serving", "utils"])
 def test_faces_that_load_late_have_all_that_they_list(room):
     face = importlib.import_module(f"lightning_rlhf.{room}")
     assert sorted(face._HOMES) == sorted(face.__all__)

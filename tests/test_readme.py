@@ -9,7 +9,9 @@ import re
 import shlex
 from pathlib import Path
 
+import httpx
 import pytest
+from server_process import serving
 
 from lightning_rlhf.cli import main
 from lightning_rlhf.data.formats import FORMATS, to_conversation
@@ -59,6 +61,7 @@ SMALL = {
     "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
     "export": "--out made",
     "report": "",
+    "serve": "--reward lightning_rlhf.rewards.functions.length_window",
 }
 #: The small data of the configs in a folder.
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
@@ -150,6 +153,11 @@ def test_command_runs(command, small, capsys):
         assert "usage" in capsys.readouterr().out
         return
     arguments = [name, *rest, *shlex.split(small(SMALL[name]))]
+    if name == "serve":
+        with serving(Path("log"), *arguments[1:]) as server:
+            found = httpx.post(f"{server.url}/v1/completions", json={"prompt": "fox", "max_tokens": 2}, timeout=60)
+            assert found.json()["usage"]["completion_tokens"] == 2
+        return
     if "--config" in rest:  # whatever the command reads: Lightning prepares the training data for all of them
         [train] = [small(train) for folder, train in TRAIN.items() if folder in command]
         arguments += ["--data.train", train]
