@@ -9,16 +9,22 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_rlhf.arguments import Parser, did_you_mean
+
+if TYPE_CHECKING:
+    from lightning_rlhf.data.formats import Message
 
 STAGES = ("sft", "reward", "ppo")
 PROMPTS = [
     "Classify the sentiment as positive or negative: 'The battery died after two days.'",
     "Rewrite more politely: Send me the file now.",
-    "用一句话解释什么是机器学习。",
+    "What is a waterfall?",
 ]
+SENTENCE, JUDGE = "one sentence", "reward model"
+#: The parts of PPO's reward. The reward model knows a hundred pairs and is easily fooled, so it has the smaller say.
+WEIGHTS = {SENTENCE: 1.0, JUDGE: 0.1}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -39,13 +45,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", default="bundled", help="preference data: file, glob or hub id")
     parser.add_argument(
         "--prompts",
-        default=_bundled_english(),
-        help="PPO's prompts: file, glob or hub id; default the bundled ones in English",
+        default=_bundled_questions(),
+        help="PPO's prompts: file, glob or hub id; default 128 short questions that come with the package",
     )
     parser.add_argument("--steps", type=int, default=16, help="of fine-tuning: 8 conversations each")
     parser.add_argument("--reward-steps", type=int, default=32, help="of the reward model: 8 pairs each")
-    parser.add_argument("--iterations", type=int, default=10, help="of PPO: 16 completions each")
-    parser.add_argument("--new-tokens", type=int, default=32, help="most tokens of PPO's completions")
+    parser.add_argument("--iterations", type=int, default=8, help="of PPO: 16 completions each")
+    parser.add_argument("--new-tokens", type=int, default=48, help="most tokens of PPO's completions")
+    parser.add_argument("--seed", type=int, default=0, help="of new adapters and of PPO's samples")
     options = parser.parse_args(args)
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
         parser.error(f"there is no stage {unknown[0]}{did_you_mean(unknown[0], STAGES)} All: {', '.join(STAGES)}")
@@ -94,62 +101,110 @@ def train_reward_model(options: argparse.Namespace) -> None:
 
 def reinforce(options: argparse.Namespace) -> None:
     """PPO: policy, reference, critic and reward model are adapters of one backbone."""
-    from lightning_rlhf import KL, Critic, PPOModule, PromptDataModule, Rollout, Sampling, Shaping, Updates
+    from lightning_rlhf import KL, PPOModule, PromptDataModule, Rollout, Sampling, Shaping, Updates
+    from lightning_rlhf.rewards import WeightedReward
 
-    print(
-        f"PPO against that reward model: {options.iterations} iterations of 16 completions; an answer that is cut at",
-        end="",
-    )
-    print(f" {options.new_tokens} tokens costs 1", flush=True)
+    weights = " + ".join(f"{weight} x {name}" for name, weight in WEIGHTS.items())
+    print(f"PPO: {options.iterations} iterations of 16 answers. The reward is {weights}", flush=True)
     trainer, lora = _begin(options, "ppo", options.iterations, limit_val_batches=0)
-    reward = _left(options, "reward")
+    sources: dict[str, Any] = {SENTENCE: one_sentence, JUDGE: str(_left(options, "reward"))}
     module = PPOModule(
         _left(options, "sft"),
-        str(reward),
-        critic=Critic(reward),
+        [WeightedReward(sources[name], weight, name) for name, weight in WEIGHTS.items()],
         lora=lora,
-        rollout=Rollout(sampling=Sampling(max_new_tokens=options.new_tokens)),
-        updates=Updates(epochs=2, micro_batch_tokens=1024),
-        kl=KL(coef=0.02),
-        shaping=Shaping(missing_eos_penalty=1.0),
-        optimizer=_adamw(5e-4),
+        rollout=Rollout(samples_per_prompt=2, sampling=Sampling(max_new_tokens=options.new_tokens, temperature=0.7)),
+        updates=Updates(epochs=2, micro_batch_tokens=2048),
+        kl=KL(coef=0.1),
+        # the reward model never saw an answer that was cut, and likes such answers: this outweighs it
+        shaping=Shaping(missing_eos_penalty=2.0),
+        optimizer=_adamw(3e-4),
+        seed=options.seed,
     )
     data = PromptDataModule(
-        options.prompts, max_length=96, on_bad_row="skip", batch_size=16, val_fraction=0.2, eval_batch_size=64
+        options.prompts, max_length=96, on_bad_row="skip", batch_size=8, val_fraction=0.25, tokenizer=module.tokenizer
     )
-
-    def answers() -> list[dict[str, Any]]:
-        """Completions of the held-out prompts with their scores, always drawn by the same keys."""
-        batches: Any = trainer.predict(module, data)
-        return [record for batch in batches for record in batch]
-
-    first = answers()
-    if len(first) < 2:
-        sys.exit(f"{options.prompts} has too few rows: {len(first)} held out. Give at least 50.")
+    data.setup("validate")
+    held_out = [prompt for batch in data.val_dataloader() for prompt in batch.messages]
+    if len(held_out) < 3:
+        sys.exit(f"{options.prompts} has too few rows: {len(held_out)} held out. Give at least 50.")
     trainer.fit(module, data)
     kl = trainer.callback_metrics["train/kl"].item()
-    last = answers()
-    rises = [after["score"] - before["score"] for before, after in zip(first, last, strict=True)]
-    error = statistics.stdev(rises) / len(rises) ** 0.5
-    rise = statistics.fmean(rises)
-    before, after = (statistics.fmean(record["score"] for record in found) for found in (first, last))
-    print(
-        f"   mean reward of {len(rises)} held-out prompts  {before:.3f} before, {after:.3f} after: {rise:+.3f}, ",
-        end="",
+    print(f"   at a KL from where it started of {kl:.1f} nats per completion")
+    _show_exports(options, module, held_out)
+
+
+def one_sentence(prompts: Sequence[object], completions: Sequence[str]) -> list[float]:
+    """The part of PPO's reward that a reader can check: 1 where the whole answer is one sentence, else 0."""
+    from lightning_rlhf.rewards.functions import format_match
+
+    return format_match(prompts, completions, r"[A-Z][^.!?\n]{20,}[.!?]")
+
+
+class _Answer(NamedTuple):
+    text: str  # in one line, with an ellipsis where the length limit cut it
+    scores: dict[str, float]
+
+    @property
+    def reward(self) -> float:
+        return sum(WEIGHTS[name] * score for name, score in self.scores.items())
+
+
+def _show_exports(options: argparse.Namespace, module: Any, prompts: Sequence[list[Message]]) -> None:
+    """What the exported policy and the model before it answer to held-out prompts, and what the rewards say of it."""
+    before, after = (_answers(options, stage, prompts, module.stop_token_ids) for stage in ("sft", "ppo"))
+    apart = _distance_of_export(options, module, prompts[0])
+    print(f"\n   {_left(options, 'ppo')} loaded by plain transformers: logits within {apart:.0e} of the policy's.")
+    print(f"   Its greedy answers to {len(prompts)} held-out prompts, beside those of the model before:")
+    print(f"   {'mean of':14} before   after    rise (standard error)")
+    for name in WEIGHTS:
+        first, last = ([answer.scores[name] for answer in found] for found in (before, after))
+        print(f"   {name:14} {statistics.fmean(first):6.2f}  {statistics.fmean(last):6.2f}  {_rise(first, last)}")
+    order = sorted(range(len(prompts)), key=lambda i: after[i].reward - before[i].reward)
+    print("\n   The prompts whose reward rose least, in the middle, and most:")
+    for i in (order[0], order[len(order) // 2], order[-1]):
+        print(f"\n   {_line_of(prompts[i][-1]['content'])}")
+        for when, answer in (("before", before[i]), ("after ", after[i])):
+            scores = ", ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
+            print(f"   {when}  {answer.text}\n           ({scores})")
+
+
+def _answers(
+    options: argparse.Namespace, stage: str, prompts: Sequence[list[Message]], stops: Sequence[int]
+) -> list[_Answer]:
+    """Greedy answers of what a stage exported, by plain transformers, with their scores.
+
+    They may be longer than in PPO, so that those before can end too: the reward model can only judge whole answers.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lightning_rlhf.data.packed import Branch, Tree, pack
+    from lightning_rlhf.models import RewardModel, load_reward_model
+
+    model = AutoModelForCausalLM.from_pretrained(_left(options, stage)).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(_left(options, stage), padding_side="left")
+    asked = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    print(f"{rise / error if error else 0:.1f} standard errors")
-    ended = [statistics.fmean(not record["truncated"] for record in found) for found in (first, last)]
-    print(f"   answers that end within {options.new_tokens} tokens  {ended[0]:.2f} before, {ended[1]:.2f} after")
-    print(f"   at a KL from where it started of {kl:.1f} nats a completion")
-    loader: Any = data.predict_dataloader()
-    asked = [prompt for batch in loader for prompt in batch.messages]
-    order = sorted(range(len(rises)), key=rises.__getitem__)
-    chosen = [asked[order[len(order) * quarter // 4]] for quarter in (1, 2, 3)]
-    _show_export(options, module, chosen, sum(r > 0 for r in rises), len(rises))
+    padding = tokenizer.pad_token_id
+    out = model.generate(**asked, do_sample=False, max_new_tokens=3 * options.new_tokens, pad_token_id=padding)
+    trees, texts, lines = [], [], []
+    for tokens, real in zip(out, asked["attention_mask"].bool(), strict=True):
+        prompt, answer = tokens[: len(real)][real], tokens[len(real) :]
+        ends = torch.isin(answer, torch.tensor(list(stops))).nonzero()
+        answer = answer[: ends[0] + 1] if len(ends) else answer
+        trees.append(Tree(prompt.tolist(), [Branch(answer.tolist())]))
+        texts.append(tokenizer.decode(answer, skip_special_tokens=True))
+        lines.append(" ".join(texts[-1].split()) + ("" if len(ends) else " …"))
+    judge = RewardModel(load_reward_model(_left(options, "reward"), needs_head=True)).eval()
+    with torch.no_grad():
+        judged = judge(pack(trees), normalize=True).tolist()
+    scores = zip(one_sentence(prompts, texts), judged, strict=True)
+    return [_Answer(line, {SENTENCE: x, JUDGE: y}) for line, (x, y) in zip(lines, scores, strict=True)]
 
 
-def _show_export(options: argparse.Namespace, module: Any, prompts: Sequence[Any], risen: int, count: int) -> None:
-    """The exported policy beside the model before it: both loaded and run by plain transformers.
+def _distance_of_export(options: argparse.Namespace, module: Any, prompt: list[Message]) -> float:
+    """The largest difference between the export's logits and the policy's.
 
     Raises:
         RuntimeError: The export is not the policy that was trained.
@@ -157,45 +212,27 @@ def _show_export(options: argparse.Namespace, module: Any, prompts: Sequence[Any
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lightning_rlhf.models import load_reward_model
+    folder = _left(options, "ppo")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = ids["input_ids"]
+    with torch.no_grad(), module.policy.native_attention() as policy:
+        trained = policy(ids.to(module.device)).logits.cpu()
+        apart: float = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits - trained).abs().max().item()
+    if not apart < 1e-2:
+        raise RuntimeError(f"{folder} is not the policy that was trained: logits differ by {apart:.2g}.")
+    return apart
 
-    folders = {"before": _left(options, "sft"), "after ": _left(options, "ppo")}
-    models = {when: AutoModelForCausalLM.from_pretrained(folder).eval() for when, folder in folders.items()}
-    tokenizer: Any = AutoTokenizer.from_pretrained(folders["after "])
-    judge: Any = load_reward_model(_left(options, "reward"), needs_head=True).eval()
 
-    def encoded(prompt: Any) -> Any:
-        found: Any = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return found["input_ids"]
-
-    with torch.no_grad():
-        ids = encoded(prompts[0])
-        with module.policy.native_attention() as policy:
-            trained = policy(ids.to(module.device)).logits.cpu()
-        apart = (models["after "](ids).logits - trained).abs().max().item()
-        if not apart < 1e-2:
-            raise RuntimeError(f"{folders['after ']} is not the policy that was trained: logits differ by {apart:.2g}.")
-        print(f"\n   {folders['after ']} loaded by plain transformers: logits within {apart:.0e} of the policy's.")
-        print(
-            "   Its greedy answers, and their rewards, beside those of the model before. The three prompts are those at"
-        )
-        print(f"   the quartiles of the rise, of {count} prompts, of which {risen} rose:")
-        for prompt in prompts:
-            ids = encoded(prompt)
-            print(f"\n   {_line_of(prompt[-1]['content'])}")
-            for when, model in models.items():
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    max_new_tokens=options.new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                reward = judge(out).logits.item() - judge.config.score_offset
-                text: Any = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-                print(f"   {when} {reward:6.2f}  {_line_of(text)}")
+def _rise(before: Sequence[float], after: Sequence[float]) -> str:
+    """By how much the mean rose, with its standard error over prompts, and what that says."""
+    rises = [last - first for first, last in zip(before, after, strict=True)]
+    rise, error = statistics.fmean(rises), statistics.stdev(rises) / len(rises) ** 0.5
+    said = "rose" if rise > 0 else "fell"
+    said += f" by {abs(rise) / error:.1f} standard errors" if error else " for every prompt alike"
+    if abs(rise) < 2 * error or not rise:
+        said = "no change that chance does not explain"
+    return f"{rise:+.2f} ({error:.2f}): {said}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -209,7 +246,7 @@ def _begin(options: argparse.Namespace, stage: str, steps: int, **settings: Any)
     from lightning_rlhf import HFExport, LoRA, SampleCompletions, SaveOnInterrupt
     from lightning_rlhf.callbacks import Report
 
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(options.seed, verbose=False)
     folder = options.output / stage
     answers = SampleCompletions(PROMPTS, max_new_tokens=40, every_n_steps=max(1, steps))
     trainer = L.Trainer(
@@ -258,9 +295,9 @@ def _again(options: argparse.Namespace, stage: str) -> str:
     return f"lightning-rlhf demo {' '.join(left)}, with the same options"
 
 
-def _bundled_english() -> str:
-    """A model of the demo's size answers Chinese prompts with nonsense, whose rewards say nothing."""
-    return str(importlib.resources.files("lightning_rlhf.data") / "bundled" / "instructions.en.jsonl")
+def _bundled_questions() -> str:
+    """Questions on which a model of the demo's size is at home: what its answers change in can be seen."""
+    return str(importlib.resources.files("lightning_rlhf.data") / "bundled" / "questions.en.jsonl")
 
 
 def _adamw(lr: float) -> Any:

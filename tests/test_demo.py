@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import demo
 from lightning_rlhf.cli import main
+from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.report import read_report
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft" / "demo.yaml"
@@ -52,11 +53,6 @@ def test_each_stage_measures_before_and_after(whole):
     assert loss_before != loss_after
     accuracies = re.findall(r"(?:before|after ) +loss \d\.\d{3}  accuracy (\d\.\d{3})$", printed, re.MULTILINE)
     assert len(accuracies) == 2
-    rewards = r"mean reward of (\d+) held-out prompts  (\S+) before, (\S+) after: (\S+), (\S+) standard errors"
-    [(count, before, after, rise, errors)] = re.findall(rewards, printed)
-    assert int(count) > 1
-    assert float(after) - float(before) == pytest.approx(float(rise), abs=2e-3)
-    assert float(rise) != 0 and float(errors) * float(rise) >= 0
     assert re.search(r"KL from where it started of -?\d+\.\d nats", printed)
 
 
@@ -66,6 +62,80 @@ def test_same_prompts_are_answered_before_and_after(whole):
         lines = (output / stage / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         asked = [(row["step"], row["prompt"]) for row in map(json.loads, lines)]
         assert asked == [(step, prompt) for step in (0, 2) for prompt in demo.PROMPTS]
+
+
+def shown(printed):
+    """Of each prompt shown at the end: the prompt, and (answer, one sentence, reward model) before and after."""
+    line = r"   {}  (.*)\n +\(one sentence (\S+), reward model (\S+)\)\n"
+    return [
+        (found[0], found[1:4], found[4:])
+        for found in re.findall(rf"\n   (question .*)\n{line.format('before')}{line.format('after ')}", printed)
+    ]
+
+
+def reloaded(folder, judge, question):
+    """What a directory answers by plain transformers, and what the exported reward model says of it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, do_sample=False, max_new_tokens=24, pad_token_id=tokenizer.pad_token_id)
+    answer = out[0, ids["input_ids"].shape[1] :]
+    text = " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
+    with torch.no_grad():
+        score = judge(out).logits.item() - judge.config.score_offset
+    return text if answer[-1] == tokenizer.eos_token_id else f"{text} …", score
+
+
+def test_answers_and_scores_shown_are_those_of_the_reloaded_exports(whole):
+    output, printed = whole
+    judge = load_reward_model(output / "reward" / "hf" / "last", needs_head=True)
+    found = shown(printed)
+    assert len({question for question, *_ in found}) == 3
+    for question, *both in found:
+        for stage, (text, sentence, score) in zip(("sft", "ppo"), both, strict=True):
+            want, judged = reloaded(output / stage / "hf" / "last", judge, question)
+            assert text == want
+            assert float(score) == pytest.approx(judged, abs=6e-3)
+            assert float(sentence) == demo.one_sentence([question], [want])[0]
+
+
+def test_means_shown_are_of_all_held_out_prompts(whole):
+    rows = re.findall(r"(one sentence|reward model) +(\S+) +(\S+) +(\S+) \(\S+\): ", whole[1])
+    assert [name for name, *_ in rows] == ["one sentence", "reward model"]
+    for _, before, after, rise in rows:
+        assert float(after) - float(before) == pytest.approx(float(rise), abs=0.011)
+
+
+def test_an_export_that_is_not_the_policy_is_refused(whole, arguments, tmp_path, monkeypatch):
+    """As if the export held another adapter than the policy's."""
+    shutil.copytree(whole[0], tmp_path / "out")
+    left = demo._left
+    monkeypatch.setattr(demo, "_left", lambda options, stage: left(options, "sft" if stage == "ppo" else stage))
+    with pytest.raises(RuntimeError, match="is not the policy that was trained: logits differ by"):
+        main(["demo", "ppo", *arguments, "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([0, 0, 0, 1], [1, 1, 1, 1], r"\+0\.75 \(0\.25\): rose by 3\.0 standard errors"),
+        ([1, 1, 1, 1], [0, 0, 0, 1], r"-0\.75 \(0\.25\): fell by 3\.0 standard errors"),
+        ([0, 0, 0, 1], [0, 1, 0, 1], r"\+0\.25 \(0\.25\): no change that chance does not explain"),
+        ([0.5, 0.5], [0.5, 0.5], r"\+0\.00 \(0\.00\): no change that chance does not explain"),
+        ([0, 0], [1, 1], r"\+1\.00 \(0\.00\): rose for every prompt alike"),
+    ],
+)
+def test_a_rise_is_told_by_its_standard_error(before, after, said):
+    assert re.fullmatch(said, demo._rise(before, after))
+
+
+def test_one_sentence():
+    answers = [
+        "A volcano is a mountain that erupts.",
+        "Rain is water. It falls from clouds.",
+        "A volcano is a mountain",
+    ]
+    assert demo.one_sentence([""] * 4, [*answers, "Lava."]) == [1, 0, 0, 0]
 
 
 def test_report_has_all_stages(whole):
@@ -108,8 +178,8 @@ def test_a_stage_alone_goes_on_from_those_before(whole, arguments, tmp_path, cap
     assert "1. PPO" in printed and "Reward" not in printed
     _, stages = read_report(tmp_path / "out" / "report.html")
     assert [stage.name for stage in stages] == ["SFT", "Reward", "PPO"]
-    rewards = r"held-out prompts  .*"
-    assert re.findall(rewards, printed) == re.findall(rewards, whole[1]), "it is not the run of before"
+    shown = [text.partition("Its greedy answers")[2].partition("Done in")[0] for text in (printed, whole[1])]
+    assert shown[0] and shown[0] == shown[1], "it is not the run of before"
 
 
 def test_what_can_not_be_done_is_told(arguments, tmp_path, capsys):
@@ -118,6 +188,15 @@ def test_what_can_not_be_done_is_told(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "dpo"])
     assert "there is no stage dpo" in capsys.readouterr().err
+
+
+def test_too_few_prompts_are_refused_before_training(whole, arguments, tmp_path):
+    (tmp_path / "few.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(6)))
+    shutil.copytree(whole[0], tmp_path / "out")
+    (tmp_path / "out" / "ppo" / "samples.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"few\.jsonl has too few rows: [12] held out\. Give at least 50\."):
+        main(["demo", "ppo", *arguments, "--prompts", str(tmp_path / "few.jsonl"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "ppo" / "samples.jsonl").exists()
 
 
 def test_its_config_file_is_the_same_run(whole, arguments, tiny_model_dir, tmp_path):

@@ -115,6 +115,17 @@ def test_first_user_turns_are_distinct():
     assert [turn for turn, count in firsts.items() if count > 1] == []
 
 
+def test_questions_are_short_distinct_and_in_no_other_file():
+    found = rows("questions", "en")
+    texts = [row["prompt"] for row in found]
+    assert found == [{"prompt": text, "lang": "en"} for text in texts]
+    assert f"holds {len(set(texts))} short questions" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert len(set(texts)) == len(texts)
+    assert all(re.fullmatch(r"(What|Why|How) [^?]{4,50}\?", text) for text in texts)
+    others = {message["content"] for kind in KEYS for row in rows(kind, "en") for message in messages(row)}
+    assert others.isdisjoint(texts)
+
+
 @EACH_LANGUAGE
 def test_groups_are_spread(lang):
     counts = Counter(row["category"] for row in rows("instructions", lang))
