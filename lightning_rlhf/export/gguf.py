@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -157,7 +158,7 @@ def write_gguf(
 
 def _convert(model: Any, tokenizer: Any, scratch: Path, quant: Quant) -> None:
     """Runs auto-round without calibration (RTN)."""
-    with _quiet():
+    with _quiet(), _frozen_heap():
         from auto_round import AutoRound
 
         rounding = AutoRound(
@@ -171,6 +172,16 @@ def _convert(model: Any, tokenizer: Any, scratch: Path, quant: Quant) -> None:
             enable_torch_compile=False,
         )
         rounding.quantize_and_save(output_dir=str(scratch), format=f"gguf:{quant}")
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Has garbage collection pass over all that exists: auto-round collects three times per layer, a second each."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

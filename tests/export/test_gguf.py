@@ -50,11 +50,13 @@ def read(file):
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
+@pytest.mark.slow
 def test_eight_bits_have_the_perplexity_of_the_model(stories_gguf, model, stories):
     found = AutoModelForCausalLM.from_pretrained(stories_gguf.parent, gguf_file=stories_gguf.name, dtype=torch.float32)
     assert perplexity(found, stories) == pytest.approx(perplexity(model, stories), rel=0.002)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_reads_the_same(stories_gguf, tokenizer):
     found = AutoTokenizer.from_pretrained(stories_gguf.parent, gguf_file=stories_gguf.name)
     for text in TEXTS:
@@ -81,6 +83,7 @@ def merged(fields, text):
     return [fields["tokenizer.ggml.bos_token_id"], *(ids[token] for tokens in bytes_of for token in tokens)]
 
 
+@pytest.mark.slow
 def test_llama_cpp_s_own_merging_gives_the_same_tokens(stories_gguf, tokenizer):
     fields = read(stories_gguf)
     for text in TEXTS:
@@ -89,6 +92,7 @@ def test_llama_cpp_s_own_merging_gives_the_same_tokens(stories_gguf, tokenizer):
     assert any(merged(fields, text) != tokenizer(text).input_ids for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_every_stop_token_is_one(stories_gguf):
     fields = read(stories_gguf)
     assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot")] == [2, 1]
@@ -96,6 +100,7 @@ def test_every_stop_token_is_one(stories_gguf):
     assert fields["tokenizer.ggml.add_bos_token"] is True
 
 
+@pytest.mark.slow
 def test_blocks_are_those_of_the_format(stories_gguf, model):
     assert unpackable(model, "q8_0") == {"down_proj": "172 inputs: 16 bits"}
     assert stored_as(stories_gguf) == {"Q8_0": 31, "F16": 5}
