@@ -2,11 +2,13 @@
 
 from lightning_rlhf.metrics.comparison import WinRate, WinRates, win_rate
 from lightning_rlhf.metrics.preference import PreferenceAccuracy, calibration, calibration_error, share_won
+from lightning_rlhf.metrics.stage import StageMetrics
 from lightning_rlhf.metrics.tokens import Perplexity, TokenMean, perplexity, token_mean
 
 __all__ = [
     "Perplexity",
     "PreferenceAccuracy",
+    "StageMetrics",
     "TokenMean",
     "WinRate",
     "WinRates",

@@ -32,6 +32,7 @@ from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.packed import PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import encode_prompt
+from lightning_rlhf.metrics import StageMetrics
 from lightning_rlhf.models import Load, LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import load_config, load_stop_token_ids
@@ -141,7 +142,7 @@ class Stage(L.LightningModule):
         self.engine: RolloutEngine = CachedEngine()
         self.make_optimizer: Callable[..., Any] = optimizer
         self.make_lr_scheduler: Callable[..., Any] = lr_scheduler
-        self.metrics = nn.ModuleDict()  # in one child, which is one line in the table of a model
+        self.metrics = StageMetrics("loss", "accuracy", "score")  # one child: one line in the table of a model
         self._rng_to_restore: dict[str, Any] | None = None
         self._makers_to_match: dict[str, list[str]] | None = None
         self._mid_step = self._diverges = False

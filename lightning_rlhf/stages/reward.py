@@ -83,12 +83,10 @@ class RewardModule(Stage):
         self.save_settings()
         self.centering_coef, self.head_seed = centering_coef, head_seed
         set_distinct_pad_token(self.tokenizer, self.stop_token_ids)
-        for name in TRAINED:
-            self.metrics[f"train_{name}"] = TokenMean()
+        self.metrics.declare("train", **{name: TokenMean() for name in TRAINED})
         for stage in ("val", "test"):
-            self.metrics[f"{stage}_loss"] = TokenMean()
-            self.metrics[f"{stage}_preference"] = PreferenceAccuracy()
-        self.metrics["reference_score"] = TokenMean()
+            self.metrics.declare(stage, loss=TokenMean(), preference=PreferenceAccuracy())
+        self.metrics.declare("reference", score=TokenMean())
         self._offset_step: int | None = None
 
     def forget(self) -> None:
@@ -124,8 +122,7 @@ class RewardModule(Stage):
         chosen, rejected, loss = self._compare(batch)
         weight = batch.pairs.weight
         values = (loss, (chosen > rejected).float(), chosen - rejected, chosen, rejected)
-        for name, value in zip(TRAINED, values, strict=True):
-            self.metrics[f"train_{name}"].update(value, weight)  # type: ignore[operator]
+        self.metrics.update("train", weight, **dict(zip(TRAINED, values, strict=True)))
         return (weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)
 
     def compute_losses(self, chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
@@ -152,13 +149,7 @@ class RewardModule(Stage):
         """Logs once an optimizer step, over its micro-batches and all ranks."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        found: dict[str, Tensor] = {}
-        for name in TRAINED:
-            metric: Any = self.metrics[f"train_{name}"]
-            found[name] = metric.compute()
-            self.log(f"train/{name}", found[name], prog_bar=name in ("loss", "accuracy"), batch_size=1)
-            metric.reset()
-        self.count_step(found["loss"])
+        self.count_step(self.metrics.report("train", self.log)["loss"])
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -209,7 +200,7 @@ class RewardModule(Stage):
                 )
             return
         # of the weights that are exported
-        reference_score: Any = self.metrics["reference_score"]
+        reference_score = self.metrics.get("reference", "score")
         averaged, precision = averaged_weights(self.trainer), self.trainer.precision_plugin.val_step_context()
         with evaluating(self), averaged, torch.no_grad(), precision:
             for batch in islice(loader, batches):
@@ -227,22 +218,16 @@ class RewardModule(Stage):
     def _evaluate(self, stage: str, batch: PackedBatch) -> None:
         chosen, rejected, loss = self._compare(batch)
         pairs, lengths = batch.pairs, batch.lengths
-        self.metrics[f"{stage}_loss"].update(loss, pairs.weight)  # type: ignore[operator]
-        self.metrics[f"{stage}_preference"].update(  # type: ignore[operator]
+        self.metrics.update(stage, pairs.weight, loss=loss)
+        self.metrics.get(stage, "preference").update(
             chosen, rejected, lengths[pairs.better], lengths[pairs.worse], pairs.origin
         )
 
     def _report(self, stage: str) -> dict[str, Tensor]:
-        loss: Any = self.metrics[f"{stage}_loss"]
-        preference: Any = self.metrics[f"{stage}_preference"]
-        datamodule = getattr(self.trainer, "datamodule", None)
-        preference.names = datamodule.origins.get(stage, ()) if isinstance(datamodule, NamesOrigins) else ()
-        found: dict[str, Tensor] = {"loss": loss.compute(), **preference.compute()}
-        for name, value in found.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=1)
-        loss.reset()
-        preference.reset()
-        return found
+        data = getattr(self.trainer, "datamodule", None)
+        names = data.origins.get(stage, ()) if isinstance(data, NamesOrigins) else ()
+        self.metrics.get(stage, "preference").names = names
+        return self.metrics.report(stage, self.log)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 

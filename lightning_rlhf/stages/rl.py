@@ -138,8 +138,7 @@ class RLStage(Stage):
         self.kl_coef, self.running_scores = kl.coef, RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
         for stage in ("val", "test"):
-            self.metrics[f"{stage}_score"] = TokenMean()
-            self.metrics[f"{stage}_length"] = TokenMean()
+            self.metrics.declare(stage, score=TokenMean(), length=TokenMean())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses other models in the place of those that ``configure_model`` loads.
@@ -630,12 +629,10 @@ class RLStage(Stage):
         experience, samples = self.run_rollout(prompts, VALIDATION)
         scores = self.score(samples).total
         lengths = torch.tensor(experience.lengths, dtype=torch.float32, device=scores.device)
-        for name, values in {"score": scores, "length": lengths}.items():
-            metric: Any = self.metrics[f"{stage}_{name}"]
-            # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
-            known = values.isfinite().float()
-            metric.update(values.nan_to_num(), known)
-            self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "score", batch_size=1)
+        self.metrics.update(stage, scores.isfinite().float(), score=scores.nan_to_num())
+        self.metrics.update(stage, torch.ones_like(lengths), length=lengths)
+        # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
+        self.metrics.log_epoch(stage, self.log)
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record per completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``."""

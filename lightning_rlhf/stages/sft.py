@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
@@ -74,10 +73,9 @@ class SFTModule(Stage):
             raise ValueError(f"Neither may be negative: z_loss={z_loss}, neftune_alpha={neftune_alpha}.")
         self.neftune_alpha, self.z_loss = neftune_alpha, z_loss
         for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}_loss"] = TokenMean()
-            self.metrics[f"{stage}_perplexity"] = Perplexity()
-            self.metrics[f"{stage}_token_accuracy"] = TokenMean()
-        self.metrics["train_z_loss"] = TokenMean()
+            self.metrics.declare(stage, loss=TokenMean(), perplexity=Perplexity(), token_accuracy=TokenMean())
+        if z_loss:
+            self.metrics.declare("train", z_loss=TokenMean())
         self._since = time.perf_counter()
         self._tokens = self._scored = 0
 
@@ -109,7 +107,7 @@ class SFTModule(Stage):
             out = self.policy(batch, weights=weights)
         self._update("train", batch, out)
         if out.z_loss is not None:
-            self.metrics["train_z_loss"].update(out.z_loss, batch.weight)  # type: ignore[operator]
+            self.metrics.update("train", batch.weight, z_loss=out.z_loss)
         self._tokens += batch.num_tokens
         self._scored += batch.num_scored
         return out.loss
@@ -118,12 +116,7 @@ class SFTModule(Stage):
         """Logs once an optimizer step, over its micro-batches and all ranks."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        found: dict[str, Tensor] = {}
-        for name in ("loss", "perplexity", "token_accuracy", *(["z_loss"] if self.z_loss else [])):
-            metric: Any = self.metrics[f"train_{name}"]
-            found[name] = metric.compute()
-            self.log(f"train/{name}", found[name], prog_bar=name == "loss", batch_size=1)
-            metric.reset()
+        found = self.metrics.report("train", self.log)
         now = time.perf_counter()
         self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)
         self.log("train/scored_share", self._scored / self._tokens, batch_size=1)
@@ -155,13 +148,9 @@ class SFTModule(Stage):
         self._since, self._tokens, self._scored = time.perf_counter(), 0, 0
 
     def _update(self, stage: str, batch: PackedBatch, out: ScoredTokens) -> None:
-        weight = batch.weight
-        self.metrics[f"{stage}_loss"].update(-out.logprobs, weight)  # type: ignore[operator]
-        self.metrics[f"{stage}_perplexity"].update(out.logprobs, weight)  # type: ignore[operator]
-        self.metrics[f"{stage}_token_accuracy"].update(out.correct, weight)  # type: ignore[operator]
+        values = {"loss": -out.logprobs, "perplexity": out.logprobs, "token_accuracy": out.correct}
+        self.metrics.update(stage, batch.weight, **values)
 
     def _evaluate(self, stage: str, batch: PackedBatch) -> None:
         self._update(stage, batch, self.policy(batch))
-        for name in ("loss", "perplexity", "token_accuracy"):
-            metric = self.metrics[f"{stage}_{name}"]
-            self.log(f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "loss", batch_size=1)  # type: ignore[arg-type]
+        self.metrics.log_epoch(stage, self.log)

@@ -481,7 +481,7 @@ def test_what_a_broken_off_run_left_in_metrics_is_not_counted_in_the_next(tiny_m
     for left in (False, True):
         module = SFTModule(tiny_model_dir, optimizer=sgd)
         if left:  # as an error between two micro-batches does
-            module.metrics["train_loss"].update(torch.tensor([100.0]), torch.ones(1))
+            module.metrics.update("train", torch.ones(1), loss=torch.tensor([100.0]))
         trainer = run(module, tmp_path)
         found.append(trainer.callback_metrics["train/loss"].item())
     assert found[0] == found[1]
