@@ -202,7 +202,7 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
     Raises:
         OSError: The config does not exist or cannot be read, or the adapters' base model does not exist.
     """
-    adapters = _adapters(name_or_path)
+    adapters = adapters_of(name_or_path)
     if adapters is None:
         return read_config(name_or_path, trust_remote_code)
     base, settings = adapters
@@ -224,7 +224,7 @@ def load_stop_token_ids(
     """
     if isinstance(pretrained, PreTrainedModel):
         return own_stop_token_ids(pretrained)
-    own, adapters = _generation_config(pretrained), _adapters(pretrained)
+    own, adapters = _generation_config(pretrained), adapters_of(pretrained)
     if adapters is None:
         return stops_of(own, read_config(pretrained, trust_remote_code))
     return tuple(dict.fromkeys([*stops_of(own), *load_stop_token_ids(adapters[0], trust_remote_code)]))
@@ -355,7 +355,7 @@ def load_exported(
 
 def _scores(pretrained: str | os.PathLike[str], trust_remote_code: bool) -> bool:
     """Whether a directory or hub id is a reward model, whole or as adapters."""
-    if _adapters(pretrained) is not None:
+    if adapters_of(pretrained) is not None:
         adapters = json.loads(Path(str(find_adapter_config_file(os.fspath(pretrained)))).read_text(encoding="utf-8"))
         return bool(adapters.get("task_type") == "SEQ_CLS")
     names = read_config(pretrained, trust_remote_code).architectures or []
@@ -369,7 +369,7 @@ def _load(
 
     The model is quantized unless it has adapters: merging into quantized weights would round them.
     """
-    adapters = _adapters(pretrained)
+    adapters = adapters_of(pretrained)
     if adapters is not None:
         base, settings = adapters
         try:
@@ -424,7 +424,7 @@ def _explain_os_errors(source: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(f"{where}: {error}") from error
 
 
-def _adapters(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
+def adapters_of(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
     """Returns the adapters' base model and the changed config values that our export saved; None for a whole model."""
     name = os.fspath(pretrained)
     try:

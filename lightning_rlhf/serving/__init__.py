@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from lightning_rlhf.serving.guard import Access
     from lightning_rlhf.serving.limits import Limits
     from lightning_rlhf.serving.listen import run
-    from lightning_rlhf.serving.models import Served, load_served
+    from lightning_rlhf.serving.load import ModelOptions, load_served, load_shared
+    from lightning_rlhf.serving.models import Served
     from lightning_rlhf.serving.scoring import Scorer
     from lightning_rlhf.serving.server import Server
 
@@ -19,10 +20,23 @@ _HOMES = {
     "Scorer": "scoring",
     "Served": "models",
     "Server": "server",
-    "load_served": "models",
+    "ModelOptions": "load",
+    "load_served": "load",
+    "load_shared": "load",
     "make_app": "app",
     "run": "listen",
 }
-__all__ = ["Access", "Limits", "Scorer", "Served", "Server", "load_served", "make_app", "run"]
+__all__ = [
+    "Access",
+    "Limits",
+    "ModelOptions",
+    "Scorer",
+    "Served",
+    "Server",
+    "load_served",
+    "load_shared",
+    "make_app",
+    "run",
+]
 
 __getattr__ = loader(__name__, _HOMES)

@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from lightning_rlhf.arguments import Parser
 
+log = logging.getLogger(__name__)
 _ABOUT = """\
 Serves the models of a run over HTTP, with OpenAI's interface: chats and completions, streamed or whole; also scores of
 the run's reward model. docs/serve.md lists all routes and fields."""
@@ -43,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         metavar="RUN",
         help="directory of a model, of a run (with hf/best or hf/last) or of several runs, or a hub id",
+    )
+    parser.add_argument(
+        "--adapters", nargs="+", metavar="NAME=DIR", help="adapters over the model RUN, which is then called base"
     )
     parser.add_argument(
         "--reward", help="a reward model's directory or hub id, or module.function; default: the one in RUN, if any"
@@ -116,34 +121,33 @@ def _server(options: argparse.Namespace) -> Any:
     from lightning_rlhf.models.pretrained import obtain
     from lightning_rlhf.rewards import make_reward
     from lightning_rlhf.serving.limits import Limits
-    from lightning_rlhf.serving.models import load_served
+    from lightning_rlhf.serving.load import ModelOptions, load_all
     from lightning_rlhf.serving.runs import find_models
     from lightning_rlhf.serving.scoring import Scorer
     from lightning_rlhf.serving.server import Server
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Any = options.dtype or ("bfloat16" if device == "cuda" else "float32")
-    names = ("max_rows", "max_queue", "max_body", "max_connections", "request_seconds", "write_seconds",
-             "drain_seconds")  # fmt: skip
-    limits = Limits(**{name: getattr(options, name) for name in names})
-    found = find_models(str(obtain(options.run)))
-    models = {}
-    for name, source in found.models.items():
-        print(f"loading {name} from {source}", file=sys.stderr)
-        models[name] = load_served(
-            name,
-            source,
-            limits,
-            dtype=dtype,
-            device=device,
-            chat_template=options.chat_template,
-            max_live_tokens=options.max_live_tokens,
-            trust_remote_code=options.trust_remote_code,
-        )
+    limits = Limits(**{entry.name: getattr(options, entry.name) for entry in fields(Limits)})
+    names = ("chat_template", "max_rows", "max_live_tokens", "trust_remote_code")
+    how = ModelOptions(dtype, device, **{name: getattr(options, name) for name in names})
+    found = find_models(str(obtain(options.run)), _adapters(options.adapters or ()))
+    models = load_all(found.backbones, how)
     scorer = None
     if reward := options.reward or found.reward:
-        print(f"loading the reward {reward}", file=sys.stderr)
+        log.info("Loading the reward %s", reward)
         tokenizer = next(iter(models.values())).tokenizer
         made = make_reward(reward, tokenizer, dtype, options.trust_remote_code)
         scorer = Scorer("reward", made, tokenizer, device)
     return Server(models, limits, scorer, options.log_prompts)
+
+
+def _adapters(given: Sequence[str]) -> dict[str, str]:
+    """Reads NAME=DIR."""
+    found = {}
+    for entry in given:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--adapters: {entry!r} is not NAME=DIR, such as after=runs/ppo.")
+        found[name] = folder
+    return found

@@ -86,14 +86,14 @@ class _Answer:
 
     async def score_prompts(self) -> None:
         """Computes the log-probs of the prompts' tokens."""
-        policy, body = self.served.policy, self.body
+        served, body = self.served, self.body
         for ids in self.ids:
-            answer_tokens(self.served, ids, 1, None)
+            answer_tokens(served, ids, 1, None)
 
             def score(ids: list[int] = ids) -> list[Token]:
-                return prompt_logprobs(policy, ids, body.temperature, body.logprobs or 0)
+                return prompt_logprobs(served.policy, served.adapter, ids, body.temperature, body.logprobs or 0)
 
-            self.scored.append(await self.served.worker.call(score))
+            self.scored.append(await served.worker.call(score))
 
     async def whole(self) -> dict[str, Any]:
         """The completions in one object."""

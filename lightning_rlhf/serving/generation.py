@@ -41,7 +41,9 @@ def open_rows(
     jobs = []
     for prompt in prompts:
         sampling = _sampling(body, answer_tokens(served, prompt, body.limit, default_tokens))
-        jobs += [(Request(prompt, [sample_key(seed, i)], alternatives), sampling) for i in range(body.n)]
+        jobs += [
+            (Request(prompt, [sample_key(seed, i)], alternatives, served.adapter), sampling) for i in range(body.n)
+        ]
     try:
         return Rows(served.worker, jobs, served.stops)
     except ValueError as error:

@@ -69,11 +69,14 @@ def completion_logprobs(
 
 
 @torch.no_grad()
-def prompt_logprobs(policy: Policy, prompt: Sequence[int], temperature: float, alternatives: int) -> list[Token]:
+def prompt_logprobs(
+    policy: Policy, adapter: str | None, prompt: Sequence[int], temperature: float, alternatives: int
+) -> list[Token]:
     """Computes the log-probs of a prompt's tokens. The session that owns the model may be open.
 
     Args:
         policy: The model.
+        adapter: peft's name of the adapter to use. None: the model as it is set.
         prompt: Token ids, L of them.
         temperature: The logits are divided by it; 0 (greedy) counts as 1.
         alternatives: Number of likeliest tokens to report.
@@ -85,9 +88,10 @@ def prompt_logprobs(policy: Policy, prompt: Sequence[int], temperature: float, a
     attention = attention_of(model)
     embeddings: Any = model.get_input_embeddings()
     ids = torch.tensor([list(prompt)], device=embeddings.weight.device)
+    named: dict[str, Any] = {} if adapter is None else {"adapter_names": [adapter]}
     try:
         with policy.native_attention():
-            logits = policy.model(input_ids=ids, use_cache=False).logits[0]
+            logits = policy.model(input_ids=ids, use_cache=False, **named).logits[0]
     finally:
         set_attention(model, attention)
     tokens = [Token(prompt[0], float("nan"))]

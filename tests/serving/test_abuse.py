@@ -100,7 +100,7 @@ def test_any_value_of_any_field_is_answered_or_refused(running, run_dir, served)
 
     good = choices()
 
-    @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(requests())
     def fuzz(request):
         path, body = request

@@ -32,9 +32,10 @@ def strictly(kind, found):
 
 
 def test_models(official):
-    [model] = official.models.list().data
-    assert model.id == "sft"
-    strictly(Model, model)
+    models = official.models.list().data
+    assert [model.id for model in models] == ["ppo", "sft", "base"]
+    for model in models:
+        strictly(Model, model)
     assert official.models.retrieve("sft").id == "sft"
     with pytest.raises(openai.NotFoundError, match="did you mean sft") as caught:
         official.models.retrieve("stf")
@@ -122,7 +123,15 @@ def test_what_lm_eval_sends_for_log_likelihoods(client, served):
     import torch
 
     ids = [served.tokenizer(text)["input_ids"] for text in ("Once upon a time there was", "Ben was a big dog")]
-    body = {"model": "sft", "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "seed": 1234, "echo": True}
+    body = {
+        "model": "base",
+        "prompt": ids,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
     choices = client.post("/v1/completions", json=body).json()["choices"]
     for choice, row in zip(choices, ids, strict=True):
         logits = served.policy.transformer(torch.tensor([row])).logits[0].log_softmax(-1)

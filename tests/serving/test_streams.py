@@ -17,6 +17,7 @@ def mixed(count, seed=0):
     for i in range(count):
         text = f"Once upon a time, {rng.choice(NAMES)} and {rng.choice(NAMES)} went" * rng.choice((1, 1, 1, 6))
         body = {
+            "model": rng.choice(("base", "sft", "ppo")),
             "max_tokens": rng.randint(4, 40),
             "seed": i,
             "temperature": rng.choice((0, 0.5, 1, 3)),
@@ -82,7 +83,7 @@ async def test_64_at_once_equal_each_alone(server):
         together = await asyncio.gather(*(join(client, i) for i in range(len(requests))))
         alone = [await (plain if i % 3 else stream)(client, *request) for i, request in enumerate(requests)]
     assert together == alone
-    assert len({str(answer) for answer in alone}) > 50
+    assert len({str(answer) for answer in alone}) > 55
     for (_, body), choices in zip(requests, alone, strict=True):
         stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
         answers = [text.removeprefix(body["prompt"] if body.get("echo") else "") for text, _, _ in choices]
@@ -91,7 +92,7 @@ async def test_64_at_once_equal_each_alone(server):
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_stop_string_cuts_what_would_have_come(client, stop):
-    body = {"prompt": "Once upon a time", "max_tokens": 60, "seed": 3}
+    body = {"model": "base", "prompt": "Once upon a time", "max_tokens": 60, "seed": 3}
     whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     cut = client.post("/v1/completions", json={**body, "stop": stop}).json()["choices"][0]
     assert stop in whole
@@ -101,7 +102,8 @@ def test_a_stop_string_cuts_what_would_have_come(client, stop):
 @in_loop
 async def test_no_half_characters_in_hot_streams(server):
     bodies = [
-        {"prompt": "Once", "max_tokens": 20, "temperature": 3.0, "seed": i, "n": 5, "top_p": 0.99} for i in range(100)
+        {"model": "base", "prompt": "Once", "max_tokens": 20, "temperature": 3.0, "seed": i, "n": 5, "top_p": 0.99}
+        for i in range(100)
     ]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
@@ -112,8 +114,8 @@ async def test_no_half_characters_in_hot_streams(server):
                 return await how(client, "/v1/completions", body)
 
         streams = await asyncio.gather(*(one(stream, body) for body in bodies))
-        whole = await asyncio.gather(*(one(plain, body) for body in bodies))
-    assert streams == whole
+        whole = await asyncio.gather(*(one(plain, body) for body in bodies[::4]))
+    assert streams[::4] == whole
     assert sum(map(len, streams)) == 500
     texts = "".join(text for answer in streams for text, _, _ in answer)
     assert any(ord(c) > 127 and c != "\ufffd" for c in texts), "no character of several bytes was sampled"
