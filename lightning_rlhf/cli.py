@@ -89,7 +89,7 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_rlhf.data.errors import DataError
-    from lightning_rlhf.utils.checkpoint_io import CheckpointError
+    from lightning_rlhf.utils import CheckpointError
 
     if of_settings and isinstance(error, (OSError, ValueError)):
         return True

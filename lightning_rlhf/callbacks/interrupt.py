@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.multiprocessing import ProcessExitedException
 
 from lightning_rlhf.callbacks.progress import close_bars, print_above_bar
-from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
+from lightning_rlhf.utils import AtomicCheckpointIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds that the main thread has to clean up when it must stop at once.

@@ -21,8 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.callbacks.progress import print_above_bar
-from lightning_rlhf.data.formats import Message
-from lightning_rlhf.data.prompts import PromptBatch
+from lightning_rlhf.data import Message, PromptBatch
 from lightning_rlhf.data.sources import BadRowError, read_rows
 from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt

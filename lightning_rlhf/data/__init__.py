@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_rlhf.utils.lazy import loader
 
 if TYPE_CHECKING:
+    from lightning_rlhf.data.formats import Conversation, Message
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, pad, split, unpack
     from lightning_rlhf.data.planner import PlannedLoader, Planner
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.sources import WeightedSource
 
 _HOMES = {
+    **dict.fromkeys(("Conversation", "Message"), "formats"),
     "InstructionDataModule": "instruction",
     "PreferenceDataModule": "preference",
     **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
@@ -25,7 +27,9 @@ _HOMES = {
 }
 __all__ = [
     "Branch",
+    "Conversation",
     "InstructionDataModule",
+    "Message",
     "PackedBatch",
     "PlannedLoader",
     "Planner",

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.formats import FormatError, Message
+from lightning_rlhf.data import Message
+from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.prompt_formats import to_prompt
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data import Message
 from lightning_rlhf.evaluation.judges import Judge, JudgeError, Question, Verdict
 
 #: The judge's prompt. ``ChatJudge(template=...)`` replaces it by a file.

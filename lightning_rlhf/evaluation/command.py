@@ -14,7 +14,7 @@ from lightning_rlhf.arguments import Parser
 from lightning_rlhf.utils.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from lightning_rlhf.data.formats import Message
+    from lightning_rlhf.data import Message
     from lightning_rlhf.evaluation import Answer, Judge, JudgedPair
 
 #: Number of pairs per call of the judge. Verdicts are written after each call.
@@ -181,7 +181,7 @@ def _judge(options: argparse.Namespace, dtype: Any) -> Judge:
 
 def _prompts(options: argparse.Namespace) -> tuple[list[list[Message] | str], list[dict[str, Any]]]:
     """Returns the prompts and the other columns of their rows."""
-    from lightning_rlhf.data.prompts import PromptDataModule
+    from lightning_rlhf.data import PromptDataModule
     from lightning_rlhf.evaluation import names_file
     from lightning_rlhf.evaluation.answers import COLUMNS
 

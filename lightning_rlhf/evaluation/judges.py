@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.formats import Message
-from lightning_rlhf.data.packed import Branch, Tree, pack
+from lightning_rlhf.data import Branch, Message, Tree, pack
 from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward, names_model, render

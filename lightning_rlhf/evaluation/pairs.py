@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data import Message
 from lightning_rlhf.evaluation.judges import Answer, Judge, Question, Verdict
 from lightning_rlhf.metrics import WinRates, win_rate
 

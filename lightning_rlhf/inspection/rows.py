@@ -12,10 +12,10 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.data import PackedBatch, PlannedLoader, PromptBatch
 from lightning_rlhf.data.base import TreeDataModule
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.data.planner import Bin, PlannedLoader
-from lightning_rlhf.data.prompts import PromptBatch, PromptsWithPtx
+from lightning_rlhf.data.planner import Bin
+from lightning_rlhf.data.prompts import PromptsWithPtx
 from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
 from lightning_rlhf.inspection.statistics import Statistics, measure

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 
+from lightning_rlhf.data import PlannedLoader, PromptDataModule, Tree
 from lightning_rlhf.data.base import TreeDataModule, count_keys
-from lightning_rlhf.data.packed import Tree
-from lightning_rlhf.data.planner import PlannedLoader
-from lightning_rlhf.data.prompts import PromptDataModule
 from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.protocols import DrawsSamples
 from lightning_rlhf.stages import RewardModule

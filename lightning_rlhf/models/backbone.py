@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_rlhf.data.packed import Branch, Forest, PackedBatch, Tree, pack, pad
+from lightning_rlhf.data import Branch, PackedBatch, Tree, pack, pad
+from lightning_rlhf.data.packed import Forest
 from lightning_rlhf.models import tree_attention as tree
 
 log = logging.getLogger(__name__)

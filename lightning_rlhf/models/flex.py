@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lightning_rlhf.data.packed import Branch, Forest, Tree, pack
+from lightning_rlhf.data import Branch, Tree, pack
+from lightning_rlhf.data.packed import Forest
 from lightning_rlhf.utils.compilation import uncompiled
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_rlhf.data.packed import PackedBatch, pad
-from lightning_rlhf.functional.logprobs import CHUNK, ScoredTokens, linear_logprobs, linear_nll
+from lightning_rlhf.data import PackedBatch, pad
+from lightning_rlhf.functional import ScoredTokens, linear_logprobs, linear_nll
+from lightning_rlhf.functional.logprobs import CHUNK
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice, probe, tolerance
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.packed import PackedBatch, pad
+from lightning_rlhf.data import PackedBatch, pad
 from lightning_rlhf.functional.precision import wide, without_subclass
 from lightning_rlhf.models.backbone import Backbone, LayoutChoice
 

@@ -13,8 +13,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.functional.logprobs import CHUNK, ScoredTokens
+from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.functional import ScoredTokens
+from lightning_rlhf.functional.logprobs import CHUNK
 from lightning_rlhf.models.backbone import LayoutChoice
 from lightning_rlhf.models.policy import Policy, head_weight
 from lightning_rlhf.models.reward import read_head

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data import PackedBatch
 from lightning_rlhf.models.backbone import Backbone, Hidden, LayoutChoice
 from lightning_rlhf.models.loading import LoaderOptions, load_reward_model, read_config
 from lightning_rlhf.models.quantization import DTYPE

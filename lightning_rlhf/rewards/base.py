@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.data.formats import Message
-from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data import Message, PackedBatch
+from lightning_rlhf.utils.text import show
 
 
 @dataclass(eq=False)
@@ -100,17 +100,11 @@ def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[obj
     rows = [row for row, (_, b) in zip(samples.batch.rows, samples.batch.forest.trees, strict=False) for _ in b]
     more = f" (and {count} more)" if (count := int(bad.sum()) - 1) else ""
     raise BadScores(
-        f"{who} returned {shorten(scores[i].item() if given is None else given[i])} for completion {i}"
+        f"{who} returned {show(scores[i].item() if given is None else given[i])} for completion {i}"
         f"{f' (row {rows[i]} of the prompts)' if rows else ''}{more}, which is not a finite number in fp32. Prompt: "
-        f"{shorten(samples.prompts[i])}. Completion: {shorten(samples.completions[i])}.",
+        f"{show(samples.prompts[i])}. Completion: {show(samples.completions[i])}.",
         Scores(scores.masked_fill(bad, torch.nan)),
     )
-
-
-def shorten(value: object) -> str:
-    """Its repr, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 class Reward(nn.Module, ABC):

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import torch
 
-from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores, shorten
+from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores
 from lightning_rlhf.utils.imports import import_object
+from lightning_rlhf.utils.text import show
 
 
 class FunctionReward(Reward):
@@ -75,7 +76,7 @@ class FunctionReward(Reward):
             scores = list(result.tolist() if hasattr(result, "tolist") else result)
         except TypeError:
             raise ValueError(
-                f"The reward function {self.name} returned {shorten(result)}; return a list of {size} numbers, one a "
+                f"The reward function {self.name} returned {show(result)}; return a list of {size} numbers, one a "
                 "completion."
             ) from None
         if len(scores) != size:

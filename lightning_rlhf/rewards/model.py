@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.formats import Conversation, Message
-from lightning_rlhf.data.packed import Branch, Tree, pack, unpack, within_budget
+from lightning_rlhf.data import Branch, Conversation, Message, Tree, pack, unpack
+from lightning_rlhf.data.packed import within_budget
 from lightning_rlhf.data.templates import set_chat_template
 from lightning_rlhf.data.tokens import TokenizeError, encode, encode_prompt
 from lightning_rlhf.models import RewardModel, load_reward_model, load_tokenizer

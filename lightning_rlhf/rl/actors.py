@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.models import LoRA, Policy, load_causal_lm, load_tokenizer
-from lightning_rlhf.models.loading import Load
+from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, Scores, check_scores

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_rlhf.functional.advantages import adapt_kl_coef
+from lightning_rlhf.functional import adapt_kl_coef
 from lightning_rlhf.protocols import GivesPrompts, KnowsLengths
 from lightning_rlhf.rl.settings import KL
 from lightning_rlhf.rollout import Sampling

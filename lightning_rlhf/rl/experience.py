@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data.formats import Message
-from lightning_rlhf.data.packed import Branch, PackedBatch, Tree, pack, within_budget
-from lightning_rlhf.data.prompts import PromptBatch
+from lightning_rlhf.data import Branch, Message, PackedBatch, PromptBatch, Tree, pack
+from lightning_rlhf.data.packed import within_budget
 from lightning_rlhf.data.templates import turn_end
 from lightning_rlhf.rewards import Samples
 from lightning_rlhf.rollout import Completion

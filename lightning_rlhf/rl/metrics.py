@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_rlhf.functional.advantages import merge_moments, moments
-from lightning_rlhf.functional.kl import k1, k3
+from lightning_rlhf.functional import k1, k3, merge_moments, moments
 from lightning_rlhf.rl.experience import Experience
 from lightning_rlhf.utils.collectives import gather_objects, gather_tensors
 

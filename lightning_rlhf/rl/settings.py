@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.functional.kl import kl_loss
+from lightning_rlhf.functional import kl_loss
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.rollout import Sampling
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.formats import Message
+from lightning_rlhf.data import Message
 from lightning_rlhf.data.templates import answer_lead
 from lightning_rlhf.models.backbone import Backbone
 

@@ -28,8 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import SaveOnInterrupt
 from lightning_rlhf.callbacks.progress import whole_run_bar
-from lightning_rlhf.data.formats import Message
-from lightning_rlhf.data.packed import PackedBatch
+from lightning_rlhf.data import Message, PackedBatch
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import encode_prompt
 from lightning_rlhf.metrics import StageMetrics
@@ -45,7 +44,8 @@ from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
 from lightning_rlhf.strategies.gradients import clip_grad_norm, loss_scale, parameters_of, zero_grad
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer
-from lightning_rlhf.utils.checkpoint_io import CheckpointError, check_is_checkpoint, explain_bad_checkpoint
+from lightning_rlhf.utils import CheckpointError
+from lightning_rlhf.utils.checkpoint_io import check_is_checkpoint, explain_bad_checkpoint
 from lightning_rlhf.utils.collectives import gather_objects, world_size
 from lightning_rlhf.utils.random import rng_state, set_rng_state
 

@@ -9,10 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlhf.data.instruction import InstructionDataModule
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.data.preference import PreferenceDataModule
-from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule
+from lightning_rlhf.data import InstructionDataModule, PackedBatch, PreferenceDataModule, PromptBatch, PromptDataModule
 
 Kind = Literal["instructions", "preferences", "prompts"]
 #: Who makes each kind of batch, and what they are.

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.functional.advantages import gae, variance, whiten
-from lightning_rlhf.functional.ppo import value_loss, variance_explained
+from lightning_rlhf.functional import gae, value_loss, variance, variance_explained, whiten
 from lightning_rlhf.models import Load, LoRA
 from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.rl import GAE, KL, Critic, Experience, Loss, Rollout, Shaping, Updates, UpdateStats

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import averaged_weights
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.functional.preference import bradley_terry_loss, centering_penalty
+from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.functional import bradley_terry_loss, centering_penalty
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
 from lightning_rlhf.models import Load, LoRA, RewardModel, load_reward_model
 from lightning_rlhf.models.backbone import evaluating

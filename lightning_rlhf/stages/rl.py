@@ -23,20 +23,27 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data.packed import PackedBatch, split
-from lightning_rlhf.data.prompts import PromptBatch
-from lightning_rlhf.functional.advantages import RunningMoments, adapt_kl_coef, token_rewards, whiten
-from lightning_rlhf.functional.kl import k1, k3, kl_loss
-from lightning_rlhf.functional.ppo import policy_loss
+from lightning_rlhf.data import PackedBatch, PromptBatch, split
+from lightning_rlhf.functional import RunningMoments, adapt_kl_coef, k1, k3, kl_loss, policy_loss, token_rewards, whiten
 from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy
 from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.roles import Role
 from lightning_rlhf.rewards import Reward, Samples, Scores, WeightedReward, make_reward
-from lightning_rlhf.rl import KL, Critic, Experience, Loss, Rollout, Shaping, Updater, Updates, UpdateStats
+from lightning_rlhf.rl import (
+    KL,
+    Critic,
+    Experience,
+    Loss,
+    Rollout,
+    Shaping,
+    Updater,
+    Updates,
+    UpdateStats,
+    to_experience,
+)
 from lightning_rlhf.rl.actors import load_actors
 from lightning_rlhf.rl.checks import check_adaptive_kl, check_lengths, check_ptx, warn_of_biased_sampling
-from lightning_rlhf.rl.experience import to_experience
 from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
 from lightning_rlhf.stages.base import LOAD, Stage

@@ -10,8 +10,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.data.packed import PackedBatch
-from lightning_rlhf.functional.logprobs import ScoredTokens
+from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.functional import ScoredTokens
 from lightning_rlhf.metrics import Perplexity, TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm
 from lightning_rlhf.stages.base import LOAD, Stage

@@ -287,7 +287,7 @@ def consolidate(directory: str | os.PathLike[str], file: str | os.PathLike[str])
     Raises:
         FileNotFoundError: The directory is missing or incomplete.
     """
-    from lightning_rlhf.utils.checkpoint_io import AtomicCheckpointIO
+    from lightning_rlhf.utils import AtomicCheckpointIO
 
     source = ShardedCheckpoint(directory)
     checkpoint: dict[str, Any] = torch.load(source.directory / META, map_location="cpu", weights_only=True)

@@ -28,3 +28,13 @@ def one_line(text: str, limit: int) -> str:
         'a quick bro…'
     """
     return shorten(" ".join(text.split()), limit)
+
+
+def show(value: object, limit: int = 200) -> str:
+    """The repr of a value in at most ``limit`` characters.
+
+    Example:
+        >>> show("a quick brown fox", 12)
+        "'a quick br…"
+    """
+    return shorten(repr(value), limit)

@@ -118,5 +118,5 @@ def test_a_bad_score_names_the_prompts_row_and_how_many_more_there_are():
 
     given = Samples(pack([Tree([5], [Branch([7])] * 2), Tree([6], [Branch([7])])], rows=[31, 8]), ["a", "a", "b"],
                     ["x", "y" * 500, "z"], [False] * 3, {})  # fmt: skip
-    with pytest.raises(BadScores, match=r"completion 1 \(row 31 of the prompts\) \(and 1 more\).*'yyy.*yy\.\.\.\.$"):
+    with pytest.raises(BadScores, match=r"completion 1 \(row 31 of the prompts\) \(and 1 more\).*'yyy.*yy…\.$"):
         FunctionReward(f)(given)
