@@ -138,7 +138,7 @@ def _server(options: argparse.Namespace) -> Any:
         log.info("Loading the reward %s", reward)
         tokenizer = next(iter(models.values())).tokenizer
         made = make_reward(reward, tokenizer, dtype, options.trust_remote_code)
-        scorer = Scorer("reward", made, tokenizer, device)
+        scorer = Scorer("reward", made, tokenizer, device, limits.max_queue)
     return Server(models, limits, scorer, options.log_prompts)
 
 

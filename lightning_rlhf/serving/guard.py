@@ -63,7 +63,8 @@ class Access:
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), (self.api_key or "").encode())
+        # headers come as Latin-1
+        right = hmac.compare_digest(given.strip().encode("latin-1"), (self.api_key or "").encode())
         return right and scheme.lower() == "bearer"
 
 
@@ -138,7 +139,8 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), left)
             except asyncio.TimeoutError:
-                raise ApiError(408, f"The body did not come within {self.limits.request_seconds:g} s.") from None
+                message = f"The body did not come within {self.limits.request_seconds:g} s."
+                raise ApiError(408, message, headers={"connection": "close"}) from None
             if message["type"] == "http.disconnect":
                 raise ApiError(400, "The client left before it had sent its request.")
             body += message.get("body", b"")

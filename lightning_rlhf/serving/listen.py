@@ -16,6 +16,7 @@ from lightning_rlhf.serving.server import Server
 
 #: Time for the clients of cancelled answers to get the error.
 _GRACE = 3
+_BACKLOG = 2048
 #: Bytes that the system holds for a client that does not read; by itself it would hold megabytes.
 _SEND_BUFFER = 128 * 1024
 
@@ -47,6 +48,7 @@ def run(server: Server, access: Access, host: str, port: int) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         try:
             listener.bind((host, port))
+            listener.listen(_BACKLOG)  # from now on connections wait instead of being refused
         except OSError as error:
             raise OSError(f"{host}:{port} cannot be listened on: {error.strerror}. Choose another --port.") from error
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

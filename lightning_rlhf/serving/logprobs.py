@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.models import Policy
 from lightning_rlhf.models.tree_attention import attention_of, set_attention
 from lightning_rlhf.rollout.types import Token
-from lightning_rlhf.serving.pieces import token_bytes, token_text
+from lightning_rlhf.serving.pieces import special_ids, token_bytes, token_text
 
 #: Stands for a log-prob of minus infinity, which JSON cannot write.
 _LEAST = -9999.0
@@ -50,7 +50,7 @@ def completion_logprobs(
     starts = []
     for token in tokens:
         starts.append(len(whole.decode(errors="ignore")))
-        whole += b"" if token.id in tokenizer.all_special_ids else token_bytes(tokenizer, token.id)
+        whole += b"" if token.id in special_ids(tokenizer) else token_bytes(tokenizer, token.id)
     blank = whole.startswith(b" ") and not text.startswith(" ")
     known = [token.logprob == token.logprob for token in tokens]
     tops = [

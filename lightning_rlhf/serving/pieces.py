@@ -18,6 +18,7 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
+@lru_cache(maxsize=2**17)  # asking a tokenizer for its special tokens takes longer than a step
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """Returns the bytes that a token stands for. A special token stands for its name."""
     name = tokenizer.convert_ids_to_tokens(token)
@@ -41,6 +42,13 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return "bytes:" + "".join(rf"\x{byte:02x}" for byte in raw)
 
 
+@lru_cache(maxsize=64)
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the special tokens, which a text does not show."""
+    return frozenset(tokenizer.all_special_ids)
+
+
+@lru_cache(maxsize=64)
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is not None and "ByteLevel" in repr(backend.decoder)

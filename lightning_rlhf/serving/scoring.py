@@ -17,6 +17,7 @@ from lightning_rlhf.rewards import BadScores, Reward, Samples, Scores, render
 from lightning_rlhf.rl.experience import to_experience
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.serving.errors import ApiError
+from lightning_rlhf.serving.limits import Limits
 
 
 class Scorer:
@@ -27,15 +28,23 @@ class Scorer:
         reward: The reward.
         tokenizer: The tokenizer of the policy that the reward was made for.
         device: Device on which the reward works.
+        max_queue: Number of requests that may wait. Beyond it they get status 429.
     """
 
-    def __init__(self, name: str, reward: Reward, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        reward: Reward,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str = "cpu",
+        max_queue: int = Limits.max_queue,
+    ) -> None:
         if reward.needs:
             raise ValueError(f"The reward needs the columns {', '.join(sorted(reward.needs))}, which requests lack.")
         reward.load()
         self.name, self.reward, self.tokenizer = name, reward.to(device), tokenizer
         self.device = torch.device(device)
-        self._thread = ThreadPoolExecutor(1, "reward")
+        self._thread, self._max_queue, self._waiting = ThreadPoolExecutor(1, "reward"), max_queue, 0
 
     async def score(
         self, prompts: list[list[Message] | str], answers: list[str], truncated: list[bool]
@@ -89,14 +98,34 @@ class Scorer:
         self._thread.shutdown(cancel_futures=True)
 
     async def _run(self, make: Callable[[], Samples]) -> tuple[Scores, int]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, make)
+        if self._waiting > self._max_queue:
+            message = f"{self._waiting} requests wait for the reward. Try again later."
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, make)
+        finally:
+            self._waiting -= 1
 
     @torch.no_grad()
     def _score(self, make: Callable[[], Samples]) -> tuple[Scores, int]:
         try:
             samples = make()
+            self._check_length(samples)
             return self.reward(samples), samples.batch.num_tokens
         except BadScores as error:
             raise ApiError(500, f"{error}", code="reward_failed") from error
         except (TokenizeError, ValueError) as error:
             raise ApiError(400, f"The reward cannot score this: {error}", "conversations") from error
+
+    def _check_length(self, samples: Samples) -> None:
+        trees = samples.batch.forest.trees
+        longest = max(prompt.length + branch.length for prompt, branches in trees for branch in branches)
+        for name, most in self.reward.limits.items():
+            if longest > most:
+                raise ApiError(
+                    400,
+                    f"A conversation has {longest} tokens, but {name} is {most} tokens. Shorten it.",
+                    "conversations",
+                    "context_length_exceeded",
+                )

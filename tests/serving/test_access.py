@@ -23,6 +23,9 @@ async def test_a_key_is_needed_on_every_route_but_health(running):
         assert (await app.client.get("/health")).status_code == 200
         assert (await app.client.get("/v1/models", headers=KEY)).status_code == 200
         assert (await app.client.post("/v1/completions", json=BODY, headers=KEY)).status_code == 200
+    async with running(access=Access(api_key="sécret")) as app:
+        key = {"authorization": "Bearer sécret".encode()}
+        assert (await app.client.get("/v1/models", headers=key)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,12 @@ def test_half_a_request_is_given_up(small):
     right(small)
 
 
+def test_a_prompt_of_10_megabytes(small):
+    found = httpx.post(f"{small.url}/v1/completions", json={"prompt": "word " * 2_000_000}, timeout=60)
+    assert found.status_code == 413 and found.json()["error"]["code"] == "request_too_large"
+    right(small)
+
+
 def test_a_slow_reader_is_cut(small):
     connection = connect(small, SO_RCVBUF=2048)
     body = json.dumps({"prompt": "Once", "max_tokens": 400, "min_tokens": 400, "n": 4, "stream": True, "logprobs": 20})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 import torch
@@ -107,6 +108,35 @@ async def test_a_function_scores_too_and_its_parts_are_named(running, served):
         [entry] = (await app.client.post("/v1/rewards", json=body)).json()["data"]
         assert entry["scores"] == [2.0, 6.0] and entry["parts"] == {"lengths": [1.0, 3.0]}
         assert (await app.client.post("/v1/rewards", json={**body, "model": "other"})).status_code == 404
+
+
+@in_loop
+async def test_a_conversation_that_is_too_long_says_both_numbers(running, reward, served):
+    async with running(scorer=Scorer("reward", reward, served.tokenizer)) as app:
+        prompt, answers = "word " * 300, ["b"]
+        [tree] = render(served.tokenizer, [prompt], answers, [False])
+        body = {"conversations": [{"prompt": prompt, "answers": answers}]}
+        found = (await app.client.post("/v1/rewards", json=body)).json()["error"]
+        assert found["code"] == "context_length_exceeded"
+        assert f" {tree.num_tokens} tokens" in found["message"] and " 512 tokens" in found["message"]
+
+
+@in_loop
+async def test_a_full_queue_of_the_reward_is_429(running, served):
+    go = threading.Event()
+
+    def slow(prompts, completions):
+        go.wait()
+        return [0.0 for _ in completions]
+
+    scorer = Scorer("slow", make_reward(slow, served.tokenizer), served.tokenizer, max_queue=1)
+    async with running(scorer=scorer) as app:
+        body = {"conversations": [{"prompt": "a", "answers": ["b"]}]}
+        tasks = [asyncio.create_task(app.client.post("/v1/rewards", json=body)) for _ in range(3)]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result().status_code for task in done] == [429]
+        go.set()
+        assert sorted([(await task).status_code for task in tasks]) == [200, 200, 429]
 
 
 @in_loop

@@ -101,10 +101,8 @@ def test_a_stop_string_cuts_what_would_have_come(client, stop):
 
 @in_loop
 async def test_no_half_characters_in_hot_streams(server):
-    bodies = [
-        {"model": "base", "prompt": "Once", "max_tokens": 20, "temperature": 3.0, "seed": i, "n": 5, "top_p": 0.99}
-        for i in range(100)
-    ]
+    hot = {"model": "base", "prompt": "Once", "max_tokens": 20, "temperature": 3.0, "n": 5, "top_p": 0.99}
+    bodies = [{**hot, "seed": i} for i in range(100)]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         gate = asyncio.Semaphore(12)
