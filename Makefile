@@ -119,7 +119,12 @@ wheel: ## the package to install elsewhere, to dist/: seconds
 	rm -rf build
 	$(call timed,wheel,$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .)
 
+# With npm. What it writes is committed: neither users nor CI need npm.
+.PHONY: web
+web: ## the libraries of the chat page, from npm packages, to lightning_rlhf/serving/static/vendor/
+	$(call timed,web,cd web && npm ci --ignore-scripts && npm run build)
+
 .PHONY: clean
 clean: ## remove the environments, caches and build output
-	rm -rf $(VENV) $(BRIDGE) $(NEWEST) build dist site *.egg-info .coverage coverage.xml .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BRIDGE) $(NEWEST) build dist site web/node_modules *.egg-info .coverage coverage.xml .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

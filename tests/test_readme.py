@@ -44,6 +44,7 @@ IN_COMMANDS = {
     "my_pairs.jsonl": "{pairs}",
     "configs/": "{root}/configs/",
     "runs/ppo_smollm2/hf/last": "{model}",
+    "serve runs/start": "serve {model}",
     "runs/sft_smollm2/hf/best": "{model}",
     # the other one's tokenizer is unknown to llama.cpp
     "export runs/sft_smollm2 --format gguf": "export {root}/tests/assets/stories260K --format gguf",

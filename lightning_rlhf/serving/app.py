@@ -14,8 +14,10 @@ from lightning_rlhf.serving.completions import completion_routes
 from lightning_rlhf.serving.errors import add_error_handlers
 from lightning_rlhf.serving.guard import Access, Guard
 from lightning_rlhf.serving.meta import meta_routes
+from lightning_rlhf.serving.page import page_routes
 from lightning_rlhf.serving.rewards import reward_routes
 from lightning_rlhf.serving.server import Server
+from lightning_rlhf.serving.vote_routes import vote_routes
 
 
 def make_app(server: Server, access: Access = Access()) -> FastAPI:  # noqa: B008 -- frozen
@@ -36,8 +38,9 @@ def make_app(server: Server, access: Access = Access()) -> FastAPI:  # noqa: B00
 
     # its pages of documentation load scripts from other servers
     app = FastAPI(title="lightning_rlhf", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    for routes in (chat_routes, completion_routes, reward_routes, coati_routes, meta_routes):
+    for routes in (chat_routes, completion_routes, reward_routes, coati_routes, vote_routes, meta_routes):
         app.include_router(routes(server))
+    app.include_router(page_routes())
     add_error_handlers(app)
     app.add_middleware(Guard, access=access, limits=server.limits, metrics=server.metrics)
     if access.origins:

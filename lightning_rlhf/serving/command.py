@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--drain-seconds", type=float, default=20.0, help="time for answers to finish after SIGTERM or Ctrl-C"
     )
+    parser.add_argument(
+        "--votes", default="runs/chat", metavar="DIR", help="folder for votes on answers; default: %(default)s"
+    )
     parser.add_argument("--log-prompts", action="store_true", help="also log prompts and answers")
     return parser
 
@@ -125,6 +128,8 @@ def _server(options: argparse.Namespace) -> Any:
     from lightning_rlhf.serving.runs import find_models
     from lightning_rlhf.serving.scoring import Scorer
     from lightning_rlhf.serving.server import Server
+    from lightning_rlhf.serving.votes import Votes
+    from lightning_rlhf.serving.weights import WeightHashes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Any = options.dtype or ("bfloat16" if device == "cuda" else "float32")
@@ -139,7 +144,9 @@ def _server(options: argparse.Namespace) -> Any:
         tokenizer = next(iter(models.values())).tokenizer
         made = make_reward(reward, tokenizer, dtype, options.trust_remote_code)
         scorer = Scorer("reward", made, tokenizer, device, limits.max_queue)
-    return Server(models, limits, scorer, options.log_prompts)
+    votes = Votes(options.votes)
+    votes.mend()
+    return Server(models, limits, scorer, options.log_prompts, votes, WeightHashes(found.sources))
 
 
 def _adapters(given: Sequence[str]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from lightning_rlhf.serving.bodies import BODIES
 from lightning_rlhf.serving.explain import explain
-from lightning_rlhf.serving.schema import BODIES
 
 #: OpenAI's type of an error, by status. Other statuses of the client are ``invalid_request_error``.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -16,14 +16,16 @@ from uuid import uuid4
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lightning_rlhf.serving.bodies import BODIES
 from lightning_rlhf.serving.errors import ApiError
 from lightning_rlhf.serving.limits import Limits
 from lightning_rlhf.serving.metrics import Metrics
-from lightning_rlhf.serving.schema import BODIES
+from lightning_rlhf.serving.page import page_paths
 
 log = logging.getLogger(__name__)
-_OPEN = ("/health",)
-_PATHS = (*BODIES, "/health", "/metrics", "/v1/models")
+_PAGE = page_paths()
+_OPEN = ("/health", *_PAGE)
+_PATHS = (*BODIES, "/health", "/metrics", "/v1/models", "/v1/votes", "/")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Access:
     """Who may ask.
 
     Attributes:
-        api_key: The key that requests must carry, except for ``/health``. None: anybody may ask.
+        api_key: The key that requests must carry, except for ``/health`` and the chat page. None: anybody may ask.
         hosts: Names by which the server may be called, beside localhost and addresses. A page of another name that
             resolves to this machine (DNS rebinding) gets nothing.
         origins: Origins of other servers' pages that may ask.

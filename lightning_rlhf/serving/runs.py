@@ -37,6 +37,12 @@ class Found:
     backbones: list[Backbone]
     reward: str | None = None
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Directory or hub id of each model that is served, by name; of adapters, their own."""
+        whole = {backbone.name: backbone.source for backbone in self.backbones if backbone.name is not None}
+        return whole | {name: folder for backbone in self.backbones for name, folder in backbone.adapters.items()}
+
 
 def find_models(run: str, adapters: Mapping[str, str] | None = None) -> Found:
     """Finds what a run has exported.

@@ -241,13 +241,3 @@ class CoatiBody(Body):
         if self.history[-1].response:
             raise ValueError("the last dialogue must have an empty response.")
         return self
-
-
-#: What the body of each route holds.
-BODIES: dict[str, type[Body]] = {
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
-    "/v1/rewards": RewardBody,
-    "/generate": CoatiBody,
-    "/generate/stream": CoatiBody,
-}

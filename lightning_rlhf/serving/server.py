@@ -16,6 +16,8 @@ from lightning_rlhf.serving.limits import Limits
 from lightning_rlhf.serving.metrics import Metrics
 from lightning_rlhf.serving.models import Served
 from lightning_rlhf.serving.scoring import Scorer
+from lightning_rlhf.serving.votes import Votes
+from lightning_rlhf.serving.weights import WeightHashes
 from lightning_rlhf.serving.worker import Worker
 
 Made = TypeVar("Made")
@@ -32,6 +34,8 @@ class Server:
         limits: Limits of what is taken on.
         scorer: The reward, if there is one.
         log_prompts: Log prompts and answers.
+        votes: Where votes on answers go.
+        hashes: Hashes of the models' weights, for votes.
         metrics: Counters for Prometheus.
     """
 
@@ -39,6 +43,8 @@ class Server:
     limits: Limits = field(default_factory=Limits)
     scorer: Scorer | None = None
     log_prompts: bool = False
+    votes: Votes = field(default_factory=Votes)
+    hashes: WeightHashes = field(default_factory=WeightHashes)
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,3 +95,4 @@ class Server:
         if self.scorer is not None:
             self.scorer.close()
         self._tokenizing.shutdown()
+        self.hashes.close()

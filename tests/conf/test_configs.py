@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ballots import ballot
 
 from lightning_rlhf.cli import cli, main
+from lightning_rlhf.serving.votes import Votes
 from lightning_rlhf.strategies import ColossalAIStrategy
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -40,11 +42,21 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
     ]  # fmt: skip
 
 
+def votes(path, folder):
+    """The option for the data of a config that trains on votes: some votes."""
+    if path.stem != "from_chat":
+        return []
+    written = Votes(folder / "votes")
+    for i in range(20):
+        written.add(ballot(prompt=[{"role": "user", "content": f"Who was {i}?"}]))
+    return ["--data.train", str(written.folder / "preferences.jsonl")]
+
+
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_config_runs_a_step(path, tiny_model_dir, tmp_path):
     if yaml.safe_load(path.read_text())["model"]["init_args"].get("quantization"):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
-    cli(["fit", "--config", str(path), *options(tiny_model_dir, tmp_path, path.parent.name)])
+    cli(["fit", "--config", str(path), *options(tiny_model_dir, tmp_path, path.parent.name), *votes(path, tmp_path)])
     found = {file.name for file in tmp_path.rglob("*config.json")}
     assert found & {"config.json", "adapter_config.json"}, "no Hugging Face directory was exported"
 

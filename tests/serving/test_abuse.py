@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_loop import in_loop
 
+from lightning_rlhf.serving.bodies import BODIES
 from lightning_rlhf.serving.limits import Limits
-from lightning_rlhf.serving.schema import BODIES
 
 GOOD = {
     "/v1/completions": {"prompt": "Ben", "max_tokens": 2},
