@@ -115,12 +115,14 @@ class _Chat:
         self,
         index: int,
         delta: dict[str, Any],
-        tokens: list[Token] | None = None,
+        tokens: Sequence[Token] = (),
         finish: str | None = None,
-        **more: Any,
+        reward: float | None = None,
     ) -> bytes:
         logprobs = self._logprobs(tokens) if tokens else None
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish, **more}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if reward is not None:
+            choice["reward"] = reward
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def _head(self, kind: str) -> dict[str, Any]:

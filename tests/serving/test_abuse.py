@@ -56,8 +56,8 @@ likely = {
     "history": st.lists(st.fixed_dictionaries({"instruction": texts, "response": st.just("")}), max_size=2),
     **dict.fromkeys(("stream", "echo", "reward"), st.booleans()),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens", "top_logprobs", "min_tokens"),
-                    st.integers(-1, 8)),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "frequency_penalty"), st.floats(-1, 3)),
+                    st.integers(1, 8)),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "frequency_penalty"), st.floats(0.1, 1.1)),
 }  # fmt: skip
 
 
@@ -66,9 +66,10 @@ def requests(draw):
     """A path and a body: a good one in which a few fields are given other values."""
     path = draw(st.sampled_from(sorted(GOOD)))
     body = dict(GOOD[path])
-    names = st.one_of(st.sampled_from(sorted(BODIES[path].model_fields)), texts)
-    for name in draw(st.lists(names, max_size=3)):
-        body[name] = draw(st.one_of(likely.get(name, values), values))
+    fields = st.sampled_from(sorted(BODIES[path].model_fields))
+    for name in draw(st.lists(st.one_of(fields, fields, fields, texts), max_size=3)):
+        fitting = likely.get(name, values)
+        body[name] = draw(st.one_of(fitting, fitting, fitting, values))
     return path, body
 
 
