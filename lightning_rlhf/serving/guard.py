@@ -141,8 +141,8 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), left)
             except asyncio.TimeoutError:
-                message = f"The body did not come within {self.limits.request_seconds:g} s."
-                raise ApiError(408, message, headers={"connection": "close"}) from None
+                late = f"The body did not come within {self.limits.request_seconds:g} s."
+                raise ApiError(408, late, headers={"connection": "close"}) from None
             if message["type"] == "http.disconnect":
                 raise ApiError(400, "The client left before it had sent its request.")
             body += message.get("body", b"")
