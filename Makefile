@@ -30,6 +30,12 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZER
 COLOSSALAI := colossalai==0.5.0
 COLOSSALAI_NEEDS := einops galore_torch psutil click rich contexttimer pydantic ninja
 
+# GPTQ likewise, where auto-round runs (Python 3.11 and later) and transformers is 5: docs/install.md.
+ifeq ($(CONSTRAINTS),constraints.txt)
+GPTQ := gptqmodel==7.7.0 optimum==2.3.0 auto-round==0.16.1
+GPTQ_NEEDS := device-smi tokenicer pypcre logbar threadpoolctl defuser py-cpuinfo
+endif
+
 # $(call timed,NAME,COMMAND): says what starts and how long it took; fails where it fails, so join commands by &&.
 timed = @echo "== $(1)"; SECONDS=0; $(2) && echo "== $(1): $$SECONDS s"
 
@@ -56,8 +62,8 @@ $(VENV)/.demo-installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(CONSTRAINTS),-e '.[demo]')
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
-	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(TEST_EXTRAS)]' $(COLOSSALAI_NEEDS))
-	$(call timed,$(VENV): ColossalAI,$(VENV)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI))
+	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(TEST_EXTRAS)]' $(COLOSSALAI_NEEDS) $(GPTQ_NEEDS))
+	$(call timed,$(VENV): ColossalAI and GPTQ,$(VENV)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI) $(GPTQ))
 	@touch $@
 
 $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt
