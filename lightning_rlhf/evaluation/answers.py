@@ -85,7 +85,9 @@ def generate_answers(
             needed = chat_template is not None or not all(isinstance(prompt, str) for prompt in prompts.values())
             if needed and set_chat_template(tokenizer, chat_template):
                 raise ValueError(f"the model does not know the tokens of chat_template={chat_template!r}.")
-        model = load_causal_lm(pretrained, dtype=dtype, vocab_size=len(tokenizer), trust_remote_code=trust_remote_code)
+        model = load_causal_lm(
+            pretrained, dtype=dtype, inference=True, vocab_size=len(tokenizer), trust_remote_code=trust_remote_code
+        )
     except OSError as error:
         raise OSError(f"{pretrained} cannot be loaded as a model: {error}") from error
     except ValueError as error:

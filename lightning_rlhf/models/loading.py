@@ -33,12 +33,21 @@ from transformers.utils import cached_file, find_adapter_config_file, has_file
 
 from lightning_rlhf.checks import check_arguments
 from lightning_rlhf.models.backbone import LayoutChoice, enable_checkpointing
-from lightning_rlhf.models.quantization import DTYPE, Quantization, quantization_arguments, quantized
+from lightning_rlhf.models.gptq import gptq_names, kernel_arguments, method_of
+from lightning_rlhf.models.quantization import (
+    DTYPE,
+    Quantization,
+    is_quantized,
+    quantization_arguments,
+    quantized,
+    refuse_again,
+)
 from lightning_rlhf.models.saving import (
     ADAPTED,
     merge_adapters,
     no_progress_bars,
     own_stop_token_ids,
+    plain_twin,
     quiet_peft,
     stops_of,
 )
@@ -76,6 +85,18 @@ class LoRA:
     dora: bool = False
     init: bool | Literal["gaussian", "pissa", "olora"] = True
 
+    def check_fits_quantized(self) -> None:
+        """Checks that the initialization leaves the weights as they are.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self.init not in (True, "gaussian"):
+            raise ValueError(
+                f"lora.init={self.init!r} moves a part of the weights into the adapters, and quantized weights "
+                "can't be changed: use true or gaussian."
+            )
+
     def wrap(self, model: PreTrainedModel, new_tokens: Sequence[int] = ()) -> nn.Module:
         """Adds trainable adapters to a model and freezes everything else. Adapters are always fp32.
 
@@ -92,6 +113,9 @@ class LoRA:
         if not isinstance(self.targets, str):
             _check_names(model, "targets", self.targets, lambda name, part: f".{name}".endswith(f".{part}"))
         _check_names(model, "modules_to_save", self.modules_to_save, str.endswith)
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        if targets == "all-linear":  # peft does not count GPTQ's layers among them
+            targets = gptq_names(model) or targets
         rows, whole = _rows_to_train(model, self, sorted(new_tokens))
         config = LoraConfig(
             # peft trains a classifier's head in full, and saves it with the adapters
@@ -99,7 +123,7 @@ class LoRA:
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            target_modules=targets,
             modules_to_save=[*self.modules_to_save, *whole] or None,  # a copy, because peft appends to the list
             trainable_token_indices=rows or None,
             use_rslora=self.rslora,
@@ -152,6 +176,7 @@ class LoaderOptions(TypedDict, total=False):
     Attributes:
         lora: Adapters to train. None: all weights are trained.
         vocab_size: Number of the tokenizer's tokens. Smaller embeddings grow to this size.
+        inference: The weights are only read: quantized layers may use kernels that have no backward pass.
         new_tokens: Ids of tokens that are new, although the embeddings have rows for them. With ``lora``, their rows
             and the rows that were added are trained beside the adapters.
     """
@@ -160,6 +185,7 @@ class LoaderOptions(TypedDict, total=False):
     lora: LoRA | None
     quantization: Quantization | None
     gradient_checkpointing: bool
+    inference: bool
     vocab_size: int | None
     new_tokens: Sequence[int]
     trust_remote_code: bool
@@ -212,6 +238,40 @@ def load_config(name_or_path: str | os.PathLike[str], trust_remote_code: bool = 
     return config
 
 
+def quantization_of(
+    pretrained: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool = False
+) -> str | None:
+    """Returns the method that quantized a model's weights, such as ``gptq``; None if they are in full precision.
+
+    Adapters are merged into their base, whose weights are dequantized for it.
+
+    Raises:
+        OSError: The model does not exist or cannot be read.
+    """
+    if isinstance(pretrained, PreTrainedModel):
+        return method_of(pretrained.config)
+    return None if adapters_of(pretrained) is not None else method_of(read_config(pretrained, trust_remote_code))
+
+
+def refuse_full_training(
+    pretrained: str | os.PathLike[str] | PreTrainedModel, lora: LoRA | None, trust_remote_code: bool = False
+) -> None:
+    """Refuses to train weights that are quantized, or to move a part of them into adapters.
+
+    Raises:
+        OSError: The model does not exist or cannot be read.
+        ValueError: It is one of these.
+    """
+    if (method := quantization_of(pretrained, trust_remote_code)) is None:
+        return
+    name = pretrained.name_or_path if isinstance(pretrained, PreTrainedModel) else pretrained
+    if lora is None:
+        raise ValueError(f"The weights of {name} are quantized ({method}) and can't be trained. Give lora.")
+    lora.check_fits_quantized()
+    if method == "gptq" and lora.dora:
+        raise ValueError(f"lora.dora changes the weights of {name}, which are quantized (gptq). Set it to false.")
+
+
 def load_stop_token_ids(
     pretrained: str | os.PathLike[str] | PreTrainedModel, trust_remote_code: bool = False
 ) -> tuple[int, ...]:
@@ -261,8 +321,8 @@ def load_causal_lm(pretrained: str | os.PathLike[str] | PreTrainedModel, **optio
     if isinstance(pretrained, PreTrainedModel):
         model = pretrained
     else:
-        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(options), options.get("quantization"))
-    return _prepare(quantized(model, options.get("quantization")), options)
+        model, _ = _load(AutoModelForCausalLM, pretrained, _arguments(options), **_holding(options))
+    return _prepare(quantized(model, **_holding(options)), options)
 
 
 def load_reward_model(
@@ -305,7 +365,7 @@ def load_reward_model(
     else:
         with torch.random.fork_rng(devices=()):  # transformers initializes a head first
             model, missing = _load(
-                AutoModelForSequenceClassification, pretrained, _arguments(options), options.get("quantization")
+                AutoModelForSequenceClassification, pretrained, _arguments(options), **_holding(options)
             )
         if needs_head and missing:
             raise ValueError(
@@ -316,7 +376,7 @@ def load_reward_model(
             weight = model.score.float().weight
             drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
             weight.data.copy_(drawn.normal_(0, (weight.shape[1] + 1) ** -0.5, generator=generator(seed)))
-    model = quantized(model, options.get("quantization"))
+    model = quantized(model, **_holding(options))
     if pad_token_id is not None:
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
     if isinstance(score := getattr(model, "score", None), nn.Module):
@@ -343,14 +403,13 @@ def load_exported(
     """
     arguments = {DTYPE: getattr(torch, dtype) if dtype else "auto", "trust_remote_code": trust_remote_code}
     scores = _scores(pretrained, trust_remote_code)
-    model, missing = _load(
-        AutoModelForSequenceClassification if scores else AutoModelForCausalLM, pretrained, arguments
-    )
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model, missing = _load(auto, pretrained, arguments, inference=True)
     if HEAD in missing:
         raise ValueError(f"{pretrained} is a reward model without weights for {HEAD}. Export it again.")
     if scores:
         model.score.float()
-    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+    return cast(PreTrainedModel, quantized(model, None, inference=True).eval().requires_grad_(False))
 
 
 def _scores(pretrained: str | os.PathLike[str], trust_remote_code: bool) -> bool:
@@ -363,7 +422,11 @@ def _scores(pretrained: str | os.PathLike[str], trust_remote_code: bool) -> bool
 
 
 def _load(
-    auto: Any, pretrained: str | os.PathLike[str], arguments: dict[str, Any], quantization: Quantization | None = None
+    auto: Any,
+    pretrained: str | os.PathLike[str],
+    arguments: dict[str, Any],
+    quantization: Quantization | None = None,
+    inference: bool = False,
 ) -> tuple[Any, set[str]]:
     """Loads a whole model with merged adapters, and returns it with the names of missing weights.
 
@@ -386,11 +449,17 @@ def _load(
             config.num_labels = 1  # a language model's config says 2, which has no meaning
         _check_labels(config, pretrained)
     if quantization is not None:
+        if (method := method_of(config)) is not None:
+            refuse_again(pretrained, method, quantization)
         arguments = {**arguments, **quantization_arguments(quantization, arguments[DTYPE])}
-    quiet = _no_loading_report() if auto is AutoModelForSequenceClassification else nullcontext()
-    with quiet, nullcontext() if sys.stderr.isatty() else no_progress_bars():  # in a file a bar is a line per step
-        model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments)
+    packed = method_of(config) == "gptq"  # optimum reads all attributes, also those that warn
+    quiet = _no_loading_report() if packed or auto is AutoModelForSequenceClassification else nullcontext()
+    bars = nullcontext() if sys.stderr.isatty() else no_progress_bars()  # in a file a bar is a line per step
+    with quiet, bars, kernel_arguments(config, arguments[DTYPE], inference) as kernel:
+        model, found = auto.from_pretrained(pretrained, config=config, output_loading_info=True, **arguments, **kernel)
     missing = set(found["missing_keys"])
+    if packed and missing - {HEAD}:
+        raise ValueError(f"{pretrained} lacks weights: {', '.join(sorted(missing))}.")
     if auto is AutoModelForSequenceClassification:
         others = {name for name in found["unexpected_keys"] if not name.startswith("lm_head.")} | missing - {HEAD}
         if others:
@@ -445,9 +514,12 @@ def adapters_of(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]
 
 
 def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -> tuple[Any, set[str]]:
-    """Merges adapters into their base."""
+    """Merges adapters into their base, which is dequantized for it."""
     from peft import PeftConfig, PeftModel
 
+    if is_quantized(model):
+        rank_zero_info(f"{name}: the adapters' base is quantized. It is dequantized to merge them.")
+        model = plain_twin(model)
     grow_embeddings(model, settings.get("vocab_size", 0))
     with torch.random.fork_rng(devices=()), quiet_peft():
         config = PeftConfig.from_pretrained(name)
@@ -466,6 +538,11 @@ def _adapt(model: Any, name: str, settings: dict[str, Any], missing: set[str]) -
 def _check_labels(config: Any, name: object) -> None:
     if config.num_labels != 1:
         raise ValueError(f"{name} is a classifier with {config.num_labels} labels, but a reward model must have one.")
+
+
+def _holding(options: LoaderOptions) -> dict[str, Any]:
+    """Returns how the weights are held."""
+    return {"quantization": options.get("quantization"), "inference": options.get("inference", False)}
 
 
 def _arguments(options: LoaderOptions) -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""Frozen weights in 4 or 8 bits with bitsandbytes, for QLoRA."""
+"""Frozen weights in 4 or 8 bits, of bitsandbytes or in the GPTQ format."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from lightning_rlhf.models import gptq
 
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 """Name of ``from_pretrained``'s argument for the data type: transformers 5 deprecates the name that 4.51 needs."""
@@ -68,13 +70,19 @@ def quantization_arguments(quantization: Quantization, dtype: torch.dtype) -> di
     return {"quantization_config": config, "device_map": {"": str(torch.get_default_device())}}
 
 
-def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
+def quantized(model: PreTrainedModel, quantization: Quantization | None, inference: bool = False) -> Any:
     """Returns a model with quantized linear layers, except the head, that is ready for training adapters.
 
     Args:
-        model: A model loaded with :func:`quantization_arguments`, or one that is not quantized, which is copied.
+        model: A model with quantized weights, or one that is not quantized, which is copied.
         quantization: The format. None: keep the model's.
+        inference: Keep kernels that are faster and have no backward pass.
+
+    Raises:
+        ValueError: The model is quantized in another way, or by a kernel without a backward pass.
     """
+    if quantization is not None and any(map(gptq.is_gptq_layer, model.modules())):
+        refuse_again(model.name_or_path, "gptq", quantization)
     if quantization is not None and not is_quantized(model):
         whole, name = model, model.name_or_path
         with torch.random.fork_rng(devices=()):
@@ -85,7 +93,8 @@ def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
         model.name_or_path = name  # adapters name it as their base
         if whole.can_generate():
             model.generation_config = whole.generation_config
-    layers = [module for module in model.modules() if is_quantized_layer(module)]
+    gptq.prepare(model, inference)
+    layers = [module for module in model.modules() if _is_bitsandbytes_layer(module)]
     if layers:
         from lightning_rlhf.models.quantized_layers import prepare
 
@@ -98,9 +107,25 @@ def quantized(model: PreTrainedModel, quantization: Quantization | None) -> Any:
     return model
 
 
-def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with quantized weights."""
+def refuse_again(name: object, method: str, quantization: Quantization) -> NoReturn:
+    """Refuses to quantize a model again.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"load.quantization={quantization!r}: the weights of {name} are already quantized ({method}) and would be "
+        "rounded twice. Set it to null."
+    )
+
+
+def _is_bitsandbytes_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with quantized weights that :func:`dequantized` can read."""
+    return _is_bitsandbytes_layer(module) or gptq.is_gptq_layer(module)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -115,9 +140,12 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
         layer: A quantized linear layer, which does not change.
         dtype: Data type of the result.
     """
-    from lightning_rlhf.models.quantized_layers import weights_of
+    if gptq.is_gptq_layer(layer):
+        values = gptq.weights_of(layer)
+    else:
+        from lightning_rlhf.models.quantized_layers import weights_of
 
-    values = weights_of(layer.weight)
+        values = weights_of(layer.weight)
     plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(values.to("cpu", dtype), requires_grad=False)
     bias: Any = layer.bias

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_rlhf.models.exact_linear import exact_linear
 
 
 def prepare(layer: Any) -> None:
@@ -57,7 +59,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D_in) to (..., D_out)."""
-        return _linear(x, self)
+        return exact_linear(x, partial(weights_of, self.weight), self.bias)
 
 
 class NF4Linear(bnb.nn.Linear4bit):
@@ -65,23 +67,4 @@ class NF4Linear(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D_in) to (..., D_out)."""
-        return _linear(x, self)
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    bias: Any = layer.bias
-    bias = None if bias is None else bias.to(x.dtype)
-    return cast(Tensor, _Linear.apply(x, layer.weight, bias))  # type: ignore[no-untyped-call]
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer that keeps the quantized weights for the backward pass, instead of the dequantized ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: nn.Parameter, bias: Tensor | None) -> Tensor:
-        ctx.parameter = parameter
-        return F.linear(x, weights_of(parameter).to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ weights_of(ctx.parameter).to(gradient.dtype), None, None
+        return exact_linear(x, partial(weights_of, self.weight), self.bias)

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from lightning_rlhf.functional.precision import without_subclass
+from lightning_rlhf.models.gptq import is_gptq_layer, silence
 from lightning_rlhf.models.quantization import dequantized, is_quantized, is_quantized_layer
 from lightning_rlhf.utils.filesystem import atomic_directory
 
@@ -101,7 +103,7 @@ def save_pretrained(
             if keep_quantized:
                 whole = cast(PreTrainedModel, model)
             else:
-                whole = merge_adapters(_twin(model, state_dict)) if is_peft else _twin(model, state_dict)
+                whole = merge_adapters(plain_twin(model, state_dict)) if is_peft else plain_twin(model, state_dict)
             if whole.can_generate():
                 whole.generation_config = generation
             _set_stop_token_ids(whole.config, stops)
@@ -142,9 +144,19 @@ def _check_finite(model: nn.Module, state_dict: Mapping[str, Tensor], directory:
                 )
 
 
-def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
-    """Copies the modules and configs of a model, with the same or the given weights on the CPU, dequantized."""
+def plain_twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Any:
+    """Copies the modules and configs of a model, with the same or the given weights on the CPU, dequantized.
+
+    Args:
+        model: The model, which may have adapters.
+        state_dict: Weights by the model's names, if its own are shards.
+
+    Raises:
+        ValueError: GPTQ weights cannot be written as the model's family stores them, or no longer be read.
+    """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if any(map(is_gptq_layer, model.modules())) and hasattr(sys.modules[type(base).__module__], "Conv1D"):
+        raise ValueError(f"{type(base).__name__} stores its weights transposed, so its GPTQ weights cannot be merged.")
     # quantized layers are not trained, so the model's weights are right even if others are given
     memo: dict[int, Any] = {id(m): dequantized(m, base.dtype) for m in model.modules() if is_quantized_layer(m)}
     whole = not memo
@@ -162,7 +174,14 @@ def _twin(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Any:
 def _without_quantization(model: Any) -> Any:
     """Removes marks of quantization from a model whose layers are plain, as if it were made from plain weights."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+    for name in (
+        "hf_quantizer",
+        "quantization_method",
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+        "quantize_config",
+        "hf_device_map",
+    ):
         if name in vars(base):
             delattr(base, name)
     base.is_quantized = False
@@ -190,7 +209,8 @@ def _without_quantization(model: Any) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Within it, peft wraps a model without warnings that do not concern the user."""
+    """Within it, peft wraps a model without messages that do not concern the user."""
+    silence()
     with warnings.catch_warnings():
         # about tied weights, which merge_adapters separates
         warnings.filterwarnings("ignore", r"Model (has|with) `tie_word_embeddings", UserWarning)

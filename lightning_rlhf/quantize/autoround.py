@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.models.gptq import require
+from lightning_rlhf.models.gptq import quick_collections, require
 from lightning_rlhf.quantize.grid import Grid, Rounded, linear_layers, weight_of
 from lightning_rlhf.quantize.layerwise import BATCH, LayerwiseRun
 from lightning_rlhf.utils.random import rng_state, set_rng_state
@@ -110,7 +110,8 @@ def _as_before() -> Iterator[None]:
     logging.getLogger("autoround").setLevel(logging.ERROR)
     state = rng_state()
     try:
-        yield
+        with quick_collections():
+            yield
     finally:
         set_rng_state(state)
         torch.set_printoptions(profile="default")

@@ -36,6 +36,7 @@ def solve(run: LayerwiseRun, i: int, block: nn.Module, grid: Grid) -> dict[str, 
             else:
                 config = solver.qcfg
                 scales, zeros, *_ = solver.hf_quantize(
+                    blocksize=grid.group_size,  # in larger blocks, grids would be fitted before errors are taken back
                     percdamp=config.damp_percent,
                     damp_auto_increment=config.damp_auto_increment,
                     group_size=grid.group_size,

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lightning_rlhf.arguments import did_you_mean
 
@@ -137,15 +136,14 @@ def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers, so it cannot be quantized.")
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Returns the linear layers of a decoder layer, by name. Subclasses of ``nn.Linear`` are not quantized."""
-    return {n: m for n, m in module.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
+    return {n: m for n, m in module.named_modules() if type(m) is nn.Linear}
 
 
-def weight_of(layer: nn.Linear | Conv1D) -> Tensor:
-    """Returns a layer's (D_out, D_in) weights; GPT-2's layers store the transpose."""
-    weight = layer.weight.detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
+def weight_of(layer: nn.Linear) -> Tensor:
+    """Returns a layer's (D_out, D_in) weights."""
+    return layer.weight.detach()
 
 
 def check_method(method: str) -> None:
@@ -167,8 +165,8 @@ def check_shapes(model: PreTrainedModel, grid: Grid) -> None:
     """
     name, blocks = blocks_of(model)
     layers = {f"{name}.{n}": weight_of(layer).shape for n, layer in linear_layers(blocks).items()}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layers in {name}, so it cannot be quantized.")
+    if not layers:  # GPT-2's are of another class
+        raise ValueError(f"{type(model).__name__} has no layers of the class Linear in {name}: it cannot be quantized.")
     for parameter, tensor in blocks.named_parameters():
         if tensor.dim() > 2 and parameter.rpartition(".")[0] not in linear_layers(blocks):
             raise ValueError(

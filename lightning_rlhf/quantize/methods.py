@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_rlhf.models.gptq import require
+from lightning_rlhf.models.gptq import method_of, require
 from lightning_rlhf.models.loading import Dtype, load_config, load_exported, load_tokenizer
 from lightning_rlhf.models.quantization import Quantization, quantized, require_bitsandbytes
 from lightning_rlhf.models.saving import save_pretrained
@@ -105,12 +105,8 @@ def check_not_quantized(source: str | os.PathLike[str], trust_remote_code: bool 
         OSError: The model does not exist.
         ValueError: It is quantized. Quantizing it again would round it twice.
     """
-    found = getattr(load_config(source, trust_remote_code), "quantization_config", None)
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        raise ValueError(
-            f"{source} is already quantized ({getattr(method, 'value', method)}). Give the model that it was made from."
-        )
+    if (method := method_of(load_config(source, trust_remote_code))) is not None:
+        raise ValueError(f"{source} is already quantized ({method}). Give the model that it was made from.")
 
 
 def _check_disk(model: PreTrainedModel, grid: Grid, out: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightning_rlhf.data import PackedBatch
 from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm, load_tokenizer
+from lightning_rlhf.models.loading import refuse_full_training
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, Scores, check_scores
@@ -155,6 +156,7 @@ def load_actors(
         _check_critic(critic, tokenizer, load.trust_remote_code)
     if critic is not None and not shares:  # before adapters are put into a model that was given
         start = _copied(pretrained) if critic.pretrained is None else critic.pretrained
+        refuse_full_training(start, lora, load.trust_remote_code)
         value_model = ValueModel(load_value_model(start, **trained), load.layout)
     if lora is None:
         model = load_causal_lm(_copied(pretrained), **frozen)  # type: ignore[arg-type]

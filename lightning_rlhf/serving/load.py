@@ -62,7 +62,11 @@ def load_served(name: str, source: str, options: ModelOptions) -> Served:
     """
     tokenizer, stops = _tokenizer(source, source, options)
     model = load_causal_lm(
-        source, dtype=options.dtype, vocab_size=len(tokenizer), trust_remote_code=options.trust_remote_code
+        source,
+        dtype=options.dtype,
+        inference=True,
+        vocab_size=len(tokenizer),
+        trust_remote_code=options.trust_remote_code,
     )
     policy = Policy(model.requires_grad_(False).to(options.device), layout="padded")
     if reason := reason_against(policy):

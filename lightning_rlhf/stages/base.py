@@ -34,8 +34,8 @@ from lightning_rlhf.data.tokens import encode_prompt
 from lightning_rlhf.metrics import StageMetrics
 from lightning_rlhf.models import Load, LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
-from lightning_rlhf.models.loading import load_config, load_stop_token_ids
-from lightning_rlhf.models.quantization import is_quantized_layer, require_bitsandbytes
+from lightning_rlhf.models.loading import load_config, load_stop_token_ids, quantization_of, refuse_full_training
+from lightning_rlhf.models.quantization import is_quantized_layer, refuse_again, require_bitsandbytes
 from lightning_rlhf.moved import find_moved, refuse_moved, write_argument
 from lightning_rlhf.quiet import quiet_libraries
 from lightning_rlhf.rollout import CachedEngine, Completion, RolloutEngine, Sampling, as_answers, complete, sample_key
@@ -121,11 +121,9 @@ class Stage(L.LightningModule):
                 raise ValueError(
                     f"load.quantization={load.quantization!r}: quantized weights can't be trained. Give lora."
                 )
-            if lora.init not in (True, "gaussian"):
-                raise ValueError(
-                    f"lora.init={lora.init!r} moves a part of the weights into the adapters, and quantized weights "
-                    "can't be changed: use true or gaussian."
-                )
+            lora.check_fits_quantized()
+            if (method := quantization_of(pretrained, load.trust_remote_code)) is not None:
+                refuse_again(pretrained, method, load.quantization)
         if tokenizer is None and isinstance(pretrained, PreTrainedModel):
             raise ValueError("Give tokenizer=... beside a model object: nothing says which one it was trained with.")
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -288,11 +286,18 @@ class Stage(L.LightningModule):
         self._check_precision()
         if stage == "fit":
             self.forget()
-        if self.load.quantization is not None and not holds_whole_models(strategy):
+            refuse_full_training(self.pretrained, self.lora, self.load.trust_remote_code)
+        if not holds_whole_models(strategy):
+            stored = quantization_of(self.pretrained, self.load.trust_remote_code)
+            if (method := self.load.quantization or stored) is None:
+                return
+            said = f"pretrained={self.pretrained} is quantized ({stored}), which" if stored else (
+                f"load.quantization={method!r}"
+            )  # fmt: skip
             raise ValueError(
-                f"load.quantization={self.load.quantization!r} runs on one device, under DDP and under colossalai_ddp, "
-                f"where each device holds the whole model; {type(strategy).__name__} as it is set cuts or casts them. "
-                "Set trainer.strategy to one of these, or load.quantization to null."
+                f"{said} runs on one device, under DDP and under colossalai_ddp, where each device holds the whole "
+                f"model; {type(strategy).__name__} as it is set cuts or casts them. Set trainer.strategy to one of "
+                f"these, or {'give a model in full precision' if stored else 'load.quantization to null'}."
             )
 
     def forget(self) -> None:
