@@ -21,6 +21,7 @@ TOOLS = {
     "quantize": ("lightning_rlhf.quantize.command:main", "make a model of 4 or 8 bits: GPTQ, AutoRound, rounding"),
     "export": ("lightning_rlhf.export.command:main", "hand a model on: merged weights, adapters alone, or a GGUF file"),
     "serve": ("lightning_rlhf.serving.command:main", "serve a run's models over HTTP, with OpenAI's interface"),
+    "chat": ("lightning_rlhf.chat.command:main", "talk to a run's models in the terminal, and save what you think"),
     "report": ("lightning_rlhf.report.compare:main", "compare runs on one page: curves, answers, settings"),
 }
 

@@ -4,6 +4,7 @@ A block is made small by replacing texts in it. A text to replace that is no lon
 and a name of no known file are failures: then this file must follow.
 """
 
+import io
 import json
 import re
 import shlex
@@ -45,6 +46,7 @@ IN_COMMANDS = {
     "configs/": "{root}/configs/",
     "runs/ppo_smollm2/hf/last": "{model}",
     "serve runs/start": "serve {model}",
+    "chat runs/start --models sft ppo": "chat {model}",
     "runs/sft_smollm2/hf/best": "{model}",
     # the other one's tokenizer is unknown to llama.cpp
     "export runs/sft_smollm2 --format gguf": "export {root}/tests/assets/stories260K --format gguf",
@@ -63,6 +65,7 @@ SMALL = {
     "export": "--out made",
     "report": "",
     "serve": "--reward lightning_rlhf.rewards.functions.length_window",
+    "chat": "--max-new-tokens 2",
 }
 #: The small data of the configs in a folder.
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
@@ -142,7 +145,7 @@ def test_python_block_runs(source, small):
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_command_runs(command, small, capsys):
+def test_command_runs(command, small, capsys, monkeypatch):
     name, *rest = shlex.split(replaced(command, IN_COMMANDS, small))[1:]
     assert name in SMALL, f"say in SMALL how lightning-rlhf {name} is made small"
     for package in ("auto_round", "sentencepiece") if name == "export" and "gguf" in rest else ():
@@ -154,6 +157,8 @@ def test_command_runs(command, small, capsys):
         assert "usage" in capsys.readouterr().out
         return
     arguments = [name, *rest, *shlex.split(small(SMALL[name]))]
+    if name == "chat":
+        monkeypatch.setattr("sys.stdin", io.StringIO("fox\n"))
     if name == "serve":
         with serving(Path("log"), *arguments[1:]) as server:
             found = httpx.post(f"{server.url}/v1/completions", json={"prompt": "fox", "max_tokens": 2}, timeout=60)

@@ -1,0 +1,1 @@
+"""``lightning-rlhf chat``: talk to models in a terminal."""
