@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.data import Branch, InstructionDataModule, Tree
+from lightning_rlhf.data import Branch, Conversation, InstructionDataModule, Message, Tree
 from lightning_rlhf.data.errors import DataError
-from lightning_rlhf.data.formats import FORMATS, Conversation, FormatError, Message
+from lightning_rlhf.data.formats import FORMATS, FormatError
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, to_preference
 from lightning_rlhf.data.prompt_formats import PROMPT_FORMATS, to_prompt
 from lightning_rlhf.data.sources import OnBadRow, Source
 from lightning_rlhf.data.tokens import TokenizeError, encode
+from lightning_rlhf.models.loading import load_config
 from lightning_rlhf.quantize.grid import blocks_of, linear_layers, weight_of
 from lightning_rlhf.utils.random import generator
 
@@ -96,6 +98,18 @@ def read_rows(
             f"{dropped} of {len(calibration)} calibration rows have the first user turn of a held-out row: left out."
         )
     return Rows(_draw(kept, max_rows, seed), _draw(apart, max_held_out, seed))
+
+
+def shapes_of(source: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedModel:
+    """Builds a model without weights, for checks of shapes.
+
+    Args:
+        source: Directory or hub id of a model or of adapters.
+        trust_remote_code: Run code that comes with the model.
+    """
+    config = load_config(source, trust_remote_code)
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def check_tokens(rows: Sequence[Tensor], model: PreTrainedModel) -> None:

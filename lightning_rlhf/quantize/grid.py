@@ -17,6 +17,8 @@ the nearest number of its grid. These three write the GPTQ format. ``nf4`` and `
 
 CALIBRATED = ("gptq", "autoround")
 """The methods that need calibration rows."""
+GRIDLESS = ("nf4", "int8")
+"""The methods with a format of their own instead of a grid."""
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, 256)

@@ -21,6 +21,7 @@ from lightning_rlhf.quantize.calibration import check_tokens
 from lightning_rlhf.quantize.gptq import solve
 from lightning_rlhf.quantize.grid import (
     CALIBRATED,
+    GRIDLESS,
     Grid,
     Rounded,
     blocks_of,
@@ -81,11 +82,11 @@ def quantize(
         require("gptqmodel")
     elif method == "autoround":
         require("auto_round")
-    elif method in ("nf4", "int8"):
+    elif method in GRIDLESS:
         require_bitsandbytes()
     tokenizer = load_tokenizer(source, trust_remote_code)
     model = load_exported(source, dtype, trust_remote_code)
-    if method in ("nf4", "int8"):
+    if method in GRIDLESS:
         model = quantized(model, cast(Quantization, method))
         return save_pretrained(model, tokenizer, out, keep_quantized=True)
     check_shapes(model, grid)

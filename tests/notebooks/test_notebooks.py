@@ -26,6 +26,7 @@ def settings(tiny_model_dir, tmp_path_factory):
             for i in range(24)
         ],
         "ppo": [{"prompt": f"question {i}"} for i in range(24)],
+        "quantize": [{"instruction": f"question {i}", "output": text[: 3 + i % 9]} for i in range(40)],
     }
     folder = tmp_path_factory.mktemp("data")
     small = {"drop_in": {"MODEL": str(tiny_model_dir), "STEPS": "2", "BATCH_SIZE": "3"}}
@@ -34,6 +35,7 @@ def settings(tiny_model_dir, tmp_path_factory):
         train.write_text("".join(json.dumps(line) + "\n" for line in lines))
         small[name] = {"MODEL": str(tiny_model_dir), "TRAIN": str(train), "STEPS": "2", "BATCH_SIZE": "4"}
     small["colossalai"] = {**small["sft"], "STEPS": "3"}
+    small["quantize"] = {**{name: small["quantize"][name] for name in ("MODEL", "TRAIN")}, "ROWS": "30", "GROUP": "32"}
     return small
 
 
@@ -43,6 +45,8 @@ def run(settings, tmp_path_factory):
     done = {}
 
     def execute(path):
+        if path.stem == "quantize":
+            pytest.importorskip("gptqmodel")
         if path not in done:
             folder, elsewhere = tmp_path_factory.mktemp(path.stem), tmp_path_factory.mktemp("elsewhere")
             variables = {
@@ -175,6 +179,25 @@ def test_ppo_notebook_shows_what_it_says(run):
     assert kl["k2"][1] > 0 and kl["k3"][1] > 0
     [curves] = [shown for shown in displayed(notebook, "text/html") if "<svg" in shown]
     assert curves.count("<polyline") == 4
+
+
+def test_quantize_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "quantize.ipynb")
+    text = printed(notebook)
+    symmetric, asymmetric = map(float, re.findall(r"^4 bits, .*: relative error ([\d.]+)$", text, re.MULTILINE))
+    assert 0 < asymmetric < symmetric < 0.2
+    counts = re.findall(r"^(calibration|held out): (\d+) rows, \d+ tokens$", text, re.MULTILINE)
+    assert [name for name, _ in counts] == ["calibration", "held out"]
+    assert 30 < sum(int(rows) for _, rows in counts) <= 40
+    [table] = displayed(notebook, "text/markdown")
+    own, *others = map(cells_of, table.splitlines()[2:])
+    assert own[0] == "none" and float(own[3]) == 0.0
+    assert [method for method, *_ in others] == ["rtn", "gptq"] * 2
+    assert len(re.findall(r"^4 bits, groups of 32, .*: (rtn|gptq) is best$", text, re.MULTILINE)) == 2
+    assert "as loaded here: True\n" in text
+    kept = json.loads((folder / "runs" / "notebook" / "quantize" / "compare.json").read_text())
+    assert [f"{result['kl']:.5f}" for result in kept["results"]] == [line[3] for line in (own, *others)]
+    assert all(result["kl"] > 0 for result in kept["results"][1:])
 
 
 def test_ppo_of_the_drop_in_notebook_learns(stories_model_dir, monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """What the tests of quantized models share: a trained model that packs, and texts of its own."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -27,12 +29,18 @@ def told(directory, count, length, seed):
 
 
 @pytest.fixture(scope="session")
-def calibration(wide_stories):
-    """32 rows of 128 tokens."""
-    return list(told(wide_stories, 32, 128, seed=1))
+def tell(wide_stories):
+    """``tell(count, length, seed)``: the model's own stories."""
+    return partial(told, wide_stories)
 
 
 @pytest.fixture(scope="session")
-def held_out(wide_stories):
+def calibration(tell):
+    """32 rows of 128 tokens."""
+    return list(tell(32, 128, seed=1))
+
+
+@pytest.fixture(scope="session")
+def held_out(tell):
     """16 other rows of 128 tokens."""
-    return told(wide_stories, 16, 128, seed=2)
+    return tell(16, 128, seed=2)

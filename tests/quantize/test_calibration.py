@@ -1,5 +1,6 @@
 """Calibration and held-out rows: every kind of file, apart by the first user turn; errors say what is wrong where."""
 
+import importlib.resources
 import json
 
 import pytest
@@ -67,8 +68,10 @@ def test_plain_text_is_read_as_it_is(tiny_tokenizer, tmp_path):
 
 
 def test_bundled_rows_are_all_that_come_with_the_package(tiny_tokenizer):
-    rows = read_rows("bundled", tiny_tokenizer, 100_000, max_rows=1000, max_held_out=1000)
-    assert len(rows.calibration) + len(rows.held_out) == 410 and len(rows.held_out) > 25
+    folder = importlib.resources.files("lightning_rlhf.data") / "bundled"
+    lines = sum(len(file.read_text().splitlines()) for file in folder.iterdir() if file.name.endswith(".jsonl"))
+    rows = read_rows("bundled", tiny_tokenizer, 100_000, max_rows=lines, max_held_out=lines)
+    assert len(rows.calibration) + len(rows.held_out) == lines > 400 and len(rows.held_out) > 25
 
 
 def test_held_out_rows_share_no_first_user_turn_with_the_calibration(tiny_tokenizer, tmp_path):

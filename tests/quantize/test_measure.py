@@ -22,7 +22,7 @@ from lightning_rlhf.quantize.measure import (
 
 @pytest.fixture(scope="module")
 def stories(stories_model_dir):
-    return AutoModelForCausalLM.from_pretrained(stories_model_dir, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(stories_model_dir).eval()
 
 
 @pytest.fixture(scope="module")
