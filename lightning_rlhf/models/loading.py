@@ -165,6 +165,26 @@ class Load:
     def __post_init__(self) -> None:
         check_arguments(Load, vars(self), "load.")
 
+    def options(
+        self, lora: LoRA | None, tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[int]
+    ) -> LoaderOptions:
+        """Returns these settings as the functions take them that load a model to train.
+
+        Args:
+            lora: Adapters to train; None: all weights are trained.
+            tokenizer: Its size is that of the embeddings.
+            new_tokens: Ids of tokens that the chat template brought.
+        """
+        return LoaderOptions(
+            dtype=self.dtype,
+            lora=lora,
+            quantization=self.quantization,
+            gradient_checkpointing=self.gradient_checkpointing,
+            vocab_size=len(tokenizer),
+            new_tokens=new_tokens,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 # checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
 torch.serialization.add_safe_globals([LoRA, Load])

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,15 +143,7 @@ def load_actors(
         ValueError: A critic with another tokenizer, or an adapter that does not fit the backbone.
     """
     shares = lora is not None and (critic is None or critic.shared_backbone)
-    frozen = dict(
-        dtype=load.dtype,
-        vocab_size=len(tokenizer),
-        new_tokens=new_token_ids,
-        trust_remote_code=load.trust_remote_code,
-    )
-    trained: dict[str, Any] = dict(
-        lora=lora, quantization=load.quantization, gradient_checkpointing=load.gradient_checkpointing, **frozen
-    )
+    trained = load.options(lora, tokenizer, new_token_ids)
     value_model = reference = None
     if critic is not None:
         _check_critic(critic, tokenizer, load.trust_remote_code)
@@ -159,7 +152,8 @@ def load_actors(
         refuse_full_training(start, lora, load.trust_remote_code)
         value_model = ValueModel(load_value_model(start, **trained), load.layout)
     if lora is None:
-        model = load_causal_lm(_copied(pretrained), **frozen)  # type: ignore[arg-type]
+        frozen = replace(load, quantization=None, gradient_checkpointing=False)
+        model = load_causal_lm(_copied(pretrained), **frozen.options(None, tokenizer, new_token_ids))
         reference = Policy(model.requires_grad_(False), load.layout)
     model = load_causal_lm(pretrained, **trained)
     policy: Policy

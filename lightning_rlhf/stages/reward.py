@@ -100,15 +100,9 @@ class RewardModule(Stage):
             return
         model = load_reward_model(
             self.pretrained,
-            dtype=self.load.dtype,
-            lora=self.lora,
-            quantization=self.load.quantization,
-            gradient_checkpointing=self.load.gradient_checkpointing,
-            vocab_size=len(self.tokenizer),
-            new_tokens=self.new_token_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             seed=self.head_seed,
-            trust_remote_code=self.load.trust_remote_code,
+            **self.load.options(self.lora, self.tokenizer, self.new_token_ids),
         )
         self.reward_model = RewardModel(model, self.load.layout)
 

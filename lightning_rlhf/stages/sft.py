@@ -83,16 +83,7 @@ class SFTModule(Stage):
         """Loads the model once, when Lightning or a caller first needs it."""
         if hasattr(self, "policy"):
             return
-        model = load_causal_lm(
-            self.pretrained,
-            dtype=self.load.dtype,
-            lora=self.lora,
-            quantization=self.load.quantization,
-            gradient_checkpointing=self.load.gradient_checkpointing,
-            vocab_size=len(self.tokenizer),
-            new_tokens=self.new_token_ids,
-            trust_remote_code=self.load.trust_remote_code,
-        )
+        model = load_causal_lm(self.pretrained, **self.load.options(self.lora, self.tokenizer, self.new_token_ids))
         self.policy = Policy(model, self.load.layout, z_loss=self.z_loss)
 
     @property

@@ -1,6 +1,5 @@
 """Fits that several tests look at, in this process and in others."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import load_script
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "run_artifacts.py"
@@ -16,10 +16,7 @@ SCRIPT = HERE / "run_artifacts.py"
 @pytest.fixture(scope="session")
 def artifacts():
     """The module of the script."""
-    spec = importlib.util.spec_from_file_location("run_artifacts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="session")

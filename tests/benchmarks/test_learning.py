@@ -1,22 +1,19 @@
 """The PPO studies at smoke size: what they report, where it goes, and the picture. Nothing learned is asserted."""
 
-import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TALKS = [f"Tell me of fox {i}." for i in range(30)]
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / f"{name}.py")
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """The memory benchmark at smoke size: rows of the same size for all, and an honest table. No size is asserted."""
 
-import importlib.util
 import mmap
 import sys
 from pathlib import Path
 
 import pytest
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZE = ["--width", "32", "--layers", "1", "--vocab-size", "64", "--rows", "2", "--micro-batches", "2"]
@@ -15,9 +15,7 @@ SMALL = [*SIZE, "--length", "6", "--new", "4", "--steps", "2"]
 @pytest.fixture(scope="module")
 def memory():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_memory", BENCHMARKS / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "memory.py")
     yield module
     sys.path[:] = before
 

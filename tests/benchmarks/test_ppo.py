@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZE = ["--width", "32", "--layers", "1", "--vocab-size", "64", "--length", "6", "--new", "4", "--completions", "4"]
@@ -15,9 +16,7 @@ SMALL = [*SIZE, "--steps", "2", "--warmup", "1"]
 @pytest.fixture(scope="module")
 def ppo():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_ppo", BENCHMARKS / "ppo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "ppo.py")
     yield module
     sys.path[:] = before
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ROWS = [
@@ -19,9 +20,7 @@ LONG = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "Because. " *
 @pytest.fixture(scope="module")
 def reward():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_reward", BENCHMARKS / "reward.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "reward.py")
     yield module
     sys.path[:] = before
 

@@ -1,11 +1,11 @@
 """The rollout benchmark at smoke size: same work for both, and an honest table. No time is asserted."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--repeats", "1", "--width", "32", "--layers", "1", "--new", "5", "--rows", "24"]
@@ -14,9 +14,7 @@ SMALL = ["--repeats", "1", "--width", "32", "--layers", "1", "--new", "5", "--ro
 @pytest.fixture(scope="module")
 def rollout():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_rollout", BENCHMARKS / "rollout.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "rollout.py")
     yield module
     sys.path[:] = before
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--steps", "2", "--warmup", "1", "--width", "32", "--layers", "1", "--length", "16"]
@@ -14,9 +15,7 @@ SMALL = ["--steps", "2", "--warmup", "1", "--width", "32", "--layers", "1", "--l
 @pytest.fixture(scope="module")
 def sft():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_sft", BENCHMARKS / "sft.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "sft.py")
     yield module
     sys.path[:] = before
 

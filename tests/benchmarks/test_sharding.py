@@ -1,11 +1,11 @@
 """The sharding benchmark at smoke size: real storages, each once, and an honest table. No time is asserted."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--width", "64", "--layers", "1", "--vocab-size", "64", "--length", "8"]
@@ -14,9 +14,7 @@ SMALL = ["--width", "64", "--layers", "1", "--vocab-size", "64", "--length", "8"
 @pytest.fixture(scope="module")
 def sharding():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_sharding", BENCHMARKS / "sharding.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "sharding.py")
     yield module
     sys.path[:] = before
 

@@ -1,6 +1,5 @@
 """Small runs, in this process and in others."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+from runs import load_script
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -18,9 +18,7 @@ RUN_SFT = HERE.parent / "stages" / "run_sft.py"
 @pytest.fixture
 def fit(tiny_model_dir):
     """``fit(out, callbacks, **options)``: a run of the SFT stage; returns the trainer and the module."""
-    spec = importlib.util.spec_from_file_location("run_sft", RUN_SFT)
-    run_sft = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run_sft)
+    run_sft = load_script(RUN_SFT)
 
     def run(out, callbacks=(), **options):
         return run_sft.run(tiny_model_dir, out, callbacks=list(callbacks), **options)

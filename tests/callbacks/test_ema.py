@@ -1,7 +1,5 @@
 """The average is the hand-written recursion, is what is validated, shown and exported, and leaves training alone."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +9,7 @@ import torch
 from grouping import grouped
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
+from runs import assert_equal, load_script
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import HFExport, SampleCompletions, SFTModule
@@ -20,25 +19,11 @@ from lightning_rlhf.strategies import ColossalAIStrategy
 STAGES = Path(__file__).resolve().parents[1] / "stages"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, STAGES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-run_sft, run_reward, run_ppo = load("run_sft"), load("run_reward"), load("run_ppo")
+run_sft, run_reward, run_ppo = (load_script(STAGES / f"run_{stage}.py") for stage in ("sft", "reward", "ppo"))
 
 
 def trained(module):
     return {k: p.detach().clone() for k, p in module.model_to_export.named_parameters() if p.requires_grad}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]), k
 
 
 class ByHand(L.Callback):

@@ -1,6 +1,5 @@
 """An interrupt loses nothing, ends the work, and a broken-off epoch is taken for nothing else."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,14 +13,13 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from runs import load_script
 
 from lightning_rlhf import HFExport, Interrupted, SFTModule
 from lightning_rlhf.callbacks import SaveOnInterrupt
 
 SCRIPT = Path(__file__).with_name("run_interrupted.py")
-spec = importlib.util.spec_from_file_location("run_interrupted", SCRIPT)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = load_script(SCRIPT)
 Send = script.Send
 
 

@@ -1,6 +1,5 @@
 """Win rates in a run: of the right answers, written once, monitored, and without a trace in the training."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 from grouping import grouped
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from runs import load_script
 
 from lightning_rlhf import (
     HFExport,
@@ -30,10 +30,7 @@ HERE = Path(__file__).parent
 
 
 def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(path)
 
 
 fake_judge = load(HERE.parent / "evaluation" / "fake_judge.py")

@@ -1,19 +1,17 @@
 """The judge behind an endpoint is asked the right thing, is believed strictly, and its failures are counted."""
 
-import importlib.util
 import logging
 import pickle
 import time
 from pathlib import Path
 
 import pytest
+from runs import load_script
 
 from lightning_rlhf.evaluation import Answer, AnswerPair, ChatJudge, JudgeError, Question, judge_pairs, rates
 from lightning_rlhf.evaluation.chat_judge import PATIENCE, parse_verdict
 
-SPEC = importlib.util.spec_from_file_location("fake_judge", Path(__file__).with_name("fake_judge.py"))
-fake_judge = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fake_judge)
+fake_judge = load_script(Path(__file__).with_name("fake_judge.py"))
 FakeJudge, first, longer, parts = fake_judge.FakeJudge, fake_judge.first, fake_judge.longer, fake_judge.parts
 
 

@@ -1,18 +1,16 @@
 """``lightning-rlhf win-rate``, offline, from models and from files."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from runs import load_script
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.cli import main
 
-SPEC = importlib.util.spec_from_file_location("fake_judge", Path(__file__).with_name("fake_judge.py"))
-fake_judge = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fake_judge)
+fake_judge = load_script(Path(__file__).with_name("fake_judge.py"))
 
 
 @pytest.fixture

@@ -1,20 +1,18 @@
 """Frozen models are on the device only while they are asked, and the results are the same."""
 
-import importlib.util
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
 from grouping import grouped
+from runs import load_script
 
 from lightning_rlhf import Critic, LoRA, PPOModule
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 
-spec = importlib.util.spec_from_file_location("run_ppo", Path(__file__).parents[1] / "stages" / "run_ppo.py")
-run_ppo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_ppo)
+run_ppo = load_script(Path(__file__).parents[1] / "stages" / "run_ppo.py")
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from grouping import grouped
+from runs import train
 
 torch.set_num_threads(1)
 TEXTS = [{"prompt": f"Say {i}", "completion": f"dog {i} " * (1 + i % 3)} for i in range(10)]
@@ -67,31 +66,10 @@ def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max
         ptx=Ptx(TEXTS if ptx else None, batch_size=3),
         cache_dir=Path(out_dir) / "cache",
     )
-    callbacks = list(callbacks)
-    if save_every:
-        checkpoint = ModelCheckpoint(
-            out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1
-        )
-        callbacks.append(checkpoint)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        max_steps=max_steps,
-        precision=precision,
-        callbacks=callbacks,
-        enable_checkpointing=bool(save_every),
-        logger=CSVLogger(out_dir, name="log"),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out_dir,
+    options = dict(max_steps=max_steps, precision=precision)
+    trainer = train(
+        module, data, out_dir, lambda m: trained(m).items(), callbacks, devices, save_every, ckpt, **options
     )
-    trainer.fit(module, data, ckpt_path=ckpt)
-    if trainer.is_global_zero:
-        torch.save(trained(module), Path(out_dir) / "weights.pt")
-        metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
-        (Path(out_dir) / "metrics.json").write_text(json.dumps(metrics))
     return trainer, module
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 
 from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
 from lightning_rlhf.callbacks import EMA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from grouping import grouped
+from runs import train
 
 torch.set_num_threads(1)
 
@@ -83,36 +82,24 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
     callbacks = [*callbacks, first, *([Spoiled(*spoiled)] if spoiled else [])]
     if ema is not None:
         callbacks.append(EMA(ema))
-    if save_every:
-        checkpoint = ModelCheckpoint(
-            out_dir, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=save_every, save_top_k=-1
-        )
-        callbacks.append(checkpoint)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+    trainer = train(
+        module,
+        data,
+        out_dir,
+        lambda module: module.policy.named_parameters(),
+        callbacks,
+        devices,
+        save_every,
+        ckpt,
         accumulate_grad_batches=accumulate,
         max_epochs=max_epochs,
         max_steps=max_steps,
-        callbacks=callbacks,
-        enable_checkpointing=bool(save_every),
-        logger=CSVLogger(out_dir, name="log"),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out_dir,
     )
-    trainer.fit(module, data, ckpt_path=ckpt)
     if trainer.is_global_zero:
-        weights = {k: v.detach().clone() for k, v in module.policy.named_parameters()}
-        torch.save(weights, Path(out_dir) / "weights.pt")
         if ema is not None:
-            torch.save(callbacks[-1 - bool(save_every)].state_dict()["average"], Path(out_dir) / "average.pt")
+            torch.save(callbacks[-1].state_dict()["average"], Path(out_dir) / "average.pt")
         if hasattr(first, "gradients"):
             torch.save(first.gradients, Path(out_dir) / "gradients.pt")
-        metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
-        (Path(out_dir) / "metrics.json").write_text(json.dumps(metrics))
     return trainer, module
 
 

@@ -1,6 +1,5 @@
 """Ranks without a row: nothing waits for them, and what is measured is what one process measures."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from processes import run_ranks
 from reward_models import save_reward_adapter
+from runs import load_script
 
 from lightning_rlhf.models import load_tokenizer
 
@@ -28,9 +28,7 @@ def place(tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(place, tiny_model_dir):
     """What one process finds, by stage and number of rows."""
-    spec = importlib.util.spec_from_file_location("run_empty_ranks", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(SCRIPT)
     with open(os.devnull, "w") as script.log:
         return script.run_all(tiny_model_dir, place, [("one", n) for n in (1, 3, 4)])
 

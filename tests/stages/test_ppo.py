@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -22,6 +22,7 @@ from grouping import grouped
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reward_models import save_reward_adapter
+from runs import assert_equal, load_script, spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
@@ -37,26 +38,9 @@ from lightning_rlhf.strategies.gradients import grad_scaler, loss_scale
 HERE = Path(__file__).parent
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reference, run_ppo = load("reference_ppo"), load("run_ppo")
+reference, run_ppo = (load_script(HERE / f"{name}.py") for name in ("reference_ppo", "run_ppo"))
 run, letters, trained = run_ppo.run, run_ppo.letters, run_ppo.trained
-
-
-def spawn(model_dir, out, **options):
-    """The same run in processes of its own."""
-    out.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(HERE / "run_ppo.py"), str(model_dir), str(out), json.dumps(options)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "weights.pt")
+spawn = partial(spawn, HERE / "run_ppo.py")
 
 
 def quiet(tmp_path, **options):
@@ -69,12 +53,6 @@ def difference(a, b):
     assert a.keys() == b.keys()
     flat = [torch.cat([x[k].flatten().double() for k in b]) for x in (a, b)]
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]), k
 
 
 def logged(out_dir, name):

@@ -13,6 +13,7 @@ import torch
 from grouping import grouped
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from runs import assert_equal, load_script
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
@@ -29,10 +30,7 @@ KINDS = ["nf4", "int8"]
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.run
+    return load_script(HERE / f"{name}.py").run
 
 
 RUNS = {name: load(f"run_{name}") for name in ("sft", "reward", "ppo")}
@@ -49,12 +47,6 @@ def run(stage, model_dir, out, kind="nf4", **options):
 
 def trained(module):
     return {k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]), k
 
 
 def difference(a, b):

@@ -1,36 +1,23 @@
 """The reward stage: the loss's definition, invariance to every split, exact resume, the score's offset."""
 
-import importlib.util
 import json
-import os
 import random
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+from runs import assert_equal, load_script, spawn
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf import LoRA, PreferenceDataModule, RewardModule
 
 SCRIPT = Path(__file__).with_name("run_reward.py")
-spec = importlib.util.spec_from_file_location("run_reward", SCRIPT)
-run_reward = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_reward)
+run_reward = load_script(SCRIPT)
 run, rows = run_reward.run, run_reward.rows
-
-
-def spawn(model_dir, out, **options):
-    """The same run in processes of its own."""
-    out.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(SCRIPT), str(model_dir), str(out), json.dumps(options)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "weights.pt")
+spawn = partial(spawn, SCRIPT)
 
 
 def weights(module):
@@ -39,12 +26,6 @@ def weights(module):
 
 def metrics(out):
     return json.loads((out / "metrics.json").read_text())
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]), k
 
 
 def difference(a, b):

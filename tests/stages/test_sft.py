@@ -1,16 +1,14 @@
 """The SFT stage: the loss's definition, invariance to every split, exact resume."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
 from grouping import grouped
+from runs import assert_equal, load_script, spawn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -19,30 +17,13 @@ from lightning_rlhf.data.packed import pad
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups
 
 SCRIPT = Path(__file__).with_name("run_sft.py")
-spec = importlib.util.spec_from_file_location("run_sft", SCRIPT)
-run_sft = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_sft)
+run_sft = load_script(SCRIPT)
 run = run_sft.run
-
-
-def spawn(model_dir, out, **options):
-    """The same run in processes of its own."""
-    out.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(SCRIPT), str(model_dir), str(out), json.dumps(options)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "weights.pt")
+spawn = partial(spawn, SCRIPT)
 
 
 def weights(module):
     return {k: v.detach().clone() for k, v in module.policy.named_parameters()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]), k
 
 
 def difference(a, b):

@@ -6,7 +6,6 @@ Writes to OUT_DIR/NAME, from rank 0, curve.json (what was logged at each step), 
 scores.json (what validate said before and after, where it was asked); from each rank error-RANK.txt where it failed.
 """
 
-import importlib.util
 import json
 import os
 import resource
@@ -37,6 +36,7 @@ from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from grouping import grouped
+from runs import load_script
 
 torch.set_num_threads(1)
 STAGES = Path(__file__).resolve().parents[1] / "stages"
@@ -49,10 +49,7 @@ LOGGED = {
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, STAGES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(STAGES / f"{name}.py")
 
 
 def lengths(prompts, completions):

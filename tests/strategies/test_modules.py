@@ -1,12 +1,12 @@
 """Foreign modules and callbacks under every plugin: right, as under ddp, or refused in words on all ranks."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from processes import run_ranks
+from runs import load_script
 
 SCRIPT = Path(__file__).parent / "modules.py"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -54,9 +54,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def kinds():
-    spec = importlib.util.spec_from_file_location("modules", SCRIPT)
-    modules = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(modules)
+    modules = load_script(SCRIPT)
     return list(modules.KINDS)
 
 
