@@ -134,7 +134,11 @@ def storages(model: nn.Module) -> int:
 
 def work(folder: Path, tokens: int) -> dict[str, float]:
     """Loads and generates in this process."""
+    from lightning_rlhf.models.gptq import import_gptqmodel
     from lightning_rlhf.models.loading import load_causal_lm
+
+    import_gptqmodel()
+    import optimum.gptq  # noqa: F401 -- libraries are no part of a model
 
     card = torch.cuda.is_available()
     torch.set_num_threads(1)
@@ -142,7 +146,7 @@ def work(folder: Path, tokens: int) -> dict[str, float]:
     common._forget_peak()
     before, began = common._memory("VmRSS"), time.perf_counter()
     with torch.device("cuda" if card else "cpu"), torch.no_grad():
-        model = load_causal_lm(folder, dtype="float16").eval()
+        model = load_causal_lm(folder, dtype="float16" if card else "bfloat16").eval()
         loaded = time.perf_counter() - began
         prompt = torch.tensor([[1, 5, 9]])
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
@@ -217,12 +221,12 @@ def main(arguments: list[str] | None = None) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
     lines = [
-        ["by formula", f"{formula / 1e9:.3f}"],
-        ["stored (storages of the loaded model)", f"{found['storages'] / 1e9:.3f}"],
-        [f"peak: loading and {options.tokens} tokens", f"{found['peak'] / 1e9:.3f}"],
+        ["by formula", f"{formula / 1e9:.4g}"],
+        ["stored (storages of the loaded model)", f"{found['storages'] / 1e9:.4g}"],
+        [f"peak: loading and {options.tokens} tokens", f"{found['peak'] / 1e9:.4g}"],
     ]
     if found["card_peak"]:
-        lines.append(["peak on the card", f"{found['card_peak'] / 1e9:.3f}"])
+        lines.append(["peak on the card", f"{found['card_peak'] / 1e9:.4g}"])
     print(common.markdown(lines, (options.shape + (", tiny" if options.tiny else ""), "GB")))
     print(
         f"loaded in {found['seconds_to_load']:.0f} s, {options.tokens} tokens in {found['seconds_to_generate']:.0f} s"

@@ -157,7 +157,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
         (N * 32 / bits, M) int32 codes.
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[None, :, None]
-    return ((words[:, None] >> shifts) & ((1 << bits) - 1)).flatten(0, 1)
+    return (words[:, None] >> shifts).bitwise_and_((1 << bits) - 1).flatten(0, 1)
 
 
 def weights_of(layer: Any) -> Tensor:
@@ -175,7 +175,13 @@ def weights_of(layer: Any) -> Tensor:
         )
     zeros = unpack_words(layer.qzeros.T, layer.bits).T + (1 if layer.qzero_format() == 1 else 0)
     scales, order = layer.scales.float(), layer.g_idx.long()
-    values: Tensor = (unpack_words(layer.qweight, layer.bits) - zeros[order]) * scales[order]
+    values = unpack_words(layer.qweight, layer.bits).float()
+    # in place: the largest layer's weights are the most memory that a pass takes
+    if torch.equal(order, torch.arange(len(order), device=order.device) // layer.group_size):
+        groups = values.unflatten(0, (len(scales), -1))
+        groups.sub_(zeros[:, None]).mul_(scales[:, None])
+    else:  # groups of inputs that do not lie side by side
+        values.sub_(zeros[order]).mul_(scales[order])
     return values.T
 
 

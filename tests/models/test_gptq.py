@@ -316,3 +316,28 @@ def test_a_reward_model_over_gptq_weights(four_bits, tmp_path):
         ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert load_reward_model(tmp_path / "merged").score.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["side by side", "apart"])
+def test_weights_are_those_of_the_format(apart):
+    """Groups of inputs that do not lie side by side come from quantizers that order inputs by importance."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (64, 8), generator=draw)
+    zeros = torch.randint(0, 16, (2, 8), generator=draw)
+    order = torch.randperm(64, generator=draw) % 2 if apart else torch.arange(64) // 32
+    layer = SimpleNamespace(
+        bits=4,
+        group_size=32,
+        in_features=64,
+        out_features=8,
+        scales=torch.rand(2, 8, generator=draw).half(),
+        g_idx=order.int(),
+        qweight=sum(codes[i::8] << 4 * i for i in range(8)).int(),
+        qzeros=sum(zeros[:, i::8] << 4 * i for i in range(8)).int(),
+        qzero_format=lambda: 2,
+    )
+    want = [
+        [(codes[i, o] - zeros[order[i], o]).item() * layer.scales[order[i], o].item() for i in range(64)]
+        for o in range(8)
+    ]
+    torch.testing.assert_close(gptq.weights_of(layer), torch.tensor(want), rtol=1e-6, atol=0)
