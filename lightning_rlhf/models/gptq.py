@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_rlhf.models.exact_linear import exact_linear
@@ -43,11 +44,18 @@ def import_gptqmodel() -> Any:
     """Imports gptqmodel quietly.
 
     Raises:
+        ImportError: It does not run with this version of transformers.
         ModuleNotFoundError: It, or what transformers reads its weights with, is not installed.
     """
     require("gptqmodel", "optimum", "logbar")
     silence()
-    return importlib.import_module("gptqmodel")
+    try:
+        return importlib.import_module("gptqmodel")
+    except ImportError as error:
+        raise ImportError(
+            f"gptqmodel does not run with transformers {transformers.__version__} ({error}). Use transformers 5, and "
+            f"install gptqmodel again: {INSTALL}"
+        ) from error
 
 
 def silence() -> None:

@@ -520,7 +520,7 @@ def adapters_of(pretrained: str | os.PathLike[str]) -> tuple[str, dict[str, Any]
         found = find_adapter_config_file(name)
         if found is None or has_file(name, "config.json"):
             return None
-    except ValueError:  # neither a directory nor a hub id; loading it raises a better error
+    except (OSError, ValueError):  # neither a directory nor a hub id; loading it raises a better error
         return None
     base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:

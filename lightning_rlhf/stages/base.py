@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ from lightning_rlhf.utils.random import rng_state, set_rng_state
 
 #: The default of stages.
 LOAD = Load()
+
+
+class SettingsError(MisconfigurationException, ValueError):
+    """Settings of a run that do not fit together. Its message needs no traceback."""
 
 
 class Stage(L.LightningModule):
@@ -277,28 +282,37 @@ class Stage(L.LightningModule):
         return [] if given else [SaveOnInterrupt()]
 
     def setup(self, stage: str) -> None:
-        """Refuses, before anything is loaded, what would cast weights that must be fp32, or cut quantized ones.
+        """Refuses, before anything is loaded, what would cast weights that must be fp32, cut or train quantized ones.
 
         Raises:
-            ValueError: It is one.
+            SettingsError: It is one.
         """
-        strategy = self.trainer.strategy
-        self._check_precision()
         if stage == "fit":
             self.forget()
-            refuse_full_training(self.pretrained, self.lora, self.load.trust_remote_code)
-        if not holds_whole_models(strategy):
-            stored = quantization_of(self.pretrained, self.load.trust_remote_code)
-            if (method := self.load.quantization or stored) is None:
-                return
-            said = f"pretrained={self.pretrained} is quantized ({stored}), which" if stored else (
-                f"load.quantization={method!r}"
-            )  # fmt: skip
-            raise ValueError(
-                f"{said} runs on one device, under DDP and under colossalai_ddp, where each device holds the whole "
-                f"model; {type(strategy).__name__} as it is set cuts or casts them. Set trainer.strategy to one of "
-                f"these, or {'give a model in full precision' if stored else 'load.quantization to null'}."
-            )
+        try:
+            self._check_precision()
+            if stage == "fit":
+                refuse_full_training(self.pretrained, self.lora, self.load.trust_remote_code)
+            self._check_strategy()
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    def _check_strategy(self) -> None:
+        """Quantized weights are whole on each device."""
+        strategy = self.trainer.strategy
+        if holds_whole_models(strategy):
+            return
+        stored = quantization_of(self.pretrained, self.load.trust_remote_code)
+        if (method := self.load.quantization or stored) is None:
+            return
+        said = f"pretrained={self.pretrained} is quantized ({stored}), which" if stored else (
+            f"load.quantization={method!r}"
+        )  # fmt: skip
+        raise ValueError(
+            f"{said} runs on one device, under DDP and under colossalai_ddp, where each device holds the whole "
+            f"model; {type(strategy).__name__} as it is set cuts or casts them. Set trainer.strategy to one of "
+            f"these, or {'give a model in full precision' if stored else 'load.quantization to null'}."
+        )
 
     def forget(self) -> None:
         """Forgets what is of an earlier run alone; one that is resumed takes its own back afterwards."""

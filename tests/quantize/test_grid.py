@@ -14,8 +14,10 @@ from transformers import (
 )
 from widened import WIDTH, save_widened, widen
 
+from lightning_rlhf.models.quantization import DTYPE
 from lightning_rlhf.quantize.grid import Grid, blocks_of, check_shapes, linear_layers
 
+FP32 = {DTYPE: torch.float32}
 GRIDS = [Grid(bits, group, sym) for bits in (4, 8) for group in (32, 64) for sym in (True, False)]
 
 
@@ -75,8 +77,8 @@ def test_groups_of_zeros_stay_zero():
 
 def test_the_widened_model_is_the_same_function(stories_model_dir, tmp_path):
     ids = torch.arange(1, 200)[None]
-    narrow = AutoModelForCausalLM.from_pretrained(stories_model_dir, dtype=torch.float32)
-    wide = AutoModelForCausalLM.from_pretrained(save_widened(stories_model_dir, tmp_path / "wide"), dtype=torch.float32)
+    narrow = AutoModelForCausalLM.from_pretrained(stories_model_dir, **FP32)
+    wide = AutoModelForCausalLM.from_pretrained(save_widened(stories_model_dir, tmp_path / "wide"), **FP32)
     assert wide.config.intermediate_size == WIDTH
     with torch.no_grad():
         torch.testing.assert_close(wide(ids).logits, narrow(ids).logits, rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_rlhf.models.quantization import DTYPE
 from lightning_rlhf.models.saving import save_pretrained
 
 WIDTH = 192
@@ -25,5 +26,5 @@ def widen(model, width=WIDTH):
 
 def save_widened(source, directory):
     """Writes the widened model with its tokenizer, as a stage exports it."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, **{DTYPE: torch.float32})
     return save_pretrained(widen(model), AutoTokenizer.from_pretrained(source), directory)
