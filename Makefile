@@ -87,6 +87,13 @@ lint: $(VENV)/.test-installed ## ruff, codespell and mypy: 1 minute
 	$(call timed,imports between packages,$(VENV)/bin/lint-imports --no-cache)
 	$(call timed,mypy,$(VENV)/bin/mypy lightning_rlhf)
 
+# The tests of the chat page need a browser, and are skipped without one. Playwright's own would be a large download.
+.PHONY: browser
+browser: ## Debian's Chromium for the tests of the chat page, where apt-get can install it
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	    { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	    echo "No Chromium was found or installed: the tests of the chat page will be skipped."
+
 # Not --quiet: --strict then misses warnings.
 .PHONY: docs
 docs: $(VENV)/.test-installed ## the documentation site, to site/; a warning is an error: 1 minute
@@ -109,7 +116,7 @@ test-newest: $(NEWEST)/.test-installed ## tests of models and loading with the n
 	$(call timed,tests with the newest transformers,$(TEST_ENV) PYTHONPATH=$(NEWEST) $(VENV)/bin/$(PYTEST) $(LATEST))
 
 .PHONY: test
-test: lint docs test-main test-oldest test-newest ## all that CI runs: 30 minutes
+test: lint docs browser test-main test-oldest test-newest ## all that CI runs: 30 minutes
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.test-installed ## on a machine with a card: tests that use one, and its benchmarks

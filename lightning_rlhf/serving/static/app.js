@@ -204,7 +204,11 @@ const actions = {
     redraw(turn);
   },
   vote: (turn, variant, choice) => ballots(turn, variant, () => { variant.vote = choice && { choice }; }),
-  comment: (turn, variant) => variant.vote && ballots(turn, variant, () => {}, "commentSaved"),
+  thumb: (turn, variant, choice) =>
+    ballots(turn, variant, () => { variant.vote = variant.vote?.choice === choice ? null : { choice }; }),
+  // a field that a redraw removes says that it has changed, too
+  comment: (turn, variant) =>
+    variant.vote && variant.comment !== variant.saved && ballots(turn, variant, () => {}, "commentSaved"),
   editAnswer: (turn, variant, i, content) =>
     ballots(turn, variant, () => { variant.edited = content === variant.answers[i].content ? null : { answer: i, content }; }),
   async copy(text) {
@@ -213,25 +217,34 @@ const actions = {
   },
 };
 
+let voting = Promise.resolve();
+/** Votes, one after the other, however fast somebody presses. */
+const ballots = (...what) => (voting = voting.then(() => revise(...what)));
+
 /** Changes what a person thinks of a variant: the new vote is written first, and then the old one is taken back. */
-async function ballots(turn, variant, change, says) {
+async function revise(turn, variant, change, says) {
   const one = chat;
   const before = structuredClone({ vote: variant.vote, edited: variant.edited });
   const old = variant.ballot;
   change();
+  const isVote = variant.vote || variant.edited;
+  let made = null;
   try {
-    if (variant.vote || variant.edited) {
-      const made = await api.vote(ballot(variant));
-      variant.ballot = made.id;
+    if (isVote) {
+      made = await api.vote(ballot(variant));
+      const stale = [...(variant.stale ?? []), old].filter(Boolean);
+      Object.assign(variant, { ballot: made.id, saved: variant.comment, stale });
+    }
+    while (variant.stale?.length) { await takeBack(variant.stale[0]); variant.stale.shift(); }
+    if (!isVote && old) { await takeBack(old); variant.ballot = null; }
+    if (isVote) {
       lastVote = { turn, variant, before };
       toast(t(says ?? (made.preferences || made.unpaired ? "voteSaved" : "voteKept")), t("undo"), undoLast);
     } else {
-      variant.ballot = null;
+      toast(t("undone"));
     }
-    if (old) await api.undo(old).catch((error) => { if (error.status !== 404) throw error; });
-    if (old && !variant.ballot) toast(t("undone"));
   } catch (error) {
-    Object.assign(variant, before);
+    if (!made) Object.assign(variant, before);
     toast(error instanceof api.Unreachable ? t("unreachable") : error.message);
     if (error.status === 401) askKey();
     if (error instanceof api.Unreachable) watchServer();
@@ -243,6 +256,9 @@ async function ballots(turn, variant, change, says) {
     if (focused) elementOf(turn)?.querySelector("[data-vote]")?.focus();
   }
 }
+
+/** Takes a vote back, unless that was done before, such as by another tab. */
+const takeBack = (id) => api.undo(id).catch((error) => { if (error.status !== 404) throw error; });
 
 /** Goes back to what was thought before. */
 async function undoLast() {

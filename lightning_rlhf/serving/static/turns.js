@@ -105,7 +105,7 @@ function updateAnswer(box, turn, variant, i, actions, view) {
 function thumbs(turn, variant, actions) {
   return [["up", "good"], ["down", "bad"]].map(([name, choice]) => {
     const pressed = variant.vote?.choice === choice;
-    return iconButton(name, t(choice), () => actions.vote(turn, variant, pressed ? null : choice),
+    return iconButton(name, t(choice), () => actions.thumb(turn, variant, choice),
       { "aria-pressed": String(pressed), data: { vote: choice } });
   });
 }
