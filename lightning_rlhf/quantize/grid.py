@@ -167,7 +167,7 @@ def check_shapes(model: PreTrainedModel, grid: Grid) -> None:
     """
     name, blocks = blocks_of(model)
     layers = {f"{name}.{n}": weight_of(layer).shape for n, layer in linear_layers(blocks).items()}
-    if not layers:  # GPT-2's are of another class
+    if not layers:  # GPT-2's are of another class, which transformers cannot read back in this format
         raise ValueError(f"{type(model).__name__} has no layers of the class Linear in {name}: it cannot be quantized.")
     for parameter, tensor in blocks.named_parameters():
         if tensor.dim() > 2 and parameter.rpartition(".")[0] not in linear_layers(blocks):

@@ -12,7 +12,7 @@ SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_s
 SHAPES = {
     "heads share keys": ("Llama", dict(**SMALL, intermediate_size=192, num_key_value_heads=2), Grid(4, 32)),
     "biases": ("Qwen2", dict(**SMALL, intermediate_size=128, num_key_value_heads=2), Grid(4, 64, sym=False)),
-    "tied, transposed": ("GPT2", dict(n_embd=64, n_layer=2, n_head=4, vocab_size=400), Grid(4, 64)),
+    "tied": ("OPT", dict(**SMALL, ffn_dim=192, word_embed_proj_dim=64, max_position_embeddings=64), Grid(4, 64)),
     "8 bits": ("Mistral", dict(**SMALL, intermediate_size=256, num_key_value_heads=4), Grid(8, 64)),
 }
 
