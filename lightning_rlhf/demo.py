@@ -6,6 +6,7 @@ import argparse
 import importlib.resources
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,7 +166,9 @@ def _show_exports(options: argparse.Namespace, module: Any, prompts: Sequence[li
         print(f"\n   {_line_of(prompts[i][-1]['content'])}")
         for when, answer in (("before", before[i]), ("after ", after[i])):
             scores = ", ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
-            print(f"   {when}  {answer.text}\n           ({scores})")
+            print(_paragraph(f"   {when}  ", answer.text))
+            print(f"           ({scores})")
+    print("\n   No part of the reward knows whether an answer is true: read them for that.")
 
 
 def _answers(
@@ -308,6 +311,18 @@ def _adamw(lr: float) -> Any:
 
 def _line(metrics: Mapping[str, float], *names: str) -> str:
     return "  ".join(f"{name.replace('_', ' ')} {metrics[f'val/{name}']:.3f}" for name in names)
+
+
+def _paragraph(label: str, text: str) -> str:
+    """A text of one line as several, behind a label."""
+    return textwrap.fill(
+        text,
+        110,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _line_of(text: str) -> str:

@@ -66,10 +66,11 @@ def test_same_prompts_are_answered_before_and_after(whole):
 
 def shown(printed):
     """Of each prompt shown at the end: the prompt, and (answer, one sentence, reward model) before and after."""
-    line = r"   {}  (.*)\n +\(one sentence (\S+), reward model (\S+)\)\n"
+    part = r"   {}  ((?:.*\n)+?) +\(one sentence (\S+), reward model (\S+)\)\n"
+    found = re.findall(rf"\n   (question .*)\n{part.format('before')}{part.format('after ')}", printed)
     return [
-        (found[0], found[1:4], found[4:])
-        for found in re.findall(rf"\n   (question .*)\n{line.format('before')}{line.format('after ')}", printed)
+        (question, (" ".join(one.split()), *scores[:2]), (" ".join(scores[2].split()), *scores[3:]))
+        for question, one, *scores in found
     ]
 
 
