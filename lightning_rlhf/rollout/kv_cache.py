@@ -77,6 +77,12 @@ class SlotCache(Cache):
                     new[to, :, :width] = old[source, :, :width]  # the right side is a copy: order does not matter
                 store[layer] = new
 
+    def clear(self, rows: Sequence[int]) -> None:
+        """Writes zeros to rows."""
+        for store in (self._keys, self._values) if rows else ():
+            for layer in store:
+                layer[list(rows)] = 0
+
     def free(self) -> None:
         """Frees the memory."""
         self._keys, self._values = [], []
@@ -276,12 +282,14 @@ class Decoder:
         self.device: torch.device = embeddings.weight.device
 
     def adapter_names(self) -> tuple[str, tuple[str, ...]]:
-        """Returns peft's names of the active adapter, and of all that a row may have."""
+        """Returns peft's names of the active adapter, and of all that a row may have: none if several are active."""
         peft: Any = self.adapted
         if peft is None:
             return BASE, ()
         status = peft.get_model_status()
         active = status.active_adapters if status.enabled is True else []
+        if len(active) > 1:  # a row can have one name
+            return BASE, ()
         return next(iter(active), BASE), (BASE, *peft.peft_config)
 
     def prefill(

@@ -151,10 +151,8 @@ class Scheduler:
             RuntimeError: The session is closed.
         """
         if request.adapter not in (None, *self._adapter_names):
-            raise ValueError(
-                f"{name}: there is no adapter {request.adapter!r}. There are: "
-                f"{', '.join(self._adapter_names) or 'none, because the model has no adapters'}."
-            )
+            known = ", ".join(self._adapter_names) or "none, because the model has no adapters, or several active ones"
+            raise ValueError(f"{name}: there is no adapter {request.adapter!r} for a single row. There are: {known}.")
         model = self._decoder.model
         rows = make_sequences(model, self._tokenizer, request, sampling, stop_token_ids, on_token, name)
         if rows and rows[0].columns > self._budget:
@@ -308,11 +306,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Replaces finished rows by waiting ones, and samples the first token of those whose prompt runs at once."""
+        self._clear_failed()
         active = self._staying()
         new = self._take_waiting(list(active.values()))
-        if len(active) == len(self._rows) and not new:
-            if any(row.position >= self._decoder.cache.columns for row in self._rows):
-                self._fit_cache(range(len(self._rows) + len(self._kept)))
+        grows = any(row.position >= self._decoder.cache.columns for row in self._rows)
+        if len(active) == len(self._rows) and not new and not grows:
             return
         rows = _place(0, active, [(a.row, a.source) for a in new])
         prefixes = _place(len(rows), self._prefixes([row for row, _ in rows]), [])
@@ -321,12 +319,19 @@ class Scheduler:
         if at_once := [(a.row, a.group) for a in new if a.group is not None]:
             self._start(at_once)
 
+    def _clear_failed(self) -> None:
+        """Removes the keys of rows without an answer: they may be NaN, which a mask hides from no later row."""
+        failed = [i for i, row in enumerate(self._rows) if row.done and not row.succeeded]
+        self._decoder.cache.clear(failed)
+        for i in failed:
+            self._rows[i].filled = 0
+
     def _staying(self) -> dict[int, ActiveSequence]:
         """Returns the unfinished rows by cache row, without the newest ones that memory has no room for."""
         active = {i: row for i, row in enumerate(self._rows) if not row.done}
         if self._limits.reserve:
             return active
-        while len(active) > 1 and len(active) * max(map(_next_columns, active.values())) > self._budget:
+        while len(active) > 1 and len(active) * _next_columns([*active.values()]) > self._budget:
             newest = max(active, key=lambda i: active[i].arrival)
             active[newest].filled = 0
             self._aside.appendleft(active.pop(newest))
@@ -337,18 +342,19 @@ class Scheduler:
         if not self._limits.keep_prefixes:
             return {}
         found = {len(self._rows) + i: prefix for i, prefix in enumerate(self._kept)}
-        found |= {i: _run(row) for i, row in enumerate(self._rows) if row.done and row.filled}
-        columns = max(map(self._need, rows), default=0)
+        found |= {i: _run(row) for i, row in enumerate(self._rows) if row.succeeded}
         kept: dict[int, Start] = {}
         for i, prefix in reversed(found.items()):
-            columns = max(columns, len(prefix[1]))
+            columns = self._need(rows, [len(tokens) for _, tokens in [prefix, *kept.values()]])
             if len(kept) < self._limits.keep_prefixes and (len(rows) + len(kept) + 1) * columns <= self._budget:
                 kept = {i: prefix, **kept}
         return kept
 
-    def _need(self, row: ActiveSequence) -> int:
-        """Returns the number of columns that must be free for a row to be admitted."""
-        return row.columns if self._limits.reserve else _next_columns(row)
+    def _need(self, rows: Sequence[ActiveSequence], kept: Sequence[int] = ()) -> int:
+        """Returns the number of columns that must be free for rows, beside finished ones of some lengths."""
+        if self._limits.reserve:
+            return max([*(row.columns for row in rows), *kept], default=0)
+        return _next_columns(rows, kept)
 
     def _take_waiting(self, running: list[ActiveSequence]) -> list[_Admission]:
         """Removes and returns the waiting rows that fit beside the running ones: first come, first served.
@@ -359,17 +365,14 @@ class Scheduler:
             running: Rows that stay; the rows that are taken are appended.
         """
         taken: list[_Admission] = []
-        columns = max(map(self._need, running), default=0)
         filling = {row.start for row in running if row.filled < len(row.prompt)}
         chunk = self._chunk  # prompt tokens that may still run at once in this step
 
         def fits(row: ActiveSequence) -> bool:
             rows = len(running) + 1
-            return rows <= self._max_rows and rows * max(columns, self._need(row)) <= self._budget
+            return rows <= self._max_rows and rows * self._need([*running, row]) <= self._budget
 
         def take(admission: _Admission) -> None:
-            nonlocal columns
-            columns = max(columns, self._need(admission.row))
             if admission.group is None:
                 filling.add(admission.row.start)
             running.append(admission.row)
@@ -433,7 +436,7 @@ class Scheduler:
         slots, columns = len(lengths), max([*(row.position + 2 for row in rows), *kept], default=0)
         if slots > cache.slots or columns > cache.columns:
             most = max([*(row.columns for row in rows), *kept])
-            columns = min(-(-columns // _GRAIN) * _GRAIN, most)
+            columns = _next_columns(rows, kept)
             if slots > cache.slots:  # a server's requests arrive one by one: grow in larger steps
                 room = self._budget // (most if self._limits.reserve else columns)
                 slots = max(slots, min(2 * cache.slots, self._max_rows, room))
@@ -448,9 +451,11 @@ def _run(row: ActiveSequence) -> Start:
     return row.adapter, tuple(row.tokens(0, row.filled))
 
 
-def _next_columns(row: ActiveSequence) -> int:
-    """Returns the number of columns that a row takes for its next tokens."""
-    return min(row.columns, -(-(row.position + 2) // _GRAIN) * _GRAIN)
+def _next_columns(rows: Sequence[ActiveSequence], kept: Sequence[int] = ()) -> int:
+    """Returns the number of columns that rows take for their next tokens, beside finished ones of some lengths."""
+    columns = max([*(row.position + 2 for row in rows), *kept], default=0)
+    most = max([*(row.columns for row in rows), *kept], default=0)
+    return min(-(-columns // _GRAIN) * _GRAIN, most)
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

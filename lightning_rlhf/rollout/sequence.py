@@ -80,6 +80,11 @@ class ActiveSequence:
         return len(self.prompt) + len(self.ids) - 1
 
     @property
+    def succeeded(self) -> bool:
+        """Whether the completion has finished, with an answer."""
+        return self.done and self.error is None and not self.future.cancelled()
+
+    @property
     def ready(self) -> bool:
         """Whether the cache has all tokens but the last, so that the next pass gives the next token's logits."""
         return self.filled >= self.position

@@ -160,15 +160,15 @@ def work(monkeypatch):
     seen = dict(prompts=[], batches=[], steps=[], sizes=[])
     prefill, decode, arrange = Decoder.prefill, Decoder.decode, SlotCache.arrange
 
-    def note_prefill(self, prompts, rows):
+    def note_prefill(self, prompts, *others):
         seen["prompts"] += map(tuple, prompts)
         seen["batches"].append(len(prompts) * max(map(len, prompts)))
-        return prefill(self, prompts, rows)
+        return prefill(self, prompts, *others)
 
-    def note_decode(self, tokens, positions):
+    def note_decode(self, tokens, positions, *others):
         seen["steps"].append(len(tokens))
         assert max(positions) < self.cache.columns
-        return decode(self, tokens, positions)
+        return decode(self, tokens, positions, *others)
 
     def note_arrange(self, sources, slots, columns, width):
         arrange(self, sources, slots, columns, width)

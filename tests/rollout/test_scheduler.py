@@ -436,11 +436,41 @@ def test_rows_with_adapters_of_their_own_share_a_batch(limits, adapted, tiny_tok
 
 
 def test_an_adapter_that_is_not_there_is_refused(adapted, policy, tiny_tokenizer):
-    known = "no adapter 'third'. There are: __base__, first, second"
+    known = "no adapter 'third' for a single row. There are: __base__, first, second"
     with CachedEngine().session(adapted, tiny_tokenizer) as session, pytest.raises(ValueError, match=re.escape(known)):
         session.submit(Request([1], [1], adapter="third"), Sampling(3), [])
     with pytest.raises(ValueError, match="HFGenerateEngine generates with the active adapter"):
         HFGenerateEngine().generate(adapted, tiny_tokenizer, [Request([1], [1], adapter="first")], Sampling(3), [])
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_what_a_broken_adapter_leaves_harms_no_other_row(chunk, adapted, tiny_tokenizer):
+    """Its keys are NaN, and the next row that takes its place reads masked columns of them."""
+    good, other = Request(range(3, 8), [1], adapter="first"), Request(range(20, 50), [1], adapter="first")
+    want = [alone(adapted, tiny_tokenizer, request, Sampling(n))[0] for request, n in ((other, 40), (good, 20))]
+    for name, parameter in adapted.named_parameters():
+        if "lora_B.second" in name:
+            parameter.data.fill_(torch.nan)
+    with CachedEngine(prefill_chunk=chunk, keep_prefixes=2).session(adapted, tiny_tokenizer) as session:
+        (first,) = session.submit(other, Sampling(40), [])
+        (bad,) = session.submit(Request(range(30, 90), [1], adapter="second"), Sampling(20), [])
+        while not bad.done():
+            session.step()
+        (last,) = session.submit(good, Sampling(20), [])
+        finish(session)
+    assert isinstance(bad.exception(0), FloatingPointError)
+    assert [first.result(0).input_ids, last.result(0).input_ids] == want
+
+
+def test_several_active_adapters_are_for_all_rows_alike(adapted, tiny_tokenizer):
+    adapted.model.base_model.set_adapter(["first", "second"])
+    want = alone(adapted, tiny_tokenizer, Request([1, 2], [1]), Sampling(9))
+    with CachedEngine().session(adapted, tiny_tokenizer) as session:
+        with pytest.raises(ValueError, match="several active ones"):
+            session.submit(Request([1, 2], [1], adapter="first"), Sampling(9), [])
+        (future,) = session.submit(Request([1, 2], [1]), Sampling(9), [])
+        finish(session)
+    assert [future.result(0).input_ids] == want
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -470,6 +500,14 @@ def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tin
         keep_prefixes=draw.choice([0, 2, 9]),
         reserve=draw.choice([True, False]),
     )
+    sizes, arrange = [0], SlotCache.arrange
+    monkeypatch.setattr(
+        SlotCache,
+        "arrange",
+        lambda self, sources, slots, columns, width: (
+            sizes.append(slots * columns) or arrange(self, sources, slots, columns, width)
+        ),
+    )
     decode, failing = Decoder.decode, [False]
 
     def failing_decode(self, *args):
@@ -480,6 +518,7 @@ def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tin
 
     asked = [ask() for _ in range(25)]
     want = [CachedEngine().generate(policy, tiny_tokenizer, [one[0]], *one[1:])[0] for one in asked]
+    sizes[:] = [0]
     monkeypatch.setattr(Decoder, "decode", failing_decode)
     with engine.session(policy, tiny_tokenizer) as session:
         futures = []
@@ -505,3 +544,4 @@ def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tin
                 [i for i, _ in step] for step in answer.alternatives
             ]
     assert lost < 20
+    assert engine.max_live_tokens is None or max(sizes) <= engine.max_live_tokens
