@@ -52,6 +52,7 @@ class Terminal:
         self._known = self.client.models()
         self._check(self.models)
         self._extras = self.client.extras()
+        self._asked: dict[str, Any] = {}  # what the answers were made of, whatever was set since
 
     def run(self, read: Callable[[], str]) -> None:
         """Reads and answers lines until the end of the input or ``/quit``.
@@ -80,12 +81,14 @@ class Terminal:
     def ask(self, question: str) -> None:
         """Lets all models answer a question, and keeps the answer of the first."""
         chat, seed = self.conversation, secrets.randbits(31)
+        before = [*chat.turns], chat.answers
         chat.turns.append(Message(role="user", content=question))
         chat.answers = [Answer(model, seed) for model in self.models]
+        self._asked = {"messages": chat.prompt, "sampling": {**self.sampling}}
         try:
             self._stream(chat.answers, chat.prompt)
         except BaseException:
-            chat.undo()  # the question has no answer
+            chat.turns, chat.answers = before  # the question has no answer
             raise
         chat.keep(chat.answers[0])
         self._keep()
@@ -174,9 +177,15 @@ class Terminal:
         self.sampling["temperature"] = value
 
     def _again(self, given: str) -> None:
-        if (question := self.conversation.ask_again()) is None:
+        chat = self.conversation
+        before, asked = ([*chat.turns], chat.answers), self._asked
+        if (question := chat.ask_again()) is None:
             raise ValueError("There is no question to ask again.")
-        self.ask(question)
+        try:
+            self.ask(question)
+        except BaseException:
+            (chat.turns, chat.answers), self._asked = before, asked
+            raise
 
     def _undo(self, given: str) -> None:
         if not self.conversation.turns:
@@ -188,7 +197,7 @@ class Terminal:
         if not given:
             raise ValueError("/save needs a file, such as /save chat.jsonl.")
         self.conversation.save(Path(given))
-        self._say(f"({given})")
+        self._say(f"(saved to {given})")
 
     def _thumb(self, vote: str, given: str) -> None:
         self._vote({"answers": [asdict(self._answer(given))], "vote": vote})
@@ -199,9 +208,12 @@ class Terminal:
             raise ValueError("/better needs two answers. Choose two models by /model, and ask again.")
         if not given:
             raise ValueError(f"/better needs a name: {' or '.join(a.model for a in self.conversation.answers)}.")
-        for other in self.conversation.answers:
-            if other is not chosen:
-                self._vote({"answers": [asdict(chosen), asdict(other)], "vote": "left"})
+        shown = self.conversation.answers
+        for other in shown:
+            if other is not chosen:  # in the order in which they were shown
+                pair = [answer for answer in shown if answer is chosen or answer is other]
+                vote = "left" if pair[0] is chosen else "right"
+                self._vote({"answers": [asdict(answer) for answer in pair], "vote": vote})
         self.conversation.keep(chosen)
         self._keep()
 
@@ -217,7 +229,7 @@ class Terminal:
         for answer in vote["answers"]:
             for key in [key for key, value in answer.items() if value is None]:
                 del answer[key]
-        found = self.client.vote({**vote, "messages": self.conversation.prompt, "sampling": self.sampling})
+        found = self.client.vote({**vote, **self._asked})
         self._say(f"(saved: {found['preferences']} preferences, {found['unpaired']} single answers)")
 
     def _keep(self) -> None:

@@ -198,6 +198,7 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        torch.set_printoptions(profile="default")  # it changes how tensors are printed
 
 
 def stored_as(file: Path) -> dict[str, int]:

@@ -52,7 +52,7 @@ def _parser() -> Parser:
         "--bits", type=int, default=4, help="bits of a weight, 4 or 8; fewer are smaller and less exact"
     )
     parser.add_argument(
-        "--group_size", type=int, nargs="+", default=[128],
+        "--group_size", "--group-size", type=int, nargs="+", default=[128],
         help="weights that share a scale: 32, 64, 128 or 256; fewer are more exact; several with --compare",
     )  # fmt: skip
     parser.add_argument(
@@ -119,10 +119,9 @@ def _run(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace, source: Path | str, grid: Grid) -> None:
     from lightning_rlhf.quantize.compare import check_known
     from lightning_rlhf.quantize.grid import CALIBRATED, GRIDLESS
-    from lightning_rlhf.quantize.methods import compute_device, quantize
-    from lightning_rlhf.utils.filesystem import check_replaceable
+    from lightning_rlhf.quantize.methods import check_out, compute_device, quantize
 
-    check_replaceable(options.out)
+    check_out(options.out)
     on_grid = "" if options.method in GRIDLESS else f", {grid}"
     print(f"{source}: {options.method}{on_grid}", flush=True)
     rows: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ def quantize(
             too few calibration tokens.
     """
     check_method(method)
-    check_replaceable(out)
+    check_out(out)
     check_not_quantized(source, trust_remote_code)
     if method in CALIBRATED and not rows:
         raise ValueError(f"{method} needs calibration rows, and there are none.")
@@ -97,6 +98,18 @@ def quantize(
         _round_layers(model, method, grid, rows, steps)
     model.config.quantization_config = gptq_config(grid, method, blocks_of(model)[0])
     return save_pretrained(model, tokenizer, out)
+
+
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Checks that an output directory does not exist, is empty, or holds another quantized model.
+
+    Raises:
+        FileExistsError: It holds something else, such as the model in full precision.
+    """
+    check_replaceable(out)
+    config = Path(out) / "config.json"
+    if config.exists() and "quantization_config" not in json.loads(config.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{out} holds a model in full precision, which would be lost. Choose another --out.")
 
 
 def check_not_quantized(source: str | os.PathLike[str], trust_remote_code: bool = False) -> None:

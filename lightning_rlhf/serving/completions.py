@@ -15,7 +15,7 @@ from lightning_rlhf.rollout import Completion
 from lightning_rlhf.rollout.detokenizer import decode
 from lightning_rlhf.rollout.types import Token
 from lightning_rlhf.serving.errors import ApiError, json_response
-from lightning_rlhf.serving.generation import answer_tokens, check_load, open_rows, usage
+from lightning_rlhf.serving.generation import check_load, open_rows, usage
 from lightning_rlhf.serving.logprobs import completion_logprobs, prompt_logprobs
 from lightning_rlhf.serving.models import Served
 from lightning_rlhf.serving.rows import End, Rows, tokens_of
@@ -41,7 +41,7 @@ def completion_routes(server: Server) -> APIRouter:
         if body.max_tokens == 0:
             check_load(server, served, len(prompts))
             for ids, _ in prompts:
-                answer_tokens(served, ids, 1, None)
+                _check_context(served, ids)
         else:
             answer.rows = open_rows(server, served, body, answer.ids, _DEFAULT_TOKENS, body.logprobs or 0)
         if body.stream:
@@ -63,6 +63,13 @@ def _encode(served: Served, prompt: str | list[int]) -> tuple[list[int], str]:
     if strange := [token for token in prompt if token >= vocabulary]:
         raise ApiError(400, f"prompt: {strange[0]} is no token; there are {vocabulary}.", "prompt")
     return prompt, decode(served.tokenizer, prompt)
+
+
+def _check_context(served: Served, ids: Sequence[int]) -> None:
+    """Refuses a prompt that is longer than the model reads; nothing is generated, so it may fill the context."""
+    if served.context is not None and len(ids) > served.context:
+        message = f"This model's context is {served.context} tokens, but the prompt has {len(ids)}. Shorten it."
+        raise ApiError(400, message, "prompt", "context_length_exceeded")
 
 
 @dataclass
@@ -88,7 +95,7 @@ class _Answer:
         """Computes the log-probs of the prompts' tokens."""
         served, body = self.served, self.body
         for ids in self.ids:
-            answer_tokens(served, ids, 1, None)
+            _check_context(served, ids)
 
             def score(ids: list[int] = ids) -> list[Token]:
                 return prompt_logprobs(served.policy, served.adapter, ids, body.temperature, body.logprobs or 0)

@@ -14,7 +14,7 @@ MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS, MOST_BIASES, MOST_CHOICES = 4096, 256, 
 MOST_ALTERNATIVES = 20
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 

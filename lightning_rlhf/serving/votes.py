@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.preference_formats import to_preference
 from lightning_rlhf.utils.filesystem import sync
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 WINNERS = {"left": 0, "right": 1}
 THUMBS = {"good": True, "bad": False}
@@ -66,8 +68,11 @@ class Votes:
         row = {"id": uuid4().hex, "time": _now(), "kind": "vote", **vote}
         with self._locked():
             _append(self._votes, [row])
-            for path, rows in self._derived.items():
-                _append(path, rows(row))
+            try:
+                for path, rows in self._derived.items():
+                    _append(path, rows(row))
+            except OSError as error:  # the vote counts, and these files are made anew from it
+                log.warning("%s. It is made anew when the server starts.", error)
         return row
 
     def undo(self, vote_id: str) -> None:

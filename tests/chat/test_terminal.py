@@ -84,6 +84,28 @@ def test_better_keeps_that_answer_and_is_a_preference_to_train_on(chat, votes_fo
     assert len(data.train_dataloader()) >= 1
 
 
+def test_a_vote_is_on_what_the_answers_were_made_of(chat, votes_folder):
+    """Whatever was set since, and on the sides on which they were shown."""
+    chat("/system Be A.", "/temperature 0.5", "Tell", "/system Be B.", "/temperature 1.5", "/better ppo")
+    row = json.loads((votes_folder / "votes.jsonl").read_text().splitlines()[-1])
+    assert [turn["content"] for turn in row["messages"]] == ["Be A.", "Tell"]
+    assert row["sampling"]["temperature"] == 0.5
+    assert ([answer["model"] for answer in row["answers"]], row["vote"]) == (["sft", "ppo"], "right")
+
+
+def test_a_question_that_fails_leaves_the_chat_as_it_was(chat, monkeypatch):
+    chat("One", "Two")
+    before = [*chat.terminal.conversation.turns], chat.terminal.conversation.answers
+
+    def busy(*args):
+        raise ChatError("Try again later.")
+
+    monkeypatch.setattr(chat.terminal.client, "stream", busy)
+    for line in ("/regen", "Three"):
+        assert "Try again later." in chat(line)
+        assert (chat.terminal.conversation.turns, chat.terminal.conversation.answers) == before
+
+
 def test_thumbs_are_saved(chat, votes_folder):
     assert "1 single answers" in chat("Tell a story", "/good ppo")
     chat("/bad")

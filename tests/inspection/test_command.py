@@ -40,6 +40,7 @@ def small(path, model):
     return [
         "inspect", "--config", str(path), "--model.pretrained", str(model), "--model.chat_template", "chatml",
         "--data.max_length", "256", "--data.on_bad_row", "skip", *(few if path.parent.name == "ppo" else []),
+        *(["--data.train", "bundled"] if path.stem == "from_chat" else []),
     ]  # fmt: skip
 
 

@@ -177,9 +177,9 @@ def test_peak_memory_is_what_was_held_at_once():
     peak = PeakMemory("cpu")
     if peak.bytes() is None:
         pytest.skip("this sandbox lets nobody reset the peak")
-    for _ in range(2):  # not the sum
+    for _ in range(5):  # not the sum
         held = torch.ones(16 * 2**20)
         del held
     found = PeakMemory.bytes(peak)
-    assert 60e6 < found < 100e6
+    assert 60e6 < found < 200e6  # an allocator may hold two of them
     assert PeakMemory("cpu").bytes() < 30e6, "it is less what was held before, and freed memory is given back"

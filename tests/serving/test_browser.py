@@ -55,7 +55,7 @@ def visit(browser, chat_server):
 
     def start(prefs=None, **options):
         context = browser.new_context(**options)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         context.on("request", lambda request: requests.append(request.url))
         context.on("weberror", lambda error: errors.append(str(error.error)))
         context.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)

@@ -155,6 +155,17 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
     assert (tmp_path / "votes.jsonl").read_bytes() == before
 
 
+def test_a_vote_counts_though_what_follows_from_it_cannot_be_written(tmp_path, caplog):
+    """A retry would store it twice."""
+    votes = Votes(tmp_path)
+    (tmp_path / "preferences.jsonl").mkdir()
+    votes.add(ballot("left"))
+    assert len(votes.read()) == 1 and "made anew" in caplog.text
+    (tmp_path / "preferences.jsonl").rmdir()
+    Votes(tmp_path).mend()
+    assert len(lines(tmp_path / "preferences.jsonl")) == 1
+
+
 def vote_often(folder, name):
     votes = Votes(folder)
     for i in range(40):
