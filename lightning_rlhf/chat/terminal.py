@@ -99,8 +99,8 @@ class Terminal:
         pieces: list[queue.Queue[str | Exception | None]] = [queue.Queue() for _ in answers]
 
         def fetch(answer: Answer, pipe: queue.Queue[str | Exception | None]) -> None:
-            stream = self.client.stream(answer, messages, {**self.sampling, **self._extras})
             try:
+                stream = self.client.stream(answer, messages, {**self.sampling, **self._extras})
                 for text in stream:
                     if stopped.is_set():
                         stream.close()

@@ -381,6 +381,7 @@ def test_attacks_in_answers_do_nothing(visit):
     assert page.evaluate("window.pwned") is None
     assert page.url.rstrip("/") + "/" == page.evaluate("location.origin + '/'")
     page.reload()
+    page.locator(".turn").nth(len(ATTACKS) - 1).wait_for()
     assert page.locator(".turn").count() == len(ATTACKS) == 12 and page.evaluate("window.pwned") is None
 
 
