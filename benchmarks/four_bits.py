@@ -2,7 +2,7 @@
 
     pip install -e '.[gptq]'                                     # docs/quantize.md has the whole line
     python benchmarks/four_bits.py                               # Llama-2-7B
-    python benchmarks/four_bits.py --shape mistral-7b --folder /tmp/mistral    # keeps the checkpoint
+    python benchmarks/four_bits.py --shape mistral-7b --folder mistral    # keeps the checkpoint
     python benchmarks/four_bits.py --table                       # bytes by formula alone, of all shapes
 
 The checkpoint is written one layer at a time, so no dense model exists at any time, and nothing is downloaded: memory
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lightning_rlhf.quantize.grid import Grid, Rounded, blocks_of, linear_layers
+from lightning_rlhf.quantize.measure import storage_bytes
 from lightning_rlhf.quantize.packing import PackedLinear, gptq_config
 from lightning_rlhf.quantize.sizes import stored_bytes
 
@@ -124,14 +125,6 @@ def _shard(name: str) -> str:
 # ---------------------------------------------------------------------------------------------- a process
 
 
-def storages(model: nn.Module) -> int:
-    """Bytes of all tensors of a model, each storage once."""
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
-    }
-    return sum(held.values())
-
-
 def work(folder: Path, tokens: int) -> dict[str, float]:
     """Loads and generates in this process."""
     from lightning_rlhf.models.gptq import import_gptqmodel
@@ -156,7 +149,7 @@ def work(folder: Path, tokens: int) -> dict[str, float]:
     return {
         "tokens": tokens,
         "peak": (common._memory("VmHWM") - before) * mib,
-        "storages": storages(model),
+        "storages": storage_bytes(model),
         "card_peak": torch.cuda.max_memory_allocated() if card else 0,
         "seconds_to_load": loaded,
         "seconds_to_generate": time.perf_counter() - began - loaded,

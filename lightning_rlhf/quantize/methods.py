@@ -33,6 +33,7 @@ from lightning_rlhf.quantize.grid import (
 )
 from lightning_rlhf.quantize.layerwise import LayerwiseRun
 from lightning_rlhf.quantize.packing import PackedLinear, gptq_config
+from lightning_rlhf.quantize.sizes import stored_bytes
 from lightning_rlhf.utils.filesystem import check_replaceable
 from lightning_rlhf.utils.progress import ProgressLine
 
@@ -125,13 +126,7 @@ def check_not_quantized(source: str | os.PathLike[str], trust_remote_code: bool 
 
 def _check_disk(model: PreTrainedModel, grid: Grid, out: Path) -> None:
     """Checks that the result fits the disk."""
-    layers = {id(layer.weight): weight_of(layer).shape for layer in linear_layers(blocks_of(model)[1]).values()}
-    need = 0
-    for parameter in model.parameters():
-        if (shape := layers.get(id(parameter))) is None:
-            need += parameter.nbytes
-        else:
-            need += shape.numel() * grid.bits // 8 + shape.numel() // grid.group_size * (2 + grid.bits // 4)
+    need = stored_bytes(model, grid, dtype=None).total
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(folder).free) < need:
         raise OSError(

@@ -29,13 +29,13 @@ class StoredBytes(NamedTuple):
         return sum(self)
 
 
-def stored_bytes(model: PreTrainedModel, grid: Grid, dtype: torch.dtype = torch.float16) -> StoredBytes:
+def stored_bytes(model: PreTrainedModel, grid: Grid, dtype: torch.dtype | None = torch.float16) -> StoredBytes:
     """Counts the bytes that a model takes once it is quantized.
 
     Args:
         model: The model before it is quantized. Only shapes are read, so it may be on the ``meta`` device.
         grid: Bits and group size.
-        dtype: Data type of what is not quantized.
+        dtype: Data type of what is not quantized. None: as the model has it.
 
     Example:
         Llama-2-7B takes 3.89 GB with groups of 128, of which 0.52 GB are embeddings and head::
@@ -54,5 +54,5 @@ def stored_bytes(model: PreTrainedModel, grid: Grid, dtype: torch.dtype = torch.
             inputs // grid.group_size * (outputs * 2 + outputs * grid.bits // 8) + inputs * 4
             for outputs, inputs in shapes
         ),
-        rest=sum(p.numel() for p in model.parameters() if id(p) not in inside) * dtype.itemsize,
+        rest=sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters() if id(p) not in inside),
     )

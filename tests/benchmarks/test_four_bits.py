@@ -1,11 +1,11 @@
 """The memory benchmark of 4-bit models at toy size: no size is asserted but that of the files."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from runs import load_script
 from safetensors import safe_open
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -14,9 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def four_bits():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_four_bits", BENCHMARKS / "four_bits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(BENCHMARKS / "four_bits.py")
     yield module
     sys.path[:] = before
 
