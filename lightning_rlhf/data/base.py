@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import inspect
 import json
 import os
@@ -34,6 +33,7 @@ from lightning_rlhf.data.sources import (
     OnBadRow,
     Row,
     Source,
+    bundled_path,
     read_rows,
     source_state,
     weighted_sources,
@@ -432,7 +432,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def _files(self, source: Source) -> Source:
         if isinstance(source, str) and source == BUNDLED:
-            return str(importlib.resources.files("lightning_rlhf.data") / "bundled" / self.bundled)
+            return bundled_path(self.bundled)
         return source
 
     def _held_out(self, item: Item) -> bool:

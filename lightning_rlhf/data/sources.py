@@ -11,6 +11,7 @@ import codecs
 import csv
 import glob
 import gzip
+import importlib.resources
 import io
 import json
 import math
@@ -210,6 +211,32 @@ class BadRows:
         if self.counts:
             verb = "was" if self.total == 1 else "were"
             rank_zero_warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {self.reasons}")
+
+
+def bundled_path(pattern: str) -> str:
+    """The path of a file that comes with the package, or a glob of several.
+
+    Args:
+        pattern: Name of the file, such as ``seeds.en.jsonl``, or a pattern.
+    """
+    return str(importlib.resources.files("lightning_rlhf.data") / "bundled" / pattern)
+
+
+def bundled_seeds(lang: str) -> list[str]:
+    """Files of the conversations that self-instruct starts from: bundled instructions and seeds, 200 per language.
+
+    Args:
+        lang: ``en`` or ``zh``.
+
+    Returns:
+        Paths, as :func:`read_rows` takes them.
+
+    Raises:
+        ValueError: No seeds of this language come with the package.
+    """
+    if lang not in ("en", "zh"):
+        raise ValueError(f"The package has no seeds in the language {lang!r}. Choose en or zh, or give your own file.")
+    return [bundled_path(f"{kind}.{lang}.jsonl") for kind in ("instructions", "seeds")]
 
 
 def weighted_sources(source: Source) -> list[WeightedSource]:

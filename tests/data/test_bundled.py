@@ -10,12 +10,15 @@ from collections import Counter
 import pytest
 
 from lightning_rlhf.data.formats import to_conversation
+from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.preference_formats import to_preference
+from lightning_rlhf.data.sources import BadRows, bundled_seeds, read_rows
 
 FOLDER = importlib.resources.files("lightning_rlhf.data") / "bundled"
 LANGUAGES = ("en", "zh")
 KEYS = {
     "instructions": ["messages", "lang", "category"],
+    "seeds": ["messages", "lang", "category"],
     "preferences": ["prompt", "chosen", "rejected", "reason", "lang", "source"],
 }
 CATEGORIES = (
@@ -53,6 +56,18 @@ def roles(row: dict) -> list[str]:
     return [message["role"] for message in messages(row)]
 
 
+def first_user_turn(row: dict) -> str:
+    return next(message["content"] for message in messages(row) if message["role"] == "user")
+
+
+def words(text: str, lang: str) -> set[str]:
+    """Words of English, pairs of characters of Chinese."""
+    if lang == "en":
+        return set(re.findall(r"[a-z0-9']+", text.lower()))
+    text = re.sub(r"\W", "", text)
+    return {text[i : i + 2] for i in range(len(text) - 1)}
+
+
 def longer(row: dict) -> bool:
     return len(row["chosen"]) > len(row["rejected"])
 
@@ -62,9 +77,9 @@ def table(kind: str) -> str:
     found = {lang: rows(kind, lang) for lang in LANGUAGES}
 
     def count(part: list[dict]) -> str:
-        return f"{len(part)}" if kind == "instructions" else f"{len(part)} ({sum(map(longer, part))})"
+        return f"{len(part)} ({sum(map(longer, part))})" if kind == "preferences" else f"{len(part)}"
 
-    key, groups = ("category", CATEGORIES) if kind == "instructions" else ("reason", REASONS)
+    key, groups = ("reason", REASONS) if kind == "preferences" else ("category", CATEGORIES)
     body = {name: [count([r for r in found[lang] if r[key] == name]) for lang in LANGUAGES] for name in groups}
     body["**all**"] = [count(part) for part in found.values()]
     if kind == "preferences":
@@ -78,7 +93,7 @@ def table(kind: str) -> str:
 @EACH
 def test_every_row_has_the_schema(kind, lang):
     found = lines(kind, lang)
-    assert len(found) >= {"instructions": 100, "preferences": 70}[kind]
+    assert len(found) >= {"instructions": 100, "seeds": 60, "preferences": 70}[kind]
     for number, line in enumerate(found, 1):
         row = json.loads(line)
         assert line == json.dumps(row, ensure_ascii=False), f"line {number} is written in another way"
@@ -96,7 +111,7 @@ def test_every_row_has_the_schema(kind, lang):
 @EACH
 def test_rows_are_what_their_format_says(kind, lang):
     for row in rows(kind, lang):
-        if kind == "instructions":
+        if kind != "preferences":
             assert to_conversation(row).messages == tuple(row["messages"])
             continue
         preference = to_preference(row)
@@ -106,12 +121,7 @@ def test_rows_are_what_their_format_says(kind, lang):
 
 
 def test_first_user_turns_are_distinct():
-    firsts = Counter(
-        next(message["content"] for message in messages(row) if message["role"] == "user")
-        for kind in KEYS
-        for lang in LANGUAGES
-        for row in rows(kind, lang)
-    )
+    firsts = Counter(first_user_turn(row) for kind in KEYS for lang in LANGUAGES for row in rows(kind, lang))
     assert [turn for turn, count in firsts.items() if count > 1] == []
 
 
@@ -124,6 +134,37 @@ def test_questions_are_short_distinct_and_in_no_other_file():
     assert all(re.fullmatch(r"(What|Why|How) [^?]{4,50}\?", text) for text in texts)
     others = {message["content"] for kind in KEYS for row in rows(kind, "en") for message in messages(row)}
     assert others.isdisjoint(texts)
+
+
+@EACH_LANGUAGE
+def test_no_seed_is_nearly_another_row(lang):
+    seeds = [first_user_turn(row) for row in rows("seeds", lang)]
+    others = [first_user_turn(row) for kind in KEYS if kind != "seeds" for row in rows(kind, lang)]
+    others += [row["prompt"] for row in rows("questions", "en")]
+    for i, seed in enumerate(seeds):
+        mine = words(seed, lang)
+        for other in others + seeds[:i]:
+            theirs = words(other, lang)
+            assert len(mine & theirs) < len(mine | theirs) / 3, f"{seed!r} is nearly {other!r}"
+
+
+@EACH_LANGUAGE
+def test_seeds_and_instructions_are_found_together(lang):
+    found = [row.value for row in read_rows(bundled_seeds(lang), BadRows())]
+    assert found == rows("instructions", lang) + rows("seeds", lang) and len(found) == 200
+    spread = Counter(row["category"] for row in rows("seeds", lang))
+    assert set(spread) == set(CATEGORIES) and set(spread.values()) == {5, 6}
+
+
+def test_another_language_has_no_seeds():
+    with pytest.raises(ValueError, match=r"no seeds in the language 'de'\. Choose en or zh"):
+        bundled_seeds("de")
+
+
+def test_training_on_bundled_leaves_the_seeds_out(tiny_tokenizer):
+    data = InstructionDataModule("bundled", tokenizer=tiny_tokenizer, max_length=100_000)
+    data.setup("fit")
+    assert sum(map(len, data._rows.values())) == sum(len(rows("instructions", lang)) for lang in LANGUAGES)
 
 
 @EACH_LANGUAGE

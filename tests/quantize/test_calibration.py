@@ -67,11 +67,12 @@ def test_plain_text_is_read_as_it_is(tiny_tokenizer, tmp_path):
     assert texts == {f"The quick brown fox, number {i}<|im_end|>" for i in range(40)}
 
 
-def test_bundled_rows_are_all_that_come_with_the_package(tiny_tokenizer):
+def test_bundled_rows_are_all_that_come_with_the_package_except_the_seeds(tiny_tokenizer):
     folder = importlib.resources.files("lightning_rlhf.data") / "bundled"
-    lines = sum(len(file.read_text().splitlines()) for file in folder.iterdir() if file.name.endswith(".jsonl"))
+    files = [file for file in folder.iterdir() if file.name.endswith(".jsonl") and not file.name.startswith("seeds.")]
+    lines = sum(len(file.read_text().splitlines()) for file in files)
     rows = read_rows("bundled", tiny_tokenizer, 100_000, max_rows=lines, max_held_out=lines)
-    assert len(rows.calibration) + len(rows.held_out) == lines > 400 and len(rows.held_out) > 25
+    assert len(rows.calibration) + len(rows.held_out) == lines == 538 and len(rows.held_out) > 25
 
 
 def test_held_out_rows_share_no_first_user_turn_with_the_calibration(tiny_tokenizer, tmp_path):
