@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make browser"),
 ]
 expect = playwright.expect
+expect.set_options(timeout=30_000)  # a busy machine
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 SHORT = {"max_tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 1}
 DONE = "[data-again]"  # the button that is there once all answers are
@@ -158,18 +159,19 @@ def test_send_stream_regenerate_edit_and_undo(visit, chat_server):
 
 def test_an_answer_streams_and_stop_frees_its_row(visit, chat_server):
     page = visit({"sampling": {**SHORT, "max_tokens": 400}})
-    chat_server.delay = 0.05
+    chat_server.limit = 4_000  # the answer waits in its middle
     try:
         send(page, "Once upon a time there was a big", wait=False)
         expect(page.locator(".answer .text")).to_have_text(re.compile(".{20,}"))
         seen = page.locator(".answer .text").inner_text()
+        chat_server.limit = 8_000
         expect(page.locator(".answer .text")).not_to_have_text(seen, use_inner_text=True)
         expect(page.locator(".answer")).to_have_attribute("aria-busy", "true")
         expect(page.locator("#send")).to_be_hidden()
         page.keyboard.press("Escape")
         expect(page.locator(".note")).to_have_text("Stopped.")
     finally:
-        chat_server.delay = 0.0
+        chat_server.limit = None
     running = page.evaluate(
         "async () => { for (let i = 0; i < 100; i++) { const text = await (await fetch('/metrics')).text();"
         " const rows = text.match(/^lightning_rlhf_rows_running (.*)$/m)[1];"
@@ -205,15 +207,18 @@ def test_reload_keeps_the_history_and_two_tabs_share_it(visit):
 def test_server_gone_and_back(visit, chat_server):
     visit.allow("ERR_")
     page = visit({"sampling": {**SHORT, "max_tokens": 400}})
-    chat_server.delay = 0.05
-    send(page, "Once upon a time", wait=False)
-    expect(page.locator(".answer .text")).to_have_text(re.compile(".{20,}"))
-    chat_server.stop()
-    expect(page.locator(".note.bad")).to_have_text("The answer did not come: the connection was lost")
-    assert len(page.locator(".answer .text").inner_text()) > 10, "what came stays"
-    expect(page.locator("#banner")).to_have_text("The server does not answer. Trying again…")
-    chat_server.delay = 0.0
-    chat_server.start()
+    chat_server.limit = 4_000  # the answer waits in its middle
+    try:
+        send(page, "Once upon a time", wait=False)
+        expect(page.locator(".answer .text")).to_have_text(re.compile(".{20,}"))
+        chat_server.stop()
+        expect(page.locator(".note.bad")).to_have_text("The answer did not come: the connection was lost")
+        assert len(page.locator(".answer .text").inner_text()) > 10, "what came stays"
+        expect(page.locator("#banner")).to_have_text("The server does not answer. Trying again…")
+    finally:  # also for the tests that follow
+        chat_server.limit = None
+        chat_server.stop()
+        chat_server.start()
     expect(page.locator("#banner")).to_be_hidden()
     page.get_by_text("Try again").click()
     page.get_by_label("Copy").wait_for()

@@ -1,4 +1,4 @@
-"""A port in front of a server that can be slow, or closed and opened again."""
+"""A port in front of a server that can hold answers back, or be closed and opened again."""
 
 import contextlib
 import socket
@@ -10,12 +10,13 @@ class Proxy:
     """Passes connections on to a server on this machine.
 
     Attributes:
-        delay: Seconds before each piece of an answer.
+        limit: Bytes of answers after which a connection waits until there is no limit; None lets all through.
     """
 
     def __init__(self, url):
         self.target = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        self.delay, self._listener, self._open, self._port = 0.0, None, set(), 0
+        self.limit: int | None = None
+        self._listener, self._open, self._port = None, set(), 0
         self.start()
         self.url = f"http://127.0.0.1:{self._port}"
 
@@ -42,10 +43,13 @@ class Proxy:
                 threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
                 threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
 
-    def _pass(self, source, target, is_slow):
+    def _pass(self, source, target, is_answer):
+        passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(2048):
-                time.sleep(self.delay if is_slow else 0)
+                passed = passed + len(data) if self.limit is not None else 0
+                while is_answer and self.limit is not None and passed > self.limit and source in self._open:
+                    time.sleep(0.02)
                 target.sendall(data)
         for one in (source, target):
             with contextlib.suppress(OSError):
