@@ -90,6 +90,7 @@ def pair_logprobs(
     logprobs: Tensor,
     reference: Tensor | None,
     sequence: Tensor,
+    num_sequences: int,
     better: Tensor,
     worse: Tensor,
     margin: Tensor | None = None,
@@ -107,6 +108,7 @@ def pair_logprobs(
         logprobs: (N,) log-probs of scored tokens under the policy. The tokens of a sequence stand side by side.
         reference: (N,) those under the reference, or None.
         sequence: (N,) number of each token's sequence, not decreasing.
+        num_sequences: S.
         better: (P,) sequence of each pair's better completion.
         worse: (P,) that of the worse one.
         margin: (P,) or None: by how much better ones should win.
@@ -123,24 +125,19 @@ def pair_logprobs(
     own = wide(logprobs)
     ratio = own if reference is None else own - wide(reference)
     dtype = torch.float64 if logprobs.device.type != "mps" else own.dtype
-    lengths = sequence.bincount(minlength=int(torch.cat([better, worse]).max()) + 1 if len(better) else 0)
-    ends = lengths.cumsum(0)
-    shorter = torch.minimum(lengths[better], lengths[worse])
+    lengths = torch.zeros(num_sequences, dtype=torch.long, device=sequence.device)
+    lengths.index_add_(0, sequence, torch.ones_like(sequence))
+    counts = lengths.to(dtype)
 
-    def summed(values: Tensor) -> tuple[Tensor, Tensor]:
-        # sums over all tokens before each place, so that a pair's sums can end at its shorter length
-        total = torch.cat([values.new_zeros(1, dtype=dtype), values.to(dtype).cumsum(0)])
-        found = []
-        for one in (better, worse):
-            start, end = ends[one] - lengths[one], ends[one]
-            whole = total[end] - total[start]
-            cut = total[start + shorter] - total[start]
-            found.append(whole if ld_alpha == 1.0 else cut + ld_alpha * (whole - cut))
-        return found[0], found[1]
+    def summed(values: Tensor) -> list[Tensor]:
+        if ld_alpha == 1.0:
+            sums = counts.new_zeros(num_sequences).index_add(0, sequence, values.to(dtype))
+            return [sums[better], sums[worse]]
+        shorter = torch.minimum(lengths[better], lengths[worse])
+        return [_discounted_sums(values.to(dtype), lengths, one, shorter, ld_alpha) for one in (better, worse)]
 
     shape = F_DIVERGENCES[f_divergence]
     (own_better, own_worse), ratios = summed(own), summed(ratio)
-    counts = lengths.to(dtype)
     offset = length_alpha * (counts[better] - counts[worse])
     if margin is not None:
         offset = offset + margin.to(dtype)
@@ -153,6 +150,16 @@ def pair_logprobs(
         counts[worse],
         offset,
     )
+
+
+def _discounted_sums(values: Tensor, lengths: Tensor, chosen: Tensor, limit: Tensor, discount: float) -> Tensor:
+    """(P,) sums over the tokens of the P chosen sequences, where tokens behind (P,) ``limit`` weigh ``discount``."""
+    count = lengths[chosen]
+    pair = torch.arange(len(chosen), device=chosen.device).repeat_interleave(count)
+    place = torch.arange(len(pair), device=chosen.device) - (count.cumsum(0) - count)[pair]
+    first = (lengths.cumsum(0) - lengths)[chosen]
+    tokens = values[first[pair] + place]
+    return values.new_zeros(len(chosen)).index_add(0, pair, torch.where(place < limit[pair], tokens, discount * tokens))
 
 
 def _bounded_exp(exponent: Tensor) -> Tensor:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data import PackedBatch
 from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.loading import refuse_full_training
+from lightning_rlhf.models.reference import Pretrained, cast_like, copied, disable_dropout, load_reference
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.model import first_other_token
 from lightning_rlhf.rl.settings import Critic
-
-Pretrained = str | os.PathLike[str] | PreTrainedModel
 
 
 class Actors:
@@ -86,9 +83,7 @@ class Actors:
     def cast_reference(self) -> None:
         """Casts the reference to the policy's dtype, which a strategy may have changed: both then round alike."""
         if self.reference is not None:
-            dtype = next(self.policy.parameters()).dtype
-            for parameter in self.reference.parameters():
-                parameter.data = parameter.data.to(dtype)
+            cast_like(self.reference, self.policy)
 
     def limits(self) -> dict[str, int]:
         """Returns how many tokens of prompt and completion reward model and critic can read, by what sets the limit."""
@@ -148,13 +143,11 @@ def load_actors(
     if critic is not None:
         _check_critic(critic, tokenizer, load.trust_remote_code)
     if critic is not None and not shares:  # before adapters are put into a model that was given
-        start = _copied(pretrained) if critic.pretrained is None else critic.pretrained
+        start = copied(pretrained) if critic.pretrained is None else critic.pretrained
         refuse_full_training(start, lora, load.trust_remote_code)
         value_model = ValueModel(load_value_model(start, **trained), load.layout)
     if lora is None:
-        frozen = replace(load, quantization=None, gradient_checkpointing=False)
-        model = load_causal_lm(_copied(pretrained), **frozen.options(None, tokenizer, new_token_ids))
-        reference = Policy(model.requires_grad_(False), load.layout)
+        reference = load_reference(pretrained, load, tokenizer, new_token_ids)
     model = load_causal_lm(pretrained, **trained)
     policy: Policy
     if lora is None:
@@ -201,40 +194,3 @@ def _same_weights(reward: RewardModelReward, pretrained: Pretrained) -> bool:
     base = config["base_model_name_or_path"]
     name = str(pretrained.name_or_path) if isinstance(pretrained, PreTrainedModel) else os.fspath(pretrained)
     return bool(base) and (base == name or os.path.realpath(base) == os.path.realpath(name))
-
-
-def _copied(pretrained: Pretrained) -> Pretrained:
-    """Returns weights to start from that are independent of those that are trained."""
-    return copy.deepcopy(pretrained) if isinstance(pretrained, PreTrainedModel) else pretrained
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Turns off all that is random in training, whatever mode the model is in: ratios would differ from 1.
-
-    Evaluation mode would do so too, but transformers checkpoints activations in training mode only. Dropout is a
-    module, or a number of an attention layer, a block or the config that it reads, named so by all families; layerdrop
-    is such a number too. Routers of experts draw by their mode, not by a number alone: they are evaluated as they run.
-    """
-    silent: dict[int, Any] = {}  # a config of its own for what reads its config: the model's own is exported
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        _set_to_zero(module)
-        config = vars(module).get("config")
-        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
-            if id(config) not in silent:
-                silent[id(config)] = copy.deepcopy(config)
-                _set_to_zero(silent[id(config)])
-            module.config = silent[id(config)]
-        if any("jitter" in name for name in vars(module)):
-            module.register_forward_pre_hook(_evaluate)
-
-
-def _set_to_zero(holder: Any) -> None:
-    for name, value in vars(holder).items():
-        if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop")):
-            setattr(holder, name, 0.0)
-
-
-def _evaluate(module: nn.Module, args: Any) -> None:
-    module.eval()

@@ -125,7 +125,7 @@ def losses_of(case, policy, reference, sequence):
         if "margin" in made:
             made["margin"] = torch.tensor(made["margin"], dtype=torch.float64)
         name, settings = "sigmoid", {"beta": beta}
-    pairs = pair_logprobs(policy, reference, sequence, **made)
+    pairs = pair_logprobs(policy, reference, sequence, count, **made)
     if name == "sigmoid+sft":
         return LOSSES["sigmoid"].function(pairs, settings["beta"]) + settings["sft"] * LOSSES["sft"].function(pairs)
     if name == "ipo":
@@ -166,7 +166,7 @@ def test_finite_at_log_ratios_of_any_size(name):
     for divergence, ratio, dtype, pair in cases:
         policy = torch.tensor([-1e-9, -2e4], dtype=dtype, requires_grad=True)
         reference = policy.detach() - torch.tensor([ratio, -ratio], dtype=dtype)
-        pairs = pair_logprobs(policy, reference, torch.tensor([0, 1]), *pair, f_divergence=divergence)
+        pairs = pair_logprobs(policy, reference, torch.tensor([0, 1]), 2, *pair, f_divergence=divergence)
         loss = LOSSES[name].function(pairs)
         loss.sum().backward()
         assert loss.isfinite().all() and policy.grad.isfinite().all()
@@ -175,7 +175,7 @@ def test_finite_at_log_ratios_of_any_size(name):
 @pytest.mark.parametrize("logprob", [-1e-9, -1e-30, -0.5, -0.69314, -0.6932, -30.0])
 def test_log_odds_are_exact_near_zero_and_far_from_it(logprob):
     one = torch.tensor([logprob, -1.0], dtype=torch.float32)
-    pairs = pair_logprobs(one, None, torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1]))
+    pairs = pair_logprobs(one, None, torch.tensor([0, 1]), 2, torch.tensor([0]), torch.tensor([1]))
     getcontext().prec = 60
     p, q = (Decimal(float(x)).exp() for x in one)
     odds = (p / (1 - p)).ln() - (q / (1 - q)).ln()
@@ -185,7 +185,7 @@ def test_log_odds_are_exact_near_zero_and_far_from_it(logprob):
 
 def test_at_the_start_the_losses_are_what_the_formulas_say():
     policy, _, sequence = flat(CHECKED["pairs"])
-    pairs = pair_logprobs(policy, policy.detach(), sequence, torch.tensor([0, 2]), torch.tensor([1, 3]))
+    pairs = pair_logprobs(policy, policy.detach(), sequence, 8, torch.tensor([0, 2]), torch.tensor([1, 3]))
     for name in ("sigmoid", "sigmoid_norm", "dpop"):
         assert LOSSES[name].function(pairs).tolist() == [math.log(2)] * 2
     assert LOSSES["hinge"].function(pairs).tolist() == [1.0] * 2
@@ -196,7 +196,7 @@ def test_at_the_start_the_losses_are_what_the_formulas_say():
 def test_equal_answers_have_no_gradient(name):
     policy = torch.tensor([-0.3, -1.2, -0.3, -1.2], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-0.4, -1.0, -0.4, -1.0], dtype=torch.float64)
-    pairs = pair_logprobs(policy, reference, torch.tensor([0, 0, 1, 1]), torch.tensor([0]), torch.tensor([1]))
+    pairs = pair_logprobs(policy, reference, torch.tensor([0, 0, 1, 1]), 2, torch.tensor([0]), torch.tensor([1]))
     settings = {"sft_weight": 0.0} if name == "cpo" else {}
     LOSSES[name].function(pairs, **settings).sum().backward()
     torch.testing.assert_close(policy.grad[:2] + policy.grad[2:], torch.zeros(2, dtype=torch.float64))
@@ -207,7 +207,7 @@ def test_a_swapped_pair_has_the_mirrored_gradient():
     for swap in (False, True):
         policy, _, sequence = flat(CHECKED["pairs"][:1])
         first, second = torch.tensor([0]), torch.tensor([1])
-        pairs = pair_logprobs(policy, policy.detach(), sequence, *((second, first) if swap else (first, second)))
+        pairs = pair_logprobs(policy, policy.detach(), sequence, 2, *((second, first) if swap else (first, second)))
         sigmoid_loss(pairs).sum().backward()
         found.append(policy.grad)
     torch.testing.assert_close(found[0], -found[1], rtol=0, atol=0)
@@ -217,9 +217,10 @@ def test_a_ranking_is_its_pairs_written_out():
     policy, reference, sequence = flat(CHECKED["pairs"][:2])
     order = list(combinations(range(4), 2))
     better, worse = (torch.tensor(side) for side in zip(*order, strict=True))
-    together = sigmoid_loss(pair_logprobs(policy, reference, sequence, better, worse))
+    together = sigmoid_loss(pair_logprobs(policy, reference, sequence, 4, better, worse))
     alone = [
-        sigmoid_loss(pair_logprobs(policy, reference, sequence, torch.tensor([b]), torch.tensor([w]))) for b, w in order
+        sigmoid_loss(pair_logprobs(policy, reference, sequence, 4, torch.tensor([b]), torch.tensor([w])))
+        for b, w in order
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-14, atol=0)
 
@@ -232,7 +233,7 @@ def test_ratios_keep_the_gradient_that_fp32_sums_lose():
     reference = (policy.double() + 0.01 * torch.randn(2 * length, generator=g, dtype=torch.float64)).float()
     sequence = torch.arange(2).repeat_interleave(length)
     pair = torch.tensor([0]), torch.tensor([1])
-    got = pair_logprobs(policy, reference, sequence, *pair).difference(0.1).item()
+    got = pair_logprobs(policy, reference, sequence, 2, *pair).difference(0.1).item()
     ratios = (policy.double() - reference.double()).view(2, length).sum(1)
     want = 0.1 * (ratios[0] - ratios[1]).item()
     assert got == pytest.approx(want, abs=1e-6)

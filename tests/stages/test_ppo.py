@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.models import load_reward_model
+from lightning_rlhf.models.reference import disable_dropout
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import Reward, Scores, WeightedReward
 from lightning_rlhf.rl import Updater
-from lightning_rlhf.rl.actors import disable_dropout
 from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.strategies.gradients import grad_scaler, loss_scale
 

@@ -1,0 +1,81 @@
+"""The reference of preference and reinforcement learning: the model that training starts from, frozen."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.models.loading import Load, load_causal_lm
+from lightning_rlhf.models.policy import Policy
+
+Pretrained = str | os.PathLike[str] | PreTrainedModel
+
+
+def load_reference(
+    pretrained: Pretrained, load: Load, tokenizer: PreTrainedTokenizerBase, new_token_ids: tuple[int, ...]
+) -> Policy:
+    """Loads a frozen model, independent of the one that is trained.
+
+    Args:
+        pretrained: Directory, hub id, or a model, which is copied.
+        load: How weights are held; never quantized.
+        tokenizer: The policy's.
+        new_token_ids: Tokens that the chat template brought.
+
+    Returns:
+        The reference, without dropout.
+    """
+    frozen = replace(load, quantization=None, gradient_checkpointing=False)
+    model = load_causal_lm(copied(pretrained), **frozen.options(None, tokenizer, new_token_ids))
+    reference = Policy(model.requires_grad_(False), load.layout)
+    disable_dropout(reference)
+    return reference
+
+
+def cast_like(reference: nn.Module, policy: nn.Module) -> None:
+    """Casts a reference to the policy's dtype, which a strategy may have changed: both then round alike."""
+    dtype = next(policy.parameters()).dtype
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def copied(pretrained: Pretrained) -> Pretrained:
+    """Returns weights to start from that are independent of those that are trained."""
+    return copy.deepcopy(pretrained) if isinstance(pretrained, PreTrainedModel) else pretrained
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns off all that is random in training, whatever mode the model is in: ratios would differ from 1.
+
+    Evaluation mode would do so too, but transformers checkpoints activations in training mode only. Dropout is a
+    module, or a number of an attention layer, a block or the config that it reads, named so by all families; layerdrop
+    is such a number too. Routers of experts draw by their mode, not by a number alone: they are evaluated as they run.
+    """
+    silent: dict[int, Any] = {}  # a config of its own for what reads its config: the model's own is exported
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _set_to_zero(module)
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in silent:
+                silent[id(config)] = copy.deepcopy(config)
+                _set_to_zero(silent[id(config)])
+            module.config = silent[id(config)]
+        if any("jitter" in name for name in vars(module)):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _set_to_zero(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop")):
+            setattr(holder, name, 0.0)
+
+
+def _evaluate(module: nn.Module, args: Any) -> None:
+    module.eval()
