@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data.errors import DataError
-from lightning_rlhf.data.formats import FormatError, import_format
+from lightning_rlhf.data.formats import FormatError, import_format, parse_row
 from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees
 from lightning_rlhf.data.planner import PlannedLoader, Planner
 from lightning_rlhf.data.preference_formats import read_name
@@ -42,8 +42,6 @@ from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, Toke
 from lightning_rlhf.moved import refuse_moved
 from lightning_rlhf.protocols import HasContext, HasTokenizer, SamplePrompt, stop_tokens_of
 
-#: Faults that an empty cell of a table may cause.
-_FAULTS_OF_EMPTY_CELLS = ("unknown format", "missing column", "no transcript")
 BUNDLED = "bundled"
 Item = TypeVar("Item")
 
@@ -413,19 +411,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         format = source.format or self.format
         for row in expand_trees(self._open(source.source, bad), type(self).tree_rows, bad, format):
             try:
-                item = self._parse(row, origin, "auto" if format == OASST else format)
+                item = parse_row(row, partial(self.parse, part=origin, format="auto" if format == OASST else format))
             except FormatError as error:
                 bad.add(row.where, error.kind, str(error))
             else:
                 yield row.where, item
-
-    def _parse(self, row: Row, origin: str, format: str) -> Item:
-        try:
-            return self.parse(row.filled, origin, format)
-        except FormatError as error:
-            if len(row.filled) == len(row.value) or error.kind not in _FAULTS_OF_EMPTY_CELLS:
-                raise
-        return self.parse(row.value, origin, format)  # whose error names the empty cell
 
     def _open(self, source: Source, bad: BadRows) -> Iterable[Row]:
         return read_rows(self._files(source), bad)

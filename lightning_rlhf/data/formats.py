@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NoReturn, TypedDict, TypeVar, cast
 
-from lightning_rlhf.data.sources import read_json
+from lightning_rlhf.data.sources import Row, read_json
 from lightning_rlhf.utils.imports import import_object
 
 #: The role that each name in public data sets stands for.
@@ -63,6 +63,9 @@ SHARED = (*SYSTEM, *_OPTIONS, "lang", "language")
 _LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
 _TURN = {"role", "from", "content", "value", *_FOR_TEMPLATE, *_WEIGHTS, *_REFUSED_IN_TURNS}
 
+
+#: Faults that an empty cell of a table may cause.
+_FAULTS_OF_EMPTY_CELLS = ("unknown format", "missing column", "no transcript")
 
 Made = TypeVar("Made")
 
@@ -253,6 +256,24 @@ def import_format(path: str) -> Format[Any] | None:
             f"The format {path} is a {type(found).__name__}. Make it a lightning_rlhf.data.formats.Format."
         )
     return found
+
+
+def parse_row(row: Row, parse: Callable[[Mapping[str, Any]], Made]) -> Made:
+    """Converts a row as it was read; an empty cell of a table counts as missing.
+
+    Args:
+        row: The row.
+        parse: Converts its columns, such as :func:`to_conversation`.
+
+    Raises:
+        FormatError: The row can't be used.
+    """
+    try:
+        return parse(row.filled)
+    except FormatError as error:
+        if len(row.filled) == len(row.value) or error.kind not in _FAULTS_OF_EMPTY_CELLS:
+            raise
+    return parse(row.value)  # whose error names the empty cell
 
 
 def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | None = None) -> Conversation:

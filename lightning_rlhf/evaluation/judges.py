@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data import Branch, Message, Tree, pack
+from lightning_rlhf.data import Message
 from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.loading import Dtype
-from lightning_rlhf.rewards import Reward, Samples, WeightedReward, make_reward, names_model, render
+from lightning_rlhf.rewards import Reward, WeightedReward, make_reward, names_model, score_texts
 
 
 class JudgeError(RuntimeError):
@@ -122,30 +122,15 @@ class RewardJudge(Judge):
         ]
 
     def _scores(self, items: Sequence[tuple[Question, Answer]]) -> list[float]:
-        prompts = [question.prompt for question, _ in items]
-        completions = [answer.text for _, answer in items]
-        truncated = [answer.truncated for _, answer in items]
-        names = {name for question, _ in items for name in question.columns}
-        columns = {name: [question.columns.get(name) for question, _ in items] for name in sorted(names)}
-        # validation may run in inference mode, but weights moved in inference mode could not be moved back outside it
-        with torch.inference_mode(False), torch.no_grad():
-            self.reward.load()
-            if self.device is not None:
-                self.reward.to(self.device)
-            try:
-                if self.tokenizer is None:  # functions read texts only
-                    trees = [Tree([0], [Branch([0])]) for _ in items]
-                else:
-                    trees = render(self.tokenizer, prompts, completions, truncated)
-                weight = next(self.reward.parameters(), torch.empty(0))
-                batch = pack(trees).to(weight.device)
-                scores: list[float] = self.reward(
-                    Samples(batch, prompts, completions, truncated, columns)
-                ).total.tolist()
-                return scores
-            finally:
-                if self.device is not None:
-                    self.reward.to("cpu")
+        return score_texts(
+            self.reward,
+            [question.prompt for question, _ in items],
+            [answer.text for _, answer in items],
+            self.tokenizer,
+            [answer.truncated for _, answer in items],
+            [question.columns for question, _ in items],
+            self.device,
+        )
 
 
 def _by_score(first: float, second: float) -> Verdict:

@@ -3,6 +3,7 @@
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward
 from lightning_rlhf.rewards.model import RewardModelReward, render
+from lightning_rlhf.rewards.texts import score_texts
 from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward, names_model
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "make_reward",
     "names_model",
     "render",
+    "score_texts",
 ]

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 
@@ -57,6 +58,26 @@ def import_object(path: str, what: str) -> Any:
             f"Can't import the {what} {path!r}: {module} has no {name}. It has: {', '.join(own) or 'nothing'}."
         )
     return getattr(found, name)
+
+
+def require(module: str, what: str, extra: str) -> ModuleType:
+    """Imports a module of an optional dependency.
+
+    Args:
+        module: Its name.
+        what: What needs it, in messages: ``Telling languages apart``.
+        extra: The extra of this package that installs it.
+
+    Raises:
+        ImportError: It is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name != top:
+            raise
+        raise ImportError(f"{what} needs {top}. Install it: pip install 'lightning_rlhf[{extra}]'") from error
 
 
 def _is_own(value: object, module: str) -> bool:

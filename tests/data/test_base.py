@@ -327,8 +327,8 @@ def test_streaming_stops_at_the_first_bad_row(tiny_tokenizer, tmp_path, monkeypa
     path = tmp_path / "my.jsonl"
     write(path, [row("q", 0), row("long " * 300, 1), *(row("q", i) for i in range(2, 9))])
     seen = []
-    real = home.TreeDataModule._parse
-    monkeypatch.setattr(home.TreeDataModule, "_parse", lambda self, row, *a: seen.append(row) or real(self, row, *a))
+    real = InstructionDataModule.parse
+    monkeypatch.setattr(InstructionDataModule, "parse", lambda *a, **kw: seen.append(a) or real(*a, **kw))
     with pytest.raises(BadRowError, match=r"my\.jsonl:2: .*max_length=200"):
         ready("instruction", tiny_tokenizer, str(path), streaming_window=65_536, cache_dir=tmp_path / "cache")
     assert len(seen) == 2
