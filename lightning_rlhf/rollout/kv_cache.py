@@ -319,11 +319,13 @@ class Decoder:
         hook = self.model.get_output_embeddings().register_forward_pre_hook(only_last)
         try:
             with self.cache.prefilling(target, prompt_of, longest):
-                return self._run(ids, positions, adapters)
+                return self._run(ids, positions, adapters)[:, -1]
         finally:
             hook.remove()
 
-    def extend(self, tokens: Sequence[int], row: int, start: int, adapters: Adapters = None) -> None:
+    def extend(
+        self, tokens: Sequence[int], row: int, start: int, adapters: Adapters = None, every: bool = False
+    ) -> Tensor:
         """Runs tokens of one row that come after those whose keys it has.
 
         Args:
@@ -331,14 +333,17 @@ class Decoder:
             row: The cache row.
             start: Position of the first token.
             adapters: The name of the row's adapter, in a list. None: the model as it is set.
+            every: Make the logits of every token, not of the last alone.
+
+        Returns:
+            (L, V) logits of the tokens that follow, or (1, V).
         """
-        end = start + len(tokens)
+        end, kept = start + len(tokens), len(tokens) if every else 1
         positions = torch.arange(start, end, device=self.device)
-        # nobody reads the logits, so make as few as possible
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -kept:],))
         try:
             with self.cache.extending(row, positions, end):
-                self._run(self._tensor([tokens]), positions[None], adapters)
+                return self._run(self._tensor([tokens]), positions[None], adapters)[0]
         finally:
             hook.remove()
 
@@ -355,7 +360,7 @@ class Decoder:
         """
         at = self._tensor(positions)
         with self.cache.decoding(at, max(positions) + 1):
-            return self._run(self._tensor(tokens)[:, None], at[:, None], adapters)
+            return self._run(self._tensor(tokens)[:, None], at[:, None], adapters)[:, -1]
 
     def _run(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
         # with a 4-D mask models do not make their own, but pass it on; slot_attention does not read it
@@ -367,7 +372,7 @@ class Decoder:
         if adapters is not None and self.adapted is not None:
             model, options["adapter_names"] = self.adapted, list(adapters)
         logits: Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask, **options).logits
-        return logits[:, -1]
+        return logits
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -96,11 +96,14 @@ class _Answer:
         served, body = self.served, self.body
         for ids in self.ids:
             _check_context(served, ids)
-
-            def score(ids: list[int] = ids) -> list[Token]:
-                return prompt_logprobs(served.policy, served.adapter, ids, body.temperature, body.logprobs or 0)
-
-            self.scored.append(await served.worker.call(score))
+        for ids in self.ids:
+            pieces = prompt_logprobs(
+                served.policy, served.adapter, ids, body.temperature, body.logprobs or 0, served.piece
+            )
+            tokens: list[Token] = []
+            while piece := await served.worker.call(lambda pieces=pieces: next(pieces, None)):  # type: ignore[misc]
+                tokens += piece
+            self.scored.append(tokens)
 
     async def whole(self) -> dict[str, Any]:
         """The completions in one object."""

@@ -75,7 +75,7 @@ def load_served(name: str, source: str, options: ModelOptions) -> Served:
     else:
         worker = _worker(name, policy, tokenizer, options)
     engine = "HFGenerateEngine" if reason else "CachedEngine"
-    return Served(name, policy, tokenizer, stops, worker, engine, _lead(tokenizer))
+    return Served(name, policy, tokenizer, stops, worker, engine, _lead(tokenizer), None if reason else _CHUNK)
 
 
 def load_shared(base: str, adapters: Mapping[str, str], base_name: str | None, options: ModelOptions) -> list[Served]:
@@ -114,7 +114,7 @@ def load_shared(base: str, adapters: Mapping[str, str], base_name: str | None, o
         return [load_served(name, source, options) for name, source in sources.items()]
     worker = _worker("+".join(sources), policy, largest, options)
     return [
-        Served(name, policy, tokenizer, stops, worker, "CachedEngine", _lead(tokenizer), inner.get(name, BASE))
+        Served(name, policy, tokenizer, stops, worker, "CachedEngine", _lead(tokenizer), _CHUNK, inner.get(name, BASE))
         for name, (tokenizer, stops) in found.items()
     ]
 

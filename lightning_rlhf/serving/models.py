@@ -27,6 +27,7 @@ class Served:
         stops: Tokens that end an answer.
         worker: What generates its answers.
         engine: The class that does so, for people.
+        piece: Tokens of a prompt that run in one step. None: all.
         adapter: peft's name of the model's adapter, if several models share a backbone.
         lead: The blank that the chat template writes before an answer, and that is not part of it.
         created: When it was loaded, in seconds since 1970.
@@ -39,6 +40,7 @@ class Served:
     worker: Worker
     engine: str
     lead: str
+    piece: int | None = None
     adapter: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -142,7 +142,7 @@ class Worker:
         self._send()
 
     async def call(self, function: Callable[[], Made]) -> Made:
-        """Runs a function in the worker's thread, between two steps."""
+        """Runs a function in the worker's thread, between two steps, and no other between the same two."""
         future: Future[Made] = Future()
 
         def run() -> None:
@@ -166,7 +166,7 @@ class Worker:
                 return
             self._opened.set_result(None)
             while self._sleep():
-                while self._calls:
+                if self._calls:
                     self._calls.popleft()()
                 if self._session.busy:
                     self._session.step()
