@@ -36,6 +36,7 @@ def settings(tiny_model_dir, tmp_path_factory):
         small[name] = {"MODEL": str(tiny_model_dir), "TRAIN": str(train), "STEPS": "2", "BATCH_SIZE": "4"}
     small["colossalai"] = {**small["sft"], "STEPS": "3"}
     small["quantize"] = {**{name: small["quantize"][name] for name in ("MODEL", "TRAIN")}, "ROWS": "30", "GROUP": "32"}
+    small["serve_and_chat"] = {"MODEL": str(tiny_model_dir), "NEW_TOKENS": "8"}
     return small
 
 
@@ -198,6 +199,21 @@ def test_quantize_notebook_shows_what_it_says(run):
     kept = json.loads((folder / "runs" / "notebook" / "quantize" / "compare.json").read_text())
     assert [f"{result['kl']:.5f}" for result in kept["results"]] == [line[3] for line in (own, *others)]
     assert all(result["kl"] > 0 for result in kept["results"][1:])
+
+
+def test_serve_and_chat_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "serve_and_chat.ipynb")
+    text = printed(notebook)
+    assert "['after', 'base']" in text and "not streamed, the same answer: True\n" in text
+    in_chat = re.findall(r"^([+-][\d.]+)  ", text, re.MULTILINE)
+    alone = re.findall(r"'([+-][\d.]+)'", re.search(r"^by /v1/rewards: (.*)$", text, re.MULTILINE)[1])
+    assert len(in_chat) == len(alone) == 2, "random answers need not be read back as the tokens that were sampled"
+    rows, votes = map(int, re.search(r"^(\d+) preferences of (\d+) votes", text, re.MULTILINE).groups())
+    chat = folder / "runs" / "notebook" / "chat" / "votes"
+    kept = [json.loads(line) for line in (chat / "votes.jsonl").read_text().splitlines()]
+    assert len(kept) == votes == 8 and 1 < rows <= 8
+    assert rows <= sum(vote["vote"] != "tie" for vote in kept)
+    assert re.search(r"^steps: 1, loss: \d\.\d+$", text, re.MULTILINE)
 
 
 def test_ppo_of_the_drop_in_notebook_learns(stories_model_dir, monkeypatch, tmp_path):
