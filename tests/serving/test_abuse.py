@@ -3,10 +3,14 @@
 import asyncio
 import json
 import math
+from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from in_loop import in_loop
+from server_process import serving
 
 from lightning_rlhf.serving.bodies import BODIES
 from lightning_rlhf.serving.limits import Limits
@@ -122,6 +126,43 @@ def test_any_value_of_any_field_is_answered_or_refused(running, run_dir, served)
         loop.run_until_complete(context.__aexit__(None, None, None))
         loop.close()
     assert statuses[200] > 60 and statuses[400] > 60, statuses
+
+
+def resident(process):
+    """MiB of memory that a process holds."""
+    [line] = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmRSS" in line]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.slow
+def test_memory_is_level_after_abuse(tmp_path, run_dir):
+    """Random requests, prompts of 10 MB, refused by their length and tokenized: memory is that of the first round."""
+    with (
+        serving(tmp_path / "log", run_dir, "--max-body", 16 * 2**20) as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+    ):
+
+        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(requests())
+        def fuzz(request):
+            path, body = request
+            json_type = {"content-type": "application/json"}
+            found = client.post(path, content=json.dumps(body).encode(), headers=json_type)
+            if found.status_code != 200:
+                check_error(found)
+
+        good = client.post("/v1/completions", json={**GOOD["/v1/completions"], "seed": 1}).json()["choices"]
+        held = []
+        for number in range(4):
+            seed(number)(fuzz)()
+            for megabytes, status in ((10, 400), (17, 413)):
+                found = client.post("/v1/completions", json={"prompt": "word " * (megabytes * 2**20 // 5)})
+                check_error(found)
+                assert found.status_code == status
+            held.append(resident(server.process))
+        again = client.post("/v1/completions", json={**GOOD["/v1/completions"], "seed": 1}).json()["choices"]
+    assert again == good
+    assert max(held[1:]) < held[0] + 40, held
 
 
 BODIES_THAT_ARE_NONE = [
