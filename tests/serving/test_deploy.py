@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from lightning_rlhf.serving.command import _KEY_VARIABLE, _access, _check, _parser
+from lightning_rlhf.serving.command import _KEY_VARIABLE, _check, _parser
 from lightning_rlhf.serving.limits import Limits
 from lightning_rlhf.serving.listen import _GRACE
 
@@ -76,7 +76,7 @@ def test_image_starts_with_a_key_only(image, monkeypatch):
         _check(options)
     monkeypatch.setenv(_KEY_VARIABLE, "k")
     _check(options)
-    assert _access(options).key == "k"
+    assert options.api_key == "k"
 
 
 def test_compose_file_fits_the_image(image):

@@ -19,7 +19,7 @@ def four_bits(tmp_path_factory, stories_model_dir):
     folder = tmp_path_factory.mktemp("four_bits")
     wide = save_widened(stories_model_dir, folder / "wide")
     tokenizer = load_tokenizer(wide)
-    rows = torch.randint(3, len(tokenizer), (8, 64), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(3, len(tokenizer), (16, 64), generator=torch.Generator().manual_seed(0))
     return quantize(wide, folder / "stories", "gptq", Grid(4, 32, True), list(rows))
 
 
