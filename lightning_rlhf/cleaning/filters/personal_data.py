@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,10 @@ _MAIL = re.compile(
 )
 #: Addresses that belong to nobody: reserved for examples (RFC 2606), and logins of version control.
 _NOBODY = re.compile(r"^git@|[@.]example(?:\.(?:com|net|org|edu))?$|\.(?:test|invalid|localhost)$", re.IGNORECASE)
-_IDENTITY = re.compile(r"(?<![0-9A-Za-z.])[1-9]\d{16}[\dXx](?![0-9A-Za-z])")
+#: The first two digits are the province.
+_IDENTITY = re.compile(
+    r"(?<![0-9A-Za-z.])(?:1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3])\d{15}[\dXx](?![0-9A-Za-z])"
+)
 _CARD = re.compile(r"(?<![0-9A-Za-z.])\d(?:[ -]?\d){12,18}(?![0-9A-Za-z])")
 #: Beginnings and lengths of card numbers: Visa, Mastercard, American Express, Discover, Diners, JCB, UnionPay.
 _ISSUER = re.compile(
@@ -131,8 +135,17 @@ def _mails(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
 def _identities(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
     for found in _IDENTITY.finditer(text):
         ric = require("stdnum.cn.ric", "Finding identity numbers", "collect")
-        if ric.is_valid(found[0].upper()):
+        number = found[0].upper()
+        # not is_valid: it refuses numbers whose county had another code in the year of birth
+        if ric.calc_check_digit(number) == number[-1] and _is_date(number[6:14]):
             yield found.span()
+
+
+def _is_date(digits: str) -> bool:
+    try:
+        return 1900 <= datetime.datetime.strptime(digits, "%Y%m%d").year <= datetime.date.today().year
+    except ValueError:
+        return False
 
 
 def _cards(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -146,7 +159,7 @@ def _cards(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def _phones(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
     for found in _PHONE.finditer(text):
-        number = found[0]
+        number = found[0] if ")" in found[0] else found[0].removeprefix("(")
         international = "+" in number[:2]
         said = _SAYS_PHONE.search(text, max(0, found.start() - _NEAR), found.start())
         digits = re.sub(r"\D", "", number)
@@ -154,7 +167,7 @@ def _phones(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
         if not (international or said or shaped) or len(set(digits)) < 3:
             continue
         if any(_valid(number, region) for region in ([None] if international else regions)):
-            yield found.start() + (number.startswith("(") and ")" not in number), found.end()
+            yield found.end() - len(number), found.end()
 
 
 def _valid(text: str, region: str | None) -> bool:
