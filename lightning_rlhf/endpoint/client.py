@@ -430,6 +430,8 @@ class _Round:
         sent = not names & _NOT_SENT
         if any(isinstance(one, socket.gaierror) for one in chain):
             return Problem("dns", text, may_be_paid=False)
+        if any(isinstance(one, ConnectionRefusedError) for one in chain):
+            return Problem("unreachable", "connection refused. Is the server running?", may_be_paid=False)
         if any("Timeout" in name for name in names):
             return Problem("timeout", f"no data for {self.endpoint.timeout:g} s", may_be_paid=sent)
         return Problem("connection" if sent else "unreachable", text, may_be_paid=sent)
