@@ -17,6 +17,10 @@ TOOLS = {
     "inspect": ("lightning_rlhf.inspection.command:main", "show rows as the model sees them; takes the options of fit"),
     "configs": ("lightning_rlhf.config_files:main", "list the config files that come with the package, or copy one"),
     "demo": ("lightning_rlhf.demo:main", "train a small real model with SFT, reward model and PPO on bundled data"),
+    "collect": (
+        "lightning_rlhf.collection.command:main",
+        "grow instruction data from seeds, or rank answers to prompts, with any model",
+    ),
     "win-rate": ("lightning_rlhf.evaluation.command:main", "measure how often one model's answers beat another's"),
     "quantize": ("lightning_rlhf.quantize.command:main", "make a model of 4 or 8 bits: GPTQ, AutoRound, rounding"),
     "export": ("lightning_rlhf.export.command:main", "hand a model on: merged weights, adapters alone, or a GGUF file"),

@@ -47,6 +47,8 @@ IN_COMMANDS = {
     "my_pairs.jsonl": "{pairs}",
     "configs/": "{root}/configs/",
     "runs/ppo_smollm2/hf/last": "{model}",
+    "--out runs/collect --dry-run": "--out runs/collect --dry-run --languages '{{en: 5}}'",
+    "--out runs/rankings": "--out runs/rankings --reward lightning_rlhf.rewards.functions.length_window",
     "serve runs/start": "serve {model}",
     "chat runs/start --models sft ppo": "chat {model}",
     "runs/sft_smollm2/hf/best": "{model}",
@@ -64,6 +66,7 @@ SMALL = {
     "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
     "--new-tokens 8",
     "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
+    "collect": "--generator scripted.Scripted",
     "export": "--out made",
     "report": "",
     "serve": "--reward lightning_rlhf.rewards.functions.length_window",
@@ -175,7 +178,9 @@ def test_command_runs(command, small, capsys, monkeypatch):
             found = httpx.post(f"{server.url}/v1/completions", json={"prompt": "fox", "max_tokens": 2}, timeout=60)
             assert found.json()["usage"]["completion_tokens"] == 2
         return
-    if "--config" in rest:  # whatever the command reads: Lightning prepares the training data for all of them
+    if (
+        "--config" in rest and name != "collect"
+    ):  # whatever the command reads: Lightning prepares the training data for all of them
         [train] = [small(train) for folder, train in TRAIN.items() if folder in command]
         arguments += ["--data.train", train]
         arguments += [arg for folder, args in ALSO.items() if folder in command for arg in shlex.split(args)]
