@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_rlhf.data import Message
+from lightning_rlhf.endpoint import Budget, ChatRequest, Endpoint, EndpointError, Ledger
+from lightning_rlhf.endpoint.requests import replace_surrogates
 from lightning_rlhf.evaluation.judges import Judge, JudgeError, Question, Verdict
 
 #: The judge's prompt. ``ChatJudge(template=...)`` replaces it by a file.
@@ -42,11 +39,6 @@ Verdict: B
 Verdict: tie
 """
 PLACES = ("prompt", "answer_a", "answer_b")
-#: HTTP statuses after which another attempt may succeed.
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-#: Gives up after this many consecutive questions without a reply.
-PATIENCE = 5
-_LONGEST_WAIT = 60.0
 _VERDICT = re.compile(r"[\s*_#>]*verdict[\s*_]*[:：][\s*_\[]*(A|B|tie)[\s*_\].。]*", re.IGNORECASE)
 _ALONE = re.compile(r"\s*\[*(A|B|tie)\]*[.。]?\s*", re.IGNORECASE)
 _NAMES: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "second", "tie": "tie"}
@@ -57,8 +49,8 @@ class ChatJudge(Judge):
 
     A reply must end in a line ``Verdict: A``, ``Verdict: B`` or ``Verdict: tie``, or consist of ``A``, ``B`` or ``tie``
     only. Any other reply is no verdict. The question is not repeated, because at temperature 0 the reply would be the
-    same. If the server is busy or fails, the question is sent again after waits of ``backoff``, twice ``backoff`` and
-    so on, or after the wait in its ``Retry-After``.
+    same. If the server is busy or fails, the question is sent again: see
+    :class:`~lightning_rlhf.endpoint.Endpoint`. It needs the extra ``collect``.
 
     Args:
         base_url: URL of the API, such as ``http://127.0.0.1:8000/v1``.
@@ -73,9 +65,13 @@ class ChatJudge(Judge):
             server.
         retries: Number of further attempts per question. A larger value tolerates longer outages.
         backoff: Number of seconds before the first further attempt. The wait doubles with each attempt.
+        ledger: File of the questions and replies, or an open ledger. Questions in it are not asked again. None: nothing
+            is kept.
+        budget: What may be spent. It needs a ledger.
 
     Raises:
         ValueError: A setting is invalid; the message says which one.
+        ModuleNotFoundError: The extra ``collect`` is not installed.
         OSError: The template cannot be read.
     """
 
@@ -90,111 +86,54 @@ class ChatJudge(Judge):
         timeout: float = 60.0,
         retries: int = 5,
         backoff: float = 1.0,
+        ledger: str | os.PathLike[str] | Ledger | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        if not re.match(r"https?://[^/]", base_url):
-            raise ValueError(f"ChatJudge: base_url={base_url!r} is not a URL. Use one like http://127.0.0.1:8000/v1.")
         if not model:
             raise ValueError(f"ChatJudge: model is empty. Set it (--judge-model) to a model that {base_url} serves.")
-        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
-            if value < least:
-                raise ValueError(f"ChatJudge: {name} must be at least {least}; got {value}.")
-        self.url = base_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.model, self.api_key_env, self.max_tokens = model, api_key_env, max_tokens
-        self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
+        try:
+            self.endpoint = Endpoint(
+                base_url, model, api_key_env, concurrency, timeout=timeout, retries=retries, backoff=backoff
+            )
+        except ValueError as error:
+            raise ValueError(f"ChatJudge: {error}") from error
+        if budget is not None and ledger is None:
+            raise ValueError("ChatJudge: a budget needs a ledger, which counts what was spent. Give both.")
+        self.max_tokens, self.ledger, self.budget = max_tokens, ledger, budget
         self.template = TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
         if missing := [place for place in PLACES if f"{{{place}}}" not in self.template]:
             raise ValueError(
                 f"ChatJudge: {template} has no {{{missing[0]}}}, so the judge would not see it. Add {{{missing[0]}}}."
             )
-        self._key()
-        self._unanswered = 0
 
     def compare(self, questions: Sequence[Question]) -> list[Verdict]:
         """Judges questions; see :meth:`Judge.compare`.
 
         Raises:
             JudgeError: The server rejects requests, or several consecutive questions got no reply.
+            BudgetExceeded: The next question could pass the budget.
+            LedgerError: The file is not a ledger that can be used.
         """
-        verdicts = []
-        stop = threading.Event()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, question, stop) for question in questions]
+        requests = [
+            ChatRequest(
+                [{"role": "user", "content": replace_surrogates(self._fill_template(question))}],
+                temperature=0,
+                max_tokens=self.max_tokens,
+            )
+            for question in questions
+        ]
+        with ExitStack() as stack:
+            endpoint, ledger = stack.enter_context(self.endpoint), self.ledger
+            if ledger is not None and not isinstance(ledger, Ledger):
+                ledger = stack.enter_context(Ledger(ledger))
             try:
-                for future in futures:
-                    try:
-                        verdicts.append(parse_verdict(future.result()))
-                        self._unanswered = 0
-                    except _NoReplyError as error:
-                        self._unanswered += 1
-                        if self._unanswered >= PATIENCE:
-                            raise JudgeError(
-                                f"The judge at {self.url} did not reply to {PATIENCE} consecutive questions. The last "
-                                f"problem: {error}"
-                            ) from error
-                        verdicts.append(Verdict(None, f"no reply: {error}"))
-            finally:
-                stop.set()
-                for future in futures:
-                    future.cancel()
-        return verdicts
-
-    def _ask(self, question: Question, stop: threading.Event) -> str:
-        """Returns the reply to a question. It runs in a thread of its own."""
-        content = self._fill_template(question)
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-        }
-        if self.max_tokens is not None:
-            body["max_tokens"] = self.max_tokens
-        problem, wait = "", 0.0
-        for attempt in range(self.retries + 1):
-            if attempt and stop.wait(wait):
-                break
-            wait = min(self.backoff * 2**attempt, _LONGEST_WAIT)
-            try:
-                return self._post(json.dumps(body).encode())
-            except urllib.error.HTTPError as error:
-                problem = self._hide_key(f"HTTP {error.code} {error.reason}: {_first_bytes(error)}")
-                if error.code in (401, 403, 404, 405) or error.code < 400:
-                    raise JudgeError(
-                        f"The judge at {self.url} rejects requests: {problem}. Check URL, model name and API key."
-                    ) from None  # the cause holds the headers with the key
-                if error.code not in RETRIED:
-                    break
-                asked = error.headers.get("Retry-After", "")
-                wait = min(float(asked), _LONGEST_WAIT) if asked.isdigit() else wait
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = self._hide_key(f"{type(error).__name__}: {error}")
-        raise _NoReplyError(problem)
-
-    def _post(self, body: bytes) -> str:
-        headers = {"Content-Type": "application/json"}
-        if key := self._key():
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers)
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as reply:
-            document = json.loads(reply.read())
-        try:
-            content = document["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"a reply without choices[0].message.content: {str(document)[:200]}") from None
-        return content if isinstance(content, str) else ""
-
-    def _key(self) -> str:
-        """Reads the API key. It is not stored."""
-        if self.api_key_env is None:
-            return ""
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key or not (key.isascii() and key.isprintable()):
-            raise ValueError(f"ChatJudge: the environment variable {self.api_key_env} has no valid API key. Set it.")
-        return key
-
-    def _hide_key(self, text: str) -> str:
-        """Masks the API key in a text, because some servers repeat it."""
-        key = self._key()
-        return text.replace(key, "***") if key else text
+                replies = endpoint.ask(requests, ledger, self.budget)
+            except EndpointError as error:
+                raise JudgeError(f"The judge at {error}") from None
+        return [
+            Verdict(None, f"no reply: {reply.problem}") if reply.text is None else parse_verdict(reply.text)
+            for reply in replies
+        ]
 
     def _fill_template(self, question: Question) -> str:
         prompt = _conversation(question.prompt)
@@ -235,21 +174,3 @@ def _conversation(prompt: list[Message] | str) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
-
-
-def _first_bytes(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(500).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-
-
-class _NoReplyError(Exception):
-    """A question got no reply."""
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the API key to another server."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None

@@ -65,6 +65,9 @@ def main(args: Sequence[str] | None = None) -> None:
     judges.add_argument(
         "--judge-timeout", type=float, default=60.0, help="seconds without data after which a request is repeated"
     )
+    judges.add_argument(
+        "--judge-ledger", metavar="FILE", help="file that keeps questions and replies; a second run asks none again"
+    )
     options = parser.parse_args(args)
     from lightning_rlhf.evaluation import JudgeError
 
@@ -175,6 +178,7 @@ def _judge(options: argparse.Namespace, dtype: Any) -> Judge:
             options.judge_key_env,
             concurrency=options.judge_concurrency,
             timeout=options.judge_timeout,
+            ledger=options.judge_ledger,
         )
     return make_judge(options.judge, dtype=dtype, trust_remote_code=options.trust_remote_code)
 

@@ -47,7 +47,7 @@ class FakeJudge:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     number = len(outer.requests)
-                    outer.requests.append((dict(self.headers), body))
+                    outer.requests.append(({name.title(): value for name, value in self.headers.items()}, body))
                     outer.alive += 1
                     outer.most = max(outer.most, outer.alive)
                 try:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from runs import load_script
 
+from lightning_rlhf.endpoint import Budget, BudgetExceeded, Ledger
 from lightning_rlhf.evaluation import Answer, AnswerPair, ChatJudge, JudgeError, Question, judge_pairs, rates
-from lightning_rlhf.evaluation.chat_judge import PATIENCE, parse_verdict
+from lightning_rlhf.evaluation.chat_judge import parse_verdict
 
 fake_judge = load_script(Path(__file__).with_name("fake_judge.py"))
 FakeJudge, first, longer, parts = fake_judge.FakeJudge, fake_judge.first, fake_judge.longer, fake_judge.parts
@@ -126,18 +127,6 @@ def test_a_server_that_says_nothing_is_asked_again():
         assert rates(judged).win_rate == 1 and len(judge.requests) >= 3
 
 
-def test_waits_double_and_a_server_may_ask_for_one(monkeypatch):
-    waits = []
-
-    class Stop:
-        wait = staticmethod(waits.append)
-
-    troubles = [(500, "", {}), (429, "", {"Retry-After": "7"}), (429, "", {"Retry-After": "9999"}), (500, "", {}), None]
-    with FakeJudge(longer, fail=lambda n: troubles[n]) as judge:
-        ChatJudge(judge.url, "fake", backoff=0.5)._ask(Question("Say", Answer("a"), Answer("b")), Stop())
-    assert waits == [0.5, 7, 60, 4.0]
-
-
 def test_a_question_that_stays_without_a_reply_is_counted():
     with FakeJudge(longer, fail=lambda n: (500, "oh no", {}) if n < 3 else None) as judge:
         judged = ask(judge, 3, concurrency=1, retries=2)
@@ -167,7 +156,7 @@ def test_a_judge_that_answers_nothing_ends_it():
     assert len(judge.requests) < 40
     judge = ChatJudge(judge.url, "fake", retries=0)  # nobody is there any more
     with pytest.raises(JudgeError, match="refused"):
-        judge_pairs(judge, [pair(i) for i in range(PATIENCE)])
+        judge_pairs(judge, [pair(i) for i in range(5)])
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -176,6 +165,26 @@ def test_a_wrong_key_or_model_ends_it_at_once(status):
     with FakeJudge(fail=lambda n: (status, "no such model", {})) as judge, refusal:
         ask(judge, 40, concurrency=1)
     assert len(judge.requests) < 10
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_replaced():
+    with FakeJudge(lambda prompt, a, b: f"Verdict: {'A' if a == 'x�' else 'B'}") as judge:
+        assert rates(judge_pairs(ChatJudge(judge.url, "fake"), [pair(a="x\ud800")])).win_rate == 1
+
+
+def test_with_a_ledger_no_question_is_asked_again(tmp_path):
+    pairs = [pair(i) for i in range(5)]
+    with FakeJudge(longer, fail=lambda n: (400, "too long", {}) if n == 0 else None) as judge:
+        options = dict(concurrency=1, ledger=tmp_path / "judge.db", budget=Budget(tokens=100_000))
+        first = judge_pairs(ChatJudge(judge.url, "fake", **options), pairs)
+        assert judge_pairs(ChatJudge(judge.url, "fake", **options), pairs) == first and len(judge.requests) == 10
+        with Ledger(tmp_path / "judge.db") as ledger:
+            assert judge_pairs(ChatJudge(judge.url, "fake", ledger=ledger), pairs) == first
+            assert ledger.totals().answered == 9 and ledger.totals().kinds["http_400"] == 1
+        with pytest.raises(BudgetExceeded):
+            chat = ChatJudge(judge.url, "fake", ledger=tmp_path / "new.db", budget=Budget(tokens=1000))
+            judge_pairs(chat, pairs)
+    assert len(judge.requests) == 10
 
 
 # ------------------------------------------------------------------------------------------------- the key
@@ -192,7 +201,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, caplog, capsys):
         judged = judge_pairs(chat, [pair()])
     assert judge.requests[0][0]["Authorization"] == f"Bearer {KEY}"
     with FakeJudge(fail=lambda n: (401, f"wrong key {KEY}", {})) as other:
-        chat.url = f"{other.url}/chat/completions"
+        chat.endpoint.base_url = other.url
         with pytest.raises(JudgeError) as error:
             judge_pairs(chat, [pair()])
     everything = [
@@ -232,6 +241,7 @@ def test_a_redirect_is_not_followed(monkeypatch):
         ({"model": ""}, "--judge-model"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"retries": -1}, "retries"),
+        ({"budget": Budget(tokens=5)}, "a budget needs a ledger"),
     ],
     ids=str,
 )
