@@ -26,6 +26,7 @@ from lightning_rlhf.collection.trace import Trace, write_atomically, write_rows
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.sources import BadRows
 from lightning_rlhf.endpoint import BudgetExceeded, EndpointError, Ledger
+from lightning_rlhf.evaluation.chat_judge import ChatJudge
 from lightning_rlhf.evaluation.judges import JudgeError
 from lightning_rlhf.keys import KeyParser
 from lightning_rlhf.utils.progress import ProgressLine
@@ -159,6 +160,8 @@ def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None
     """Ranks answers to prompts."""
     out = config.out
     generators = settings.generator if isinstance(settings.generator, list) else [settings.generator]
+    if isinstance(settings.judge, ChatJudge) and settings.judge.ledger is None:
+        settings.judge.ledger, settings.judge.budget = ledger, settings.budget
     ranker = make_ranker(settings.reward, settings.judge)
     bad = BadRows(settings.on_bad_row)
     prompts = read_prompts(config.preferences, bad)

@@ -71,6 +71,7 @@ class EndpointGenerator(Generator):
         timeout: Seconds without data after which an attempt fails.
         retries: Number of further attempts per request.
         backoff: Seconds before the first further attempt. The wait doubles with each attempt.
+        patience: Number of consecutive requests without a reply after which all end.
         continues: Whether the server continues an unfinished last turn if ``continue_final_message`` asks for it, as
             vLLM does. Lists are then begun for the model, and the style ``opening`` can be used.
     """
@@ -85,6 +86,7 @@ class EndpointGenerator(Generator):
         timeout: float = 60.0,
         retries: int = 5,
         backoff: float = 1.0,
+        patience: int = 5,
         continues: bool = False,
     ) -> None:
         self.name, self.continues = model, continues
@@ -97,6 +99,7 @@ class EndpointGenerator(Generator):
             timeout=timeout,
             retries=retries,
             backoff=backoff,
+            patience=patience,
         )
 
     def generate(
