@@ -25,7 +25,7 @@ from lightning_rlhf.data.sources import BadRows, Row, Source, read_rows
 
 Kind = Literal["instruction", "preference", "prompt"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_TABLES: Mapping[Kind, FormatTable[Any]] = {
+FORMATS_OF: Mapping[Kind, FormatTable[Any]] = {
     "preference": PREFERENCE_FORMATS,
     "instruction": FORMATS,
     "prompt": PROMPT_FORMATS,
@@ -124,7 +124,7 @@ class Example:
         Raises:
             FormatError: The row can't be used any more, for instance since both answers became equal.
         """
-        chosen: Format[Any] = _TABLES[self.kind].choose(self.row, self.format)
+        chosen: Format[Any] = FORMATS_OF[self.kind].choose(self.row, self.format)
         row = {
             name: _changed(value, change) if name in (*chosen.reads, *SYSTEM) and name not in _NOT_TEXT else value
             for name, value in self.row.items()
@@ -167,7 +167,7 @@ def kind_of(row: Mapping[str, Any]) -> Kind:
 
     Rows of no known format count as instructions, whose error lists the formats.
     """
-    for kind, table in _TABLES.items():
+    for kind, table in FORMATS_OF.items():
         found = table.detect(row)
         if found is not None and found.name != "unpaired":
             return kind
@@ -196,7 +196,7 @@ def make_example(
 
 
 def _parse(row: Mapping[str, Any], kind: Kind, format: str) -> tuple[Conversation | Preference | Prompt, str]:
-    name = _TABLES[kind].choose(row, format).name if format == "auto" else format
+    name = FORMATS_OF[kind].choose(row, format).name if format == "auto" else format
     if kind == "preference":
         return to_preference(row, name), name
     return (to_conversation(row, name) if kind == "instruction" else to_prompt(row, name)), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -66,75 +66,89 @@ class Tally:
         return {"seen": self.seen, "kept": self.kept, "filters": filters}
 
 
-def clean(examples: Iterable[Example], filters: Sequence[Filter], tally: Tally | None = None) -> Iterator[Example]:
+def clean(
+    examples: Iterable[Example],
+    filters: Sequence[Filter],
+    tally: Tally | None = None,
+    on_drop: Callable[[Example, str, str], None] | None = None,
+) -> Iterator[Example]:
     """Runs filters over examples. Each filter sees what those before it in the list have kept.
 
     Args:
         examples: The examples; at most :data:`CHUNK` of them are held.
         filters: The filters. Those that remember rows go on from where they are.
         tally: Counts what happens. Default: nothing is counted.
+        on_drop: Called with each example that is dropped, the filter's name and the reason.
 
     Yields:
         The examples that all filters keep, in order.
     """
     tally = Tally() if tally is None else tally
-    named = _named(filters)
-    for name in named:
-        tally.filters.setdefault(name, FilterTally())
-    split = next((i for i, filter in enumerate(filters) if filter.remembers), len(filters))
-    steps = list(named.items())
+    steps = [
+        _Step(name, filter, tally.filters.setdefault(name, FilterTally()), on_drop) for name, filter in _named(filters)
+    ]
+    split = next((i for i, step in enumerate(steps) if step.filter.remembers), len(steps))
     examples = iter(examples)
     while chunk := list(islice(examples, CHUNK)):
         tally.seen += len(chunk)
-        for name, filter in steps[:split]:  # they don't depend on each other's examples: one filter at a time
-            _prepare(filter, chunk, tally.filters[name])
-            chunk = [example for example in chunk if _keeps(filter, example, tally.filters[name])]
-        for name, filter in steps[split:]:
-            _prepare(filter, chunk, tally.filters[name])
+        for step in steps[:split]:  # they don't depend on each other's examples: one filter at a time
+            step.prepare(chunk)
+            chunk = [example for example in chunk if step.keeps(example)]
+        for step in steps[split:]:
+            step.prepare(chunk)
         for example in chunk:  # what the first keep decides on the next: one example at a time
-            if all(_keeps(filter, example, tally.filters[name]) for name, filter in steps[split:]):
-                for _, filter in steps[split:]:
-                    if filter.remembers:
-                        filter.add(example)
+            if all(step.keeps(example) for step in steps[split:]):
+                for step in steps[split:]:
+                    step.add(example)
                 tally.kept += 1
                 yield example
 
 
-def _named(filters: Sequence[Filter]) -> Mapping[str, Filter]:
-    """The filters by name; of several with one name the later get a number."""
-    named: dict[str, Filter] = {}
+def _named(filters: Sequence[Filter]) -> Iterator[tuple[str, Filter]]:
+    """The filters with names; of several with one name the later get a number."""
+    seen: Counter[str] = Counter()
     for filter in filters:
-        name, number = filter.name, 2
-        while name in named:
-            name, number = f"{filter.name} {number}", number + 1
-        named[name] = filter
-    return named
+        seen[filter.name] += 1
+        yield filter.name if seen[filter.name] == 1 else f"{filter.name} {seen[filter.name]}", filter
 
 
-def _prepare(filter: Filter, chunk: Sequence[Example], tally: FilterTally) -> None:
-    start = time.process_time()
-    if chunk:
-        filter.prepare(chunk)
-    tally.seconds += time.process_time() - start
+@dataclass
+class _Step:
+    """A filter with its tally."""
 
+    name: str
+    filter: Filter
+    tally: FilterTally
+    on_drop: Callable[[Example, str, str], None] | None
 
-def _keeps(filter: Filter, example: Example, tally: FilterTally) -> bool:
-    start, before = time.process_time(), example.rewritten
-    reason = filter(example)
-    tally.seconds += time.process_time() - start
-    tally.seen += 1
-    tally.changed += example.rewritten > before
-    if reason is None:
-        return True
-    tally.dropped += 1
-    tally.reasons[reason] += 1
-    if len(tally.examples) < _EXAMPLES:
-        tally.examples.append(
-            {
-                "where": example.where,
-                "reason": reason,
-                "text": one_line(example.answer if "answer" in reason else example.instruction, _CHARACTERS),
-                "measured": dict(example.notes),
-            }
-        )
-    return False
+    def prepare(self, chunk: Sequence[Example]) -> None:
+        start = time.process_time()
+        if chunk:
+            self.filter.prepare(chunk)
+        self.tally.seconds += time.process_time() - start
+
+    def add(self, example: Example) -> None:
+        if self.filter.remembers:
+            start = time.process_time()
+            self.filter.add(example)
+            self.tally.seconds += time.process_time() - start
+
+    def keeps(self, example: Example) -> bool:
+        start, before = time.process_time(), example.rewritten
+        reason = self.filter(example)
+        self.tally.seconds += time.process_time() - start
+        self.tally.seen += 1
+        self.tally.changed += example.rewritten > before
+        if reason is not None:
+            self._drop(example, reason)
+        return reason is None
+
+    def _drop(self, example: Example, reason: str) -> None:
+        self.tally.dropped += 1
+        self.tally.reasons[reason] += 1
+        if len(self.tally.examples) < _EXAMPLES:
+            text = one_line(example.answer if "answer" in reason else example.instruction, _CHARACTERS)
+            measured = dict(example.notes)
+            self.tally.examples.append({"where": example.where, "reason": reason, "text": text, "measured": measured})
+        if self.on_drop is not None:
+            self.on_drop(example, self.name, reason)

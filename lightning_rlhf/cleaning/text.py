@@ -33,7 +33,7 @@ _QUOTED = re.compile(
     "\"[^\"]*\"|“[^”]*”|«[^»]*»|「[^」]*」|『[^』]*』|《[^》]*》|`[^`]*`|(?<!\\w)'[^']*'(?!\\w)|‘[^’]*’"
 )
 #: Characters that decide on a language: more say nothing new.
-_ENOUGH = 400
+_ENOUGH = 1000
 #: Below this probability a short text in Latin letters counts as English: of its languages it is the most frequent.
 _SURE = 0.3
 
@@ -84,7 +84,7 @@ def request(text: str) -> str:
         >>> request("Translate into French: 'good morning'")
         'Translate into French'
     """
-    first = _QUOTED.sub(" ", text.strip().partition("\n")[0])
+    first = _QUOTED.sub(" ", text[:_ENOUGH].strip().partition("\n")[0])
     asked = re.split(r"：|:(?=\s|[^\x00-\x7f]|$)", first)[0].strip()
     return asked if len(tokens(asked)) >= 3 else text
 

@@ -1,14 +1,16 @@
-"""Writes directories atomically: a directory is complete, or it does not exist."""
+"""Writes files and directories atomically: they are complete, or they do not exist."""
 
 from __future__ import annotations
 
 import ctypes
+import gzip
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 COMPLETE = ".complete"
 """Name of the empty file that is written last and marks a complete directory."""
@@ -56,6 +58,35 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a failed write, or the replaced directory
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
+    """Makes a UTF-8 text file that gets its name when the context ends without an error.
+
+    Until then an older file of that name is unchanged.
+
+    Args:
+        path: Path that the file gets; ``.gz`` at its end compresses it.
+
+    Yields:
+        The file to write to.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with (
+            gzip.open(partial, "wt", encoding="utf-8")
+            if target.suffix == ".gz"
+            else partial.open("w", encoding="utf-8", newline="\n") as file
+        ):
+            yield file
+        sync(partial)
+        os.replace(partial, target)
+        sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_replaceable(directory: str | os.PathLike[str]) -> None:

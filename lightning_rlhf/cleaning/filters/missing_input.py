@@ -29,6 +29,8 @@ _REFERS = re.compile(
 _INPUT = re.compile(
     r"\S[^\n]*\n\s*\S|[:：]\s*\S|[\"“”«「『《`'‘]\S[^\n]*?\S[\"“”»」』》`'’]|[?？。!！.;；]\s*\S.{20}", re.DOTALL
 )
+#: Characters of an instruction that are looked at; more hold an input.
+_ENOUGH = 4000
 _OPEN_END = re.compile(r"[:：]\s*$")
 
 
@@ -42,7 +44,7 @@ class MissingInput(Filter):
 
     def __call__(self, example: Example) -> str | None:
         """Looks at the first user turn."""
-        text = example.instruction.strip()
+        text = example.instruction[:_ENOUGH].strip()
         if "\n" not in text and _OPEN_END.search(text):
             return "ends with a colon"
         found = _REFERS.search(text)
