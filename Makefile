@@ -18,7 +18,7 @@ TEST_EXTRAS := demo,test,docs
 # Files stay whole: what a file's tests share is made once.
 PYTEST := python -m pytest -n $(JOBS) --dist loadfile
 # What the targets test-* run
-FAST := lightning_rlhf $(addprefix tests/,cleaning data evaluation functional metrics models report rewards rollout utils)
+FAST := lightning_rlhf $(addprefix tests/,cleaning data endpoint evaluation functional metrics models report rewards rollout utils)
 OLDEST := $(addprefix tests/,models functional data rollout rewards strategies)
 LATEST := $(addprefix tests/,models/test_policy.py models/test_backbone.py models/test_loading.py \
     models/test_saving.py rollout/test_engine.py stages/test_new_tokens.py)

@@ -50,6 +50,7 @@ def python(code):
 @pytest.mark.parametrize("module", ["lightning_rlhf", "lightning_rlhf.cli"])
 def test_importing_loads_no_framework(module):
     heavy = ("torch", "transformers", "lightning", "peft", "datasets", "bitsandbytes", "colossalai", "numpy", "pyarrow")
+    heavy += ("openai", "tenacity", "aiolimiter")
     out = python(f"import sys, {module}; print(*(m for m in {heavy} if m in sys.modules))")
     assert out.split() == []
 
@@ -60,7 +61,7 @@ def test_importing_the_stages_loads_what_they_need_alone():
     assert [name for name in out.split() if name.startswith(tuple(f"lightning_rlhf.{room}" for room in unwanted))] == []
 
 
-@pytest.mark.parametrize("room", ["callbacks", "data", "serving", "utils"])
+@pytest.mark.parametrize("room", ["callbacks", "data", "endpoint", "serving", "utils"])
 def test_faces_that_load_late_have_all_that_they_list(room):
     face = importlib.import_module(f"lightning_rlhf.{room}")
     assert sorted(face._HOMES) == sorted(face.__all__)
