@@ -34,6 +34,7 @@ def settings(tiny_model_dir, tmp_path_factory):
         train = folder / f"{name}.jsonl"
         train.write_text("".join(json.dumps(line) + "\n" for line in lines))
         small[name] = {"MODEL": str(tiny_model_dir), "TRAIN": str(train), "STEPS": "2", "BATCH_SIZE": "4"}
+    small["data"] = {"ROWS": "30"}
     small["colossalai"] = {**small["sft"], "STEPS": "3"}
     small["quantize"] = {**{name: small["quantize"][name] for name in ("MODEL", "TRAIN")}, "ROWS": "30", "GROUP": "32"}
     small["serve_and_chat"] = {"MODEL": str(tiny_model_dir), "NEW_TOKENS": "8"}
@@ -180,6 +181,21 @@ def test_ppo_notebook_shows_what_it_says(run):
     assert kl["k2"][1] > 0 and kl["k3"][1] > 0
     [curves] = [shown for shown in displayed(notebook, "text/html") if "<svg" in shown]
     assert curves.count("<polyline") == 4
+
+
+def test_data_notebook_shows_what_it_says(run):
+    notebook, _ = run(ROOT / "notebooks" / "data.ipynb")
+    text = printed(notebook)
+    assert "nothing is lost: True\n" in text
+    assert "the same rows: True\n" in text and "the same rows again: True - requests sent: 0\n" in text
+    assert re.search(r"The pilot took [\d,]+ tokens and 0\.\d+ of money for \d+ rows", text)
+    seeds, card = displayed(notebook, "text/markdown")
+    assert len(seeds.splitlines()) == 15 and "60 instructions with answers (30 in en, 30 in zh)" in card
+    assert (
+        "61 rows, 51 kept\nPersonalData: dropped {}, changed 1\nNearDuplicate: dropped {'near duplicate': 10}" in text
+    )
+    assert "[PHONE]" in text and "every pair is in the order of the reward: True\n" in text
+    assert "the longer answer won 0%" in text and "first: 0 rankings, 0 pairs" in text
 
 
 def test_quantize_notebook_shows_what_it_says(run):
