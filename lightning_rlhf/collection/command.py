@@ -179,6 +179,7 @@ def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None
         settings.budget,
         plan.seed,
     )
+    write_rows(out / "prompts.jsonl", [{"id": one.id, "prompt": one.messages, "lang": one.lang} for one in prompts])
     stopped = None
     try:
         while work.done < len(prompts):

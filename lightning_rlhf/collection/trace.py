@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from lightning_rlhf.utils.filesystem import sync
+from lightning_rlhf.utils.filesystem import atomic_file
 
 _VERSION = 1
 
@@ -92,25 +90,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_atomically(path: Path, parts: Iterable[str]) -> None:
-    """Writes a text beside a file, and moves it there when it is on the disk."""
-    with replacing(path) as file:
+    """Writes a text, whole or not at all."""
+    with atomic_file(path) as file:
         file.writelines(parts)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that gets its name when the context ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _json(value: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from scripted import Scripted
 
+from lightning_rlhf import cli
 from lightning_rlhf.collection import command
 from lightning_rlhf.data import InstructionDataModule, PreferenceDataModule, unpack
 
@@ -62,6 +63,15 @@ def test_it_writes_parts_that_train(grown, tiny_tokenizer):
     ids = {row["id"] for part in ("train", "val", "test", "seeds") for row in rows(grown / f"{part}.jsonl")}
     for row in rows(grown / "train.jsonl"):
         assert set(row["provenance"]["parents"]) <= ids
+
+
+def test_the_tree_of_a_row_goes_back_to_its_seeds(grown, capsys):
+    row = rows(grown / "train.jsonl")[-1]
+    cli.main(["data", "stats", str(grown), "--row", row["id"]])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{row['id']}: ") and "not in these files" not in "".join(lines)
+    seeds = {seed["id"] for seed in rows(grown / "seeds.jsonl")}
+    assert sum(any(f" {id}: " in line for id in seeds) for line in lines) >= 4
 
 
 def test_a_second_run_sends_nothing_and_changes_no_file(grown, monkeypatch, capsys):
