@@ -55,8 +55,8 @@ class Endpoint:
             server.
         retries: Number of further attempts per request. A larger value tolerates longer outages.
         backoff: Number of seconds before the first further attempt. The wait doubles with each attempt.
-        patience: Number of consecutive requests without a reply after which all end. A larger value tolerates a server
-            that refuses more of them.
+        patience: Number of consecutive requests without a reply after which all end. Requests that the server refuses,
+            such as with 400, count only until it has replied to one. A larger value tolerates longer outages.
 
     Raises:
         ValueError: A setting is invalid; the message says which one.
@@ -100,6 +100,7 @@ class Endpoint:
         self.concurrency, self.requests_per_minute, self.timeout = concurrency, requests_per_minute, timeout
         self.retries, self.backoff = retries, backoff
         self._failed = 0  # consecutive requests without a reply
+        self._replies = False  # whether the server is known to reply
         self._connection: _Connection | None = None
         self._key()
 
@@ -261,6 +262,7 @@ class _Round:
     on_reply: Callable[[int, Reply], None] | None
     under_way: int = 0
     error: BaseException | None = None
+    doubtful: list[Reply] = field(default_factory=list)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -283,6 +285,7 @@ class _Round:
             if known is None:
                 missing.append(key)
             else:
+                self.endpoint._replies |= known.text is not None
                 arrived(known)
         waiting = iter(missing)
         workers = (self._work(waiting, places, arrived) for _ in range(min(self.endpoint.concurrency, len(missing))))
@@ -291,8 +294,7 @@ class _Round:
             raise self.error
         if self.stop.is_set():
             return []  # nobody reads it
-        # not before the end: of a run that failed because the server was away, the next one asks these again
-        self.ledger.settle(reply for reply in map(replies.__getitem__, missing) if reply.text is None)
+        self._settle()
         return [replies[request.key(self.endpoint.model)] for request in self.requests]
 
     def end(self, error: BaseException | None) -> None:
@@ -310,17 +312,32 @@ class _Round:
                 arrived(reply)
                 if self.stop.is_set():
                     return
-                self._watch(reply)
             except _Stopped:
                 return
             except Exception as error:
                 self.end(error)
                 return
 
-    def _watch(self, reply: Reply) -> None:
+    def _settle(self) -> None:
+        """Writes down which requests gave up, so that no later run asks them again.
+
+        Not before the server is seen to be there: of a run that ended because it was away, the next asks them again.
+        """
+        if self.doubtful:
+            self.ledger.settle(self.doubtful)
+            self.doubtful.clear()
+
+    def _note_reply(self) -> None:
+        self.endpoint._failed, self.endpoint._replies = 0, True
+        self._settle()
+
+    def _note_failure(self, reply: Reply, refused: bool) -> None:
         """Ends the round after several consecutive requests without a reply."""
-        gave_up = reply.text is None and reply.kind != "empty"
-        self.endpoint._failed = self.endpoint._failed + 1 if gave_up else 0
+        self.doubtful.append(reply)
+        if refused and self.endpoint._replies:
+            self._settle()
+            return
+        self.endpoint._failed += 1
         if self.endpoint._failed >= self.endpoint.patience:
             raise EndpointError(
                 f"{self.endpoint.base_url} did not reply to {self.endpoint._failed} consecutive requests. The last "
@@ -345,11 +362,15 @@ class _Round:
             reraise=True,
         )
         try:
-            return await retrying(partial(self._attempt, key, request))
+            reply = await retrying(partial(self._attempt, key, request))
         except Problem as problem:
             if problem.then == "stop":
                 raise EndpointError(f"{self.endpoint.base_url} rejects requests: {problem.text}") from None
-            return Reply(key, problem=problem.text, kind=problem.kind)
+            reply = Reply(key, problem=problem.text, kind=problem.kind)
+            self._note_failure(reply, refused=problem.then == "give_up")
+        else:
+            self._note_reply()
+        return reply
 
     async def _pause(self, seconds: float) -> None:
         try:

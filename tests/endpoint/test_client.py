@@ -234,6 +234,30 @@ def test_nobody_there_is_told_and_costs_nothing():
         assert ledger.totals().problems == 0  # so the next run asks them
 
 
+def test_a_server_that_refuses_every_request_ends_it_and_the_next_run_asks_them_all():
+    with FakeEndpoint(script=["http_400"] * 5) as server, Ledger() as ledger:
+        with pytest.raises(EndpointError, match=r"5 consecutive requests.*HTTP 400"):
+            ask(server, questions(40), ledger, concurrency=1)
+        assert len(server.requests) == 5
+        assert [one.text for one in ask(server, questions(40), ledger)] == expected(questions(40))
+
+
+@pytest.mark.parametrize("kind", ["http_400", "http_500"])
+def test_requests_that_a_server_never_answers_do_not_keep_a_run_from_its_end(kind):
+    def stop(i, reply):
+        if i == 50:
+            raise RuntimeError("stop")
+
+    asked = questions(60)
+    with FakeEndpoint(seed=4, always={kind: 0.3}) as server, Ledger() as ledger:
+        with pytest.raises(RuntimeError, match="stop"):
+            ask(server, asked, ledger, on_reply=stop, retries=1, concurrency=1)
+        sent = len(server.requests)
+        replies = ask(server, asked, ledger, retries=1, concurrency=1)
+        assert sum(one.kind == kind for one in replies) == server.faulty[kind] / (1 if kind == "http_400" else 2) > 9
+        assert len(server.requests) - sent < 30  # what ended in the first run is not asked again
+
+
 def test_a_host_without_address_is_told(monkeypatch):
     def no_such_host(*args, **kwargs):
         raise socket.gaierror(-2, "Name or service not known")
