@@ -133,7 +133,8 @@ def _grow(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
         print(show_pilot(growth))
         print(f"\n{estimate(growth, ledger, settings.budget)}", flush=True)
         low = too_low(growth, settings.min_yield)
-        while growth.missing and not config.dry_run and not low:
+        go_on = not config.dry_run and not low
+        while growth.missing and (go_on or growth.paused):
             growth.step(ProgressLine)
             print(_line(growth, ledger, settings), flush=True)
     except BudgetExceeded as error:
@@ -145,8 +146,8 @@ def _grow(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
     if stopped is not None:
         raise stopped
     if config.dry_run:
-        print("This was the pilot. The same command without --dry-run goes on from here.")
-    elif low:
+        print("The same command without --dry-run goes on from here.")
+    elif low and growth.missing:
         raise GrowthError(
             f"stopped after the pilot: the yield is below min_yield ({settings.min_yield:.1%}): {', '.join(low)} of "
             f"the tasks asked for. {out / 'card.html'} shows why. Use another model, style or filters, or "
@@ -187,7 +188,7 @@ def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None
             print(
                 f"{work.done:,} of {len(prompts):,} prompts: {work.count.rows:,} rankings, {work.count.pairs:,} pairs"
             )
-            if config.dry_run:
+            if config.dry_run and not work.paused:
                 break
     except BudgetExceeded as error:
         stopped = error

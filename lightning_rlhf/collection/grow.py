@@ -236,6 +236,11 @@ class Growth:
         return {lang: rows for lang, rows in left.items() if rows > 0 and self.idle[lang] < PATIENCE}
 
     @property
+    def paused(self) -> bool:
+        """Whether the next round was done before, so that it only has to be read."""
+        return bool(self.missing) and self.trace.has(self.round + 1)
+
+    @property
     def dried_up(self) -> list[str]:
         """Languages that brought nothing new in several rounds."""
         return [lang for lang, rounds in self.idle.items() if rounds >= PATIENCE]
@@ -298,24 +303,26 @@ class Growth:
             else:
                 size = min(self.plan.requests, math.ceil(missing / max(count.rate, 1 / self.plan.requests)))
             rng = random.Random(f"{self.plan.seed} {number} {lang}")
-            kinds = kinds_of(self.seeds, lang)
-            for i in range(size):
-                asked.append(self._ask(rng, lang, kinds[(count.requests + i) % len(kinds)], count.requests + i))
+            seeds, grown = _Pool([seed for seed in self.seeds if seed.lang == lang]), _Pool(self.pool[lang])
+            kinds = kinds_of(seeds.tasks, lang)
+            for i in range(count.requests, count.requests + size):
+                asked.append(self._ask(rng, lang, kinds[i % len(kinds)], seeds, grown, i))
         return asked
 
-    def _ask(self, rng: random.Random, lang: str, kind: str, sample: int) -> Asked:
-        seeds, grown = [seed for seed in self.seeds if seed.lang == lang], self.pool[lang]
+    def _ask(self, rng: random.Random, lang: str, kind: str, seeds: _Pool, grown: _Pool, sample: int) -> Asked:
         shown: list[Task] = []
         way, stop = "", tuple[str, ...]()
         if self.plan.style == "list":
-            shown = _draw(rng, grown, kind, self.plan.grown)
-            shown = shown + _draw(rng, seeds, kind, self.plan.examples - len(shown))
+            shown = grown.draw(rng, kind, self.plan.grown)
+            shown = shown + seeds.draw(rng, kind, self.plan.examples - len(shown))
             rng.shuffle(shown)
             prompt = ask_for_list(lang, kind, [task.text for task in shown], self.plan.tasks, self.generator.continues)
             if prompt.first is not None:
                 stop = (f"\n{prompt.first + self.plan.tasks}.", "\n\n")
         elif self.plan.style == "evolve":
-            shown, way = [rng.choice([*seeds, *grown])], rng.choice(list(WAYS))
+            place = rng.randrange(len(seeds.tasks) + len(grown.tasks))
+            shown = [seeds.tasks[place] if place < len(seeds.tasks) else grown.tasks[place - len(seeds.tasks)]]
+            way = rng.choice(list(WAYS))
             kind = shown[0].kind if way != "other" else ""
             prompt = ask_to_evolve(lang, shown[0].text, way)
         else:
@@ -465,12 +472,22 @@ class Growth:
         return random.Random(" ".join(map(str, (self.plan.seed, *parts)))).getrandbits(31)
 
 
-def _draw(rng: random.Random, tasks: Sequence[Task], kind: str, count: int) -> list[Task]:
-    """Draws tasks, half of them of a kind as far as there are so many."""
-    alike = [task for task in tasks if task.kind == kind]
-    drawn = rng.sample(alike, min(len(alike), math.ceil(count / 2)))
-    others = [task for task in tasks if task not in drawn]
-    return drawn + rng.sample(others, min(len(others), count - len(drawn)))
+class _Pool:
+    """Tasks to draw from."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self._by_kind: dict[str, list[Task]] = {}
+        for task in tasks:
+            self._by_kind.setdefault(task.kind, []).append(task)
+
+    def draw(self, rng: random.Random, kind: str, count: int) -> list[Task]:
+        """Draws different tasks, at least half of them of a kind as far as there are so many."""
+        alike = self._by_kind.get(kind, [])
+        drawn = rng.sample(alike, min(len(alike), math.ceil(count / 2)))
+        known = {task.id for task in drawn}
+        others = [task for task in rng.sample(self.tasks, min(len(self.tasks), count)) if task.id not in known]
+        return drawn + others[: count - len(drawn)]
 
 
 def add_tallies(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -232,6 +232,11 @@ class Preferences:
         self.count = PreferenceCount()
         self.done = 0
 
+    @property
+    def paused(self) -> bool:
+        """Whether the next step was done before, so that it only has to be read."""
+        return self.trace.has(self.done // CHUNK + 1)
+
     def step(self, progress: Callable[[str, int], Callable[[int], None]] | None = None) -> None:
         """Does the next prompts, or reads what was done before.
 

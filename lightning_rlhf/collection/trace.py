@@ -60,7 +60,7 @@ class Trace:
             TraceError: The file is damaged.
         """
         path = self._path(number)
-        if not path.exists():
+        if not self.has(number):
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -70,6 +70,10 @@ class Trace:
         except (ValueError, KeyError, TypeError) as error:
             problem = str(error)
         raise TraceError(f"{path} is damaged ({problem}). Delete it and all later steps; the ledger has their replies.")
+
+    def has(self, number: int) -> bool:
+        """Whether a step was finished."""
+        return self._path(number).exists()
 
     def write(self, number: int, step: Any) -> Any:
         """Writes a step, whole or not at all.

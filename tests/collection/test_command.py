@@ -97,6 +97,10 @@ def test_the_pilot_shows_its_requests_yield_and_estimate_and_a_dry_run_ends_ther
     assert "The same command without --dry-run goes on from here." in shown
     run(*options)
     assert capsys.readouterr().out.count("round ") >= 1
+    finished = data_files(tmp_path / "out")
+    assert len(rows(tmp_path / "out" / "train.jsonl")) == 95
+    run(*options, "--dry-run")
+    assert data_files(tmp_path / "out") == finished  # what was done stays
 
 
 def test_growth_stops_after_a_pilot_of_low_yield(tmp_path, capsys):

@@ -152,6 +152,15 @@ def test_a_budget_is_never_passed_and_leaves_what_it_paid_for(seeds, tmp_path, p
     assert len(rows) == 80
 
 
+def test_a_budget_too_small_for_one_request_says_so(seeds, tmp_path):
+    with FakeEndpoint(seed=1) as server:
+        arguments = [*options(tmp_path / "out", server.url, seeds), "--budget", "{tokens: 10}"]
+        with pytest.raises(SystemExit, match=r"The budget is used up: of 10 tokens, 0 were spent or may be"):
+            command.main(arguments)
+        assert server.requests == []
+    assert "0 instructions" in (tmp_path / "out" / "card.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_thousand_rows_of_each_language(tmp_path):
     with FakeEndpoint(seed=3, faults=dict.fromkeys(("http_500", "truncated"), 0.02)) as server:
