@@ -89,6 +89,8 @@ def read_reply(key: str, content: bytes, body: Mapping[str, Any], secret: str) -
         text = mask(content.decode("utf-8"), secret)
         document = json.loads(text)
     except UnicodeDecodeError as error:
+        if error.end == len(content):  # cut within a character: the next attempt may bring the whole
+            raise Problem("malformed", "the reply ends within a character") from None
         raise Problem("encoding", f"the reply is not UTF-8: {error}", "give_up") from None
     except ValueError as error:
         raise Problem("malformed", f"the reply is not JSON ({error}): {one_line(text, 300)}") from None

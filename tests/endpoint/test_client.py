@@ -116,6 +116,14 @@ def test_what_passes_is_retried(kind):
     assert (totals.lost_cost.money > 0) == bool(totals.lost)
 
 
+def test_a_reply_that_is_cut_within_a_character_is_asked_for_again():
+    content = '{"choices": [{"message": {"content": "山'.encode()
+    for cut in (1, 2):
+        with pytest.raises(Problem) as found:
+            read_reply("key", content[:-cut], {"model": "fake"}, "")
+        assert (found.value.kind, found.value.then) == ("malformed", "again")
+
+
 ENDS = {
     "http_400": "http_400", "no_choices": "malformed", "gbk": "encoding", "huge": "too_large", "empty": "empty",
     "null": "empty", "http_500": "http_500",
