@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -243,10 +243,9 @@ class Ledger:
         """
         body, key = request.body(model), request.key(model)
         most = budget.most(body) if budget is not None else Amount()
-        with self._lock, self._db:
+        with self._transaction():
             if budget is not None:
                 budget.check(self._taken, most)
-            self._db.execute("BEGIN IMMEDIATE")
             self._write_request(key, request, model, source)
             number = self._db.execute("SELECT count(*) FROM attempts WHERE key=?", (key,)).fetchone()[0] + 1
             cursor = self._db.execute(
@@ -296,8 +295,7 @@ class Ledger:
         Args:
             replies: Replies with a problem.
         """
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             for reply in replies:
                 self._write_reply(reply)
 
@@ -322,8 +320,7 @@ class Ledger:
         """
         key = request.key(model)
         tokens = 0 if reply.usage is None else reply.usage.prompt + reply.usage.completion
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             self._write_request(key, request, model, source)
             number = self._db.execute("SELECT count(*) FROM attempts WHERE key=?", (key,)).fetchone()[0] + 1
             self._db.execute(
@@ -333,9 +330,22 @@ class Ledger:
             )
             self._write_reply(reply)
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Within it, all is written or nothing."""
+        with self._lock:
+            try:
+                with self._db:
+                    self._db.execute("BEGIN IMMEDIATE")
+                    yield
+            except sqlite3.Error as error:
+                raise LedgerError(
+                    f"{self.path} could not be written: {error}. Free space or mend access, then run the same command "
+                    "again."
+                ) from error
+
     def _end(self, attempt: Attempt, state: str, kind: str | None, cost: Amount, reply: Reply | None = None) -> None:
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             if reply is not None:
                 self._write_reply(reply)
             self._db.execute(

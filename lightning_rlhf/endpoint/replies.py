@@ -16,10 +16,10 @@ from lightning_rlhf.utils.text import one_line
 LARGEST = 4 * 2**20
 #: Longest wait that a server can ask for, in seconds.
 LONGEST_WAIT = 60.0
-#: Statuses after which another attempt may succeed.
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 522, 524, 529})
-#: Of those, the ones in which the model may have worked, and be paid, for a reply that did not come through.
-_PAID = frozenset({408, 502, 504, 524})
+#: Statuses below 500 after which another attempt may succeed, and those from 500 on after which none can.
+_PASSING, _LASTING = frozenset({408, 409, 425, 429}), frozenset({501, 505})
+#: Statuses with which the model may have worked, and be paid, for a reply that did not come through.
+_PAID = frozenset({408, 502, 504, 520, 524})
 #: Statuses that every further request would get too, with what to do.
 _ENDING = {
     401: "Check the API key.",
@@ -68,7 +68,7 @@ def read_error(status: int, headers: Mapping[str, str], text: str) -> Problem:
         return Problem(kind, f"{shown} {_ENDING[status]}", "stop", False)
     if status == 429 and "insufficient_quota" in text:
         return Problem("no_credit", f"{shown} {_ENDING[402]}", "stop", False)
-    if status not in _PASSING:
+    if status not in _PASSING and (status < 500 or status in _LASTING):
         return Problem(kind, shown, "give_up", False)
     return Problem(kind, shown, "again", status in _PAID, _retry_after(headers.get("retry-after", "")))
 

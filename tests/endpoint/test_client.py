@@ -177,6 +177,17 @@ def test_an_account_without_money_ends_it_whatever_its_status():
     assert problem.then == "stop" and problem.kind == "no_credit" and "Pay" in problem.text
 
 
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 520, 524, 529])
+def test_statuses_that_pass(status):
+    assert read_error(status, {}, "").then == "again"
+    assert read_error(status, {}, "").may_be_paid == (status in (408, 502, 504, 520, 524))
+
+
+@pytest.mark.parametrize("status", [400, 413, 418, 422, 451, 501, 505])
+def test_statuses_that_stay(status):
+    assert read_error(status, {}, "").then == "give_up" and not read_error(status, {}, "").may_be_paid
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("7", 7), ("0.5", 0.5), ("9999", 60), ("-3", 0), ("", None), ("soon", None), ("nan", None), ("inf", 60)],

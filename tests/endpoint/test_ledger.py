@@ -191,6 +191,18 @@ def test_two_at_once_are_refused(tmp_path):
     Ledger(tmp_path / "l.db").close()
 
 
+def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path):
+    with Ledger(tmp_path / "l.db") as ledger:
+        ledger.answer(begin(ledger, request()), reply(request()), BUDGET)
+        ledger._db.execute("PRAGMA max_page_count=1")  # the least that it has
+        with pytest.raises(LedgerError, match=r"l\.db could not be written: database or disk is full\. Free space"):
+            for i in range(100):
+                begin(ledger, request("long " * 500 + str(i)))
+        assert ledger.find(request().key("m")) == reply(request())
+    with Ledger(tmp_path / "l.db") as ledger:
+        assert ledger.find(request().key("m")) == reply(request())
+
+
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         Ledger(tmp_path / "nowhere" / "l.db")
