@@ -3,18 +3,19 @@
     pip install -e '.[gptq]'                                     # docs/quantize.md has the whole line
     python benchmarks/four_bits.py                               # Llama-2-7B
     python benchmarks/four_bits.py --shape mistral-7b --folder mistral    # keeps the checkpoint
+    python benchmarks/four_bits.py --path exact --tokens 2                # the layers of training
     python benchmarks/four_bits.py --table                       # bytes by formula alone, of all shapes
 
 The checkpoint is written one layer at a time, so no dense model exists at any time, and nothing is downloaded: memory
 depends on shapes and not on values. Loading and generating happen in a process of its own. "peak" is the most resident
 memory of that process less what it held before it loaded the model, with its libraries already imported; pages of
-mapped files count. On a card the peak of its own memory stands beside it.
+mapped files count. On a card the peak of its own memory stands beside it. "fused" is how serve and predict compute,
+"exact" how a stage trains adapters: with weights that are turned back into numbers, a layer at a time, which is slow.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -35,7 +36,9 @@ from lightning_rlhf.quantize.grid import Grid, Rounded, blocks_of, linear_layers
 from lightning_rlhf.quantize.measure import storage_bytes
 from lightning_rlhf.quantize.packing import PackedLinear, gptq_config
 from lightning_rlhf.quantize.sizes import stored_bytes
+from lightning_rlhf.utils.memory import PeakMemory
 
+FUSED, EXACT = "fused", "exact"
 GOAL_GB = 4.8
 """Llama-2-7B should be served in at most so much."""
 LLAMA_2 = dict(model_type="llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
@@ -125,7 +128,7 @@ def _shard(name: str) -> str:
 # ---------------------------------------------------------------------------------------------- a process
 
 
-def work(folder: Path, tokens: int) -> dict[str, float]:
+def work(folder: Path, tokens: int, path: str) -> dict[str, float]:
     """Loads and generates in this process."""
     from lightning_rlhf.models.gptq import import_gptqmodel
     from lightning_rlhf.models.loading import load_causal_lm
@@ -135,22 +138,21 @@ def work(folder: Path, tokens: int) -> dict[str, float]:
 
     card = torch.cuda.is_available()
     torch.set_num_threads(1)
-    gc.collect()
-    common._forget_peak()
-    before, began = common._memory("VmRSS"), time.perf_counter()
+    began, peak, on_card = time.perf_counter(), PeakMemory("cpu"), PeakMemory("cuda") if card else None
     with torch.device("cuda" if card else "cpu"), torch.no_grad():
-        model = load_causal_lm(folder, dtype="float16" if card else "bfloat16").eval()
+        model: Any = load_causal_lm(folder, dtype="float16" if card else "bfloat16", inference=path == FUSED)
         loaded = time.perf_counter() - began
         prompt = torch.tensor([[1, 5, 9]])
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        ids = model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     assert ids.shape[1] == 3 + tokens
-    mib = 2**20
+    most = peak.bytes()
+    if most is None:
+        raise OSError("This system does not tell the peak memory of a process.")
     return {
-        "tokens": tokens,
-        "peak": (common._memory("VmHWM") - before) * mib,
+        "peak": most,
         "storages": storage_bytes(model),
-        "card_peak": torch.cuda.max_memory_allocated() if card else 0,
+        "card_peak": on_card.bytes() or 0 if on_card else 0,
         "seconds_to_load": loaded,
         "seconds_to_generate": time.perf_counter() - began - loaded,
     }
@@ -182,6 +184,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="default: %(default)s")
     parser.add_argument("--group-size", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--path", choices=(FUSED, EXACT), default=FUSED, help="kernels; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to generate; default: %(default)s")
     parser.add_argument(
         "--folder", type=Path, help="where the checkpoint is written and stays; default: a temporary one"
@@ -196,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes, measures, prints."""
     options = parse(arguments)
     if options.worker:
-        print(json.dumps(work(options.worker, options.tokens)))
+        print(json.dumps(work(options.worker, options.tokens, options.path)))
         return
     grid = Grid(bits=4, group_size=32 if options.tiny else options.group_size, sym=True)
     if options.table:
@@ -210,13 +213,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not (folder / "config.json").exists():
             print(f"Writing {formula / 1e9:.2f} GB to {folder}", file=sys.stderr, flush=True)
             write_checkpoint(config, grid, folder)
-        command = [sys.executable, __file__, "--worker", str(folder), "--tokens", str(options.tokens)]
+        command = [sys.executable, __file__, "--worker", str(folder), *common.flags(options, ["tokens", "path"])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
     lines = [
         ["by formula", f"{formula / 1e9:.4g}"],
         ["stored (storages of the loaded model)", f"{found['storages'] / 1e9:.4g}"],
-        [f"peak: loading and {options.tokens} tokens", f"{found['peak'] / 1e9:.4g}"],
+        [f"peak, {options.path}: loading and {options.tokens} tokens", f"{found['peak'] / 1e9:.4g}"],
     ]
     if found["card_peak"]:
         lines.append(["peak on the card", f"{found['card_peak'] / 1e9:.4g}"])

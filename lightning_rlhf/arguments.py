@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
@@ -38,6 +38,27 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Returns the end of a sentence: ``; did you mean --steps?``, or a period if no known word is close."""
     found = nearest(word, words)
     return f"; did you mean {found}?" if found else "."
+
+
+_MODEL_OPTIONS: dict[str, dict[str, Any]] = {
+    "--chat-template": dict(help="preset or Jinja file that replaces the models' chat templates"),
+    "--dtype": dict(choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, otherwise float32"),
+    "--trust-remote-code": dict(action="store_true", help="run code that comes with the models"),
+}
+
+
+def add_model_options(group: Any, *names: str, **help: str) -> None:
+    """Adds the options of all commands that load models.
+
+    Args:
+        group: A parser or a group of its options.
+        names: Those of ``--chat-template``, ``--dtype`` and ``--trust-remote-code`` to add.
+        help: Another help for one, such as ``dtype="..."``.
+    """
+    for name in names:
+        settings = _MODEL_OPTIONS[name]
+        changed = help.get(name.removeprefix("--").replace("-", "_"), settings["help"])
+        group.add_argument(name, **settings | {"help": changed})
 
 
 #: Message for an argument without an option. The usual cause is a pattern that the shell has expanded.

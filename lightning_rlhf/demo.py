@@ -75,11 +75,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def fine_tune(options: argparse.Namespace) -> None:
     """Supervised fine-tuning by LoRA."""
     from lightning_rlhf import InstructionDataModule, SFTModule
-    from lightning_rlhf.models.pretrained import obtain
+    from lightning_rlhf.models.runs import find_model
 
     print(f"Supervised fine-tuning by LoRA: {options.steps} steps of 8 conversations", flush=True)
     trainer, lora = _begin(options, "sft", options.steps, gradient_clip_val=1.0)
-    module = SFTModule(obtain(options.model), lora=lora, optimizer=_adamw(2e-4))
+    module = SFTModule(find_model(options.model), lora=lora, optimizer=_adamw(2e-4))
     data = InstructionDataModule(options.train, batch_size=8)
     before, after = _fit(trainer, module, data, options.train)
     for when, found in (("before", before), ("after ", after)):
@@ -284,12 +284,13 @@ def _fit(trainer: Any, module: Any, data: Any, source: str) -> tuple[Mapping[str
 
 def _left(options: argparse.Namespace, stage: str) -> Path:
     """What a stage exported."""
-    from lightning_rlhf.utils.filesystem import COMPLETE
+    from lightning_rlhf.models.runs import exports_of
 
-    folder: Path = options.output / stage / "hf" / "last"
-    if not (folder / COMPLETE).is_file():
-        sys.exit(f"There is no {folder}: run `lightning-rlhf demo {stage}` first, with the same --output.")
-    return folder
+    folder: Path = options.output / stage
+    if not (found := exports_of(folder)):
+        last = folder / "hf" / "last"
+        sys.exit(f"There is no {last}: run `lightning-rlhf demo {stage}` first, with the same --output.")
+    return found[0].path
 
 
 def _again(options: argparse.Namespace, stage: str) -> str:

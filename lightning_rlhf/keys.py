@@ -35,6 +35,8 @@ _EXPECTED = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 _GROUP = re.compile(r'Unable to load config "([^"]*)"')
 _GIVEN = re.compile(r"Given value: (.*)")
+#: Words of other libraries for keys, which no letters tell.
+SYNONYMS = {"rank": "r", "learning_rate": "lr"}
 #: The message by which an inner parser reports an unknown key to the outer one.
 _UNKNOWN = re.compile(r"there is no key `([^`]+)`(?:; did you mean `([^`]+)`\?)?")
 
@@ -78,7 +80,7 @@ class KeyParser(LightningArgumentParser):
     def no_key(self, key: str) -> str:
         """Returns the message for an unknown key, with the closest key. It does not know the keys of inner parsers."""
         keys = [a.dest for a in self._actions if a.option_strings and a.dest.rpartition(".")[2] != "help"]
-        found = nearest(key, keys)
+        found = SYNONYMS.get(key) if SYNONYMS.get(key) in keys else nearest(key, keys)
         return f"there is no key `{key}`" + (f"; did you mean `{found}`?" if found else "")
 
 
@@ -87,7 +89,7 @@ def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
     path: list[tuple[int, str]] = []  # indentation and name of the keys around a line
     deepest: list[str] = []
     body: list[str] = []  # the text about the deepest key
-    named = ""
+    named = outer = ""  # the innermost and the outermost class around a line
     for line in message.splitlines():
         text = re.sub(r"^ *(- )?", "", line)
         indent = len(line) - len(text)
@@ -97,11 +99,13 @@ def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
         key = ".".join(keys)
         if found := _CLASS.search(text):
             named = found[1].rpartition(".")[2]
+            outer = outer or named
         if found := _UNKNOWN.search(text):
             wrong, right = (".".join([*keys, name]) if name else "" for name in found.groups())
             if moved := _moved(wrong, named):
                 return f"{_file_and_line(wrong, files)}{wrong} is {moved} now (docs/moving.md)"
-            help = f"--{keys[0]}.help {named}" if named and keys[0] in ("model", "data") else "--help"
+            help = f"--{keys[0]}.help {outer}" if outer and keys[0] in ("model", "data") else "--help"
+            help += f" --{'.'.join(keys)}.help" if named != outer else ""
             end = f"did you mean {right}?" if right else f"{help} lists all."
             if named in (LightningModule.__name__, LightningDataModule.__name__):  # the class was not given yet
                 end = f"give its class first: --{keys[0]} CLASS (class_path in a file)."
@@ -122,7 +126,8 @@ def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
     key = ".".join(deepest)
     if found := _GROUP.search(" ".join(body)):
         where = _file_and_line(key, files)
-        return f"{where}{key} is a group of settings, got {found[1]}: set {key}.NAME, see --{key}.help"
+        help = f"--{key.partition('.')[0]}.help{' ' if outer else ''}{outer}"
+        return f"{where}{key} is a group of settings, got {found[1]}: set {key}.NAME, see {help}"
     return f"{_file_and_line(key, files)}{key}{': ' if key else ''}{_describe_value(body)}"
 
 

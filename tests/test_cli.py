@@ -140,7 +140,8 @@ def test_python_dash_m(tmp_path):
 @pytest.mark.parametrize(
     "setting, words",
     [
-        (["--model.pretrained", "runs/none"], "runs/none is not a directory in "),
+        (["--model.pretrained", "org/none"], "org/none is not a directory in "),
+        (["--model.pretrained", "runs/none"], "There is no directory runs/none."),
         (
             ["--model.pretrained", "runs/sft"],
             "runs/sft is not a model: it has no config.json; did you mean runs/sft/hf/best?",
@@ -148,7 +149,7 @@ def test_python_dash_m(tmp_path):
         (["--model.z_loss", "-1"], "Neither may be negative: z_loss=-1.0"),
         (["--data.batch_size", "0"], "batch_size must be at least 1, got 0."),
     ],
-    ids=["no such model", "a run's folder", "model", "data"],
+    ids=["no such model", "no such path", "a run's folder", "model", "data"],
 )
 def test_settings_of_which_nothing_can_be_made_are_told_in_a_line(
     command, setting, words, tiny_model_dir, rows, tmp_path, monkeypatch
@@ -244,6 +245,11 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         ([*SFT, "--modle.lora.r", "5"], "there is no modle.lora.r; did you mean model.lora.r?"),
         ([*SFT, "--model.loraa.r", "5"], "there is no model.loraa.r; did you mean model.lora.r?"),
         ([*SFT, "--model.lora.rr", "5"], "there is no model.lora.rr; did you mean model.lora.r?"),
+        ([*SFT, "--model.lora.rank", "8"], "there is no model.lora.rank; did you mean model.lora.r?"),
+        (
+            [*SFT, "--model.lora.scaling", "8"],
+            "there is no model.lora.scaling; --model.help SFTModule --model.lora.help lists all.",
+        ),
         ([*SFT, "--data.tain", "x"], "there is no data.tain; did you mean data.train?"),
         ([*SFT, "--model.kl_coef", "1"], "there is no model.kl_coef; --model.help SFTModule lists all."),
         (
@@ -268,7 +274,7 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         (
             [*PPO, "--model.critic", "runs/reward/hf/best"],
             "model.critic is a group of settings, got runs/reward/hf/best: set model.critic.NAME, see "
-            "--model.critic.help",
+            "--model.help PPOModule",
         ),
         (["--model", "SFTMod"], "model: there is no class SFTMod; did you mean SFTModule?"),
         ([*SFT, "--trainer.callbacks+=EMAs"], "trainer.callbacks: there is no class EMAs; did you mean EMA?"),

@@ -52,6 +52,8 @@ IN_COMMANDS = {
     "serve runs/start": "serve {model}",
     "chat runs/start --models sft ppo": "chat {model}",
     "runs/sft_smollm2/hf/best": "{model}",
+    "quantize runs/sft_smollm2 ": "quantize {model} ",
+    "--compare rtn nf4": "--compare rtn nf4 --data {rows}",
     # the other one's tokenizer is unknown to llama.cpp
     "export runs/sft_smollm2 --format gguf": "export {root}/tests/assets/stories260K --format gguf",
 }
@@ -71,7 +73,7 @@ SMALL = {
     "report": "",
     "serve": "--reward lightning_rlhf.rewards.functions.length_window",
     "chat": "--max-new-tokens 2",
-    "quantize": "--data {rows} --group_size 32",
+    "quantize": "--group_size 32",
 }
 #: The small data of the configs in a folder.
 TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}

@@ -199,9 +199,9 @@ class _Model:
         from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
         from lightning_rlhf.models import Policy, load_causal_lm, load_tokenizer
         from lightning_rlhf.models.loading import load_stop_token_ids
-        from lightning_rlhf.models.pretrained import obtain
+        from lightning_rlhf.models.runs import find_model
 
-        source, remote = obtain(settings.name), settings.trust_remote_code
+        source, remote = find_model(settings.name), settings.trust_remote_code
         tokenizer = load_tokenizer(source, remote)
         own = tokenizer.eos_token_id  # a template may replace it
         if set_chat_template(tokenizer, settings.chat_template):

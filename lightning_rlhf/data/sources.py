@@ -179,7 +179,8 @@ class BadRows:
             BadRowError: If the policy is ``"raise"``.
         """
         if self.policy == "raise":
-            advice = "Correct the row, or set on_bad_row: skip to leave such rows out and have them counted."
+            skip = "set on_bad_row: skip to leave such rows out and have them counted."
+            advice = skip.capitalize() if where.startswith(bundled_path("")) else f"Correct the row, or {skip}"
             raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
         self.counts[kind] += 1
         self.first.setdefault(kind, BadRowError(where, kind, reason))

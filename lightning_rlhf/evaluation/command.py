@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_rlhf.arguments import Parser
+from lightning_rlhf.arguments import Parser, add_model_options
 from lightning_rlhf.utils.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ _PAIRS = 32
 _BAR = 60
 _ABOUT = """\
 Two models answer the same prompts, and a judge compares their answers, each pair in both orders. A and B are
-directories or hub ids of models, or files of answers (docs/evaluation.md describes their format). The judge is a reward
-model, a Python function like PPO's rewards, or a model behind an OpenAI-compatible endpoint."""
+folders of runs, directories or hub ids of models, or files of answers (docs/evaluation.md describes their format). The
+judge is a reward model, a Python function like PPO's rewards, or a model behind an OpenAI-compatible endpoint."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -33,8 +33,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments after ``win-rate``.
     """
     parser = Parser("win-rate", _ABOUT)
-    parser.add_argument("a", metavar="A", help="a model's directory or hub id, or a file of answers")
-    parser.add_argument("b", metavar="B", help="the other model's directory or hub id, or a file of answers")
+    parser.add_argument("a", metavar="A", help="a run's folder, a model's directory or hub id, or a file of answers")
+    parser.add_argument("b", metavar="B", help="the other run, model or file of answers")
     parser.add_argument(
         "--judge", required=True, help="a reward model's directory or hub id, module.function, or http://host:port/v1"
     )
@@ -49,14 +49,10 @@ def main(args: Sequence[str] | None = None) -> None:
         "--temperature", type=float, default=0.0, help="a larger value samples more diverse answers; 0: greedy"
     )
     models.add_argument("--seed", type=int, default=0, help="seed of the sampling, the same for both models")
-    models.add_argument("--chat-template", help="preset or Jinja file that replaces the models' chat templates")
-    models.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, otherwise float32"
-    )
+    add_model_options(models, "--chat-template", "--dtype", "--trust-remote-code")
     models.add_argument(
         "--batch-size", type=int, default=32, help="answers that are generated together; more is faster, uses memory"
     )
-    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
     judges = parser.add_argument_group("a judge behind an endpoint")
     judges.add_argument("--judge-model", default="", help="name of the model on the server")
     judges.add_argument("--judge-key-env", metavar="NAME", help="environment variable that holds the API key")
@@ -216,7 +212,7 @@ def _answers(
 ) -> list[Answer]:
     """Returns the answers of A or B. A model's answers are also written to a file beside the output, for later use."""
     from lightning_rlhf.evaluation import generate_answers, names_file, read_answers
-    from lightning_rlhf.models.pretrained import obtain
+    from lightning_rlhf.models.runs import find_model
     from lightning_rlhf.rollout import Sampling
 
     source = getattr(options, side)
@@ -228,7 +224,7 @@ def _answers(
     progress = ProgressLine(f"answers of {side.upper()}", len(prompts))
     with file.open("w", encoding="utf-8") as out:
         for i, answer in generate_answers(
-            obtain(source),
+            find_model(source),
             dict(enumerate(prompts)),
             sampling,
             options.seed,

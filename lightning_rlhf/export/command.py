@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_rlhf.arguments import Parser
+from lightning_rlhf.arguments import Parser, add_model_options
 
 if TYPE_CHECKING:
     from lightning_rlhf.export.gguf import Quant
     from lightning_rlhf.export.serving import Serving
-    from lightning_rlhf.export.sources import Source
+    from lightning_rlhf.models.runs import Source
 
 _FORMATS = ("hf", "adapter", "gguf")
 _QUANTS = ("q8_0", "q4_0", "q4_k_m")
@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--quant", choices=_QUANTS, help="how gguf stores weights; fewer bits take less memory. Default: q8_0"
     )
     parser.add_argument("--out", type=Path, help="new directory; default: NAME-FORMAT or NAME-QUANT beside RUN")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_model_options(parser, "--trust-remote-code")
     options = parser.parse_args(args)
     if options.quant and options.format != "gguf":
         parser.error(f"--quant is for --format gguf, not {options.format}.")
@@ -67,10 +67,13 @@ def export(run: str, form: str, quant: Quant = "q8_0", out: Path | None = None, 
         OSError: There is nothing to export, or the output exists, or the disk is full.
         ValueError: The model has no such form.
     """
+    from lightning_rlhf.export.hub import fetch
     from lightning_rlhf.export.serving import serve_directory, serve_gguf
-    from lightning_rlhf.export.sources import find_source
+    from lightning_rlhf.models.runs import find_source
 
-    source = find_source(run, adapters=form == "adapter")
+    if Path(run).is_file() and run.endswith(".gguf"):
+        raise ValueError(f"{run} is a GGUF file already. Give the model that it was made from.")
+    source = find_source(run, adapters=form == "adapter") or fetch(run)
     print(f"{source.path}: {_NOUNS[source.kind]}{source.why and f' ({source.why})'}")
     _check(source, form)
     if out is None and source.kind == {"hf": "model", "adapter": "adapters"}.get(form):
@@ -91,7 +94,7 @@ def export(run: str, form: str, quant: Quant = "q8_0", out: Path | None = None, 
 
 def _write_directory(source: Source, target: Path, adapter: bool, trust: bool) -> Source:
     """Writes whole weights or adapters to a directory of their own."""
-    from lightning_rlhf.export.sources import Source
+    from lightning_rlhf.models.runs import Source
     from lightning_rlhf.utils.filesystem import atomic_directory
 
     with atomic_directory(target) as folder:
@@ -131,8 +134,6 @@ def _check(source: Source, form: str) -> None:
     Raises:
         ValueError: It is so.
     """
-    from lightning_rlhf.export.sources import quantization_of
-
     if source.kind == "checkpoint":
         return
     if form == "adapter" and source.kind == "model":
@@ -147,9 +148,10 @@ def _check(source: Source, form: str) -> None:
         )
     method = source.quantized_by if source.kind == "model" else None
     if source.kind == "adapters" and form != "adapter":
+        from lightning_rlhf.models.gptq import method_of
         from lightning_rlhf.models.loading import load_config
 
-        method = quantization_of(load_config(source.base).to_dict())
+        method = method_of(load_config(source.base))
         if method:
             raise ValueError(
                 f"{source.path} has adapters of {source.base}, which is quantized ({method}): merged weights would be "

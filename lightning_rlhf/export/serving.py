@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_rlhf.export.sources import Source
+from lightning_rlhf.models.runs import Source
 
 #: Ranks that ``--max-lora-rank`` accepts (docs.vllm.ai, LoRAConfig.max_lora_rank); its default is 16.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lightning_rlhf.export.sources import Source
 from lightning_rlhf.models.loading import (
     load_causal_lm,
     load_config,
@@ -19,6 +18,7 @@ from lightning_rlhf.models.loading import (
     load_stop_token_ids,
     load_tokenizer,
 )
+from lightning_rlhf.models.runs import Source
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.utils.checkpoint_io import CheckpointError, check_is_checkpoint, explain_bad_checkpoint
 from lightning_rlhf.utils.filesystem import COMPLETE

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_rlhf.models.exact_linear import exact_linear
+from lightning_rlhf.utils.memory import release_pages
 
 INSTALL = (
     "pip install device-smi==0.5.7 tokenicer==0.0.14 pypcre==0.6.4 logbar==0.4.15 threadpoolctl==3.8.0 defuser==0.0.28 "
@@ -88,15 +89,19 @@ def quick_collections() -> Iterator[None]:
 
 
 def method_of(config: Any) -> str | None:
-    """Returns the method that quantized a model, such as ``gptq`` or ``bitsandbytes``; None for full precision.
+    """Returns the method that quantized a model: ``gptq``, ``nf4``, ``int8`` ...; None for full precision.
 
     Args:
-        config: The model's config.
+        config: The model's config, or what its file holds.
     """
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    name = "quantization_config"
+    found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if not found:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    stored = found if isinstance(found, Mapping) else found.to_dict()
+    if stored.get("load_in_4bit"):
+        return str(stored.get("bnb_4bit_quant_type", "4 bits"))
+    method = "int8" if stored.get("load_in_8bit") else stored.get("quant_method")
     return str(getattr(method, "value", method))
 
 
@@ -212,7 +217,7 @@ class ExactGPTQ:
         return exact_linear(x, partial(weights_of, self), self.bias)
 
 
-def prepare(model: nn.Module, inference: bool) -> None:
+def prepare(model: Any, inference: bool) -> None:
     """Makes GPTQ layers compute exactly, with a backward pass, unless their kernel is for inference in half precision.
 
     Args:
@@ -225,7 +230,10 @@ def prepare(model: nn.Module, inference: bool) -> None:
     layers = [(name, layer) for name, layer in model.named_modules() if is_gptq_layer(layer)]
     for name, layer in layers:
         kind: Any = type(layer)
-        if isinstance(layer, ExactGPTQ) or (inference and not _compiles(layer) and _halves(model)):
+        if isinstance(layer, ExactGPTQ):
+            continue
+        if inference and not _compiles(layer) and _halves(model):
+            _repack(layer, model.dtype)
             continue
         if not (kind.SUPPORTS_TRAINING and _in_standard_order(layer)):
             raise ValueError(
@@ -233,6 +241,26 @@ def prepare(model: nn.Module, inference: bool) -> None:
                 "directory, or with the backend gptq_torch."
             )
         layer.__class__ = _exact(kind)
+
+
+def _repack(layer: Any, dtype: Any) -> None:
+    """Brings the weights of a CPU kernel into its order, which it would do in its first pass.
+
+    Here the file's own copy of the weights can be given back one layer after another. Later it stays resident beside
+    the kernel's until the last tensor of the file is gone, and a model needs twice the memory.
+
+    Args:
+        layer: The layer. Kernels of GPUs have no such order.
+        dtype: Data type of activations.
+    """
+    if not hasattr(layer, "transform_cpu") or layer.qweight.device.type != "cpu":
+        return
+    if _in_standard_order(layer):
+        words = layer.qweight
+        layer.transform("cpu", dtype)
+        release_pages(words)
+        layer.scales = layer.qzeros = None  # the kernel has made one tensor of both
+    layer.linear_mode = "inference"  # else a pass in training mode would read the weights in their former order
 
 
 def _halves(model: Any) -> bool:

@@ -42,6 +42,7 @@ from lightning_rlhf.models.quantization import (
     quantized,
     refuse_again,
 )
+from lightning_rlhf.models.runs import check_name, exports_of
 from lightning_rlhf.models.saving import (
     ADAPTED,
     merge_adapters,
@@ -502,8 +503,9 @@ def _no_loading_report() -> Iterator[None]:
 def _explain_os_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     """Names the model in errors: transformers' message may only be about the network or about tokenizers."""
     path = Path(source)
+    check_name(source)
     if path.is_dir() and not any(path.glob("*config.json")):
-        inside = sorted({str(p.parent) for depth in ("*", "*/*") for p in path.glob(f"{depth}/*config.json")})
+        inside = [str(found[0].path) for folder in (path, *sorted(path.iterdir())) if (found := exports_of(folder))]
         hint = f"; did you mean {' or '.join(inside)}?" if inside else "."
         raise OSError(f"{source} is not a model: it has no config.json{hint}")
     try:

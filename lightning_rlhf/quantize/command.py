@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_rlhf.arguments import Parser
+from lightning_rlhf.arguments import Parser, add_model_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _ABOUT = """\
 Rounds the linear layers of a model to 4 or 8 bits and writes the result as a directory that transformers and vLLM read.
-MODEL is anything that a stage exported, a reward model or adapters included, or a hub id."""
+MODEL is anything that a stage exported, a reward model or adapters included, or a hub id. Of a run's folder hf/best is
+taken, or else hf/last."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,16 +28,19 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Arguments after ``quantize``.
     """
-    options = _parser().parse_args(args)
+    parser = _parser()
+    options = parser.parse_args(args)
     try:
+        _check_options(options, parser)
         _run(options)
     except (OSError, ImportError, TypeError, ValueError) as error:
-        sys.exit(f"lightning-rlhf quantize: {' '.join(str(error).split())}")
+        said = " ".join(str(error).split()).replace("on_bad_row: skip", "--on-bad-row skip")
+        sys.exit(f"lightning-rlhf quantize: {said}")
 
 
 def _parser() -> Parser:
     parser = Parser("quantize", _ABOUT)
-    parser.add_argument("model", metavar="MODEL", help="directory or hub id of the model")
+    parser.add_argument("model", metavar="MODEL", help="a run, a directory of a model or of adapters, or a hub id")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument(
         "--method", default="gptq",
@@ -60,14 +64,11 @@ def _parser() -> Parser:
         help="center the weights' grid on 0, which every kernel reads; false fits each group; both with --compare; "
         "default: true",
     )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="data type of what is not quantized, such as embeddings; default: the model's own",
-    )  # fmt: skip
+    dtype = "data type of what is not quantized, such as embeddings; default: the model's own"
+    add_model_options(parser, "--dtype", "--trust-remote-code", dtype=dtype)
     parser.add_argument(
         "--steps", type=int, default=200, help="autoround's steps for each layer; more are more exact, and slower"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     texts = parser.add_argument_group("texts of gptq, autoround and --compare")
     texts.add_argument(
         "--data", default="bundled",
@@ -82,7 +83,7 @@ def _parser() -> Parser:
         "--max-held-out", type=int, default=128, help="rows to measure on; more give exacter figures and are slower"
     )
     texts.add_argument("--seed", type=int, default=0, help="seed of what is held out and drawn")
-    texts.add_argument("--chat-template", help="preset or Jinja file that replaces the model's chat template")
+    add_model_options(texts, "--chat-template")
     texts.add_argument(
         "--on-bad-row", choices=("raise", "skip"), default="raise", help="stop at a bad row, or count it"
     )
@@ -95,21 +96,44 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _run(options: argparse.Namespace) -> None:
-    from lightning_rlhf.models.pretrained import obtain
-    from lightning_rlhf.quantize.grid import Grid, check_method
-    from lightning_rlhf.quantize.methods import check_not_quantized
+def _check_options(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuses options that the chosen methods would ignore.
 
-    for method in options.compare or [options.method]:
+    Raises:
+        ValueError: One is so, or a value is out of range.
+    """
+    from lightning_rlhf.quantize.grid import CALIBRATED, GRIDLESS, METHODS, check_method
+
+    methods = options.compare or [options.method]
+    for method in methods:
         check_method(method)
+    on_grids = [method for method in METHODS if method not in GRIDLESS]
+    texts = {} if options.compare else dict.fromkeys(("data", "held_out", "chat_template"), CALIBRATED)
+    users = {**dict.fromkeys(("bits", "group_size", "sym"), on_grids), **texts, "steps": ["autoround"]}
+    for name, able in users.items():
+        if getattr(options, name) != parser.get_default(name) and not {*methods} & {*able}:
+            option = "--" + (name if name == "group_size" else name.replace("_", "-"))
+            raise ValueError(f"{option} is for {', '.join(able)}: {', '.join(methods)} would ignore it. Leave it out.")
     for name, value in (("--max-rows", options.max_rows), ("--max-held-out", options.max_held_out)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from lightning_rlhf.models.runs import find_model
+    from lightning_rlhf.quantize.calibration import shapes_of
+    from lightning_rlhf.quantize.compare import settings
+    from lightning_rlhf.quantize.grid import Grid, check_shapes
+    from lightning_rlhf.quantize.methods import check_not_quantized
+
     grids = [Grid(options.bits, size, sym) for sym in options.sym or [True] for size in options.group_size]
     if len(grids) > 1 and not options.compare:
         raise ValueError("several values of --group_size or --sym are for --compare. Give one.")
-    source = obtain(options.model)
+    source = find_model(options.model)
     check_not_quantized(source, options.trust_remote_code)
+    for _, grid in settings(options.compare or [options.method], grids):
+        if grid is not None:
+            check_shapes(shapes_of(source, options.trust_remote_code), grid)
     if options.compare:
         _compare(options, source, grids)
     else:

@@ -19,7 +19,6 @@ from lightning_rlhf.quantize.autoround import STEPS
 from lightning_rlhf.quantize.calibration import Rows, check_text, check_tokens, shapes_of
 from lightning_rlhf.quantize.grid import CALIBRATED, GRIDLESS, Grid, check_method, check_shapes
 from lightning_rlhf.quantize.measure import (
-    PeakMemory,
     Quality,
     Reference,
     perplexity,
@@ -29,6 +28,7 @@ from lightning_rlhf.quantize.measure import (
     tokens_per_second,
 )
 from lightning_rlhf.quantize.methods import quantize
+from lightning_rlhf.utils.memory import PeakMemory
 
 FILE = "compare.json"
 """Name of the file with all results."""

@@ -175,15 +175,19 @@ def check_shapes(model: PreTrainedModel, grid: Grid) -> None:
                 f"{name}.{parameter} holds several layers in one tensor, as experts do, so it would stay in full "
                 "precision. Such models cannot be quantized here."
             )
-    for layer, (outputs, inputs) in layers.items():
+    instead = "Use nf4 or int8, which take any shape, or add zero rows to"
+    for layer, (outputs, inputs) in layers.items():  # what fits no grid comes first: another group size helps nobody
         if outputs % (WORD // grid.bits):
             raise ValueError(
-                f"{layer} has {outputs} outputs, but {grid.bits}-bit codes need a multiple of {WORD // grid.bits}. Add "
-                "zero rows to it."
+                f"{layer} has {outputs} outputs, but {grid.bits}-bit codes need a multiple of {WORD // grid.bits}. "
+                f"{instead} this layer."
             )
+        if inputs % GROUP_SIZES[0]:
+            raise ValueError(f"{layer} has {inputs} inputs, which no group size divides. {instead} the layer before.")
+    for layer, (_, inputs) in layers.items():
         if inputs % grid.group_size:
             fit = [size for size in GROUP_SIZES if not any(shape[1] % size for shape in layers.values())]
-            hint = f"Sizes that fit all layers: {', '.join(map(str, fit))}." if fit else (
-                "No size fits all layers: add zero rows to the layer before it."
-            )  # fmt: skip
-            raise ValueError(f"{layer} has {inputs} inputs, which groups of {grid.group_size} do not divide. {hint}")
+            raise ValueError(
+                f"{layer} has {inputs} inputs, which groups of {grid.group_size} do not divide. Sizes that fit all "
+                f"layers: {', '.join(map(str, fit))}."
+            )

@@ -1,23 +1,18 @@
-"""Measures a quantized model: perplexity, distance to the unquantized model, bytes, speed and peak memory."""
+"""Measures a quantized model: perplexity, distance to the unquantized model, bytes and speed."""
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 #: Libraries whose layers keep tensors in objects beside their parameters.
 _QUANTIZERS = ("bitsandbytes", "gptqmodel")
 
@@ -169,48 +164,3 @@ def tokens_per_second(model: PreTrainedModel, prompt: Tensor, tokens: int = 32) 
             cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
             ids.tolist()  # waits for a GPU
     return tokens / (time.perf_counter() - start)
-
-
-class PeakMemory:
-    """Peak memory from the moment it is made: of the GPU, or of the process on Linux, mapped files counted.
-
-    Args:
-        device: Where the model runs.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.on_gpu = torch.device(device).type == "cuda"
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self._before: int | None = torch.cuda.memory_allocated()
-        else:
-            self._before = _reset_peak()
-
-    def bytes(self) -> int | None:
-        """The peak, less what was held before; None where the system doesn't tell."""
-        if self._before is None:
-            return None
-        now = torch.cuda.max_memory_allocated() if self.on_gpu else _status("VmHWM")
-        return max(0, now - self._before)
-
-
-def _reset_peak() -> int | None:
-    """Gives freed memory back, resets the process's peak, and returns what is resident; None on other systems."""
-    if sys.platform != "linux":
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
-    try:
-        _CLEAR.write_text("5")
-        return _status("VmRSS")
-    except OSError:  # in a sandbox
-        return None
-
-
-def _status(name: str) -> int:
-    """A figure of this process, in bytes."""
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-    return int(lines[name].split()[0]) * 1024

@@ -18,7 +18,7 @@ from lightning_rlhf.models.loading import Dtype, load_config, load_exported, loa
 from lightning_rlhf.models.quantization import Quantization, quantized, require_bitsandbytes
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.quantize.autoround import STEPS, AutoRounder, of_one_length
-from lightning_rlhf.quantize.calibration import check_tokens
+from lightning_rlhf.quantize.calibration import check_tokens, shapes_of
 from lightning_rlhf.quantize.gptq import solve
 from lightning_rlhf.quantize.grid import (
     CALIBRATED,
@@ -86,14 +86,16 @@ def quantize(
         require("auto_round")
     elif method in GRIDLESS:
         require_bitsandbytes()
+    if method not in GRIDLESS:
+        shapes = shapes_of(source, trust_remote_code)
+        check_shapes(shapes, grid)
+        if method in CALIBRATED:
+            check_tokens(rows, shapes)
     tokenizer = load_tokenizer(source, trust_remote_code)
     model = load_exported(source, dtype, trust_remote_code)
     if method in GRIDLESS:
         model = quantized(model, cast(Quantization, method))
         return save_pretrained(model, tokenizer, out, keep_quantized=True)
-    check_shapes(model, grid)
-    if method in CALIBRATED:
-        check_tokens(rows, model)
     _check_disk(model, grid, Path(out))
     with torch.no_grad():
         _round_layers(model, method, grid, rows, steps)

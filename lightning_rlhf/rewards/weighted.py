@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.runs import check_name
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward, import_function
 from lightning_rlhf.rewards.model import RewardModelReward
@@ -109,6 +110,7 @@ def make_reward(
     Raises:
         ValueError: It is none of these; the message says what was tried.
         ImportError: An import path at which there is nothing.
+        OSError: A path at which there is nothing.
     """
     if isinstance(spec, Reward):
         return spec
@@ -118,6 +120,8 @@ def make_reward(
             return RewardModelReward(name, tokenizer, dtype, trust_remote_code=trust_remote_code)
         if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*[.:]\w+", name):
             return FunctionReward(import_function(name))
+        if os.sep in name:
+            check_name(name)
         raise ValueError(
             f"reward: {name!r} is not a directory in {os.getcwd()}, a hub id (org/name) or an import path "
             "(package.module.function)."

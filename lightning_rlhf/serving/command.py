@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from lightning_rlhf.arguments import Parser
+from lightning_rlhf.arguments import Parser, add_model_options
 
 log = logging.getLogger(__name__)
 _ABOUT = """\
@@ -65,11 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allowed-origin", action="append", default=[], metavar="URL", help="origin of another page that may ask"
     )
     models = parser.add_argument_group("models")
-    models.add_argument("--chat-template", help="preset or Jinja file that replaces the models' chat templates")
-    models.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, otherwise float32"
-    )
-    models.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
+    add_model_options(models, "--chat-template", "--dtype", "--trust-remote-code")
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-rows", type=int, default=64, help="answers that are generated together; more is faster, uses memory"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_rlhf.arguments import did_you_mean
+from lightning_rlhf.models.runs import check_name, exports_of, source_at
 
 
 @dataclass
@@ -77,21 +76,19 @@ def find_models(run: str, adapters: Mapping[str, str] | None = None) -> Found:
 
 
 def _exports(run: str) -> dict[str, str]:
-    """Returns directories of models, by name."""
+    """Returns directories of models, or a hub id, by name."""
     folder = Path(run)
     if not folder.is_dir():
-        if run.count("/") == 1 and not run.startswith((".", "/")) and not folder.parent.is_dir():
-            return {run.split("/")[1]: run}  # a hub id
-        near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*")]) if folder.parent.is_dir() else "."
-        raise FileNotFoundError(f"There is no directory {run}{near}")
-    runs = [folder] if _export(folder) else sorted(path for path in folder.iterdir() if path.is_dir())
-    found = {_name(place): str(export) for place in runs if (export := _export(place)) is not None}
-    if not found:
+        check_name(run)
+        return {run.rpartition("/")[2]: run}  # a hub id
+    runs = [exports_of(folder)]
+    runs = runs if any(runs) else [exports_of(path) for path in sorted(folder.iterdir())]
+    if not any(runs):
         raise FileNotFoundError(
             f"{run} has no model (config.json or adapter_config.json), neither itself nor in hf/best, hf/last or a "
             "folder of a run."
         )
-    return found
+    return {exports[0].name: str(exports[0].path) for exports in runs if exports}
 
 
 def _by_base(models: Mapping[str, str]) -> list[Backbone]:
@@ -113,34 +110,10 @@ def _place(source: str) -> str:
 
 def _base_of(source: str) -> str | None:
     """Returns the base of adapters; None for a whole model."""
-    folder = Path(source)
-    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
-        return None
-    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not found:
-        raise ValueError(f"The adapter_config.json of {source} does not name a base. Set base_model_name_or_path.")
-    return str(found)
-
-
-def _export(folder: Path) -> Path | None:
-    """Returns the directory that holds a run's model."""
-    for place in (folder, folder / "hf" / "best", folder / "hf" / "last"):
-        if any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
-            return place
-    return None
-
-
-def _name(place: Path) -> str:
-    """Returns the name of a run: an export in ``hf`` is named after its run."""
-    place = place.resolve()
-    return place.parents[1].name if place.parent.name == "hf" else place.name
+    found = source_at(Path(source))
+    return found.base if found is not None and found.kind == "adapters" else None
 
 
 def _is_classifier(source: str) -> bool:
-    config, adapter = Path(source) / "config.json", Path(source) / "adapter_config.json"
-    if config.is_file():
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-        return any(name.endswith("ForSequenceClassification") for name in architectures)
-    if adapter.is_file():
-        return bool(json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS")
-    return False
+    found = source_at(Path(source))
+    return found is not None and found.is_reward_model

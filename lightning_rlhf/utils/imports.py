@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
+import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -50,12 +52,13 @@ def import_object(path: str, what: str) -> Any:
             raise  # it is there, and something that it imports is not
         raise ImportError(
             f"Can't import the {what} {path!r}: there is no module {error.name!r}, neither installed nor in "
-            f"{os.getcwd()}. Put its folder on PYTHONPATH."
+            f"{os.getcwd()}{_near(error.name, _beside(error.name))} Put its folder on PYTHONPATH."
         ) from error
     if not hasattr(found, name):
         own = sorted(n for n, value in vars(found).items() if _is_own(value, module) and not n.startswith("_"))
         raise ImportError(
-            f"Can't import the {what} {path!r}: {module} has no {name}. It has: {', '.join(own) or 'nothing'}."
+            f"Can't import the {what} {path!r}: {module} has no {name}{_near(name, own)} It has: "
+            f"{', '.join(own) or 'nothing'}."
         )
     return getattr(found, name)
 
@@ -78,6 +81,19 @@ def require(module: str, what: str, extra: str) -> ModuleType:
         if error.name != top:
             raise
         raise ImportError(f"{what} needs {top}. Install it: pip install 'lightning_rlhf[{extra}]'") from error
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence, with the name that may be meant."""
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _beside(module: str) -> Iterator[str]:
+    """Yields the modules that are where one is not."""
+    parent = module.rpartition(".")[0]
+    places = getattr(sys.modules.get(parent), "__path__", []) if parent else [os.getcwd()]
+    return (f"{parent}{parent and '.'}{found.name}" for found in pkgutil.iter_modules(places))
 
 
 def _is_own(value: object, module: str) -> bool:

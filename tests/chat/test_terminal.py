@@ -199,7 +199,7 @@ def test_a_run_is_served_for_the_chat_alone(run_dir, tmp_path):
     [
         (["http://127.0.0.1:9"], "cannot be reached"),
         (["ftp://x"], "no directory"),
-        (["nowhere"], "There is no directory nowhere"),
+        (["nowhere"], "nowhere is not a directory in"),
     ],
 )
 def test_a_wrong_run_is_one_line(arguments, words):

@@ -250,7 +250,8 @@ def test_a_checkpoint_with_objects_says_how_to_load_it(refused, tmp_path):
     "arguments, said",
     [
         (["nobody/nothing", "--format", "hf"], "is no file or directory in"),
-        (["a b", "--format", "hf"], "is no file or directory in"),
+        (["a b", "--format", "hf"], "There is no directory a b."),
+        (["/no/such/folder", "--format", "hf"], "There is no directory /no/such/folder."),
         (["empty", "--format", "hf"], "neither an export (hf/best, hf/last) nor a checkpoint"),
         (["model.gguf", "--format", "gguf"], "is a GGUF file already"),
         ([STORIES, "--format", "gguf", "--quant", "q5_1"], "invalid choice: 'q5_1'"),

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from lightning_rlhf.export.serving import serve_directory, serve_gguf
-from lightning_rlhf.export.sources import Source
+from lightning_rlhf.models.runs import Source
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from widened import save_widened
 
 from lightning_rlhf import InstructionDataModule, Load, LoRA, PreferenceDataModule, RewardModule, SFTModule
@@ -115,6 +116,32 @@ def test_half_precision_is_as_exact_as_it_can_be(directory, grid, source):
         assert off(logits(model), wanted) < 1.5 * plain
     fused = grid.bits == 4  # the kernel for inference; the one for 8 bits would compile code
     assert kernels(model) == {"TorchAtenLinear" if fused else "ExactTorchLinear"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is read from /proc")
+def test_weights_are_not_held_twice(stories_model_dir, tmp_path):
+    """The CPU kernel has its own order; the file's pages are given back as soon as a layer is in it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=2, head_dim=64)
+    save_pretrained(LlamaForCausalLM(config).bfloat16(), load_tokenizer(stories_model_dir), tmp_path / "plain")
+    directory = quantize(tmp_path / "plain", tmp_path / "packed", "rtn", Grid(4, 128))
+    ids = torch.arange(3, 40)[None]
+    wanted = logits(load_causal_lm(directory).eval(), ids)
+    model = load_causal_lm(directory, dtype="bfloat16", inference=True)
+    layers = [layer for layer in model.modules() if gptq.is_gptq_layer(layer)]
+    packed = sum(layer.qweight.nbytes for layer in layers)
+    assert {layer.qweight.dtype for layer in layers} == {torch.uint8} and packed > 3e6
+    assert resident(directory / "model.safetensors") < 0.1 * packed
+    for mode in (True, False):  # a pass in training mode reads the same weights
+        assert off(logits(model.train(mode), ids), wanted) < 0.03
+
+
+def resident(file):
+    """Bytes of a mapped file in this process's memory."""
+    maps = re.findall(
+        r"(?m)^[0-9a-f]+-[0-9a-f]+ .*?(\S*)\n(?:.*\n){0,5}?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text()
+    )
+    return sum(1024 * int(size) for path, size in maps if path == str(file.resolve()))
 
 
 def test_the_kernel_is_not_in_the_config(directory):

@@ -227,7 +227,18 @@ def test_the_command_compares_and_names_the_winner(wide_stories, texts, tmp_path
         (["--group_size", "32", "64"], "several values of --group_size or --sym are for --compare. Give one."),
         (["--compare", "rtn", "--group_size", "32", "--data", "{texts}", "--max-held-out", "0"], "--max-held-out must"),
         (["--compare", "gptq", "--group_size", "32", "--data", "{texts}", "--max-rows", "2"], "calibration tokens are"),
-        (["--compare", "rtn", "--group_size", "32"], "657 tokens are over the model's context of 512"),
+        (
+            ["--compare", "rtn", "--group_size", "32"],
+            "657 tokens are over the model's context of 512. Set --on-bad-row skip to leave such rows out",
+        ),
+        (["--group_size", "128"], "q_proj has 64 inputs, which "),  # before any row of the default data is read
+        (["--method", "rtn", "--group_size", "32", "--data", "{texts}"], "--data is for gptq, autoround: rtn would ig"),
+        (["--method", "nf4", "--held-out", "{texts}"], "--held-out is for gptq, autoround: nf4 would ignore it."),
+        (
+            ["--method", "int8", "--bits", "8"],
+            "--bits is for gptq, autoround, rtn: int8 would ignore it.",
+        ),
+        (["--compare", "rtn", "nf4", "--steps", "9", "--group_size", "32"], "--steps is for autoround: rtn, nf4 would"),
     ],
 )
 def test_a_mistake_of_the_command_is_one_line_before_any_work(wide_stories, texts, tmp_path, arguments, message):
@@ -238,8 +249,28 @@ def test_a_mistake_of_the_command_is_one_line_before_any_work(wide_stories, text
     assert not out.exists()
 
 
-def test_a_folder_of_something_else_is_refused_before_any_work(wide_stories, texts, tmp_path):
+def test_a_folder_of_something_else_is_refused_before_any_work(wide_stories, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
     with pytest.raises(SystemExit, match="exists and holds no"):
-        main([str(wide_stories), "--compare", "rtn", "--data", texts, "--out", str(tmp_path / "out")])
+        main([str(wide_stories), "--compare", "rtn", "--group_size", "32", "--out", str(tmp_path / "out")])
+
+
+def test_the_command_takes_a_run(stories_model_dir, wide_stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for run, model in (("good", wide_stories), ("narrow", stories_model_dir)):
+        (tmp_path / run / "hf").mkdir(parents=True)
+        (tmp_path / run / "hf" / "last").symlink_to(model)
+    main(["good", "--method", "rtn", "--group_size", "32", "--out", "out"])
+    assert capsys.readouterr().out.startswith("good/hf/last: rtn, 4 bits, groups of 32, symmetric\nout: ")
+    for arguments, message in (
+        (
+            ["narrow"],
+            "gate_proj has 172 outputs, but 4-bit codes need a multiple of 8. Use nf4 or int8, which",
+        ),
+        ([f"{tmp_path}/god"], f"There is no directory {tmp_path}/god; did you mean {tmp_path}/good?"),
+        (["out"], "out is already quantized (gptq)."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--out", "other"])
+        assert message in str(stop.value) and "\n" not in str(stop.value)

@@ -114,8 +114,19 @@ def test_layers_are_those_of_the_blocks():
             Grid(4, 32),
             "GPT2LMHeadModel has no layers of the class Linear in transformer.h: it cannot be quantized.",
         ),
-        (lambda: llama(64, 200), Grid(4, 32), "down_proj has 200 inputs, which groups of 32 do not divide. No size"),
-        (lambda: llama(64, 172), Grid(4, 32), "gate_proj has 172 outputs, but 4-bit codes need a multiple of 8."),
+        (lambda: llama(64, 200), Grid(4, 32), "down_proj has 200 inputs, which no group size divides. Use nf4"),
+        (
+            lambda: llama(64, 172),
+            Grid(4, 128),  # which does not fit the first layer either, but 32 and 64 would
+            "model.layers.0.mlp.gate_proj has 172 outputs, but 4-bit codes need a multiple of 8. Use nf4 or int8, "
+            "which take any shape, or add zero rows to this layer.",
+        ),
+        (
+            lambda: llama(64, 200),
+            Grid(8, 128),
+            "model.layers.0.mlp.down_proj has 200 inputs, which no group size divides. Use nf4 or int8, which take "
+            "any shape, or add zero rows to the layer before.",
+        ),
     ],
 )
 def test_layers_that_cannot_be_packed_are_named(model, grid, message):

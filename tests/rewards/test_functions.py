@@ -1,5 +1,6 @@
 """The functions that come with the package."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -92,5 +93,12 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     assert FunctionReward("my_own_rewards.shout")(samples(["a!", "!!"])).total.tolist() == [1.0, 2.0]
     with pytest.raises(ImportError, match=r"has no whisper\. It has: .*shout"):
         FunctionReward("my_own_rewards:whisper")
+    for path, near in (
+        ("my_own_rewards.shuot", "shout"),
+        ("my_own_reward.shout", "my_own_rewards"),
+        ("lightning_rlhf.rewards.functionz.length_window", "lightning_rlhf.rewards.functions"),
+    ):
+        with pytest.raises(ImportError, match=rf"; did you mean {re.escape(near)}\? "):
+            FunctionReward(path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):  # its own fault, not the path's
         FunctionReward("my_broken_rewards.f")

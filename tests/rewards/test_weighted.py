@@ -101,7 +101,13 @@ def test_each_kind(tiny_model_dir, tiny_tokenizer):
         make_reward("someone/no-such-model", tiny_tokenizer)
 
 
-@pytest.mark.parametrize("spec", ["not there", "runs/reward/hf/best", "./nowhere", ""])
+@pytest.mark.parametrize("spec", ["runs/reward/hf/best", "./nowhere", "/no/such/folder"])
+def test_a_path_at_which_there_is_nothing_is_named(spec, tiny_tokenizer):
+    with pytest.raises(FileNotFoundError, match=f"^There is no directory {spec}"):
+        make_reward(spec, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("spec", ["not there", ""])
 def test_what_is_none_of_them_says_what_was_tried(spec, tiny_tokenizer):
     with pytest.raises(ValueError, match=r"is not a directory in .* a hub id .* or an import path"):
         make_reward(spec, tiny_tokenizer)

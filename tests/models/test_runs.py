@@ -1,12 +1,14 @@
 """What is taken of what a user names."""
 
 import os
+from pathlib import Path
 
 import pytest
 from exported import STORIES
 
-from lightning_rlhf.export import Source, find_source
-from lightning_rlhf.export.sources import quantization_of
+from lightning_rlhf.models.gptq import method_of
+from lightning_rlhf.models.loading import load_config, load_tokenizer
+from lightning_rlhf.models.runs import Source, check_name, exports_of, find_model, find_source
 
 
 @pytest.fixture
@@ -63,6 +65,38 @@ def test_a_name_has_no_sign_that_servers_split_at(tmp_path):
     assert find_source(str(tmp_path / "epoch=1-step=4.ckpt")).name == "epoch1-step4"
 
 
+def test_from_pretrained_gets_a_directory_or_a_hub_id(run, tmp_path):
+    folder = run("hf/last", "checkpoints/a.ckpt")
+    assert str(find_model(folder)) == f"{folder}/hf/last" and find_model(str(STORIES)) == STORIES
+    assert find_model("org/model") == "org/model" and find_model("gpt2") == "gpt2"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.ckpt").touch()
+    for name in ("other", "other/a.ckpt"):
+        with pytest.raises(OSError, match=r"other/a.ckpt is a checkpoint. .*lightning-rlhf export .*a.ckpt --format"):
+            find_model(str(tmp_path / name))
+
+
+def test_an_export_has_the_name_of_its_run(run):
+    folder = Path(run("hf/best", "ema/last"))
+    assert [export.name for export in exports_of(folder)] == ["run", "run"]
+    assert find_source(str(folder / "hf" / "best")) == Source(folder / "hf" / "best", "model", "run")
+
+
+@pytest.mark.parametrize("find", [find_source, find_model, check_name, load_config, load_tokenizer])
+def test_a_path_is_not_looked_for_on_the_hub(find, run, tmp_path, monkeypatch):
+    run("hf/best")
+    monkeypatch.chdir(tmp_path)
+    for name, near in (
+        (f"{tmp_path}/rnu/hf/best", f"; did you mean {tmp_path}/run?"),
+        ("run/hf/bset", "; did you mean run/hf/best?"),
+        ("./nothing", "."),
+        ("/no/such/folder", "."),
+    ):
+        with pytest.raises(FileNotFoundError) as caught:
+            find(name)
+        assert str(caught.value) == f"There is no directory {name}{near}"
+
+
 @pytest.mark.parametrize(
     "config, name",
     [
@@ -74,4 +108,4 @@ def test_a_name_has_no_sign_that_servers_split_at(tmp_path):
     ],
 )
 def test_the_method_of_quantized_weights(config, name):
-    assert quantization_of(config) == name
+    assert method_of(config) == name
