@@ -13,7 +13,10 @@ from lightning_rlhf.endpoint import Budget
 from lightning_rlhf.evaluation.judges import Judge
 
 #: What ``filters`` is unless it is set.
-FILTERS = ("Length", "Script", "Repetition", "Refusal", "MissingInput", "PersonalData", "NearDuplicate")
+FILTERS: tuple[str | Mapping[str, Any], ...] = (
+    {"Length": {"min_instruction": 3}},
+    *("Script", "Repetition", "Refusal", "MissingInput", "PersonalData", "NearDuplicate"),
+)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def write_atomically(path: Path, parts: Iterable[str]) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True) + "\n"
+    return json.dumps(value) + "\n"
 
 
 def _digest(value: Any) -> str:
