@@ -362,7 +362,7 @@ class _Round:
             reraise=True,
         )
         try:
-            reply = await retrying(partial(self._attempt, key, request))
+            reply: Reply = await retrying(partial(self._attempt, key, request))
         except Problem as problem:
             if problem.then == "stop":
                 raise EndpointError(f"{self.endpoint.base_url} rejects requests: {problem.text}") from None
