@@ -52,20 +52,18 @@ def settings(model: str) -> Settings:
     )
 
 
-def collect(model: str, rows: int, folder: Path, pilot: int = 20, seed: int = 0) -> tuple[Growth, dict[str, Any]]:
+def collect(model: str, plan: Plan, folder: Path) -> tuple[Growth, dict[str, Any]]:
     """Grows rows, and measures the CPU time of what this process did.
 
     Args:
         model: Name or directory of the model.
-        rows: English rows to grow.
+        plan: What to ask for, in English.
         folder: Folder to go on in.
-        pilot: Requests of the first round.
-        seed: Seed.
 
     Returns:
         The growth, and its figures.
     """
-    chosen, plan = settings(model), Plan({"en": rows}, tasks=4, pilot=pilot, requests=64, seed=seed)
+    chosen = settings(model)
     assert isinstance(chosen.generator, EngineGenerator)
     seeds = [task for task, _ in read_seeds("bundled", ["en"], BadRows())]
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,12 +77,13 @@ def collect(model: str, rows: int, folder: Path, pilot: int = 20, seed: int = 0)
             filters(chosen),
             chosen.task_sampling,
             chosen.answer_sampling,
-            Trace(folder / "trace", {"rows": rows, "seed": seed, "model": model}),
+            Trace(folder / "trace", {**vars(plan), "model": model}),
             ledger,
         )
         while growth.missing:
             growth.step()
-            print(f"round {growth.round}: {len(growth.rows)} of {rows} rows, {time.process_time() - start:.0f} CPU s")
+            seconds = time.process_time() - start
+            print(f"round {growth.round}: {len(growth.rows)} of {plan.languages['en']} rows, {seconds:.0f} CPU s")
         totals = ledger.totals()
     count = growth.counts["en"]
     return growth, {
@@ -104,7 +103,7 @@ def collect(model: str, rows: int, folder: Path, pilot: int = 20, seed: int = 0)
         "prompt_tokens": totals.usage.prompt,
         "reply_tokens": totals.usage.completion,
         "cpu_minutes": round((time.process_time() - start) / 60, 2),
-        "seed": seed,
+        "seed": plan.seed,
     }
 
 
@@ -165,7 +164,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(args)
     torch.set_num_threads(1)
-    growth, found = collect(options.model, options.rows, options.out / f"{options.rows}")
+    plan = Plan({"en": options.rows}, tasks=4)
+    growth, found = collect(options.model, plan, options.out / f"{options.rows}")
     results = [found]
     for block in left_out(growth.counts["en"])[:1]:
         print("\n".join(f"  {step:50s} {number:>8s}  {note}".rstrip() for step, number, note in block.rows))  # type: ignore[union-attr]
