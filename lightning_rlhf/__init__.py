@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
     from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
     from lightning_rlhf.rollout import Sampling
-    from lightning_rlhf.stages import PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.stages import DPOModule, PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.stages.pair_losses import PairShaping, WeightedLoss
     from lightning_rlhf.strategies import ColossalAIStrategy
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ColossalAIStrategy": "strategies",
+    "DPOModule": "stages",
     "EMA": "callbacks",
     "HFExport": "callbacks",
     "Interrupted": "callbacks",
@@ -43,6 +45,7 @@ _HOMES = {
     "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
     "PPOModule": "stages",
+    **dict.fromkeys(("PairShaping", "WeightedLoss"), "stages.pair_losses"),
     "PreferenceDataModule": "data.preference",
     "PromptDataModule": "data.prompts",
     "Ptx": "data.prompts",
@@ -62,6 +65,7 @@ __all__ = [
     "KL",
     "ColossalAIStrategy",
     "Critic",
+    "DPOModule",
     "HFExport",
     "InstructionDataModule",
     "Interrupted",
@@ -70,6 +74,7 @@ __all__ = [
     "Loss",
     "MeasureWinRate",
     "PPOModule",
+    "PairShaping",
     "Policy",
     "PreferenceDataModule",
     "PromptDataModule",
@@ -84,6 +89,7 @@ __all__ = [
     "SaveOnInterrupt",
     "Shaping",
     "Updates",
+    "WeightedLoss",
     "WritePredictions",
     "__version__",
 ]

@@ -11,9 +11,11 @@ from lightning_rlhf import (
     GAE,
     KL,
     Critic,
+    DPOModule,
     InstructionDataModule,
     Load,
     Loss,
+    PairShaping,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -24,6 +26,7 @@ from lightning_rlhf import (
     SFTModule,
     Shaping,
     Updates,
+    WeightedLoss,
 )
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.moved import MOVED
@@ -39,11 +42,13 @@ ROWS = [{"prompt": "a", "completion": "b"}]
 OWNERS = {
     SFTModule: dict(pretrained="nowhere"),
     RewardModule: dict(pretrained="nowhere"),
+    DPOModule: dict(pretrained="nowhere"),
     PPOModule: dict(pretrained="nowhere", reward=score),
     InstructionDataModule: dict(train=ROWS),
     PreferenceDataModule: dict(train=ROWS),
     PromptDataModule: dict(train=ROWS),
-    **{group: {} for group in (Sampling, Ptx, Load, Rollout, KL, Shaping, Critic, GAE, Loss, Updates)},
+    WeightedLoss: dict(name="sft"),
+    **{group: {} for group in (Sampling, Ptx, Load, Rollout, KL, Shaping, Critic, GAE, Loss, Updates, PairShaping)},
 }
 LEAST = {  # the last that is right, and the first that is wrong
     "at least 1": (1, 0),
@@ -51,6 +56,7 @@ LEAST = {  # the last that is right, and the first that is wrong
     "above 0": (1e-9, 0.0),
     "at least 0 and at most 1": (1, 1.5),
     "at least 0 and below 1": (0.5, 1.0),
+    "above 0 and below 1": (0.5, 1.0),
 }
 
 
@@ -89,6 +95,12 @@ RANGES = [
     (SFTModule, "at least 1", ["max_skipped"]),
     (RewardModule, "at least 1", ["max_skipped"]),
     (RewardModule, "at least 0", ["centering_coef"]),
+    (DPOModule, "at least 1", ["max_skipped"]),
+    (DPOModule, "above 0", ["beta"]),
+    (PairShaping, "at least 0", ["length_alpha"]),
+    (PairShaping, "at least 0 and at most 1", ["ld_alpha"]),
+    (PairShaping, "above 0 and below 1", ["f_alpha"]),
+    (WeightedLoss, "above 0", ["weight"]),
     *(
         (kind, rule, names)
         for kind in (InstructionDataModule, PreferenceDataModule, PromptDataModule)

@@ -306,23 +306,25 @@ class PairLoss(NamedTuple):
         function: Takes :class:`PairLogprobs` and its settings by name, and returns (P,) losses.
         reference: Whether it reads log-ratios, so that a reference is needed.
         offset: Whether it reads the offset: margins and length penalties.
+        per_token: Whether it compares means per token; otherwise sums.
     """
 
     function: Callable[..., Tensor]
     reference: bool = True
     offset: bool = True
+    per_token: bool = False
 
 
 #: All losses over pairs of log-probs, by name.
 LOSSES: dict[str, PairLoss] = {
     "sigmoid": PairLoss(sigmoid_loss),
     "robust": PairLoss(robust_loss),
-    "ipo": PairLoss(ipo_loss, offset=False),
+    "ipo": PairLoss(ipo_loss, offset=False, per_token=True),
     "hinge": PairLoss(hinge_loss),
-    "sigmoid_norm": PairLoss(sigmoid_norm_loss),
-    "simpo": PairLoss(simpo_loss, reference=False),
-    "alphapo": PairLoss(alphapo_loss, reference=False),
-    "orpo": PairLoss(orpo_loss, reference=False, offset=False),
+    "sigmoid_norm": PairLoss(sigmoid_norm_loss, per_token=True),
+    "simpo": PairLoss(simpo_loss, reference=False, per_token=True),
+    "alphapo": PairLoss(alphapo_loss, reference=False, per_token=True),
+    "orpo": PairLoss(orpo_loss, reference=False, offset=False, per_token=True),
     "cpo": PairLoss(cpo_loss, reference=False),
     "dpop": PairLoss(dpop_loss),
     "apo_zero": PairLoss(apo_zero_loss, offset=False),
@@ -332,5 +334,5 @@ LOSSES: dict[str, PairLoss] = {
     "exo": PairLoss(exo_loss),
     "bco": PairLoss(bco_loss, offset=False),
     "discopop": PairLoss(discopop_loss),
-    "sft": PairLoss(sft_loss, reference=False, offset=False),
+    "sft": PairLoss(sft_loss, reference=False, offset=False, per_token=True),
 }

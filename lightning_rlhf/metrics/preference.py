@@ -94,6 +94,9 @@ class PreferenceAccuracy(Metric):
     ``length_accuracy``, the accuracy of the rule "the longer answer wins"; ``matched_accuracy`` and ``matched_pairs``
     of pairs whose lengths differ by at most a tenth; and ``accuracy/NAME`` for each name in :attr:`names`.
 
+    Args:
+        what: What scores are called in the result: ``score``, or ``reward`` for implicit rewards.
+
     Attributes:
         names: Names of each origin, in the order of the origins' numbers, such as a source and a language.
 
@@ -113,8 +116,9 @@ class PreferenceAccuracy(Metric):
     origin: list[Tensor]
     COLUMNS = ("chosen", "rejected", "chosen_length", "rejected_length", "origin")
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "score") -> None:
         super().__init__()
+        self.what = what
         self.names: Sequence[Sequence[str]] = ()
         for name in self.COLUMNS:
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -146,8 +150,8 @@ class PreferenceAccuracy(Metric):
         return {
             "accuracy": share_won(margin),
             "margin": margin.mean(),
-            "chosen_score": chosen.mean(),
-            "rejected_score": rejected.mean(),
+            f"chosen_{self.what}": chosen.mean(),
+            f"rejected_{self.what}": rejected.mean(),
             "calibration_error": calibration_error(margin),
             "length_accuracy": share_won(long - short),
             "matched_accuracy": share_won(margin[matched]),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.loading import Load, load_causal_lm
+from lightning_rlhf.models.loading import Load, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.policy import Policy
 
 Pretrained = str | os.PathLike[str] | PreTrainedModel
@@ -23,25 +23,74 @@ def load_reference(
 
     Args:
         pretrained: Directory, hub id, or a model, which is copied.
-        load: How weights are held; never quantized.
+        load: How weights are held, quantized ones too: a copy then rounds as the policy does.
         tokenizer: The policy's.
         new_token_ids: Tokens that the chat template brought.
 
     Returns:
         The reference, without dropout.
     """
-    frozen = replace(load, quantization=None, gradient_checkpointing=False)
+    frozen = replace(load, gradient_checkpointing=False)
     model = load_causal_lm(copied(pretrained), **frozen.options(None, tokenizer, new_token_ids))
     reference = Policy(model.requires_grad_(False), load.layout)
     disable_dropout(reference)
     return reference
 
 
+def refuse_other_tokenizer(
+    name: str, pretrained: Pretrained, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool, advice: str
+) -> None:
+    """Refuses a model that would read the policy's tokens as others; without a tokenizer nobody can tell.
+
+    Args:
+        name: What the model is given as, for the message.
+        pretrained: Directory or hub id of the model. A model object has no tokenizer.
+        tokenizer: The policy's.
+        trust_remote_code: Run code that comes with the tokenizer.
+        advice: The last sentence of the message.
+
+    Raises:
+        ValueError: It has another tokenizer.
+    """
+    if isinstance(pretrained, PreTrainedModel):
+        return
+    try:
+        other = load_tokenizer(pretrained, trust_remote_code)
+    except (OSError, ValueError):
+        return
+    if (found := first_other_token(tokenizer, other)) is not None:
+        raise ValueError(
+            f"{name}={os.fspath(pretrained)!r} has another tokenizer than the policy, whose tokens it would read as "
+            f"others: {found[0]!r} is {found[1]!r} there. {advice}"
+        )
+
+
+def first_other_token(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Where another model would read an id of the policy's as something else, or None.
+
+    Tokens that the other lacks are no difference: its embeddings grow for them.
+
+    Args:
+        policy: The policy's tokenizer.
+        other: Of a model that gets the policy's ids.
+
+    Returns:
+        The policy's token and the other's, of one id.
+    """
+    theirs = {i: token for token, i in other.get_vocab().items()}
+    known = other.get_vocab()
+    for token, i in policy.get_vocab().items():
+        if theirs.get(i, token) != token or known.get(token, i) != i:
+            return token, theirs.get(i, f"none; it has {token!r} elsewhere")
+    return None
+
+
 def cast_like(reference: nn.Module, policy: nn.Module) -> None:
     """Casts a reference to the policy's dtype, which a strategy may have changed: both then round alike."""
     dtype = next(policy.parameters()).dtype
     for parameter in reference.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # quantized weights are integers
+            parameter.data = parameter.data.to(dtype)
 
 
 def copied(pretrained: Pretrained) -> Pretrained:

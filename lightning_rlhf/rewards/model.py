@@ -217,26 +217,6 @@ def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
     )
 
 
-def first_other_token(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """Where another model would read an id of the policy's as something else, or None: what a critic must not.
-
-    Tokens that the other lacks are no difference: its embeddings grow for them.
-
-    Args:
-        policy: The policy's tokenizer.
-        other: Of a model that gets the policy's ids.
-
-    Returns:
-        The policy's token and the other's, of one id.
-    """
-    theirs = {i: token for token, i in other.get_vocab().items()}
-    known = other.get_vocab()
-    for token, i in policy.get_vocab().items():
-        if theirs.get(i, token) != token or known.get(token, i) != i:
-            return token, theirs.get(i, f"none; it has {token!r} elsewhere")
-    return None
-
-
 def _pipeline(tokenizer: Any) -> object:
     """How text becomes tokens, but for added tokens and for padding and truncation, which calls set."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -14,13 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data import PackedBatch
-from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm, load_tokenizer
+from lightning_rlhf.models import Load, LoRA, Policy, load_causal_lm
 from lightning_rlhf.models.loading import refuse_full_training
-from lightning_rlhf.models.reference import Pretrained, cast_like, copied, disable_dropout, load_reference
+from lightning_rlhf.models.reference import (
+    Pretrained,
+    cast_like,
+    copied,
+    disable_dropout,
+    load_reference,
+    refuse_other_tokenizer,
+)
 from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, Scores, check_scores
-from lightning_rlhf.rewards.model import first_other_token
 from lightning_rlhf.rl.settings import Critic
 
 
@@ -141,7 +147,9 @@ def load_actors(
     trained = load.options(lora, tokenizer, new_token_ids)
     value_model = reference = None
     if critic is not None:
-        _check_critic(critic, tokenizer, load.trust_remote_code)
+        advice = "Give a critic of the policy's family, or null to start from the policy's weights."
+        if critic.pretrained is not None:
+            refuse_other_tokenizer("critic.pretrained", critic.pretrained, tokenizer, load.trust_remote_code, advice)
     if critic is not None and not shares:  # before adapters are put into a model that was given
         start = copied(pretrained) if critic.pretrained is None else critic.pretrained
         refuse_full_training(start, lora, load.trust_remote_code)
@@ -168,22 +176,6 @@ def load_actors(
     for model in filter(None, (policy, reference, value_model, reward)):
         disable_dropout(model)
     return Actors(policy, reward, reference, value_model, offload_frozen)
-
-
-def _check_critic(critic: Critic, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> None:
-    """Refuses a critic that would read the policy's tokens as others; without a tokenizer nobody can tell."""
-    if critic.pretrained is None or isinstance(critic.pretrained, PreTrainedModel):
-        return
-    try:
-        other = load_tokenizer(critic.pretrained, trust_remote_code)
-    except (OSError, ValueError):
-        return
-    if (found := first_other_token(tokenizer, other)) is not None:
-        raise ValueError(
-            f"critic.pretrained={os.fspath(critic.pretrained)!r} has another tokenizer than the policy, whose tokens "
-            f"it would read as others: {found[0]!r} is {found[1]!r} there. Give a critic of the policy's family, or "
-            "null to start from the policy's weights."
-        )
 
 
 def _same_weights(reward: RewardModelReward, pretrained: Pretrained) -> bool:

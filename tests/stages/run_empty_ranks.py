@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_rlhf import (
     EMA,
+    DPOModule,
     HFExport,
     InstructionDataModule,
     LoRA,
@@ -97,6 +98,9 @@ def make(stage, model_dir, out, n):
         files["batch_size"] = 2 * n  # sequences: a pair has two
         module = RewardModule(model_dir, **grouped(lora=LoRA(r=4), **common))
         return module, PreferenceDataModule(data, val=data, **files), "val/loss"
+    if stage == "dpo":
+        files["batch_size"] = 2 * n
+        return DPOModule(model_dir, **grouped(**common)), PreferenceDataModule(data, val=data, **files), "val/loss"
     kind = stage.removeprefix("ppo ")
     reward = {
         "function": letters,
@@ -200,7 +204,7 @@ def at(place):
 
 def run_all(model_dir, out, runs):
     """What came of each stage under each strategy with so many rows, by name."""
-    stages = ["sft", "reward", *(f"ppo {kind}" for kind in PPO)]
+    stages = ["sft", "reward", "dpo", *(f"ppo {kind}" for kind in PPO)]
     names = {f"{stage}, {strategy}, {n}": (stage, strategy, n) for strategy, n in runs for stage in stages}
     place = {name: out / f"{name.replace(' ', '_')} of {WORLD}" for name in names}
     found = {name: case(stage, strategy, model_dir, place[name], n) for name, (stage, strategy, n) in names.items()}

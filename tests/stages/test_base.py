@@ -20,6 +20,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_rlhf import (
+    DPOModule,
     HFExport,
     InstructionDataModule,
     Load,
@@ -107,6 +108,10 @@ def steps(optimizer):
     return torch.optim.lr_scheduler.StepLR(optimizer, 3)
 
 
+def brief_loss(pairs):
+    return -pairs.better_ratio
+
+
 def brief(prompts, completions):
     return [-float(len(text)) for text in completions]
 
@@ -117,7 +122,8 @@ QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_
 
 
 def data_of(module, folder):
-    kinds = {SFTModule: InstructionDataModule, RewardModule: PreferenceDataModule, PPOModule: PromptDataModule}
+    kinds = {SFTModule: InstructionDataModule, RewardModule: PreferenceDataModule, DPOModule: PreferenceDataModule,
+             PPOModule: PromptDataModule}  # fmt: skip
     kind = next(kinds[base] for base in type(module).__mro__ if base in kinds)
     rows = PAIRS if kind is PreferenceDataModule else ROWS
     return kind(rows, val=rows, batch_size=4, cache_dir=folder)
@@ -141,6 +147,7 @@ def saved(tiny_model_dir, tmp_path_factory):
     for module in (
         SFTModule(model_dir, optimizer=sgd),
         RewardModule(model_dir, tokenizer, lr_scheduler=steps),
+        DPOModule(model_dir, reference=load_causal_lm(model_dir), loss=brief_loss),
         ppo(load_causal_lm(model_dir), tokenizer=tokenizer, engine=CachedEngine(max_rows=2)),
     ):
         run(module, folder).save_checkpoint(folder / f"{type(module).__name__}.ckpt")
@@ -152,6 +159,7 @@ def saved(tiny_model_dir, tmp_path_factory):
     [
         (SFTModule, dict(optimizer=sgd)),
         (RewardModule, dict(lr_scheduler=steps, tokenizer=load_tokenizer)),
+        (DPOModule, dict(loss=brief_loss, reference=load_causal_lm)),
         (PPOModule, dict(engine=CachedEngine(), pretrained=load_causal_lm, reward=brief, tokenizer=load_tokenizer)),
     ],
 )
@@ -213,7 +221,8 @@ def test_a_run_of_the_command_line_comes_back_with_its_optimizer(tiny_model_dir,
 
 
 @pytest.mark.parametrize(
-    ("held", "kind"), [(SFTModule, RewardModule), (RewardModule, PPOModule), (PPOModule, SFTModule)]
+    ("held", "kind"),
+    [(SFTModule, RewardModule), (RewardModule, PPOModule), (PPOModule, DPOModule), (DPOModule, SFTModule)],
 )
 def test_a_checkpoint_of_another_stage_is_named(held, kind, saved, tiny_model_dir, tmp_path):
     path = saved / f"{held.__name__}.ckpt"
@@ -233,6 +242,7 @@ def test_a_checkpoint_of_another_stage_is_named(held, kind, saved, tiny_model_di
         (PPOModule, "rl", None),
         (PPOModule, "rl", "kl_coef"),
         (RewardModule, "score_offset", None),
+        (DPOModule, "dpo", "delta"),
         (SFTModule, "stage", "objects"),
     ],
 )

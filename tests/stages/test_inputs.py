@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_rlhf import (
+    DPOModule,
     InstructionDataModule,
     PPOModule,
     PreferenceDataModule,
@@ -39,6 +40,7 @@ def stages(tiny_model_dir):
     return {
         "SFTModule": lambda: SFTModule(tiny_model_dir),
         "RewardModule": lambda: RewardModule(tiny_model_dir),
+        "DPOModule": lambda: DPOModule(tiny_model_dir),
         "PPOModule": lambda: PPOModule(tiny_model_dir, length_window, **grouped(sampling=Sampling(max_new_tokens=4))),
     }
 
@@ -48,7 +50,7 @@ DATA = {
     "PreferenceDataModule": (PreferenceDataModule, PAIRS, "PackedBatch with pairs"),
     "PromptDataModule": (PromptDataModule, PROMPTS, "PromptBatch"),
 }
-RIGHT = dict(zip(("SFTModule", "RewardModule", "PPOModule"), DATA, strict=True))
+RIGHT = dict(zip(("SFTModule", "RewardModule", "PPOModule"), DATA, strict=True), DPOModule="PreferenceDataModule")
 WRONG = [(stage, data) for stage in RIGHT for data in DATA if RIGHT[stage] != data]
 
 
@@ -77,6 +79,7 @@ def test_another_stages_batches_are_refused(stage, data, stages, tiny_tokenizer,
     [
         ("SFTModule", "collate_fn=lightning_rlhf.data.pack)."),
         ("RewardModule", "collate_fn=lightning_rlhf.data.pack)."),
+        ("DPOModule", "collate_fn=lightning_rlhf.data.pack)."),
         ("PPOModule", "give your rows to PromptDataModule."),
     ],
 )
@@ -100,7 +103,8 @@ def test_batches_of_which_nothing_can_be_learnt_are_refused(stages, tmp_path):
 
 
 def test_packed_batches_of_ones_own_are_trained_on(stages, tmp_path):
-    for stage, tree in (("SFTModule", TREE), ("RewardModule", TREE._replace(pairs=[Pair(0, 1)]))):
+    pair = TREE._replace(pairs=[Pair(0, 1)])
+    for stage, tree in (("SFTModule", TREE), ("RewardModule", pair), ("DPOModule", pair)):
         module = stages[stage]()
         trainer(tmp_path).fit(module, DataLoader([tree] * 2, batch_size=2, collate_fn=pack))
         assert module.trainer.global_step == 1
@@ -114,7 +118,7 @@ def test_data_of_an_earlier_run_is_not_blamed(stages, tmp_path):
     assert both.validate(stages["RewardModule"](), DataLoader([tree], collate_fn=pack), verbose=False)
 
 
-@pytest.mark.parametrize("stage", ["SFTModule", "RewardModule"])
+@pytest.mark.parametrize("stage", ["SFTModule", "RewardModule", "DPOModule"])
 def test_predictions_of_packed_batches_of_ones_own(stage, stages, tmp_path):
     trees = [TREE, Tree([1, 4], [Branch([5])]), TREE, TREE]
     module = stages[stage]()
@@ -128,10 +132,11 @@ def test_predictions_of_packed_batches_of_ones_own(stage, stages, tmp_path):
         ids = torch.tensor([[*prompt, *answer]])
         assert record["tokens"] == len(answer)
         with torch.no_grad(), module.model_to_export.native_attention() as model:
-            if stage == "SFTModule":
+            if stage != "RewardModule":
                 logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                 want = logprobs.gather(1, torch.tensor(answer)[:, None]).sum().item()
                 assert record["logprob"] == pytest.approx(want, abs=1e-4)
+                assert record.get("reward", 0.0) == 0.0  # at the start
             else:
                 assert record["score"] == pytest.approx(model(ids).logits[0, -1].item(), abs=1e-4)
     # a second run counts from the beginning

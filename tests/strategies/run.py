@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf import (
+    DPOModule,
     HFExport,
     InstructionDataModule,
     LoRA,
@@ -43,6 +44,7 @@ STAGES = Path(__file__).resolve().parents[1] / "stages"
 LOGGED = {
     "sft": ["train/loss"],
     "reward": ["train/loss", "train/chosen_score"],
+    "dpo": ["train/loss", "train/chosen_logprob"],
     "ppo": ["train/score", "train/kl", "train/loss", "train/value_loss", "train/policy_grad_norm"],
     "gan": ["loss_a", "loss_b"],
 }
@@ -132,6 +134,9 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
     if stage == "reward":
         data = PreferenceDataModule(run.rows(), val_fraction=0.3, batch_size=12, **files)
         return RewardModule(model_dir, **grouped(**common, **options)), data
+    if stage == "dpo":
+        data = PreferenceDataModule(run.rows(), val_fraction=0.3, batch_size=12, **files)
+        return DPOModule(model_dir, **grouped(**common, **options)), data
     if stage == "ppo":
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}

@@ -1,0 +1,299 @@
+"""Direct alignment: raise the log-probs of better answers over those of worse ones, without sampling."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.functional import PairLogprobs, k2, pair_logprobs
+from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
+from lightning_rlhf.models import Load, LoRA, Policy
+from lightning_rlhf.models.reference import Pretrained, cast_like
+from lightning_rlhf.protocols import NamesOrigins
+from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
+from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
+from lightning_rlhf.stages.pair_losses import LossSum, PairShaping, WeightedLoss
+from lightning_rlhf.stages.references import choose_reference, load_policy_and_reference, reference_logprobs
+
+SHAPING = PairShaping()
+#: Logged at each step of training, beside the loss; validation adds what :class:`PreferenceAccuracy` knows.
+TRAINED = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+#: The better answers' log-prob may fall by this share before a warning.
+DROP = 0.1
+
+
+class DPOModule(Stage):
+    """Trains a policy on pairs and rankings of answers by DPO, or by another loss of its family.
+
+    The loss is the weighted mean over the pairs of a whole optimizer step. A prompt stands once in the batch, its
+    answers behind it, for the policy and for the reference. Neither has dropout, so that the first loss of DPO is
+    ``log 2`` exactly.
+
+    Args:
+        pretrained: Directory or hub id of a causal LM, usually what SFT exported, or a model.
+        tokenizer: Directory, hub id or tokenizer; default that of ``pretrained``.
+        chat_template: Preset name (chatml, llama3, alpaca, vicuna, zephyr, plain), path of a Jinja file, or None for
+            the tokenizer's own.
+        lora: Adapters; None trains all weights.
+        loss: A loss of ``docs/dpo.md``; a function of :class:`~lightning_rlhf.functional.PairLogprobs` or its import
+            path; or a list of ``{name: ..., weight: ..., settings: {...}}``, which are added.
+        beta: Strength of the pull towards the reference. A larger value keeps the policy closer to it. None: the loss's
+            own default, 0.1 for most.
+        shaping: Length penalties and the divergence.
+        reference: What the policy is compared with: ``adapter_off`` (the model without its adapters), ``copy`` (a
+            frozen copy of the start), ``none`` (for SimPO, ORPO, CPO), or another model: its directory or hub id.
+            ``auto`` takes ``none`` if the loss reads no reference, ``adapter_off`` with ``lora``, and ``copy``
+            otherwise.
+        load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
+        optimizer: Makes an optimizer of parameter groups; weight decay never acts on norms and biases.
+        lr_scheduler: Makes a schedule of the optimizer; it is stepped once per optimizer step.
+        max_skipped: Optimizer steps in a row that may be skipped, because losses or gradients were not finite, before
+            the run ends.
+
+    Attributes:
+        policy: The model, from ``configure_model`` on. The attribute ``reference`` is the other one, if it is a model
+            of its own.
+
+    Logged: ``train/`` and ``val/`` (``test/``) ``loss``, ``accuracy`` (a tie counts half), ``margin``,
+    ``chosen_reward``, ``rejected_reward`` (implicit rewards), ``chosen_logprob``, ``rejected_logprob`` (nats per
+    answer), ``kl`` (k2, nats per token of the answers); and on validation what
+    :class:`~lightning_rlhf.stages.RewardModule` adds.
+
+    Raises:
+        ImportError: A loss that is not there.
+        ValueError: An argument is out of its range, or loss, shaping and reference do not fit together.
+    """
+
+    policy: Policy
+    reference: Policy
+    _reference: Pretrained
+    works_on = "preferences"
+    entries: ClassVar[Mapping[str, tuple[str, ...]]] = {**Stage.entries, "dpo": ("steps", "delta", "warned")}
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        lora: LoRA | None = None,
+        loss: str | list[WeightedLoss] | Callable[..., Any] = "sigmoid",
+        beta: float | None = None,
+        shaping: PairShaping = SHAPING,
+        reference: str | os.PathLike[str] | PreTrainedModel = "auto",
+        load: Load = LOAD,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable = CosineWarmup,
+        max_skipped: int = 5,
+    ) -> None:
+        check_arguments(DPOModule.__init__, locals(), beta=Range(0, above=True), max_skipped=Range(1))
+        super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, max_skipped)
+        self.save_settings()
+        self.loss, self.shaping = LossSum(loss, beta), shaping
+        self._check_shaping()
+        found = choose_reference(self, reference, self.loss.needs_reference)
+        object.__setattr__(self, "_reference", found)  # not a child, as pretrained
+        for part in ("train", "val", "test"):
+            self.metrics.declare(part, loss=TokenMean(), **({"kl": TokenMean()} if self._reference != "none" else {}))
+        self.metrics.declare("drop", ratio=TokenMean())
+        self.metrics.declare("train", **{name: TokenMean() for name in TRAINED})
+        for part in ("val", "test"):
+            logprobs = {name: TokenMean() for name in TRAINED if name.endswith("logprob")}
+            self.metrics.declare(part, preference=PreferenceAccuracy("reward"), **logprobs)
+        self._steps, self._delta, self._warned = 0, 0.0, False
+
+    def _check_shaping(self) -> None:
+        """Refuses what the loss would not read."""
+        if not self.loss.needs_reference and self.shaping.f_divergence != "reverse_kl":
+            raise ValueError(f"shaping.f_divergence is {self.shaping.f_divergence}, but the loss reads no reference.")
+        if not self.loss.reads_offset and self.shaping.length_alpha:
+            raise ValueError("shaping.length_alpha is set, but the loss has no place for it (docs/dpo.md).")
+
+    # ------------------------------------------------------------------------------------------------- models
+
+    def configure_model(self) -> None:
+        """Loads policy and reference once."""
+        if hasattr(self, "policy"):
+            return
+        self.policy, reference = load_policy_and_reference(self, self._reference)
+        if reference is not None:
+            self.reference = reference
+
+    @property
+    def model_to_export(self) -> Policy:
+        """The policy."""
+        return self.policy
+
+    def forget(self) -> None:
+        """As the base, and the running mean of implicit rewards."""
+        super().forget()
+        self._steps, self._delta, self._warned = 0, 0.0, False
+
+    def on_fit_start(self) -> None:
+        """Gives policy and reference one dtype."""
+        super().on_fit_start()
+        if hasattr(self, "reference"):
+            cast_like(self.reference, self.policy)
+
+    def reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
+        """(N,) log-probs of scored tokens under the reference; None without one."""
+        return reference_logprobs(self.policy, getattr(self, "reference", None), batch)
+
+    # ------------------------------------------------------------------------------------------------- steps
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss whose sum over micro-batches and mean over ranks is the step's mean over pairs."""
+        pairs, loss = self._compare("train", batch)
+        better, worse = self.implicit_rewards(pairs)
+        margin, weight = better - worse, batch.pairs.weight
+        won = (margin > 0).double() + 0.5 * (margin == 0).double()
+        values = (won, margin, better, worse, pairs.better, pairs.worse)
+        self.metrics.update("train", weight, **dict(zip(TRAINED, values, strict=True)))
+        self.metrics.update("drop", weight, ratio=pairs.better_ratio)
+        return ((weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)).float()
+
+    def compute_losses(self, pairs: PairLogprobs) -> Tensor:
+        """(P,) losses of P pairs."""
+        return self.loss(pairs, self._delta)
+
+    def implicit_rewards(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
+        """(P,) implicit rewards of the better and the worse answers.
+
+        They are ``beta`` times what the loss compares: log-ratios, or log-probs if it reads no reference, as sums or as
+        means per token.
+        """
+        better, worse = self.loss.scale * pairs.better_ratio, self.loss.scale * pairs.worse_ratio
+        if self.loss.per_token:
+            return better / pairs.better_length, worse / pairs.worse_length
+        return better, worse
+
+    def _compare(self, part: str, batch: PackedBatch) -> tuple[PairLogprobs, Tensor]:
+        """The pairs of a batch and their (P,) losses, counted as the loss of a part of the data."""
+        reference = self.reference_logprobs(batch)
+        logprobs = self.policy(batch).logprobs
+        found, shaping = batch.pairs, self.shaping
+        pairs = pair_logprobs(
+            logprobs,
+            reference,
+            batch.sequence,
+            batch.num_sequences,
+            found.better,
+            found.worse,
+            found.margin,
+            shaping.length_alpha,
+            shaping.ld_alpha,
+            shaping.f_divergence,
+            shaping.f_alpha,
+        )
+        if not self.loss.reads_offset and found.margin.any():
+            raise SettingsError(
+                "The rows have margins, and this loss has no place for them: set data.use_margin to false, or take "
+                "another loss (docs/dpo.md says which have it)."
+            )
+        loss = self.compute_losses(pairs)
+        self.metrics.update(part, found.weight, loss=loss)
+        if reference is not None:
+            self.metrics.update(part, batch.weight, kl=k2(logprobs.detach() - reference))
+        return pairs, loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the step, over its micro-batches and all ranks, before a checkpoint of it can be written."""
+        super().on_before_optimizer_step(optimizer)
+        found, drop = self.metrics.report("train", self.log), self.metrics.get("drop", "ratio")
+        self._warn_of_drop(drop.compute().item(), found["chosen_logprob"].item())
+        drop.reset()
+        self._steps += 1
+        if found["loss"].isfinite():
+            center = 0.5 * (found["chosen_reward"] + found["rejected_reward"]).item()
+            self._delta += (center - self._delta) / self._steps
+        self.count_step(found["loss"])
+
+    def _warn_of_drop(self, ratio: float, logprob: float) -> None:
+        """Tells once that better answers became less likely, which pairs alone allow."""
+        if self._warned or self._reference == "none" or self.shaping.f_divergence != "reverse_kl":
+            return
+        if ratio < DROP * (logprob - ratio):
+            self._warned = True
+            rank_zero_warn(
+                f"The better answers' log-prob fell from {logprob - ratio:.1f} to {logprob:.1f} nats: both answers of "
+                "pairs are becoming less likely. The loss dpop prevents it, and so does sft beside the loss: "
+                "loss: [{name: sigmoid}, {name: sft, weight: 0.2}]."
+            )
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Held-out loss and accuracies."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`, under ``test/``."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what was found."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs what was found."""
+        self._report("test")
+
+    def _evaluate(self, part: str, batch: PackedBatch) -> None:
+        pairs, _ = self._compare(part, batch)
+        chosen, rejected = self.implicit_rewards(pairs)
+        lengths, found = batch.lengths, batch.pairs
+        self.metrics.get(part, "preference").update(
+            chosen, rejected, lengths[found.better], lengths[found.worse], found.origin
+        )
+        self.metrics.update(part, found.weight, chosen_logprob=pairs.better, rejected_logprob=pairs.worse)
+
+    def _report(self, part: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        names = data.origins.get(part, ()) if isinstance(data, NamesOrigins) else ()
+        self.metrics.get(part, "preference").names = names
+        self.metrics.report(part, self.log)
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A record an answer: ``row`` and ``answer`` (from 0), implicit ``reward``, summed ``logprob``, ``tokens``."""
+        every = torch.arange(batch.num_sequences, device=self.device)
+        reference = self.reference_logprobs(batch)
+        logprobs = self.policy(batch).logprobs
+        answers = pair_logprobs(
+            logprobs,
+            reference,
+            batch.sequence,
+            batch.num_sequences,
+            every,
+            every,
+            f_divergence=self.shaping.f_divergence,
+            f_alpha=self.shaping.f_alpha,
+        )
+        rewards, _ = self.implicit_rewards(answers)
+        columns = (rewards.tolist(), answers.better.tolist(), answers.better_length.long().tolist())
+        return [
+            {"row": row, "answer": answer, "reward": reward, "logprob": logprob, "tokens": tokens}
+            for (row, answer), reward, logprob, tokens in zip(self.places(batch), *columns, strict=False)
+            # a filler has no place
+        ]
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the running mean of implicit rewards."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["dpo"] = {"steps": self._steps, "delta": self._delta, "warned": self._warned}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores it."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["dpo"]
+        self._steps, self._delta, self._warned = state["steps"], state["delta"], state["warned"]

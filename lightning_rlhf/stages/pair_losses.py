@@ -1,0 +1,195 @@
+"""Losses over pairs as settings name them: one, several with weights, or a function of one's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.arguments import did_you_mean
+from lightning_rlhf.checks import Range, check_arguments
+from lightning_rlhf.functional import LOSSES, PairLogprobs, PairLoss
+from lightning_rlhf.utils.imports import import_object
+
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+_POSITIVE, _SHARE = Range(0, above=True), Range(0, 0.5, below=True)
+#: Allowed numbers of settings; those of one loss alone are listed by both names.
+_RANGES = {
+    "beta": _POSITIVE,
+    "label_smoothing": _SHARE,
+    "exo.label_smoothing": Range(0, 0.5, above=True, below=True),  # it takes the logarithm
+    "tau": _POSITIVE,
+    "gamma": Range(0),
+    "odds_weight": Range(0),
+    "sft_weight": Range(0),
+    "drop_weight": Range(0),
+}
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """A loss with its weight and its settings.
+
+    Args:
+        name: A loss of ``docs/dpo.md``, or the import path of a function of your own.
+        weight: Its weight in the sum.
+        settings: Its own settings, such as ``{label_smoothing: 0.1}``.
+
+    Raises:
+        ValueError: The weight is not above 0.
+    """
+
+    name: str
+    weight: float = 1.0
+    settings: dict[str, float | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_arguments(WeightedLoss, vars(self), "loss.", weight=_POSITIVE)
+
+
+@dataclass(frozen=True)
+class PairShaping:
+    """How log-probs of pairs become what losses read.
+
+    Args:
+        length_alpha: Weight of the difference of lengths, by which a longer better answer must win (R-DPO). A larger
+            value prefers shorter answers; 0 turns it off.
+        ld_alpha: Weight of the tokens behind the shorter answer's length (LD-DPO). 1 counts all tokens alike; a smaller
+            value attends less to length.
+        f_divergence: The divergence from the reference: ``reverse_kl`` (DPO), ``forward_kl``, ``js_divergence`` or
+            ``alpha_divergence``.
+        f_alpha: Order of the alpha divergence.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    length_alpha: float = 0.0
+    ld_alpha: float = 1.0
+    f_divergence: FDivergence = "reverse_kl"
+    f_alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        ranges = {"length_alpha": Range(0), "ld_alpha": Range(0, 1), "f_alpha": Range(0, 1, above=True, below=True)}
+        check_arguments(PairShaping, vars(self), "shaping.", **ranges)
+
+
+# checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
+torch.serialization.add_safe_globals([WeightedLoss, PairShaping])
+
+
+class LossSum:
+    """A weighted sum of losses over pairs.
+
+    Args:
+        given: The name of a loss, a function, or several with weights.
+        beta: Strength of the losses that have one; None keeps each loss's own default.
+
+    Attributes:
+        needs_reference: Whether one of them reads log-ratios.
+        reads_offset: Whether all of them read margins and length penalties; SFT beside such a loss is no exception.
+        scale: Factor of implicit rewards: that of the first loss that has one, otherwise 1.
+        per_token: Whether implicit rewards are means per token, as the first loss reads them; otherwise sums.
+
+    Raises:
+        ImportError: A function that is not there.
+        ValueError: There is no such loss, or it has no such setting.
+    """
+
+    def __init__(self, given: str | Sequence[WeightedLoss] | Callable[..., Tensor], beta: float | None) -> None:
+        if isinstance(given, (str, PairLoss)) or callable(given):
+            self._parts = [_Part(given, 1.0, {}, beta)]
+        else:
+            losses = [WeightedLoss(**one) if isinstance(one, Mapping) else one for one in given]
+            self._parts = [_Part(one.name, one.weight, one.settings, beta) for one in losses]
+        if not self._parts:
+            raise ValueError(f"loss is an empty list. Choose of: {', '.join(LOSSES)}.")
+        betas = [part.settings["beta"] for part in self._parts if "beta" in part.settings]
+        if beta is not None and not betas:
+            names = " and ".join(part.name for part in self._parts)
+            raise ValueError(f"beta is {beta:g}, but the loss {names} has no beta. Leave it out.")
+        self.scale = float(betas[0]) if betas else 1.0
+        self.needs_reference = any(part.loss.reference for part in self._parts)
+        offsets = [part.loss.offset for part in self._parts if part.loss is not LOSSES["sft"]]
+        self.reads_offset = bool(offsets) and all(offsets)
+        first = next((part for part in self._parts if part.loss is not LOSSES["sft"]), self._parts[0])
+        self.per_token = first.loss.per_token and bool(first.settings.get("average", True))
+
+    def __call__(self, pairs: PairLogprobs, delta: float = 0.0) -> Tensor:
+        """Computes (P,) losses.
+
+        Args:
+            pairs: The pairs' log-probs.
+            delta: The running mean of implicit rewards, for losses that have such a setting.
+
+        Raises:
+            ValueError: A function of one's own did not return a loss per pair.
+        """
+        losses = [part.weight * part(pairs, delta) for part in self._parts]
+        return torch.stack(losses).sum(0) if len(losses) > 1 else losses[0]
+
+
+class _Part:
+    """A loss with all its settings but the one that moves."""
+
+    def __init__(
+        self,
+        given: str | PairLoss | Callable[..., Tensor],
+        weight: float,
+        settings: Mapping[str, Any],
+        beta: float | None,
+    ) -> None:
+        self.loss, self.name, self.weight = *_find(given), weight
+        parameters = list(inspect.signature(self.loss.function).parameters.items())[1:]
+        known = {name: parameter.default for name, parameter in parameters}
+        for key, value in settings.items():
+            self._check(key, value, known)
+        defaults = {key: default for key, default in known.items() if default is not inspect.Parameter.empty}
+        self.settings = {**defaults, **({"beta": beta} if beta is not None and "beta" in known else {}), **settings}
+        self.follows_delta = "delta" in known and "delta" not in settings
+
+    def _check(self, key: str, value: Any, known: Mapping[str, Any]) -> None:
+        if key not in known:
+            has = ", ".join(known) or "none"
+            raise ValueError(f"The loss {self.name} has no setting {key!r}{did_you_mean(key, known)} It has: {has}.")
+        if isinstance(known[key], bool) != isinstance(value, bool) or not isinstance(value, Real):
+            what = "true or false" if isinstance(known[key], bool) else "a number"
+            raise ValueError(f"The setting {key} of the loss {self.name} must be {what}, got {value!r}.")
+        allowed = _RANGES.get(f"{self.name}.{key}", _RANGES.get(key, Range())) if self.name in LOSSES else Range()
+        if value not in allowed:
+            raise ValueError(f"The setting {key} of the loss {self.name} must be {allowed}, got {value!r}.")
+
+    def __call__(self, pairs: PairLogprobs, delta: float) -> Tensor:
+        settings = {**self.settings, "delta": delta} if self.follows_delta else self.settings
+        loss = self.loss.function(pairs, **settings)
+        if loss.shape != pairs.better.shape:
+            raise ValueError(
+                f"The loss {self.name} returned the shape {tuple(loss.shape)} for {len(pairs.better)} pairs: return a "
+                "loss per pair, without a mean."
+            )
+        return loss
+
+
+def _find(given: str | PairLoss | Callable[..., Tensor]) -> tuple[PairLoss, str]:
+    """A loss and what it is called."""
+    if isinstance(given, str) and given in LOSSES:
+        return LOSSES[given], given
+    found: Any = given
+    name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
+    if isinstance(given, str):
+        if "." not in given and ":" not in given:
+            raise ValueError(
+                f"There is no loss {given!r}{did_you_mean(given, LOSSES)} All: {', '.join(LOSSES)}; or the import path "
+                "of a function."
+            )
+        found = import_object(given, "loss")
+    if isinstance(found, PairLoss):
+        return found, name
+    if not callable(found):
+        raise ValueError(f"loss: {name} is a {type(found).__name__}. Give a function of PairLogprobs.")
+    return PairLoss(found), name

@@ -1,0 +1,548 @@
+"""The DPO stage: the loss's definition, invariance to every split, references, exact resume, what is refused."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import assert_equal, load_script, spawn
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_rlhf import DPOModule, HFExport, Load, LoRA, PairShaping, PreferenceDataModule, WeightedLoss
+from lightning_rlhf.functional import LOSSES, PairLoss
+from lightning_rlhf.stages.pair_losses import LossSum
+
+SCRIPT = Path(__file__).with_name("run_dpo.py")
+run_dpo = load_script(SCRIPT)
+run, rows, real_pairs = run_dpo.run, run_dpo.rows, run_dpo.real_pairs
+spawn = partial(spawn, SCRIPT)
+STEP = dict(max_steps=1, val_fraction=0.0, batch_size=16, real=True)
+
+
+def weights(module):
+    return {k: v.detach().clone() for k, v in module.policy.named_parameters()}
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    flat = [torch.cat([x[k].flatten() for k in b]) for x in (a, b)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+def quiet(tmp_path, **options):
+    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    return L.Trainer(**{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def other_model_dir(tiny_model_dir, tmp_path_factory):
+    """A model of the same family with other weights."""
+    path = tmp_path_factory.mktemp("other")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(path)
+    return path
+
+
+# --------------------------------------------------------------------------------------- the same by plain transformers
+
+
+def messages_of(row, answer):
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    text = answer if isinstance(answer, str) else answer[-1]["content"]
+    return prompt, text
+
+
+def plain_logprobs(model, tokenizer, data, names=("chosen", "rejected")):
+    """For each name its answers' summed log-probs and tokens; all answers padded on the right."""
+    texts, starts = [], []
+    for row in data:
+        for name in names:
+            messages, answer = messages_of(row, row[name])
+            prompt = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+            prompt += "<|im_start|>assistant\n"
+            starts.append(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+            texts.append(f"{prompt}{answer}<|im_end|>")
+    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+    logits = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
+    tokens = logits[:, :-1].log_softmax(-1).gather(2, inputs.input_ids[:, 1:, None])[..., 0]
+    place = torch.arange(1, inputs.input_ids.shape[1])
+    read = (place >= torch.tensor(starts)[:, None]) & inputs.attention_mask[:, 1:].bool()
+    sums, sizes = (tokens * read).sum(1), read.sum(1)
+    return [(sums[i :: len(names)], sizes[i :: len(names)]) for i in range(len(names))]
+
+
+def plain_model(path, state=None):
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float64)
+    if state is not None:
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def plain_pairs(policy, reference, tokenizer, data):
+    """Log-ratios, policy minus reference, of chosen and rejected answers, then log-probs and lengths."""
+    own = plain_logprobs(policy, tokenizer, data)
+    with torch.no_grad():
+        base = plain_logprobs(reference, tokenizer, data)
+    (c, cn), (r, rn) = own
+    return c - base[0][0], r - base[1][0], c, r, cn, rn
+
+
+def dpo(c, r, *_, beta=0.1):
+    return -F.logsigmoid(beta * (c - r)).mean()
+
+
+def simpo(_c, _r, c, r, cn, rn):
+    return -F.logsigmoid(2.0 * (c / cn - r / rn) - 1.0).mean()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def want(tiny_model_dir, other_model_dir, tokenizer):
+    """The step's gradient by loss, in fp64."""
+    found = {}
+    for name, loss in (("sigmoid", dpo), ("simpo", simpo)):
+        policy, reference = plain_model(tiny_model_dir), plain_model(other_model_dir)
+        loss(*plain_pairs(policy, reference, tokenizer, real_pairs())).backward()
+        found[name] = {f"model.{k}": p.grad for k, p in policy.named_parameters()}
+    return found
+
+
+def options_of(name, other_model_dir):
+    return dict(loss=name, **({"reference": str(other_model_dir)} if name == "sigmoid" else {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(accumulate=4, order=1),
+        dict(layout="padded", order=2),
+        dict(layout="padded", accumulate=4),
+        dict(accumulate=11),  # more micro-batches than rows
+        dict(checkpointing=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["sigmoid", "simpo"])
+def test_step_gradient_does_not_depend_on_the_split(name, options, tiny_model_dir, other_model_dir, want, tmp_path):
+    """2e-6 relative to a padded model in fp64, on real pairs."""
+    run(tiny_model_dir, tmp_path, **STEP, **options_of(name, other_model_dir), **options)
+    assert difference(torch.load(tmp_path / "gradients.pt"), want[name]) < 2e-6
+
+
+@pytest.mark.distributed
+def test_step_gradient_on_two_processes(tiny_model_dir, other_model_dir, want, tmp_path):
+    spawn(tiny_model_dir, tmp_path, devices=2, accumulate=4, order=3, **STEP, **options_of("sigmoid", other_model_dir))
+    assert difference(torch.load(tmp_path / "gradients.pt"), want["sigmoid"]) < 2e-6
+
+
+LORA = dict(**STEP, lora=True, fill=True)
+
+
+def plain_adapter_gradients(model_dir, start, tokenizer):
+    """Of adapters at their values of ``start``, from the gradient of merged weights, in fp64."""
+    scale = 32.0 / 4
+    names = [k.removesuffix(".lora_A.default.weight") for k in start if ".lora_A." in k]
+    ab = {n: [start[f"{n}.lora_{x}.default.weight"].double() for x in "AB"] for n in names}
+    policy, reference = plain_model(model_dir), plain_model(model_dir)
+    own = dict(policy.named_parameters())
+    for name, (a, b) in ab.items():
+        own[f"{name.removeprefix('model.base_model.model.')}.weight"].data += scale * b @ a
+    dpo(*plain_pairs(policy, reference, tokenizer, real_pairs())).backward()
+    found = {}
+    for name, (a, b) in ab.items():
+        g = own[f"{name.removeprefix('model.base_model.model.')}.weight"].grad
+        found[f"{name}.lora_A.default.weight"] = scale * b.T @ g
+        found[f"{name}.lora_B.default.weight"] = scale * g @ a.T
+    return found
+
+
+@pytest.mark.parametrize("reference", ["adapter_off", "copy"])
+@pytest.mark.parametrize("options", [dict(checkpointing=True), dict(layout="padded", accumulate=4)], ids=str)
+def test_adapters_get_the_same_gradient_from_either_reference(reference, options, tiny_model_dir, tokenizer, tmp_path):
+    _, _, first = run(tiny_model_dir, tmp_path, **LORA, reference=reference, **options)
+    want = plain_adapter_gradients(tiny_model_dir, first.start, tokenizer)
+    assert difference(first.gradients, want) < 2e-6
+
+
+def test_quantized_weights_are_those_of_the_copy_too(wide_model_dir, tmp_path):
+    """NF4: with adapters at zero, both references say the same log-probs as the policy."""
+    pytest.importorskip("bitsandbytes")
+    for reference in ("adapter_off", "copy"):
+        _, _, first = run(wide_model_dir, tmp_path / reference, **STEP, lora=True, quantization="nf4",
+                          reference=reference)  # fmt: skip
+        assert first.metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert first.metrics["train/kl"] == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- the beginning
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(lora=True), dict(lora=True, reference="copy"), dict(layout="padded"),
+     dict(lora=True, checkpointing=True, accumulate=4)],
+    ids=str,
+)  # fmt: skip
+def test_at_the_start_nothing_is_preferred(options, tiny_model_dir, tmp_path):
+    _, _, first = run(tiny_model_dir, tmp_path, **STEP, **options)
+    found = first.metrics
+    assert found["train/loss"] == torch.tensor(2.0).double().log().float().item()
+    assert found["train/accuracy"] == 0.5
+    for name in ("margin", "chosen_reward", "rejected_reward", "kl"):
+        assert found[f"train/{name}"] == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_trains_and_loads_the_reference_that_it_reads(name, tiny_model_dir, tmp_path):
+    _, module, first = run(tiny_model_dir, tmp_path, **{**STEP, "max_steps": 2}, loss=name)
+    assert hasattr(module, "reference") == LOSSES[name].reference
+    assert all(math.isfinite(value) for value in first.metrics.values())
+    assert ("train/kl" in first.metrics) == LOSSES[name].reference
+
+
+def test_swapped_pairs_have_the_mirrored_gradient(tiny_model_dir, tmp_path):
+    """At the start the loss's slope is the same on both sides."""
+    found = []
+    for flip in (False, True):
+        data = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} if flip else row for row in real_pairs()]
+        module = DPOModule(tiny_model_dir, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        first = run_dpo.First(False)
+        quiet(tmp_path, max_steps=1, callbacks=[first]).fit(
+            module, PreferenceDataModule(data, batch_size=16, val_fraction=0.0, cache_dir=tmp_path)
+        )
+        found.append({k: -g if flip else g for k, g in first.gradients.items()})
+    assert difference(*found) < 1e-6
+
+
+def test_a_ranking_equals_its_pairs_written_out(tiny_model_dir, other_model_dir, tmp_path):
+    answers = ["fox dog", "Paris", "fine fine fine", "good"]
+    ranking = [{"prompt": "Say it", "ranked": answers}]
+    pairs = [{"prompt": "Say it", "chosen": a, "rejected": b} for i, a in enumerate(answers) for b in answers[i + 1 :]]
+    found = []
+    for data in (ranking, pairs):
+        module = DPOModule(tiny_model_dir, reference=other_model_dir, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        first = run_dpo.First(False)
+        quiet(tmp_path, max_steps=1, callbacks=[first]).fit(
+            module, PreferenceDataModule(data, batch_size=12, val_fraction=0.0, cache_dir=tmp_path)
+        )
+        found.append(first.gradients)
+    assert difference(*found) < 2e-6
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_logged_values_equal_a_plain_computation_for_any_batch_size(
+    tiny_model_dir, other_model_dir, tokenizer, tmp_path
+):
+    data = [{**row, "source": f"s{i % 2}"} for i, row in enumerate(real_pairs())]
+    with torch.no_grad():
+        c, r, cp, rp, cn, rn = plain_pairs(plain_model(tiny_model_dir), plain_model(other_model_dir), tokenizer, data)
+    margin = 0.1 * (c - r)
+    won = (margin > 0).double()
+    want = {
+        "loss": dpo(c, r).item(),
+        "accuracy": won.mean().item(),
+        "margin": margin.mean().item(),
+        "chosen_reward": 0.1 * c.mean().item(),
+        "rejected_reward": 0.1 * r.mean().item(),
+        "chosen_logprob": cp.mean().item(),
+        "rejected_logprob": rp.mean().item(),
+    }
+    for size in (1, 5, 16):
+        module = DPOModule(tiny_model_dir, reference=other_model_dir)
+        made = PreferenceDataModule(data, val=data, eval_batch_size=size, cache_dir=tmp_path)
+        found = quiet(tmp_path).validate(module, made, verbose=False)[0]
+        assert {k: found[f"val/{k}"] for k in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert found["val/accuracy/s0"] == pytest.approx(won[::2].mean().item())
+        assert found["val/length_accuracy"] == pytest.approx(((cn > rn).double() + 0.5 * (cn == rn)).mean().item())
+        assert found["val/kl"] > 0
+    _, _, first = run(tiny_model_dir, tmp_path, **STEP, reference=str(other_model_dir), accumulate=4)
+    assert {k: first.metrics[f"train/{k}"] for k in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "simpo"])
+def test_rewards_are_per_token_where_the_loss_reads_means(name, tiny_model_dir, other_model_dir, tokenizer, tmp_path):
+    with torch.no_grad():
+        found = plain_pairs(plain_model(tiny_model_dir), plain_model(other_model_dir), tokenizer, real_pairs())
+    c, _, cp, _, cn, _ = found
+    beta, chosen = {"ipo": (0.1, c), "sigmoid_norm": (2.0, c), "simpo": (2.0, cp)}[name]
+    reference = {} if name == "simpo" else {"reference": str(other_model_dir)}
+    _, _, first = run(tiny_model_dir, tmp_path, **STEP, loss=name, **reference)
+    assert first.metrics["train/chosen_reward"] == pytest.approx(beta * (chosen / cn).mean().item(), rel=1e-4)
+
+
+def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
+    options = dict(max_steps=4, max_epochs=-1, lr=1e-3, use_margin=True, pair_weight="prompt", loss="bco")
+    options |= dict(use_margin=False)
+    _, one, _ = run(tiny_model_dir, tmp_path / "one", **options)
+    two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
+    assert difference(two, weights(one)) < 1e-4  # Adam divides by small numbers: rounding grows over the steps
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert a.keys() == b.keys() and "val/accuracy/hh" in a
+    for name in a:
+        assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+
+
+def test_margins_and_length_penalties_are_subtracted(tiny_model_dir, other_model_dir, tokenizer, tmp_path):
+    data = [{**row, "margin": 0.25 * i} for i, row in enumerate(real_pairs())]
+    with torch.no_grad():
+        c, r, _, _, cn, rn = plain_pairs(plain_model(tiny_model_dir), plain_model(other_model_dir), tokenizer, data)
+    want = -F.logsigmoid(0.5 * (c - r) - 0.25 * torch.arange(8) - 0.01 * (cn - rn)).mean().item()
+    module = DPOModule(tiny_model_dir, beta=0.5, reference=other_model_dir, shaping=PairShaping(length_alpha=0.01))
+    made = PreferenceDataModule(data, val=data, use_margin=True, cache_dir=tmp_path)
+    assert quiet(tmp_path).validate(module, made, verbose=False)[0]["val/loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_losses_are_added_by_weight(tiny_model_dir, other_model_dir, tokenizer, tmp_path):
+    with torch.no_grad():
+        c, r, cp, _, cn, _ = plain_pairs(
+            plain_model(tiny_model_dir), plain_model(other_model_dir), tokenizer, real_pairs()
+        )
+    x = 0.3 * (c - r)
+    smooth = -0.9 * F.logsigmoid(x) - 0.1 * F.logsigmoid(-x)
+    want = (0.8 * smooth - 0.2 * cp / cn).mean().item()
+    loss = [WeightedLoss("sigmoid", 0.8, {"label_smoothing": 0.1}), {"name": "sft", "weight": 0.2}]
+    _, _, first = run(tiny_model_dir, tmp_path, **STEP, loss=loss, beta=0.3, reference=str(other_model_dir))
+    assert first.metrics["train/loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_one_is_told_once_that_better_answers_become_less_likely(tiny_model_dir, tmp_path):
+    module = DPOModule(tiny_model_dir, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-2, maximize=True), loss="sft",
+                       reference="auto")  # fmt: skip
+    data = PreferenceDataModule(real_pairs(), batch_size=8, val_fraction=0.0, cache_dir=tmp_path)
+    quiet(tmp_path, max_epochs=3).fit(module, data)  # without a reference nobody can tell
+    module = DPOModule(tiny_model_dir, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-2, maximize=True),
+                       loss=[{"name": "sigmoid", "weight": 1e-6}, {"name": "sft"}])  # fmt: skip
+    with pytest.warns(UserWarning, match=r"log-prob fell from -\d.* nats: .*dpop prevents it") as found:
+        quiet(tmp_path, max_epochs=3).fit(module, data)
+    assert sum("log-prob fell" in str(w.message) for w in found) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    "options", [dict(loss="bco"), dict(lora=True, accumulate=2, workers=2, pair_weight="prompt")], ids=str
+)
+def test_resume_mid_epoch_equals_uninterrupted_bit_for_bit(options, tiny_model_dir, tmp_path):
+    options = {"save_every": 1, **options}
+    _, whole, _ = run(tiny_model_dir, tmp_path / "a", **options)
+    steps = sorted((tmp_path / "a").glob("step*.ckpt"), key=lambda p: int(p.stem[4:]))
+    for place in (1, 5)[bool(options.get("workers")) :]:
+        _, resumed, _ = run(tiny_model_dir, tmp_path / f"b{place}", ckpt=str(steps[place]), seed=7, **options)
+        assert_equal(weights(resumed), weights(whole))
+        assert resumed._delta == whole._delta != 0.0
+        assert_equal(dict(resumed.named_parameters()), dict(whole.named_parameters()))  # and the reference
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_checkpoint_holds_the_policy_alone_and_loads_by_itself(lora, tiny_model_dir, tmp_path):
+    loss = [WeightedLoss("sigmoid", 0.5, {"label_smoothing": 0.1}), WeightedLoss("sft")]
+    shaping = dict(ld_alpha=0.5)
+    trainer, module, _ = run(tiny_model_dir, tmp_path, lora=lora, max_steps=2, loss=loss, shaping=shaping)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    names = {k for k in saved["state_dict"] if not k.startswith("metrics.")}
+    assert names == {f"policy.{k}" for k, p in module.policy.named_parameters() if p.requires_grad}
+    given = dict(lora=LoRA(r=4)) if lora else {}
+    again = DPOModule.load_from_checkpoint(tmp_path / "x.ckpt", optimizer=AdamW, **given)
+    assert_equal(weights(again), weights(module))
+    assert again.hparams["loss"] == loss and again.hparams["shaping"] == PairShaping(**shaping)
+    assert again._reference == module._reference == ("adapter_off" if lora else "copy")
+
+
+# --------------------------------------------------------------------------------------------- predict and export
+
+
+def test_predictions_come_in_order_with_implicit_rewards(tiny_model_dir, other_model_dir, tokenizer, tmp_path):
+    data = real_pairs()
+    module = DPOModule(tiny_model_dir, beta=0.2, reference=other_model_dir)
+    made = PreferenceDataModule(data, predict=data, eval_batch_size=5, cache_dir=tmp_path)
+    found = [record for batch in quiet(tmp_path).predict(module, made) for record in batch]
+    with torch.no_grad():
+        c, r, cp, rp, cn, rn = plain_pairs(plain_model(tiny_model_dir), plain_model(other_model_dir), tokenizer, data)
+    pick = lambda a, b: torch.stack([a, b], 1).flatten().tolist()  # noqa: E731
+    assert [(f["row"], f["answer"]) for f in found] == [(i, j) for i in range(8) for j in range(2)]
+    assert [f["reward"] for f in found] == pytest.approx(pick(0.2 * c, 0.2 * r), rel=1e-4)
+    assert [f["logprob"] for f in found] == pytest.approx(pick(cp, rp), rel=1e-5)
+    assert [f["tokens"] for f in found] == pick(cn, rn)
+    assert all(f.keys() == {"row", "answer", "reward", "logprob", "tokens"} for f in found)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_export_is_the_policy(lora, tiny_model_dir, tokenizer, tmp_path):
+    export = HFExport(str(tmp_path / "hf"), when="last")
+    _, module, _ = run(tiny_model_dir, tmp_path, lora=lora, max_steps=3, callbacks=[export])
+    [saved] = [file.parent for file in (tmp_path / "hf").rglob("config.json")]
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    ids = torch.tensor([tokenizer("The quick brown fox")["input_ids"]])
+    with torch.no_grad(), module.policy.native_attention() as model:
+        assert torch.allclose(again.eval()(ids).logits, model(ids).logits, atol=1e-5)
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert not torch.allclose(again(ids).logits, start(ids).logits, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ own losses
+
+
+def squared(pairs, target: float = 1.0):
+    """A loss of one's own."""
+    return (pairs.better_ratio - pairs.worse_ratio - target) ** 2
+
+
+def averaged(pairs):
+    return pairs.better.mean()
+
+
+unreferred = PairLoss(lambda pairs: -pairs.better, reference=False)
+
+
+def test_a_loss_of_ones_own_is_taken_by_import_path(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_losses.py").write_text(
+        "from lightning_rlhf.functional import PairLoss\n"
+        "def squared(pairs, target=1.0):\n    return (pairs.better_ratio - pairs.worse_ratio - target) ** 2\n"
+        "likely = PairLoss(lambda pairs: -pairs.better, reference=False)\n"
+    )
+    _, module, first = run(tiny_model_dir, tmp_path, **STEP, loss="my_losses.squared")
+    assert first.metrics["train/loss"] == pytest.approx(1.0) and module._reference == "copy"
+    loss = [WeightedLoss("my_losses:squared", settings={"target": 2.0})]
+    assert run(tiny_model_dir, tmp_path, **STEP, loss=loss)[2].metrics["train/loss"] == pytest.approx(4.0)
+    assert DPOModule(tiny_model_dir, loss="my_losses.likely")._reference == "none"
+    assert DPOModule(tiny_model_dir, loss=squared)._reference == "copy"
+    with pytest.raises(ImportError, match=r"Can't import the loss 'my_losses\.square': my_losses has no square"):
+        DPOModule(tiny_model_dir, loss="my_losses.square")
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(beta=0.0), "beta must be above 0, got 0.0"),
+        (dict(beta=math.nan), "beta must be above 0"),
+        (dict(beta=0.1, loss="orpo"), "beta is 0.1, but the loss orpo has no beta"),
+        (dict(loss="sigmod"), "There is no loss 'sigmod'; did you mean sigmoid? All: sigmoid, robust"),
+        (dict(loss=[]), "loss is an empty list"),
+        (
+            dict(loss=[WeightedLoss("ipo", settings={"label_smoothing": 0.1})]),
+            "The loss ipo has no setting",
+        ),
+        (
+            dict(loss=[WeightedLoss("sigmoid", settings={"label_smoothing": 0.5})]),
+            "The setting label_smoothing of the loss sigmoid must be at least 0 and below 0.5, got 0.5",
+        ),
+        (
+            dict(loss=[WeightedLoss("exo", settings={"label_smoothing": 0.0})]),
+            "The setting label_smoothing of the loss exo must be above 0 and below 0.5, got 0.0",
+        ),
+        (dict(loss=[WeightedLoss("ipo", settings={"average": 1.0})]), "average of the loss ipo must be true or false"),
+        (dict(loss=[WeightedLoss("ipo", settings={"beta": True})]), "beta of the loss ipo must be a number, got True"),
+        (dict(loss="simpo", reference="copy"), "reference is copy, but the loss reads none"),
+        (dict(loss="simpo", shaping=PairShaping(f_divergence="forward_kl")), "but the loss reads no reference"),
+        (dict(loss="ipo", shaping=PairShaping(length_alpha=0.1)), "length_alpha is set, but the loss has no place"),
+        (dict(reference="none"), "reference is none, but the loss reads one"),
+        (dict(reference="adapter_off"), "there are no adapters"),
+        (dict(loss="math.pi"), "loss: math.pi is a float"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, words, tiny_model_dir):
+    with pytest.raises(ValueError) as error:
+        DPOModule(tiny_model_dir, **settings)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_of_groups_have_ranges():
+    for wrong, words in (
+        (dict(ld_alpha=1.5), "shaping.ld_alpha must be at least 0 and at most 1"),
+        (dict(f_alpha=0.0), "shaping.f_alpha must be above 0 and below 1"),
+        (dict(length_alpha=-1.0), "shaping.length_alpha must be at least 0"),
+        (dict(f_divergence="kl"), "shaping.f_divergence is 'kl'. Choose one of: reverse_kl"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PairShaping(**wrong)
+    with pytest.raises(ValueError, match=r"loss\.weight must be above 0"):
+        WeightedLoss("sigmoid", 0.0)
+
+
+def test_a_reference_that_reads_tokens_as_others_is_named(tiny_model_dir, stories_model_dir):
+    with pytest.raises(ValueError, match=r"^reference='.*stories260K' has another tokenizer than the policy.* copy\.$"):
+        DPOModule(tiny_model_dir, reference=str(stories_model_dir))
+    small = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    small.resize_token_embeddings(16)
+    with pytest.raises(ValueError, match="The reference has 16 embeddings"):
+        DPOModule(tiny_model_dir, reference=small)
+
+
+def test_margins_that_no_loss_reads_are_named(tiny_model_dir, tmp_path):
+    made = PreferenceDataModule(rows(), use_margin=True, val_fraction=0.0, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="this loss has no place for them: set"):
+        quiet(tmp_path, max_steps=1).fit(DPOModule(tiny_model_dir, loss="ipo"), made)
+
+
+def test_a_loss_that_is_no_loss_per_pair_is_named(tiny_model_dir, tmp_path):
+    made = PreferenceDataModule(real_pairs(), val_fraction=0.0, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"The loss averaged returned the shape \(\) for \d pairs"):
+        quiet(tmp_path, max_steps=1).fit(DPOModule(tiny_model_dir, loss=averaged), made)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (dict(prompt="a", chosen="b", rejected="b"), "my.jsonl:1: "),
+        (dict(prompt="a", chosen="b", rejected=""), "my.jsonl:1: "),
+        (dict(prompt="a", chosen="b", rejected="c", margin=math.nan), "my.jsonl:1: "),
+        (dict(prompt="a", completion="b", label=True), "my.jsonl:1: "),
+    ],
+    ids=["equal", "empty", "margin", "unpaired"],
+)
+def test_bad_rows_are_named_with_file_and_line(row, words, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(json.dumps(row) + "\n")
+    made = PreferenceDataModule("my.jsonl", val_fraction=0.0, use_margin=True, cache_dir=tmp_path)
+    with pytest.raises(Exception, match=words):
+        quiet(tmp_path, max_steps=1).fit(DPOModule(tiny_model_dir), made)
+
+
+def test_settings_of_the_table_are_all_known():
+    """Each loss takes its defaults, and its settings are in range."""
+    for name in LOSSES:
+        found = LossSum(name, None)
+        [part] = found._parts
+        settings = {k: v for k, v in part.settings.items() if k != "delta"}
+        LossSum([WeightedLoss(name, settings=settings)], None)
+
+
+def test_a_model_object_keeps_its_start_as_the_reference(tiny_model_dir, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    module = DPOModule(model, tokenizer, optimizer=lambda p: AdamW(p, lr=1e-2))
+    data = PreferenceDataModule(real_pairs(), batch_size=4, val_fraction=0.0, cache_dir=tmp_path)
+    quiet(tmp_path, max_steps=3).fit(module, data)
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert_equal(dict(module.reference.transformer.named_parameters()), dict(start.named_parameters()))
+    assert not any(p.requires_grad for p in module.reference.parameters())
+
+
+def test_dropout_is_off(tiny_model_dir, tmp_path):
+    module = DPOModule(tiny_model_dir, lora=LoRA(r=4, dropout=0.5), load=Load(gradient_checkpointing=True))
+    first = run_dpo.First(False)
+    data = PreferenceDataModule(real_pairs(), batch_size=16, val_fraction=0.0, cache_dir=tmp_path)
+    quiet(tmp_path, max_steps=1, callbacks=[first]).fit(module, data)
+    assert first.metrics["train/margin"] == 0.0
