@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     config = parser.parse_args(arguments)
     again = f"lightning-rlhf collect {shlex.join(arguments)}"
     try:
-        _check_out(config.out)
+        _check_out(config.out, [config.seeds] if isinstance(config.seeds, str) else config.seeds, config.preferences)
         # jsonargparse 4.53 renamed it
         made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config)
         plan = Plan(**{one.name: made[one.name] for one in dataclasses.fields(Plan)})
@@ -94,8 +94,11 @@ def _parser() -> KeyParser:
     return parser
 
 
-def _check_out(out: Path) -> None:
-    """Refuses a folder with other files."""
+def _check_out(out: Path, seeds: Sequence[str], prompts: str | None) -> None:
+    """Refuses a folder with other files, and input that lies in it."""
+    for path in (*seeds, *filter(None, [prompts])):
+        if out.resolve() in Path(path).resolve().parents:
+            raise ValueError(f"{path} lies in --out {out}, whose files are written anew. Name another folder.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file. Name a folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / "ledger.sqlite").exists():

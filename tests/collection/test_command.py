@@ -175,6 +175,14 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
         run("--out", tmp_path / "thesis.tex", "--languages", "{en: 10}", *SMALL)
 
 
+def test_input_that_lies_in_the_output_is_refused(grown, tmp_path):
+    before = data_files(grown)
+    for option in ("--seeds", "--preferences"):
+        with pytest.raises(SystemExit, match=r"train\.jsonl lies in --out .*, whose files are written anew"):
+            run("--out", grown, option, grown / "train.jsonl", "--languages", "{en: 10}", *SMALL)
+    assert data_files(grown) == before
+
+
 def test_no_key_is_written_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
     generator = (
