@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_rlhf
 from lightning_rlhf import LoRA, PromptDataModule, Rollout, Sampling, Updates
 from lightning_rlhf.data import pad
+from lightning_rlhf.functional import LOSSES
 from lightning_rlhf.models import RewardModel, load_reward_model
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.moved import MOVED
@@ -123,6 +124,28 @@ def test_logged_names_are_those_of_ppo():
     names = [name for cell in logged for name in re.findall(r"`([^`]+)`", cell)]
     assert len(names) > 8
     assert [name for name in names if f"`{name}`" not in told] == []
+
+
+def test_logged_names_of_dpo_are_told():
+    told = (DOCS / "dpo.md").read_text(encoding="utf-8")
+    logged = [row[1] for head, row in tables("moving.md") if head[1] == "here, by DPO"]
+    names = [name for cell in logged for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(names) > 5
+    assert [name for name in names if f"`{name}`" not in told] == []
+
+
+def test_the_table_of_losses_is_that_of_the_code():
+    found = {}
+    for head, row in tables("dpo.md"):
+        if head[0] == "`loss`":
+            assert head[2:5] == ["reference", "margins", "`beta`"]
+            found[row[0].strip("`")] = [cell.strip() for cell in row[2:5]]
+    want = {}
+    for name, loss in LOSSES.items():
+        beta = inspect.signature(loss.function).parameters.get("beta")
+        needs = ("yes" if loss.reference else "", "yes" if loss.offset else "", str(beta.default) if beta else "")
+        want[name] = [*needs]
+    assert found == want
 
 
 # ------------------------------------------------------------------------------------------------- notebooks

@@ -35,10 +35,12 @@ def files(tmp_path, monkeypatch):
 
 def test_each_file_has_a_test_that_passes(files, tmp_path):
     own = [name for name in files if not name.startswith("test_")]
-    assert own == ["my_formats.py", "my_losses.py", "my_rewards.py"] and {f"test_{name}" for name in own} < {*files}
+    assert own == ["my_formats.py", "my_pair_losses.py", "my_losses.py", "my_rewards.py"] and {
+        f"test_{name}" for name in own
+    } < {*files}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
 
 
 SMALL = "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false --trainer.max_steps 1"
@@ -56,12 +58,16 @@ SMALL = "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progr
             [{"prompt": f"fox {i}", "chosen": "dog", "rejected": "cat"} for i in range(8)],
         ),
         (
+            "--model DPOModule --model.loss my_pair_losses.exponential --data PreferenceDataModule",
+            [{"prompt": f"fox {i}", "chosen": "dog", "rejected": "cat"} for i in range(8)],
+        ),
+        (
             "--model PPOModule --model.reward my_rewards.mentions --data PromptDataModule "
             "--model.rollout.sampling.max_new_tokens 4 --data.batch_size 4",
             [{"prompt": f"fox {i}", "keyword": "dog"} for i in range(8)],
         ),
     ],
-    ids=["format", "loss", "reward"],
+    ids=["format", "loss", "loss over pairs", "reward"],
 )
 def test_each_runs_from_the_command_line(command, rows, files, tiny_model_dir, monkeypatch):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -76,7 +76,7 @@ SMALL = {
     "quantize": "--group_size 32",
 }
 #: The small data of the configs in a folder.
-TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/ppo/": "{rows}"}
+TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/dpo/": "{pairs}", "configs/ppo/": "{rows}"}
 #: What else makes them small: PPO's start from what the stages before left.
 ALSO = {
     "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window "

@@ -68,7 +68,13 @@ def test_parallel_config_wins_over_each_stage(path, tiny_model_dir, tmp_path):
     assert list(text) == ["trainer"], "it describes parallelism alone"
     wanted = text["trainer"]
     # the last one has a strategy, devices and a precision of its own
-    for stage in ("sft/smollm2_lora", "reward/smollm2_lora", "ppo/smollm2_lora", "sft/llama2_13b_full"):
+    for stage in (
+        "sft/smollm2_lora",
+        "reward/smollm2_lora",
+        "dpo/smollm2_lora",
+        "ppo/smollm2_lora",
+        "sft/llama2_13b_full",
+    ):
         own = CONFIGS / f"{stage}.yaml"
         both = ["--config", str(own), "--config", str(path)]
         made = cli([*both, *options(tiny_model_dir, tmp_path, own.parent.name, trainer=())], run=False)
@@ -128,6 +134,17 @@ SPELLINGS = [
     ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.HFGenerateEngine"}}}),
     ("ppo", {"data": {"train": [{"prompt": "a", "lang": "en"}]}}),
     ("ppo", {"data": {"ptx": {"source": [{"source": "a.jsonl", "weight": 2.0}], "max_length": 5}}}),
+    *[
+        ("dpo", {"model": model})
+        for model in (
+            {"loss": "ipo", "beta": None},
+            {"loss": "my_losses.hinge"},
+            {"loss": [{"name": "sigmoid", "weight": 0.8, "settings": {"label_smoothing": 0.1}}, {"name": "sft"}]},
+            {"loss": [{"name": "ipo", "settings": {"average": False}}]},
+            {"reference": "copy"},
+            {"reference": "org/name", "shaping": {"f_divergence": "js_divergence", "ld_alpha": 0.5}},
+        )
+    ],
     ("sft", {"model": {"lora": None}}),
     ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
     ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "load": {"quantization": "nf4"}}}),
