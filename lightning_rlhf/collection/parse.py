@@ -41,6 +41,12 @@ _HEADING = re.compile(
     r"[ \t#*_]*[:：][ \t*_]*",
     re.IGNORECASE,
 )
+#: A line that announces the one task that follows.
+_ANNOUNCED = re.compile(
+    r"\A\s*(?:sure|certainly|of course|好的)?[,!.，！。 ]*(?:here(?: is|'s|’s)|以下是|下面是|这是)[^\n:：]{0,60}?"
+    r"(?:task|instruction|question|prompt|任务|指令|问题)[^\n:：]{0,40}[:：][ \t]*\n+",
+    re.IGNORECASE,
+)
 _QUOTES = (('"', '"'), ("“", "”"), ("「", "」"), ("'", "'"), ("**", "**"))
 
 
@@ -116,9 +122,10 @@ def parse_one(reply: str, cut: bool = False, shown: Sequence[str] = ()) -> list[
         shown: The tasks that the prompt showed.
 
     Returns:
-        One piece. Its problem is one of those of :func:`parse_list`, or ``a list`` for several numbered items.
+        One piece, without a line that announces the task. Its problem is one of those of
+        :func:`parse_list`, or ``a list`` for several numbered items.
     """
-    text, problem = _task(reply)
+    text, problem = _task(_ANNOUNCED.sub("", reply))
     if not reply.strip():
         problem = "empty"
     elif cut:

@@ -90,6 +90,10 @@ def test_what_is_no_task_is_counted_by_kind(reply, options, kinds):
 def test_one_task():
     assert parse_one('"Name a river."\n') == [Piece('"Name a river."\n', "Name a river.")]
     assert parse_one("New task: Name a river.")[0].text == "Name a river."
+    assert parse_one("Sure! Here is a new task:\n\nName a river.")[0].text == "Name a river."
+    assert parse_one("下面是改编后的新任务：\n说出一条河。")[0].text == "说出一条河。"
+    quoting = "Here is a text:\nThe river rises.\nSum it up."
+    assert parse_one(quoting)[0].text == quoting
     assert parse_one("Name a ri", cut=True)[0].problem == "cut"
     assert parse_one("1. Name a river.\n2. Name a lake.")[0].problem == "a list"
     assert parse_one("Name a river", shown=["Name a river."])[0].problem == "repeats an example"
