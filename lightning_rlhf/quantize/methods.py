@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lightning_rlhf.models.gptq import method_of, require
 from lightning_rlhf.models.loading import Dtype, load_config, load_exported, load_tokenizer
 from lightning_rlhf.models.quantization import Quantization, quantized, require_bitsandbytes
-from lightning_rlhf.models.saving import save_pretrained
+from lightning_rlhf.models.saving import no_progress_bars, save_pretrained
 from lightning_rlhf.quantize.autoround import STEPS, AutoRounder, of_one_length
 from lightning_rlhf.quantize.calibration import check_tokens, shapes_of
 from lightning_rlhf.quantize.gptq import solve
@@ -94,7 +94,8 @@ def quantize(
     tokenizer = load_tokenizer(source, trust_remote_code)
     model = load_exported(source, dtype, trust_remote_code)
     if method in GRIDLESS:
-        model = quantized(model, cast(Quantization, method))
+        with no_progress_bars():
+            model = quantized(model, cast(Quantization, method))
         return save_pretrained(model, tokenizer, out, keep_quantized=True)
     _check_disk(model, grid, Path(out))
     with torch.no_grad():

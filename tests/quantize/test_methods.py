@@ -275,9 +275,10 @@ def test_reward_models_keep_their_head_and_offset(method, form, reward_model, ca
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_bitsandbytes_formats_are_those_of_training(method, wide_stories, held_out, tmp_path):
+def test_bitsandbytes_formats_are_those_of_training(method, wide_stories, held_out, tmp_path, capfd):
     pytest.importorskip("bitsandbytes")
     directory = quantize(wide_stories, tmp_path / "out", method, Grid(4, 32))
+    assert "Loading weights" not in capfd.readouterr().err  # a line for each step in a file
     trained = load_causal_lm(wide_stories, quantization=method).eval()
     found = load_causal_lm(directory).eval()
     assert torch.equal(logits(found, held_out), logits(trained, held_out))
