@@ -204,8 +204,12 @@ def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None
 
 
 def filters(settings: Settings) -> list[Filter]:
-    """The filters of growth: those of the settings, then novelty, which takes longest."""
-    return [*make_filters(settings.filters), Novelty(settings.novelty)]
+    """The filters of growth: those that look at one row, those that compare it with others, and last novelty.
+
+    So what is compared, and remembered when a run goes on, is a text as the other filters left it.
+    """
+    made = sorted(make_filters(settings.filters), key=lambda filter: filter.remembers)
+    return [*made, Novelty(settings.novelty)]
 
 
 def _decisive(plan: Plan, settings: Settings, generators: Sequence[Generator]) -> dict[str, Any]:

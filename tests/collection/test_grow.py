@@ -1,5 +1,6 @@
 """Growth in rounds: what is asked for, what is counted, and that neither kills nor order change what comes out."""
 
+import json
 import random
 import re
 
@@ -185,6 +186,37 @@ def test_a_model_that_continues_gets_the_list_begun(tmp_path):
 
     growth = grow(tmp_path, Continuing(), Plan({"en": 10}, pilot=3, requests=3, examples=4, tasks=8))
     assert growth.counts["en"].rows == 10
+
+
+def test_rewards_test_sets_and_personal_data_decide_on_rows_too(tmp_path):
+    against = tmp_path / "test.jsonl"
+    tasks = [new_task(random.Random(f"test {i}"), "en") for i in range(3)]
+    against.write_text("".join(json.dumps({"prompt": task}) + "\n" for task in tasks))
+
+    def write(request, rng):
+        if len(request.messages) > 1:
+            return "abc" if rng.random() < 0.3 else "The quick brown fox jumps over the lazy dog."
+        call = f"Explain why {new_task(rng, 'en')[:30]} should call (212) 555-0{rng.randrange(100, 199)} at noon."
+        return "\n".join(f"{i}. {task}" for i, task in enumerate([rng.choice(tasks), new_task(rng, "en"), call], 1))
+
+    filters = [
+        {"NearDuplicate": {"threshold": 0.9}},
+        {"Contamination": {"against": str(against)}},
+        {"RewardAbove": {"reward": "reward_of_letters.letters", "least": 10}},
+        "PersonalData",
+    ]
+    plan = Plan({"en": 12}, pilot=3, requests=3, examples=4, tasks=3)
+    growth = grow(tmp_path / "out", Scripted(write=write), plan, filters=filters)
+    count = growth.counts["en"]
+    assert list(count.instruction["filters"]) == [
+        "Contamination", "RewardAbove", "PersonalData", "NearDuplicate", "Novelty",
+    ]  # fmt: skip
+    assert count.instruction["filters"]["Contamination"]["reasons"] == {"near duplicate of a test row": count.requests}
+    assert count.row["filters"]["RewardAbove"]["reasons"]["score too low"] > 0
+    assert all(row["provenance"]["filters"]["reward"] == 29 for row in growth.rows)
+    assert any("[PHONE]" in row["messages"][0]["content"] for row in growth.rows)
+    assert "555-0" not in json.dumps(growth.rows)
+    assert grow(tmp_path / "out", Scripted(write=write), plan, filters=filters).rows == growth.rows
 
 
 def test_settings_out_of_range_are_named():

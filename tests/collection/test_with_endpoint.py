@@ -194,6 +194,7 @@ def test_kills_while_answers_are_ranked_change_no_file(seeds, tmp_path, processe
         rows = [json.loads(line) for line in (tmp_path / "killed" / "train.jsonl").open(encoding="utf-8")]
         before = len(server.requests)
         assert processes.finish(["--out", tmp_path / "killed", *rest]) == 0 and len(server.requests) == before
+    print(f"{killed} kills, {before - first} requests")
     assert data(tmp_path / "killed") == data(tmp_path / "whole")
     for row in rows:  # this server's judge prefers the longer answer
         assert [len(text) for text in row["ranked"]] == sorted(map(len, row["ranked"]), reverse=True)
