@@ -119,7 +119,8 @@ class EngineGenerator(Generator):
     Its requests stand in the ledger too, and cost nothing: a budget does not concern them.
 
     Args:
-        pretrained: Directory or hub id of a causal LM or of adapters; or ``smollm2-135m-instruct``, which needs no hub.
+        pretrained: A run's folder, a directory or hub id of a causal LM or of adapters; or ``smollm2-135m-instruct``,
+            which needs no hub.
         dtype: Data type of the weights.
         device: Device on which it runs. None: the GPU if there is one, otherwise the CPU.
         batch_size: Number of replies that are generated together. A larger value is faster and takes more memory.

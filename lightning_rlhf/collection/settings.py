@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_rlhf.collection.answers import Writing
 from lightning_rlhf.collection.generators import Generator
-from lightning_rlhf.collection.grow import Plan
 from lightning_rlhf.endpoint import Budget
 from lightning_rlhf.evaluation.judges import Judge
 
@@ -74,8 +73,3 @@ class Settings:
         ):
             if not right:
                 raise ValueError(f"{name} must be {rule}.")
-
-
-def plan_fields() -> list[str]:
-    """Names of the settings of :class:`~lightning_rlhf.collection.grow.Plan`."""
-    return [one.name for one in fields(Plan)]
