@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _run(options)
     except (JudgeError, OSError, ImportError, TypeError, ValueError) as error:
-        sys.exit(f"lightning-rlhf win-rate: {error}")
+        sys.exit(f"lightning-rlhf win-rate: {' '.join(str(error).split())}")
 
 
 def _run(options: argparse.Namespace) -> None:

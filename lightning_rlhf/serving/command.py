@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
         run(_server(options), _access(options), options.host, options.port)
     except (OSError, ImportError, ValueError) as error:
-        sys.exit(f"lightning-rlhf serve: {error}")
+        sys.exit(f"lightning-rlhf serve: {' '.join(str(error).split())}")
 
 
 def _parser() -> argparse.ArgumentParser:
