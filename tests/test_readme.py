@@ -69,6 +69,7 @@ SMALL = {
     "--new-tokens 8",
     "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
     "collect": "--generator scripted.Scripted",
+    "data": "",
     "export": "--out made",
     "report": "",
     "serve": "--reward lightning_rlhf.rewards.functions.length_window",

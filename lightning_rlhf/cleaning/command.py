@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_rlhf.arguments import Parser, did_you_mean
 
 if TYPE_CHECKING:
     from lightning_rlhf.cleaning.example import Example
     from lightning_rlhf.cleaning.filters.base import Filter
-    from lightning_rlhf.cleaning.pipeline import Tally
     from lightning_rlhf.data.sources import BadRows
 
 _ABOUT = """\
@@ -61,6 +58,7 @@ def stats(args: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--row", metavar="ID", help="show instead where the row with this id comes from")
     options = parser.parse_args(args)
+    from lightning_rlhf.cleaning.outputs import check_outputs
     from lightning_rlhf.cleaning.provenance import origins, tree
     from lightning_rlhf.cleaning.statistics import measure
     from lightning_rlhf.data.sources import BadRows
@@ -78,7 +76,7 @@ def stats(args: Sequence[str]) -> None:
     print("\n".join(made.lines()))
     print(f"bad rows    {f'{bad.total:,}: {bad.reasons}' if bad.total else 'none'}")
     if options.json:
-        _check_outputs(options.path, [options.json])
+        check_outputs(options.path, [options.json])
         with atomic_file(options.json) as file:
             json.dump({**made.to_json(), "bad_rows": bad.summary()}, file, ensure_ascii=False, indent=1)
         print(f"Written: {options.json}")
@@ -105,19 +103,32 @@ def clean(args: Sequence[str]) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with 'filters', for settings of filters")
     parser.add_argument("--against", nargs="+", metavar="TEST", help="files of test sets, whose rows are taken out")
+    scale = parser.add_argument_group("more than one machine holds (pip install 'lightning_rlhf[scale]')")
+    scale.add_argument("--executor", choices=("local", "ray", "slurm"), help="run by datatrove, a task for each file")
+    scale.add_argument("--workers", type=int, default=1, help="tasks at a time; default: 1")
+    scale.add_argument("--slurm-partition", help="partition for the jobs")
+    scale.add_argument("--slurm-time", default="04:00:00", help="time limit of a job; default: 04:00:00")
     options = parser.parse_args(args)
+    if options.executor and options.on_bad_row == "raise":
+        parser.error("--executor leaves bad rows out and counts them. Leave out --on-bad-row raise.")
     if options.filters and options.config:
         parser.error("--filters and --config both name filters. Give one of them.")
+    if options.executor:
+        _clean_at_scale(options)
+        return
+    from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, dropped_entry, json_line
     from lightning_rlhf.cleaning.pipeline import Tally
     from lightning_rlhf.cleaning.pipeline import clean as run
 
-    filters, tally = _filters(options), Tally()
-    with _Outputs(options) as out:
-        for example in run(_ticking(_read(options, out.bad), "read"), filters, tally, out.drop):
-            out.keep(example.row)
-        out.report({"filters": tally.to_json(), "bad_rows": out.bad.summary()})
-    print("\n".join(_table(tally, out.bad)))
-    print("\n".join(out.said))
+    tally, outputs = Tally(), Outputs(options.out, [*options.path, *(options.against or [])])
+    filters = _filters(options)
+    with outputs as out:
+        bad = NotedBadRows(options.on_bad_row or "skip", out.note)
+        examples = _ticking(_read(options, bad), "read")
+        for example in run(examples, filters, tally, lambda *dropped: out.note(dropped_entry(*dropped))):
+            out.keep(json_line(example.row))
+        out.report({"filters": tally.to_json(), "bad_rows": bad.summary()})
+    print("\n".join([*tally.lines(), *_bad(bad), *out.lines()]))
 
 
 def convert(args: Sequence[str]) -> None:
@@ -135,23 +146,23 @@ def convert(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     from lightning_rlhf.cleaning.convert import check_target
     from lightning_rlhf.cleaning.convert import convert as write
+    from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, json_line
     from lightning_rlhf.data.formats import FormatError
 
     check_target(options.to)
-    options.on_bad_row = options.on_bad_row or "raise"
-    kept = 0
-    with _Outputs(options) as out:
-        for example in _ticking(_read(options, out.bad), "read"):
+    outputs = Outputs(options.out, options.path)
+    with outputs as out:
+        bad = NotedBadRows(options.on_bad_row or "raise", out.note)
+        for example in _ticking(_read(options, bad), "read"):
             try:
                 row = write(example, options.to)
             except FormatError as error:
-                out.bad.add(example.where, error.kind, str(error))
+                bad.add(example.where, error.kind, str(error))
             else:
-                out.keep(row)
-                kept += 1
-        out.report({"converted": kept, "bad_rows": out.bad.summary()})
-    print(f"{kept:,} rows as {options.to}; {out.bad.total:,} left out{f': {out.bad.reasons}' if out.bad.total else ''}")
-    print("\n".join(out.said))
+                out.keep(json_line(row))
+        out.report({"converted": out.kept, "bad_rows": bad.summary()})
+    print(f"{out.kept:,} rows as {options.to}; {bad.total:,} left out{f': {bad.reasons}' if bad.total else ''}")
+    print("\n".join(out.lines()))
 
 
 _COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {"stats": stats, "clean": clean, "convert": convert}
@@ -180,22 +191,35 @@ def _read(options: argparse.Namespace, bad: BadRows) -> Iterator[Example]:
 
 def _filters(options: argparse.Namespace) -> list[Filter]:
     """The filters that the options name."""
-    from lightning_rlhf.cleaning.filters.contamination import Contamination
-    from lightning_rlhf.cleaning.filters.make import DEFAULT, make_filters
+    from lightning_rlhf.cleaning.filters.make import make_filters
 
-    specs: Any = options.filters or DEFAULT
-    if options.config:
-        import yaml
+    return make_filters(_specs(options))
 
-        try:
-            read = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{options.config} is no YAML: {error}") from error
-        if not isinstance(read, Mapping) or not isinstance(read.get("filters"), list):
-            raise ValueError(f"{options.config} has no list 'filters'. Write: filters: [Length, NearDuplicate]")
-        specs = read["filters"]
-    against = [Contamination(options.against)] if options.against else []
-    return [*against, *make_filters(specs)]
+
+def _specs(options: argparse.Namespace) -> list[Any]:
+    """The filters that the options name, as a configuration writes them."""
+    from lightning_rlhf.cleaning.filters.make import DEFAULT
+
+    against = [{"Contamination": {"against": options.against}}] if options.against else []
+    if not options.config:
+        return [*against, *(options.filters or DEFAULT)]
+    import yaml
+
+    try:
+        read = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{options.config} is no YAML: {error}") from error
+    if not isinstance(read, Mapping) or not isinstance(read.get("filters"), list):
+        raise ValueError(f"{options.config} has no list 'filters'. Write: filters: [Length, NearDuplicate]")
+    return [*against, *read["filters"]]
+
+
+def _clean_at_scale(options: argparse.Namespace) -> None:
+    """Hands the same work to datatrove."""
+    from lightning_rlhf.cleaning.scale import Cluster, clean_files
+
+    cluster = Cluster(options.executor, options.workers, options.slurm_partition, options.slurm_time)
+    print("\n".join(clean_files(options.path, options.out, _specs(options), cluster, options.kind, options.format)))
 
 
 def _ticking(examples: Iterable[Example], what: str) -> Iterator[Example]:
@@ -206,98 +230,5 @@ def _ticking(examples: Iterable[Example], what: str) -> Iterator[Example]:
             print(f"{what}  {count:,}", file=sys.stderr, flush=True)
 
 
-def _check_outputs(sources: Sequence[str], outputs: Sequence[Path]) -> None:
-    """Refuses to write over what is read.
-
-    Raises:
-        ValueError: An output is one of the inputs.
-    """
-    from lightning_rlhf.data.sources import source_state
-
-    read = {os.path.realpath(file) for _, file, *_ in source_state(list(sources)) or []}
-    for path in outputs:
-        if os.path.realpath(path) in read:
-            raise ValueError(f"{path} is an input, and would be overwritten. Choose another --out.")
-
-
-class _Outputs:
-    """The files that a command writes: all of them get their names at the end, or none does."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        from lightning_rlhf.data.sources import BadRows
-
-        out: Path = options.out
-        name = out.name.removesuffix(".gz")
-        if not name.endswith(".jsonl"):
-            raise ValueError(f"--out {out} has another suffix. Rows are written as .jsonl or .jsonl.gz.")
-        stem = name.removesuffix(".jsonl")
-        self._paths = [out, out.with_name(f"{stem}.dropped.jsonl"), out.with_name(f"{stem}.report.json")]
-        _check_outputs([*options.path, *(getattr(options, "against", None) or [])], self._paths)
-        outputs = self
-
-        class Noted(BadRows):
-            """Bad rows that are also written to the file of dropped rows."""
-
-            def add(self, where: str, kind: str, reason: str) -> None:
-                super().add(where, kind, reason)
-                outputs.write_dropped({"where": where, "filter": "bad row", "reason": f"{kind}: {reason}"})
-
-        self.bad: BadRows = Noted(options.on_bad_row or "skip")
-        self.said: list[str] = []
-        self._counts = [0, 0]
-
-    def __enter__(self) -> _Outputs:
-        from lightning_rlhf.utils.filesystem import atomic_file
-
-        self._stack = ExitStack()
-        self._files: list[IO[str]] = [self._stack.enter_context(atomic_file(path)) for path in self._paths]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def keep(self, row: Mapping[str, Any]) -> None:
-        """Writes a row."""
-        self._files[0].write(_json(row))
-        self._counts[0] += 1
-
-    def drop(self, example: Example, name: str, reason: str) -> None:
-        """Writes a row that a filter dropped."""
-        found = {"where": example.where, "filter": name, "reason": reason}
-        measured = {"measured": example.notes} if example.notes else {}
-        self.write_dropped({**found, **measured, "row": example.row})
-
-    def write_dropped(self, entry: Mapping[str, Any]) -> None:
-        """Writes what the output lacks."""
-        self._files[1].write(_json(entry))
-        self._counts[1] += 1
-
-    def report(self, found: Mapping[str, Any]) -> None:
-        """Writes the report, and says what was written."""
-        self._files[2].write(json.dumps(found, ensure_ascii=False, indent=1, default=str) + "\n")
-        rows, dropped, report = self._paths
-        self.said = [
-            f"Rows: {rows} ({self._counts[0]:,})",
-            f"Left out, with reasons: {dropped} ({self._counts[1]:,})",
-            f"Report: {report}",
-        ]
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    # dates and decimals, as Parquet has them, become texts
-    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
-
-
-def _table(tally: Tally, bad: BadRows) -> Iterator[str]:
-    """What each filter did, as lines."""
-    yield f"{'filter':24s}{'seen':>12s}{'dropped':>12s}{'share':>8s}{'CPU s':>9s}  reasons"
-    for name, one in tally.filters.items():
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in one.reasons.most_common(4))
-        more = f", and {len(one.reasons) - 4} other reasons" if len(one.reasons) > 4 else ""
-        changed = f"{'; ' if reasons else ''}texts changed in {one.changed:,} rows" if one.changed else ""
-        share = one.dropped / one.seen if one.seen else 0.0
-        figures = f"{name:24s}{one.seen:12,}{one.dropped:12,}{share:8.1%}{one.seconds:9.1f}"
-        yield f"{figures}  {reasons}{more}{changed}".rstrip()
-    if bad.total:
-        yield f"{bad.total:,} bad rows: {bad.reasons}"
-    yield f"{tally.kept:,} of {tally.seen + bad.total:,} rows kept"
+def _bad(bad: BadRows) -> list[str]:
+    return [f"{bad.total:,} bad rows: {bad.reasons}"] if bad.total else []

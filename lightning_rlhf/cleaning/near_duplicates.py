@@ -68,7 +68,7 @@ def sketch(texts: Sequence[Sequence[str]]) -> list[Sketch]:
     return [Sketch(frozenset([h >> 32 for h in some]), value) for some, value in zip(hashes, values, strict=True)]
 
 
-def similarity(one: frozenset[int], other: frozenset[int]) -> float:
+def similarity(one: frozenset[Any], other: frozenset[Any]) -> float:
     """Jaccard similarity: the share of the shingles of either text that both have.
 
     Example:

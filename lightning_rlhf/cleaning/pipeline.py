@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,6 +17,8 @@ from lightning_rlhf.utils.text import one_line
 CHUNK = 256
 #: Dropped examples that a tally keeps of each filter, and characters of each.
 _EXAMPLES, _CHARACTERS = 5, 200
+#: Reasons of a filter that the table names.
+_REASONS = 4
 
 
 @dataclass
@@ -64,6 +66,35 @@ class Tally:
         if not seconds:
             filters = {name: {k: v for k, v in tally.items() if k != "seconds"} for name, tally in filters.items()}
         return {"seen": self.seen, "kept": self.kept, "filters": filters}
+
+    def merge(self, found: Mapping[str, Any]) -> None:
+        """Adds a tally of other examples.
+
+        Args:
+            found: What :meth:`to_json` returned.
+        """
+        self.seen += found["seen"]
+        self.kept += found["kept"]
+        for name, other in found["filters"].items():
+            one = self.filters.setdefault(name, FilterTally())
+            for figure in ("seen", "dropped", "changed", "seconds"):
+                setattr(one, figure, getattr(one, figure) + other[figure])
+            one.reasons.update(other["reasons"])
+            one.examples = [*one.examples, *other["examples"]][:_EXAMPLES]
+
+    def lines(self) -> Iterator[str]:
+        """A table for people."""
+        yield f"{'filter':24s}{'seen':>12s}{'dropped':>12s}{'share':>8s}{'CPU s':>9s}  reasons"
+        for name, one in self.filters.items():
+            reasons = [f"{reason} {count:,}" for reason, count in one.reasons.most_common(_REASONS)]
+            if len(one.reasons) > _REASONS:
+                reasons.append(f"{len(one.reasons) - _REASONS} other reasons")
+            if one.changed:
+                reasons.append(f"texts changed in {one.changed:,} rows")
+            share = one.dropped / one.seen if one.seen else 0.0
+            figures = f"{name:24s}{one.seen:12,}{one.dropped:12,}{share:8.1%}{one.seconds:9.1f}"
+            yield f"{figures}  {', '.join(reasons)}".rstrip()
+        yield f"{self.kept:,} of {self.seen:,} rows kept"
 
 
 def clean(
