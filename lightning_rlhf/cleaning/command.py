@@ -64,6 +64,8 @@ def stats(args: Sequence[str]) -> None:
     from lightning_rlhf.data.sources import BadRows
     from lightning_rlhf.utils.filesystem import atomic_file
 
+    if options.json:
+        check_outputs(options.path, [options.json])
     bad = BadRows(options.on_bad_row or "skip")
     examples = _ticking(_read(options, bad), "read")
     if options.row is not None:
@@ -76,7 +78,6 @@ def stats(args: Sequence[str]) -> None:
     print("\n".join(made.lines()))
     print(f"bad rows    {f'{bad.total:,}: {bad.reasons}' if bad.total else 'none'}")
     if options.json:
-        check_outputs(options.path, [options.json])
         with atomic_file(options.json) as file:
             json.dump({**made.to_json(), "bad_rows": bad.summary()}, file, ensure_ascii=False, indent=1)
         print(f"Written: {options.json}")

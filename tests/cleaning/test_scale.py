@@ -74,6 +74,7 @@ def test_without_near_duplicates(files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(900)  # its processes start one after the other, each loading torch
 def test_ray_drops_the_same_rows(files, tmp_path):
     pytest.importorskip("datatrove")
     ray = pytest.importorskip("ray")
