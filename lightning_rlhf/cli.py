@@ -22,6 +22,10 @@ TOOLS = {
         "grow instruction data from seeds, or rank answers to prompts, with any model",
     ),
     "data": ("lightning_rlhf.cleaning.command:main", "look at data, clean it, write it in another format"),
+    "score-reference": (
+        "lightning_rlhf.score_reference:main",
+        "compute a reference's log-probs ahead of DPO; takes the options of fit",
+    ),
     "win-rate": ("lightning_rlhf.evaluation.command:main", "measure how often one model's answers beat another's"),
     "quantize": ("lightning_rlhf.quantize.command:main", "make a model of 4 or 8 bits: GPTQ, AutoRound, rounding"),
     "export": ("lightning_rlhf.export.command:main", "hand a model on: merged weights, adapters alone, or a GGUF file"),

@@ -64,6 +64,7 @@ SMALL = {
     "validate": f"--model.pretrained {{model}} {ON_CPU}",
     "test": f"--model.pretrained {{model}} {ON_CPU}",
     "predict": f"--model.pretrained {{model}} {ON_CPU}",
+    "score-reference": f"--model.pretrained {{model}} {ON_CPU}",
     "inspect": "--model.pretrained {model}",
     "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
     "--new-tokens 8",

@@ -217,6 +217,17 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         """File and line of a row by its number in the part's batches (``PackedBatch.rows``)."""
         return str(self._rows[part].row(row)["where"])
 
+    def every_row(self, part: str) -> PlannedLoader:
+        """Each row of a part once, whatever its source weighs, in order: for what is computed before a run.
+
+        Args:
+            part: A part that was set up.
+        """
+        ranks, rank = self._ranks()
+        rows = self._rows[part]
+        planner = Planner(rows.sizes, self.eval_batch_size * ranks, 1, ranks, shuffle=False)
+        return PlannedLoader(rows, planner, rank, self.num_workers, pin_memory=torch.cuda.is_available())
+
     def longest(self, part: str) -> int:
         """Maximum number of tokens of a part's rows; 0 if the part has none or was not set up."""
         rows = self._rows.get(part)

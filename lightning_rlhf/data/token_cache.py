@@ -46,6 +46,9 @@ class TokenRows:
         sources: Number of rows and weight of each source, in order.
         blocks: For each source, the number of rows of every batch in its Arrow file.
         content: A hash of the rows and their order.
+
+    Attributes:
+        key: A hash of the rows' tokens: of ``content``, the tokenizer and how rows become tokens.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TokenRows:
         content: str,
     ) -> None:
         self.tree, self.sizes, self.sources, self.content = tree, sizes, sources, content
+        self.key = hashlib.sha256("\0".join([content, *(path.name for path in stores)]).encode()).hexdigest()
         self._files = [str(path / "tokens.arrow") for path in stores]
         self._blocks = [(file, block) for file, counts in enumerate(blocks) for block in range(len(counts))]
         self._ends = list(accumulate(chain.from_iterable(blocks)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.loading import Load, load_causal_lm, load_tokenizer
@@ -83,6 +85,24 @@ def first_other_token(policy: PreTrainedTokenizerBase, other: PreTrainedTokenize
         if theirs.get(i, token) != token or known.get(token, i) != i:
             return token, theirs.get(i, f"none; it has {token!r} elsewhere")
     return None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights as they are held: names, types, values; and of its config.
+
+    Args:
+        model: A transformers model, or one around it.
+    """
+    digest = hashlib.sha256()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            digest.update(module.config.to_json_string().encode())
+            break
+    for name, value in model.state_dict().items():
+        held = value.detach().contiguous().cpu() if isinstance(value, Tensor) else value
+        digest.update(f"{name}\0{getattr(held, 'dtype', '')}\0{tuple(getattr(held, 'shape', ()))}\0".encode())
+        digest.update(held.view(-1).view(torch.uint8).numpy().data if isinstance(held, Tensor) else repr(held).encode())
+    return digest.hexdigest()
 
 
 def cast_like(reference: nn.Module, policy: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.data.reference import ReferenceLogprobs
 from lightning_rlhf.functional import PairLogprobs, k2, pair_logprobs
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy
@@ -23,7 +25,12 @@ from lightning_rlhf.protocols import NamesOrigins
 from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 from lightning_rlhf.stages.pair_losses import LossSum, PairShaping, WeightedLoss
-from lightning_rlhf.stages.references import choose_reference, load_policy_and_reference, reference_logprobs
+from lightning_rlhf.stages.references import (
+    choose_reference,
+    load_policy_and_reference,
+    precompute_reference,
+    reference_logprobs,
+)
 
 SHAPING = PairShaping()
 #: Logged at each step of training, beside the loss; validation adds what :class:`PreferenceAccuracy` knows.
@@ -51,7 +58,8 @@ class DPOModule(Stage):
             own default, 0.1 for most.
         shaping: Length penalties and the divergence.
         reference: What the policy is compared with: ``adapter_off`` (the model without its adapters), ``copy`` (a
-            frozen copy of the start), ``none`` (for SimPO, ORPO, CPO), or another model: its directory or hub id.
+            frozen copy of the start), ``precomputed`` (the start's log-probs, computed once and kept beside the
+            tokens), ``none`` (for SimPO, ORPO, CPO), or another model: its directory or hub id.
             ``auto`` takes ``none`` if the loss reads no reference, ``adapter_off`` with ``lora``, and ``copy``
             otherwise.
         load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
@@ -61,8 +69,7 @@ class DPOModule(Stage):
             the run ends.
 
     Attributes:
-        policy: The model, from ``configure_model`` on. The attribute ``reference`` is the other one, if it is a model
-            of its own.
+        policy: The model, from ``configure_model`` on. Where the reference is another one, it is ``.reference``.
 
     Logged: ``train/`` and ``val/`` (``test/``) ``loss``, ``accuracy`` (a tie counts half), ``margin``,
     ``chosen_reward``, ``rejected_reward`` (implicit rewards), ``chosen_logprob``, ``rejected_logprob`` (nats per
@@ -77,6 +84,7 @@ class DPOModule(Stage):
     policy: Policy
     reference: Policy
     _reference: Pretrained
+    _precomputed: Mapping[str, ReferenceLogprobs]
     works_on = "preferences"
     entries: ClassVar[Mapping[str, tuple[str, ...]]] = {**Stage.entries, "dpo": ("steps", "delta", "warned")}
 
@@ -99,7 +107,7 @@ class DPOModule(Stage):
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, max_skipped)
         self.save_settings()
         self.loss, self.shaping = LossSum(loss, beta), shaping
-        self._check_shaping()
+        self.loss.check_shaping(shaping)
         found = choose_reference(self, reference, self.loss.needs_reference)
         object.__setattr__(self, "_reference", found)  # not a child, as pretrained
         for part in ("train", "val", "test"):
@@ -110,13 +118,6 @@ class DPOModule(Stage):
             logprobs = {name: TokenMean() for name in TRAINED if name.endswith("logprob")}
             self.metrics.declare(part, preference=PreferenceAccuracy("reward"), **logprobs)
         self._steps, self._delta, self._warned = 0, 0.0, False
-
-    def _check_shaping(self) -> None:
-        """Refuses what the loss would not read."""
-        if not self.loss.needs_reference and self.shaping.f_divergence != "reverse_kl":
-            raise ValueError(f"shaping.f_divergence is {self.shaping.f_divergence}, but the loss reads no reference.")
-        if not self.loss.reads_offset and self.shaping.length_alpha:
-            raise ValueError("shaping.length_alpha is set, but the loss has no place for it (docs/dpo.md).")
 
     # ------------------------------------------------------------------------------------------------- models
 
@@ -138,14 +139,22 @@ class DPOModule(Stage):
         super().forget()
         self._steps, self._delta, self._warned = 0, 0.0, False
 
+    def setup(self, stage: str) -> None:
+        """As the base; computes the reference's log-probs before anything else is loaded."""
+        super().setup(stage)
+        if self._reference == "precomputed":
+            self._precomputed = precompute_reference(self, stage)
+
     def on_fit_start(self) -> None:
         """Gives policy and reference one dtype."""
         super().on_fit_start()
         if hasattr(self, "reference"):
             cast_like(self.reference, self.policy)
 
-    def reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
-        """(N,) log-probs of scored tokens under the reference; None without one."""
+    def reference_logprobs(self, part: str, batch: PackedBatch) -> Tensor | None:
+        """(N,) log-probs of a part's scored tokens under the reference; None without one."""
+        if self._reference == "precomputed":
+            return self._precomputed[part](batch)
         return reference_logprobs(self.policy, getattr(self, "reference", None), batch)
 
     # ------------------------------------------------------------------------------------------------- steps
@@ -156,8 +165,8 @@ class DPOModule(Stage):
         better, worse = self.implicit_rewards(pairs)
         margin, weight = better - worse, batch.pairs.weight
         won = (margin > 0).double() + 0.5 * (margin == 0).double()
-        values = (won, margin, better, worse, pairs.better, pairs.worse)
-        self.metrics.update("train", weight, **dict(zip(TRAINED, values, strict=True)))
+        values = zip(TRAINED, (won, margin, better, worse, pairs.better, pairs.worse), strict=True)
+        self.metrics.update("train", weight, **dict(values))
         self.metrics.update("drop", weight, ratio=pairs.better_ratio)
         return ((weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)).float()
 
@@ -178,22 +187,10 @@ class DPOModule(Stage):
 
     def _compare(self, part: str, batch: PackedBatch) -> tuple[PairLogprobs, Tensor]:
         """The pairs of a batch and their (P,) losses, counted as the loss of a part of the data."""
-        reference = self.reference_logprobs(batch)
+        reference = self.reference_logprobs(part, batch)
         logprobs = self.policy(batch).logprobs
-        found, shaping = batch.pairs, self.shaping
-        pairs = pair_logprobs(
-            logprobs,
-            reference,
-            batch.sequence,
-            batch.num_sequences,
-            found.better,
-            found.worse,
-            found.margin,
-            shaping.length_alpha,
-            shaping.ld_alpha,
-            shaping.f_divergence,
-            shaping.f_alpha,
-        )
+        found = batch.pairs
+        pairs = self._pairs(batch, logprobs, reference, found.better, found.worse, found.margin)
         if not self.loss.reads_offset and found.margin.any():
             raise SettingsError(
                 "The rows have margins, and this loss has no place for them: set data.use_margin to false, or take "
@@ -204,6 +201,18 @@ class DPOModule(Stage):
         if reference is not None:
             self.metrics.update(part, batch.weight, kl=k2(logprobs.detach() - reference))
         return pairs, loss
+
+    def _pairs(
+        self,
+        batch: PackedBatch,
+        logprobs: Tensor,
+        reference: Tensor | None,
+        better: Tensor,
+        worse: Tensor,
+        margin: Tensor | None = None,
+    ) -> PairLogprobs:
+        tokens = (logprobs, reference, batch.sequence, batch.num_sequences)
+        return pair_logprobs(*tokens, better, worse, margin, **dataclasses.asdict(self.shaping))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the step, over its micro-batches and all ranks, before a checkpoint of it can be written."""
@@ -265,18 +274,9 @@ class DPOModule(Stage):
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record an answer: ``row`` and ``answer`` (from 0), implicit ``reward``, summed ``logprob``, ``tokens``."""
         every = torch.arange(batch.num_sequences, device=self.device)
-        reference = self.reference_logprobs(batch)
+        reference = self.reference_logprobs("predict", batch)
         logprobs = self.policy(batch).logprobs
-        answers = pair_logprobs(
-            logprobs,
-            reference,
-            batch.sequence,
-            batch.num_sequences,
-            every,
-            every,
-            f_divergence=self.shaping.f_divergence,
-            f_alpha=self.shaping.f_alpha,
-        )
+        answers = self._pairs(batch, logprobs, reference, every, every)
         rewards, _ = self.implicit_rewards(answers)
         columns = (rewards.tolist(), answers.better.tolist(), answers.better_length.long().tolist())
         return [

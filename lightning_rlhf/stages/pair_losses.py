@@ -120,6 +120,17 @@ class LossSum:
         first = next((part for part in self._parts if part.loss is not LOSSES["sft"]), self._parts[0])
         self.per_token = first.loss.per_token and bool(first.settings.get("average", True))
 
+    def check_shaping(self, shaping: PairShaping) -> None:
+        """Refuses what the loss would not read.
+
+        Raises:
+            ValueError: A divergence without a reference, or a length penalty without a place for it.
+        """
+        if not self.needs_reference and shaping.f_divergence != "reverse_kl":
+            raise ValueError(f"shaping.f_divergence is {shaping.f_divergence}, but the loss reads no reference.")
+        if not self.reads_offset and shaping.length_alpha:
+            raise ValueError("shaping.length_alpha is set, but the loss has no place for it (docs/dpo.md).")
+
     def __call__(self, pairs: PairLogprobs, delta: float = 0.0) -> Tensor:
         """Computes (P,) losses.
 

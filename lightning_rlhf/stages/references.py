@@ -11,11 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_rlhf.data import PackedBatch
+from lightning_rlhf.data.base import TreeDataModule
+from lightning_rlhf.data.reference import ReferenceLogprobs
+from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.functional import ScoredTokens
 from lightning_rlhf.models import Policy, load_causal_lm
-from lightning_rlhf.models.reference import Pretrained, disable_dropout, load_reference, refuse_other_tokenizer
+from lightning_rlhf.models.reference import (
+    Pretrained,
+    disable_dropout,
+    fingerprint,
+    load_reference,
+    refuse_other_tokenizer,
+)
 from lightning_rlhf.models.roles import RoleModel
-from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.stages.base import SettingsError, Stage
+from lightning_rlhf.utils.progress import ProgressLine
 
 
 def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretrained:
@@ -23,7 +33,7 @@ def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretraine
 
     Args:
         stage: With its adapters and tokenizer.
-        given: ``auto``, ``adapter_off``, ``copy``, ``none``, a directory, a hub id or a model.
+        given: ``auto``, ``adapter_off``, ``copy``, ``precomputed``, ``none``, a directory, a hub id or a model.
         needed: Whether the loss reads a reference.
 
     Returns:
@@ -43,7 +53,7 @@ def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretraine
         raise ValueError(f"reference is {shown}, but the loss reads none: set it to none or auto.")
     if word == "adapter_off" and stage.lora is None:
         raise ValueError("reference is adapter_off, but there are no adapters: set lora, or reference to copy.")
-    if word in ("adapter_off", "copy", "none"):
+    if word in ("adapter_off", "copy", "precomputed", "none"):
         return given
     known = len(stage.tokenizer) - len(stage.new_token_ids)
     embeddings: Any = given.get_input_embeddings() if isinstance(given, PreTrainedModel) else None
@@ -68,7 +78,7 @@ def load_policy_and_reference(stage: Stage, reference: Pretrained) -> tuple[Poli
         The policy, and the reference if it is a model of its own.
     """
     model, word = None, reference if isinstance(reference, str) else ""
-    if word not in ("adapter_off", "none"):  # before adapters are put into a model that was given
+    if word not in ("adapter_off", "precomputed", "none"):  # before adapters are put into a model that was given
         source = stage.pretrained if word == "copy" else reference
         model = load_reference(source, stage.load, stage.tokenizer, stage.new_token_ids)
     trained = load_causal_lm(stage.pretrained, **stage.load.options(stage.lora, stage.tokenizer, stage.new_token_ids))
@@ -84,3 +94,52 @@ def reference_logprobs(policy: Policy, reference: Policy | None, batch: PackedBa
     if reference is not None:
         return cast(ScoredTokens, reference(batch)).logprobs
     return cast(ScoredTokens, policy(batch, "reference")).logprobs if isinstance(policy, RoleModel) else None
+
+
+def precompute_reference(stage: Stage, run: str) -> dict[str, ReferenceLogprobs]:
+    """Computes the log-probs of all rows of a run under the start, where they are not in the cache yet.
+
+    The start is in memory meanwhile, and nothing else: the policy is loaded later.
+
+    Args:
+        stage: Says where the policy starts, and has a Trainer whose data module is set up.
+        run: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Returns:
+        For each part of the data that has rows, its log-probs.
+
+    Raises:
+        SettingsError: The data are none of a data module of this package.
+    """
+    data: Any = getattr(stage.trainer, "datamodule", None)
+    if not isinstance(data, TreeDataModule):
+        raise SettingsError("reference: precomputed needs a PreferenceDataModule, which keeps log-probs by row.")
+    strategy, precision = stage.trainer.strategy, stage.trainer.precision_plugin
+    model = load_reference(stage.pretrained, stage.load, stage.tokenizer, stage.new_token_ids).eval()
+    key = f"{fingerprint(model)}\0{precision.precision}"
+    model.to(strategy.root_device)
+
+    @torch.no_grad()
+    def score(batch: PackedBatch) -> Tensor:
+        with precision.val_step_context():
+            return cast(ScoredTokens, model(batch.to(strategy.root_device))).logprobs
+
+    found, folder = {}, data.cache.folder.parent / "reference"
+    for part in {"fit": ("train", "val"), "validate": ("val",)}.get(run, (run,)):
+        loader = data.every_row(part)
+        if not len(loader.planner.sizes):
+            continue
+        found[part] = kept = ReferenceLogprobs(folder, cast(TokenRows, loader.rows), key)
+        strategy.barrier()  # all ranks see the same files
+        complete = strategy.reduce_boolean_decision(kept.complete)
+        strategy.barrier()
+        if complete:
+            continue
+        rank_zero_info(f"Reference log-probs of the {part} rows are computed once and kept in {kept.path}.")
+        line = ProgressLine(f"reference log-probs, {part}", len(loader))
+        kept.make(loader, score, line if stage.global_rank == 0 else lambda done: None)
+        strategy.barrier()
+        if stage.global_rank == 0:
+            kept.finish()
+        strategy.barrier()
+    return found

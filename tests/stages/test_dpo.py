@@ -2,18 +2,29 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import assert_equal, load_script, spawn
+from runs import ROOT, assert_equal, load_script, spawn
 from torch.optim import AdamW
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import DPOModule, HFExport, Load, LoRA, PairShaping, PreferenceDataModule, WeightedLoss
+from lightning_rlhf.cli import main
+from lightning_rlhf.data import Branch, Tree, pack
+from lightning_rlhf.data.packed import Pair
+from lightning_rlhf.data.reference import ReferenceLogprobs
 from lightning_rlhf.functional import LOSSES, PairLoss
 from lightning_rlhf.stages.pair_losses import LossSum
 
@@ -396,6 +407,157 @@ def test_the_export_is_the_policy(lora, tiny_model_dir, tokenizer, tmp_path):
         assert torch.allclose(again.eval()(ids).logits, model(ids).logits, atol=1e-5)
     start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     assert not torch.allclose(again(ids).logits, start(ids).logits, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ precomputed references
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the batches that a reference scores."""
+    found = []
+    make = ReferenceLogprobs.make
+
+    def counting(self, loader, score, progress):
+        return make(self, loader, lambda batch: found.append(len(batch.rows)) or score(batch), progress)
+
+    monkeypatch.setattr(ReferenceLogprobs, "make", counting)
+    return found
+
+
+@pytest.mark.parametrize("options", [dict(accumulate=4, order=1), dict(layout="padded")], ids=str)
+def test_a_precomputed_reference_gives_the_gradient_of_the_others(options, tiny_model_dir, tokenizer, tmp_path):
+    _, module, first = run(tiny_model_dir, tmp_path, **LORA, reference="precomputed", **options)
+    assert difference(first.gradients, plain_adapter_gradients(tiny_model_dir, first.start, tokenizer)) < 2e-6
+    assert not hasattr(module, "reference")
+    assert type(module.policy).__name__ == "Policy"
+
+
+def test_validation_and_predictions_read_precomputed_log_probs(tiny_model_dir, tmp_path):
+    found = {}
+    for reference in ("copy", "precomputed"):
+        trainer, module, _ = run(tiny_model_dir, tmp_path / reference, max_steps=3, lr=1e-3, reference=reference)
+        data = PreferenceDataModule(rows(), predict=rows(5), val=rows(7), eval_batch_size=3, cache_dir=tmp_path / "c")
+        records = quiet(tmp_path).predict(module, data)
+        found[reference] = [
+            {
+                **{k: v.item() for k, v in trainer.callback_metrics.items()},
+                **quiet(tmp_path).test(module, data, verbose=False)[0],
+            },
+            [record["reward"] for batch in records for record in batch],
+        ]
+    for one, other in zip(found["copy"], found["precomputed"], strict=True):
+        assert one == pytest.approx(other, abs=2e-5)
+    assert max(map(abs, found["copy"][1])) > 1e-3
+
+
+def test_log_probs_are_computed_once_and_never_read_when_stale(tiny_model_dir, tmp_path, counted):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+
+    def scored(data=None, tokenizer=None, **settings):
+        counted.clear()
+        module = DPOModule(str(base), tokenizer, reference="precomputed", **settings)
+        made = PreferenceDataModule(data or rows(), batch_size=12, val_fraction=0.3, cache_dir=tmp_path / "cache")
+        trainer = quiet(tmp_path, max_steps=1, limit_val_batches=0)
+        trainer.fit(module, made)
+        assert trainer.callback_metrics["train/margin"] == pytest.approx(0.0, abs=1e-5)
+        return sum(counted)
+
+    assert scored() == 24 and scored() == 0
+    assert scored(lora=LoRA(r=4)) == 0  # the same start
+    assert scored(rows(words="cat ")) == 24
+    assert scored(chat_template="zephyr") == 24
+    assert scored(load=Load(dtype="bfloat16"), lora=LoRA(r=4)) == 24
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data[7, 3] += 1e-3
+    model.save_pretrained(base)
+    assert scored() == 24
+    (base / "config.json").write_text(
+        (base / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    )
+    assert scored() == 24 and scored() == 0
+
+
+def test_a_command_computes_them_ahead(tiny_model_dir, tmp_path, counted, capsys):
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    options = [
+        "--model", "DPOModule", "--model.pretrained", str(tiny_model_dir), "--data", "PreferenceDataModule",
+        "--data.train", str(tmp_path / "my.jsonl"), "--data.cache_dir", str(tmp_path / "cache"),
+        "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "1",
+        "--trainer.enable_progress_bar", "false", "--trainer.logger", "false",
+    ]  # fmt: skip
+    main(["score-reference", *options])
+    assert sum(counted) == 24
+    out, error = capsys.readouterr()
+    assert f"The reference's log-probs are in {tmp_path / 'cache' / 'reference'}." in out
+    assert "reference log-probs, train  " in error
+    assert not list(tmp_path.rglob("*.ckpt"))
+    main(["fit", *options, "--model.reference", "precomputed", "--trainer.enable_checkpointing", "false"])
+    main(["score-reference", *options])
+    assert sum(counted) == 24
+    with pytest.raises(SystemExit, match=r"score-reference: .*SFTModule has no reference\."):
+        main(["score-reference", "--model", "SFTModule", *options[2:]])
+
+
+KILLED = """
+import os, signal, sys
+from lightning_rlhf.data.reference import ReferenceLogprobs
+make = ReferenceLogprobs.make
+def killed(self, loader, score, progress):
+    make(self, loader, score, lambda done: os.kill(os.getpid(), signal.SIGKILL) if done == 2 else None)
+ReferenceLogprobs.make = killed
+sys.path.insert(0, {folder!r})
+import run_dpo
+run_dpo.run({model!r}, {out!r}, max_steps=2, reference="precomputed")
+"""
+
+
+def test_a_run_that_is_killed_while_they_are_computed_goes_on(tiny_model_dir, tmp_path, counted):
+    script = KILLED.format(folder=str(SCRIPT.parent), model=str(tiny_model_dir), out=str(tmp_path / "a"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == -signal.SIGKILL
+    [partial] = (tmp_path / "a" / "cache" / "reference").iterdir()
+    assert partial.suffix == ".partial"
+    _, again, _ = run(tiny_model_dir, tmp_path / "a", max_steps=2, reference="precomputed")
+    went_on = sum(counted)
+    counted.clear()
+    _, whole, _ = run(tiny_model_dir, tmp_path / "b", max_steps=2, reference="precomputed")
+    assert 0 < went_on < sum(counted)
+    assert_equal(weights(again), weights(whole))
+    assert {file.suffix for file in (tmp_path / "a" / "cache" / "reference").iterdir()} == {".logprobs"}
+
+
+def test_two_processes_share_the_work(tiny_model_dir, tmp_path):
+    options = dict(max_steps=3, lr=1e-3, reference="precomputed")
+    two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
+    _, one, _ = run(tiny_model_dir, tmp_path / "one", **options)
+    assert difference(two, weights(one)) < 1e-4
+    files = [sorted((tmp_path / name / "cache" / "reference").iterdir()) for name in ("one", "two")]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    for one, two in zip(*files, strict=True):
+        values = [np.fromfile(file, np.float32) for file in (one, two)]
+        assert np.allclose(*values, atol=1e-5)
+
+
+def test_resumed_from_a_checkpoint_the_reference_is_the_start(tiny_model_dir, tmp_path):
+    options = dict(save_every=1, reference="precomputed", max_epochs=1)
+    _, whole, _ = run(tiny_model_dir, tmp_path / "a", **options)
+    place = tmp_path / "a" / "step2.ckpt"
+    _, resumed, _ = run(tiny_model_dir, tmp_path / "b", ckpt=str(place), seed=7, **options)  # with another cache
+    assert_equal(weights(resumed), weights(whole))
+
+
+def test_what_can_not_be_precomputed_is_named(tiny_model_dir, tmp_path):
+    tree = Tree([1, 5, 6], [Branch([8, 9, 4]), Branch([7])], pairs=[Pair(0, 1)])
+    with pytest.raises(ValueError, match=r"reference: precomputed needs a PreferenceDataModule"):
+        quiet(tmp_path, max_steps=1).fit(
+            DPOModule(tiny_model_dir, reference="precomputed"), DataLoader([tree], collate_fn=pack)
+        )
+    with pytest.raises(ValueError, match="reference is precomputed, but the loss reads none"):
+        DPOModule(tiny_model_dir, loss="simpo", reference="precomputed")
 
 
 # ------------------------------------------------------------------------------------------------------ own losses
