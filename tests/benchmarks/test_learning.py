@@ -194,3 +194,29 @@ def test_vader_scores_sentiment():
     learning = load("learning")
     sad, happy = learning.happiness([], ["She was sad and cried.", "She was so happy, she loved it!"])
     assert sad < 0 < happy
+
+
+@pytest.fixture
+def few_pairs(learning, monkeypatch):
+    """DPO's studies on few pairs, whose openings suffice for a held-out part."""
+    make = learning._own_pairs
+    monkeypatch.setattr(learning, "OPENINGS", [f"The fox {i}" for i in range(12)])
+    monkeypatch.setattr(learning, "_own_pairs", lambda module, seed, count: make(module, seed, 60))
+    return learning
+
+
+def test_dpo_learns_from_pairs_of_its_own_samples(few_pairs):
+    found = few_pairs.dpo_stories260k(0, max_steps=2)
+    assert found["steps"] == 2 and found["accuracy before"] == 0.5 and found["margin before"] == 0.0
+    assert {"score before", "score after", "accuracy after"} <= found.keys()
+    pairs = few_pairs._own_pairs(few_pairs.DPOModule(few_pairs.STORIES, chat_template="plain"), 0, 60)
+    assert len(pairs) == 60
+    for pair in pairs:
+        better, worse = few_pairs.happiness([], [pair["chosen"], pair["rejected"]])
+        assert better > worse
+
+
+@pytest.mark.parametrize("study", ["dpo_stories260k_ipo", "dpo_stories260k_simpo", "dpo_stories260k_large_beta"])
+def test_variants_of_dpo_are_other_settings(study, few_pairs):
+    found = getattr(few_pairs, study)(0, max_steps=1)
+    assert found["steps"] == 1 and ("kl after" in found) == ("simpo" not in study)
