@@ -23,11 +23,13 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequen
         after: Tokens that come before ``ids``. Their text is not returned, but some decoders drop the space that
             begins a text, so they are decoded too.
     """
-    alone, whole, before = (
-        str(tokenizer.decode([*part], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for part in (ids, [*after, *ids], after)
-    )
-    return whole[len(before) :] if whole.startswith(before) else alone
+
+    def spell(part: Sequence[int]) -> str:
+        return str(tokenizer.decode([*part], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    if after and (whole := spell([*after, *ids])).startswith(before := spell(after)):
+        return whole[len(before) :]
+    return spell(ids)
 
 
 def tail(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Sequence[int]:

@@ -280,6 +280,9 @@ class Decoder:
         self.model, self.adapted, self.cache = model, adapted, SlotCache()
         embeddings: Any = model.get_input_embeddings()
         self.device: torch.device = embeddings.weight.device
+        # transformers 5.40 drops the name past_key_values
+        named = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
 
     def adapter_names(self) -> tuple[str, tuple[str, ...]]:
         """Returns peft's names of the active adapter, and of all that a row may have: none if several are active."""
@@ -365,9 +368,7 @@ class Decoder:
     def _run(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
         # with a 4-D mask models do not make their own, but pass it on; slot_attention does not read it
         mask = torch.zeros(len(ids), 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        # transformers 5.40 drops the name past_key_values
-        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        options: dict[str, Any] = {name: self.cache, "use_cache": True}
+        options: dict[str, Any] = {self._cache_name: self.cache, "use_cache": True}
         model: nn.Module = self.model
         if adapters is not None and self.adapted is not None:
             model, options["adapter_names"] = self.adapted, list(adapters)
