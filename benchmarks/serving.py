@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,28 @@ async def gaps_while(server: Serving, options: argparse.Namespace, path: str, jo
     return [statistics.median(before), max(after), end - start]
 
 
+def steps_while(model: Path, options: argparse.Namespace, tokens: list[int]) -> list[float]:
+    """Returns the same in CPU seconds of the engine's steps, in this process: without what else the machine does."""
+    torch.set_num_threads(1)
+    served = load_served("long", str(model), ModelOptions())
+    sampling = Sampling(700, min_new_tokens=700)
+    with served.worker._open() as session:
+
+        def step() -> float:
+            before = time.process_time()
+            session.step()
+            return time.process_time() - before
+
+        for i in range(options.streams):
+            session.submit(Request(served.encode("Once"), [i]), sampling, served.stops)
+        ordinary = [step() for _ in range(100)][50:]
+        [joined] = session.submit(Request(tokens, [0]), Sampling(1), served.stops)
+        during = []
+        while not joined.done():
+            during.append(step())
+    return [statistics.median(ordinary), max(during), sum(during)]
+
+
 def join_case(options: argparse.Namespace) -> None:
     """Prints how long a long prompt holds up running streams, and how long its log-probs do."""
     tokens = [3 + 7 * i % 500 for i in range(options.length)]
@@ -351,17 +374,22 @@ def join_case(options: argparse.Namespace) -> None:
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         model = save_long(Path(folder), options)
-        for name, body in cases.items():
-            found = []
-            for _ in range(options.rounds):
-                with our_server(model) as server:
-                    found.append(asyncio.run(gaps_while(server, options, "/v1/completions", body)))
+
+        def over_http(body: dict[str, Any]) -> list[float]:
+            with our_server(model) as server:
+                return asyncio.run(gaps_while(server, options, "/v1/completions", body))
+
+        what = f"a prompt of {options.length} tokens"
+        runs = {f"{what} {name}, over HTTP": partial(over_http, body) for name, body in cases.items()}
+        runs[f"{what} joins, in process, CPU time"] = lambda: steps_while(model, options, tokens)
+        for name, run in runs.items():
+            found = [run() for _ in range(options.rounds)]
             ordinary, longest, whole = (statistics.median(column) for column in zip(*found, strict=True))
             ratios = [b / a for a, b, _ in found]
             ratio = statistics.median(ratios)
             lines.append(
                 [
-                    f"a prompt of {options.length} tokens {name}",
+                    name,
                     str(options.streams),
                     f"{1000 * ordinary:.1f}",
                     f"{1000 * longest:.1f}",
@@ -370,7 +398,7 @@ def join_case(options: argparse.Namespace) -> None:
                     at_most(GOAL_GAP, ratio),
                 ]
             )
-    header = ("while", "streams", "ordinary gap, ms", "longest gap, ms", "in ordinary gaps", "answered in, ms", "goal")
+    header = ("while", "streams", "ordinary gap, ms", "longest, ms", "in ordinary gaps", "answered in, ms", "goal")
     print(common.markdown(lines, header))
 
 

@@ -9,11 +9,13 @@ Shapes: R rows, C columns, H query heads, K key / value heads, E head size, L to
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,7 +73,7 @@ class SlotCache(Cache):
             return
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
-                new = old if same else old.new_zeros(slots, old.shape[1], columns, old.shape[3])
+                new = old if same else _zeros(old, slots, old.shape[1], columns, old.shape[3])
                 if moves:
                     to, source = torch.tensor(moves, device=old.device).unbind(1)
                     new[to, :, :width] = old[source, :, :width]  # the right side is a copy: order does not matter
@@ -164,7 +166,7 @@ class SlotCache(Cache):
         for store, new in ((self._keys, key_states), (self._values, value_states)):
             if layer_idx == len(store):
                 # zeros, because a masked column has no effect unless it holds a NaN
-                store.append(new.new_zeros(self.slots, new.shape[1], self.columns, new.shape[3]))
+                store.append(_zeros(new, self.slots, new.shape[1], self.columns, new.shape[3]))
             if self._prefill:
                 store[layer_idx][self._rows, :, : self._width] = new[self._from]
             elif self._extended is not None:
@@ -186,6 +188,16 @@ class SlotCache(Cache):
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
         """Returns None: the cache grows when needed."""
         return None
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Makes zeros of a tensor's dtype and device. On a CPU the system zeroes each page when it is first touched.
+
+    PyTorch's own zeros touch all pages at once. When one long row makes the cache grow, that takes longer than a step.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
 
 
 def slot_attention(

@@ -176,8 +176,7 @@ class Scheduler:
         A step that fails ends the newest row with its error; the others go on in the next step.
         """
         try:
-            self._admit()
-            self._fill()
+            self._fill(self._admit())
             if not all(row.done for row in self._rows):
                 self._decode()
             if not self.busy:
@@ -269,13 +268,21 @@ class Scheduler:
             return None
         return [self._active_adapter if row.adapter is None else row.adapter for row in rows]
 
-    def _fill(self) -> None:
-        """Runs a piece of a prompt that does not run at once: all its tokens but the last, which decoding runs."""
+    def _fill(self, enlarged: bool) -> None:
+        """Runs a piece of a prompt that does not run at once: all its tokens but the last, which decoding runs.
+
+        Args:
+            enlarged: Whether this step has enlarged the cache: it is long enough for those who wait for a token.
+        """
         behind = [i for i, row in enumerate(self._rows) if row.filled < row.position and not row.done]
         if behind:
             i = min(behind, key=lambda i: self._rows[i].arrival)
             row = self._rows[i]
-            end = min(row.position, row.filled + min(self._chunk, self._limits.prefill_tokens))
+            held_up = any(other.ready and not other.done for other in self._rows)
+            if held_up and enlarged:
+                return
+            piece = min(self._chunk, self._limits.prefill_tokens) if held_up else self._limits.prefill_tokens
+            end = min(row.position, row.filled + piece)
             self._decoder.extend(row.tokens(row.filled, end), i, row.filled, self._adapters([row]))
             row.filled = end
 
@@ -304,20 +311,26 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------- admission
 
-    def _admit(self) -> None:
-        """Replaces finished rows by waiting ones, and samples the first token of those whose prompt runs at once."""
+    def _admit(self) -> bool:
+        """Replaces finished rows by waiting ones, and samples the first token of those whose prompt runs at once.
+
+        Returns:
+            Whether the cache was enlarged.
+        """
         self._clear_failed()
         active = self._staying()
         new = self._take_waiting(list(active.values()))
         grows = any(row.position >= self._decoder.cache.columns for row in self._rows)
         if len(active) == len(self._rows) and not new and not grows:
-            return
+            return False
         rows = _place(0, active, [(a.row, a.source) for a in new])
         prefixes = _place(len(rows), self._prefixes([row for row, _ in rows]), [])
         self._rows, self._kept = [row for row, _ in rows], [tokens for tokens, _ in prefixes]
+        before = self._decoder.cache.columns
         self._fit_cache([source for _, source in [*rows, *prefixes]])
         if at_once := [(a.row, a.group) for a in new if a.group is not None]:
             self._start(at_once)
+        return self._decoder.cache.columns > before > 0
 
     def _clear_failed(self) -> None:
         """Removes the keys of rows without an answer: they may be NaN, which a mask hides from no later row."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data.templates import answer_lead, set_chat_template, stop_token_ids
@@ -21,8 +22,10 @@ from lightning_rlhf.serving.runs import Backbone
 from lightning_rlhf.serving.worker import Worker
 
 log = logging.getLogger(__name__)
-_CHUNK = 128
+_CHUNK = {"cpu": 48}
 """Tokens of a prompt that run in one step: more would hold up running streams, fewer would run long prompts slowly."""
+_LARGE_CHUNK = 512
+"""The same on other devices, where a step of one token takes hardly less time than one of many."""
 _PREFIXES = 8
 """Finished answers whose keys are kept for the next turns of their chats."""
 
@@ -75,7 +78,7 @@ def load_served(name: str, source: str, options: ModelOptions) -> Served:
     else:
         worker = _worker(name, policy, tokenizer, options)
     engine = "HFGenerateEngine" if reason else "CachedEngine"
-    return Served(name, policy, tokenizer, stops, worker, engine, _lead(tokenizer), None if reason else _CHUNK)
+    return Served(name, policy, tokenizer, stops, worker, engine, _lead(tokenizer), None if reason else _chunk(options))
 
 
 def load_shared(base: str, adapters: Mapping[str, str], base_name: str | None, options: ModelOptions) -> list[Served]:
@@ -114,7 +117,17 @@ def load_shared(base: str, adapters: Mapping[str, str], base_name: str | None, o
         return [load_served(name, source, options) for name, source in sources.items()]
     worker = _worker("+".join(sources), policy, largest, options)
     return [
-        Served(name, policy, tokenizer, stops, worker, "CachedEngine", _lead(tokenizer), _CHUNK, inner.get(name, BASE))
+        Served(
+            name,
+            policy,
+            tokenizer,
+            stops,
+            worker,
+            "CachedEngine",
+            _lead(tokenizer),
+            _chunk(options),
+            inner.get(name, BASE),
+        )
         for name, (tokenizer, stops) in found.items()
     ]
 
@@ -140,9 +153,13 @@ def load_all(backbones: Sequence[Backbone], options: ModelOptions) -> dict[str, 
 
 def _worker(name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase, options: ModelOptions) -> Worker:
     engine = CachedEngine(
-        options.max_live_tokens, options.max_rows, prefill_chunk=_CHUNK, keep_prefixes=_PREFIXES, reserve=False
+        options.max_live_tokens, options.max_rows, prefill_chunk=_chunk(options), keep_prefixes=_PREFIXES, reserve=False
     )
     return Worker(lambda: engine.session(policy, tokenizer), name)
+
+
+def _chunk(options: ModelOptions) -> int:
+    return _CHUNK.get(torch.device(options.device).type, _LARGE_CHUNK)
 
 
 def _tokenizer(source: str, base: str, options: ModelOptions) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:

@@ -46,9 +46,10 @@ def test_a_table_says_what_falls_short(serving):
 def test_long_prompts_and_second_turns_print_a_table(serving, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     serving.main([*SMALL, "--case", "join", "--streams", "2", "--length", "300"])
-    *_, joins, scored = cells(capsys.readouterr().out)
-    assert joins[0] == "a prompt of 300 tokens joins" and "log-probs" in scored[0]
-    for line in (joins, scored):
+    *_, joins, scored, in_process = cells(capsys.readouterr().out)
+    assert joins[0] == "a prompt of 300 tokens joins, over HTTP" and "log-probs" in scored[0]
+    assert in_process[0].endswith("CPU time")
+    for line in (joins, scored, in_process):
         assert float(line[2]) <= float(line[3]) and line[-1].startswith("at most 4x")
     serving.main([*SMALL, "--case", "turns"])
     *_, [whole, new, ran, ratio, _goal] = cells(capsys.readouterr().out)

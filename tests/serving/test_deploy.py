@@ -105,6 +105,7 @@ def test_systemd_unit_starts_the_server(image):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     PYTHON is None or os.getuid() != 0,
     reason="installs packages: run it as root, with LIGHTNING_RLHF_TEST_INSTALL naming a python that others can run",
