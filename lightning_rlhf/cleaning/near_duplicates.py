@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from lightning_rlhf.utils.imports import require
 #: At a similarity of 0.8 a pair is found with a probability of 0.95, at 0.9 with 0.9999.
 VALUES, BANDS = 128, 16
 _SEED = 42
+#: Texts of one table. A hash table of Rust's doubles when it is 7/8 full; tables that never double past this hold no
+#: more empty places than the last of them, whatever the number of texts.
+_TABLE = 7 * 2**15
 _BYTES = 4
 
 
@@ -93,8 +97,10 @@ class NearDuplicates:
         if not 0 < threshold <= 1:
             raise ValueError(f"The threshold of near duplicates is {threshold}. Give a number above 0, at most 1.")
         self.threshold = threshold
-        lsh = require("rensa", "Finding near duplicates", "collect").RMinHashLSH
-        self._tables = lsh(threshold=threshold, num_perm=VALUES, num_bands=BANDS)
+        self._new_table = partial(
+            require("rensa", "Finding near duplicates", "collect").RMinHashLSH, threshold, VALUES, BANDS
+        )
+        self._tables = [self._new_table()]
         self._offsets = array("Q", [0])
         self._file = tempfile.TemporaryFile(prefix="lightning_rlhf_shingles_")  # noqa: SIM115  # it goes with the index
         self._recent: dict[int, frozenset[int]] = {}
@@ -107,7 +113,8 @@ class NearDuplicates:
         """The most similar of the texts that are near duplicates; of equally similar ones the first."""
         best = None
         size = len(new.shingles)
-        for number in sorted(self._tables.query(new.values)) if size else ():
+        candidates = [number for table in self._tables for number in table.query(new.values)] if size else []
+        for number in sorted(candidates):
             count = (self._offsets[number + 1] - self._offsets[number]) // _BYTES
             if min(count, size) < self.threshold * max(count, size):
                 continue
@@ -127,8 +134,10 @@ class NearDuplicates:
         self._recent[number] = new.shingles
         if len(self._recent) == 256:
             self._flush()
+        if number and number % _TABLE == 0:
+            self._tables.append(self._new_table())
         if new.shingles:
-            self._tables.insert(number, new.values)
+            self._tables[-1].insert(number, new.values)
         return number
 
     def _flush(self) -> None:

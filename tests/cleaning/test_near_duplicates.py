@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from lightning_rlhf.cleaning import near_duplicates
 from lightning_rlhf.cleaning.near_duplicates import NearDuplicates, shingles, similarity, sketch
 from lightning_rlhf.cleaning.text import tokens
 
@@ -31,7 +32,9 @@ def by_hand(one, other):
     return len(a & b) / len(a | b)
 
 
-def test_it_finds_what_brute_force_finds_but_for_what_minhash_misses():
+@pytest.mark.parametrize("table", [near_duplicates._TABLE, 100])
+def test_it_finds_what_brute_force_finds_but_for_what_minhash_misses(table, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_TABLE", table)
     rows = texts(600)
     index, kept, found, missed = NearDuplicates(), [], 0, 0
     for row, new in zip(rows, sketch(rows), strict=True):
