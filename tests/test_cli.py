@@ -103,7 +103,11 @@ def test_help_of_an_argument_is_not_that_of_an_attribute():
     for found in pkgutil.walk_packages(lightning_rlhf.__path__, "lightning_rlhf."):
         if found.name.endswith("__main__"):
             continue
-        module = importlib.import_module(found.name)
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "datatrove"  # its extra alone has it
+            continue
         for name, cls in inspect.getmembers(module, inspect.isclass):
             if cls.__module__ == module.__name__:
                 ours = [c for c in reversed(cls.__mro__) if c.__module__.startswith("lightning_rlhf")]

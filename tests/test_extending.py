@@ -83,7 +83,9 @@ def test_each_runs_from_the_command_line(command, rows, files, tiny_model_dir, m
 )  # fmt: skip
 def test_what_is_not_in_a_file_is_told_in_a_line(setting, files, tiny_model_dir):
     Path("rows.jsonl").write_text(json.dumps({"q": "fox", "a": "dog", "prompt": "fox"}))
-    with pytest.raises(SystemExit, match=r"Can't import the \w+ '[\w.]+': my_\w+ has no \w+\. It has: "):
+    with pytest.raises(
+        SystemExit, match=r"Can't import the \w+ '[\w.]+': my_\w+ has no \w+; did you mean \w+\? It has: "
+    ):
         main(["fit", *setting.split(), "--model.pretrained", str(tiny_model_dir), "--data.train", "rows.jsonl",
               "--data.cache_dir", "cache", *SMALL.split()])  # fmt: skip
 
@@ -112,7 +114,9 @@ def test_formats_of_prompts_and_preferences(files, tmp_path):
 
 
 def test_what_is_no_format_is_told_in_a_line(files):
-    with pytest.raises(ImportError, match=r"format 'my_formats\.question': my_formats has no question\. .*questions"):
+    with pytest.raises(
+        ImportError, match=r"format 'my_formats\.question': my_formats has no question; did you mean questions\? "
+    ):
         to_conversation({"q": "a"}, "my_formats.question")
     with pytest.raises(ImportError, match="there is no module 'nowhere', neither installed nor in"):
         to_conversation({"q": "a"}, "nowhere.questions")

@@ -420,9 +420,10 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def _convert(self, origin: str, i: int, bad: BadRows) -> Iterator[tuple[str, Item]]:
         source = self._weighted[origin][i]
         format = source.format or self.format
+        named = "auto" if format == OASST else format
         for row in expand_trees(self._open(source.source, bad), type(self).tree_rows, bad, format):
             try:
-                item = parse_row(row, partial(self.parse, part=origin, format="auto" if format == OASST else format))
+                item = parse_row(row, lambda columns: self.parse(columns, origin, named))
             except FormatError as error:
                 bad.add(row.where, error.kind, str(error))
             else:

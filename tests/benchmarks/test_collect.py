@@ -18,7 +18,7 @@ def benchmark():
 
 
 def test_figures_of_growth_add_up(benchmark, stories_model_dir, tmp_path):
-    plan = Plan({"en": 3}, examples=2, grown=0, tasks=4, pilot=4, requests=4)
+    plan = Plan({"en": 3}, examples=1, grown=0, tasks=4, pilot=8, requests=8)
     growth, found = benchmark.collect(str(stories_model_dir), plan, tmp_path)
     assert found["rows"] == len(growth.rows) and (found["rows"] == 3 or growth.dried_up == ["en"])
     assert found["asked"] == 4 * found["requests"] and found["tasks"] > 0 and found["reply_tokens"] > 0

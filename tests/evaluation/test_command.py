@@ -128,11 +128,12 @@ def test_verdicts_that_can_not_be_read_are_counted_and_shown(folder, capsys):
 
 
 def test_a_judge_that_breaks_off_leaves_what_was_judged(folder):
-    many = "".join(json.dumps({"prompt": f"Say {i}", "completion": "x"}) + "\n" for i in range(40))
-    Path("many.jsonl").write_text(many)
+    for name in "xy":  # equal questions would be asked once
+        many = "".join(json.dumps({"prompt": f"Say {i}", "completion": name}) + "\n" for i in range(40))
+        Path(f"{name}.jsonl").write_text(many)
     end = pytest.raises(SystemExit, match=r"win-rate: The judge .* account is empty")
     with fake_judge.FakeJudge(fail=lambda n: (401, "the account is empty", {}) if n >= 70 else None) as judge, end:
-        run("many.jsonl", "many.jsonl", "--judge", judge.url, "--judge-model", "fake")
+        run("x.jsonl", "y.jsonl", "--judge", judge.url, "--judge-model", "fake")
     assert len(rows()) == 32
 
 

@@ -14,7 +14,7 @@ from lightning_rlhf.cli import cli, main
 from lightning_rlhf.inspection.command import InspectCLI
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "parallel")
+STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("parallel", "collect"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,9 @@ def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_
     assert out.count("\nrow ") == 2 and "\nrow 0 · " in out and ".jsonl:" in out
     assert "<|im_start|>user⏎" in out and "padding avoided" in out and "too long; first" in out
     assert ("generation starts here" in out) == (path.parent.name == "ppo")
-    assert ("^~~~" in out) == (path.parent.name != "ppo") and ("rejected" in out) == (path.parent.name == "reward")
+    assert ("^~~~" in out) == (path.parent.name != "ppo") and ("rejected" in out) == (
+        path.parent.name in ("reward", "dpo")
+    )
     assert "\x1b" not in out, "not a terminal"
     assert f"The same as a web page: {page}" in out and page.read_text(encoding="utf-8").count("<article>") == 2
 

@@ -96,7 +96,7 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     for path, near in (
         ("my_own_rewards.shuot", "shout"),
         ("my_own_reward.shout", "my_own_rewards"),
-        ("lightning_rlhf.rewards.functionz.length_window", "lightning_rlhf.rewards.functions"),
+        ("lightning_rlhf.rewards.functionals.length_window", "lightning_rlhf.rewards.functions"),
     ):
         with pytest.raises(ImportError, match=rf"; did you mean {re.escape(near)}\? "):
             FunctionReward(path)

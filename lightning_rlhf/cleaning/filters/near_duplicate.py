@@ -13,18 +13,18 @@ class Sketched(Filter):
     """Base of filters that sketch instructions, many at once."""
 
     def __init__(self) -> None:
-        self._sketches: dict[int, Sketch] = {}
+        self._sketches: dict[int, tuple[Example, Sketch]] = {}  # with the example, so that no other gets its id
 
     def prepare(self, examples: Sequence[Example]) -> None:
         """Sketches the instructions."""
         made = sketch([example.instruction_tokens for example in examples])
-        self._sketches = {id(example): one for example, one in zip(examples, made, strict=True)}
+        self._sketches = {id(example): (example, one) for example, one in zip(examples, made, strict=True)}
 
     def sketched(self, example: Example) -> Sketch:
         """The sketch of an instruction."""
         if id(example) not in self._sketches:
             self.prepare([example])
-        return self._sketches[id(example)]
+        return self._sketches[id(example)][1]
 
 
 class NearDuplicate(Sketched):
