@@ -29,8 +29,9 @@ def make_filters(specs: Sequence[str | Mapping[str, Any] | Filter] = DEFAULT) ->
         ValueError: No filter has this name, or a setting is unknown, missing or wrong.
 
     Example:
-        >>> [filter.name for filter in make_filters(["Script", {"Length": {"min_answer": 2}}])]
-        ['Script', 'Length']
+        >>> script, length = make_filters(["Script", {"Length": {"min_answer": 2}}])
+        >>> script.name, length.min_answer
+        ('Script', 2)
     """
     return [spec if isinstance(spec, Filter) else _make(*_read(spec)) for spec in specs]
 
