@@ -135,14 +135,15 @@ def resident(process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_memory_is_level_after_abuse(tmp_path, run_dir):
-    """Random requests, prompts of 10 MB, refused by their length and tokenized: memory is that of the first round."""
+    """Random requests, prompts of 3 MB, which are tokenized, and of 10 MB: memory is level after some rounds."""
     with (
-        serving(tmp_path / "log", run_dir, "--max-body", 16 * 2**20) as server,
-        httpx.Client(base_url=server.url, timeout=120) as client,
+        serving(tmp_path / "log", run_dir) as server,
+        httpx.Client(base_url=server.url, timeout=600) as client,
     ):
 
-        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(requests())
         def fuzz(request):
             path, body = request
@@ -153,16 +154,16 @@ def test_memory_is_level_after_abuse(tmp_path, run_dir):
 
         good = client.post("/v1/completions", json={**GOOD["/v1/completions"], "seed": 1}).json()["choices"]
         held = []
-        for number in range(4):
+        for number in range(8):
             seed(number)(fuzz)()
-            for megabytes, status in ((10, 400), (17, 413)):
+            for megabytes, status in ((3, 400), (10, 413)):
                 found = client.post("/v1/completions", json={"prompt": "word " * (megabytes * 2**20 // 5)})
                 check_error(found)
                 assert found.status_code == status
             held.append(resident(server.process))
         again = client.post("/v1/completions", json={**GOOD["/v1/completions"], "seed": 1}).json()["choices"]
     assert again == good
-    assert max(held[1:]) < held[0] + 40, held
+    assert held[-1] < held[4] + 10, held  # one prompt that is kept would be 30 MiB
 
 
 BODIES_THAT_ARE_NONE = [
