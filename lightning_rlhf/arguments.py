@@ -52,7 +52,7 @@ def add_model_options(group: Any, *names: str, **help: str) -> None:
 
     Args:
         group: A parser or a group of its options.
-        names: Those of ``--chat-template``, ``--dtype`` and ``--trust-remote-code`` to add.
+        names: The options to add, out of ``--chat-template``, ``--dtype`` and ``--trust-remote-code``.
         help: Another help for one, such as ``dtype="..."``.
     """
     for name in names:

@@ -51,7 +51,7 @@ class Example:
         where: Its place, as in :class:`~lightning_rlhf.data.sources.Row`.
         kind: ``instruction``, ``preference`` or ``prompt``.
         format: Name of its format.
-        parsed: What the data modules make of it.
+        parsed: The conversation, preference or prompt that the data modules read from it.
         notes: Values that filters measured, such as ``{"novelty": 0.31}``.
         rewritten: How many times :meth:`rewrite` changed it.
     """
