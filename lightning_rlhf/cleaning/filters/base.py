@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from lightning_rlhf.cleaning.example import Example
+
+T = TypeVar("T")
 
 
 class Filter(ABC):
@@ -41,3 +44,34 @@ class Filter(ABC):
     def add(self, example: Example) -> None:
         """Learns that all filters kept an example. It was the last that this filter was called with."""
         return
+
+
+class Measuring(Filter, Generic[T]):
+    """Base of filters that measure many examples at once, by :meth:`measure`."""
+
+    def __init__(self) -> None:
+        # by the examples themselves, not their ids: the id of one that is gone may come again
+        self._measured: dict[Example, tuple[int, T]] = {}
+
+    @abstractmethod
+    def measure(self, examples: Sequence[Example]) -> Sequence[T]:
+        """Measures examples; returns one value for each."""
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Measures the examples, and forgets those before."""
+        values = self.measure(examples)
+        self._measured = {one: (one.rewritten, value) for one, value in zip(examples, values, strict=True)}
+
+    def measured(self, example: Example) -> T:
+        """The value of an example as it is now: one that was rewritten since :meth:`prepare` is measured again."""
+        known = self._measured.get(example)
+        if known is None:
+            self.prepare([example])
+        elif known[0] != example.rewritten:
+            (value,) = self.measure([example])
+            self._measured[example] = example.rewritten, value
+        return self._measured[example][1]
+
+    def last_measured(self, example: Example) -> T:
+        """The value that the filter decided by, whatever later filters did to the texts."""
+        return self._measured[example][1] if example in self._measured else self.measured(example)

@@ -54,7 +54,7 @@ class Contamination(Sketched):
 
     def __call__(self, example: Example) -> str | None:
         """Compares a row with the test set."""
-        found = self._index.find(self.sketched(example))
+        found = self._index.find(self.measured(example))
         if found is not None:
             example.notes["contamination"] = f"{found.similarity:.2f} of {self._places[found.number]}"
             return "near duplicate of a test row"

@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_rlhf.cleaning.example import Example
-from lightning_rlhf.cleaning.filters.base import Filter
+from lightning_rlhf.cleaning.filters.base import Measuring
 from lightning_rlhf.cleaning.near_duplicates import NearDuplicates, Sketch, sketch
 
 
-class Sketched(Filter):
-    """Base of filters that sketch instructions, many at once."""
+class Sketched(Measuring[Sketch]):
+    """Base of filters that sketch instructions."""
 
-    def __init__(self) -> None:
-        self._sketches: dict[int, tuple[Example, Sketch]] = {}  # with the example, so that no other gets its id
-
-    def prepare(self, examples: Sequence[Example]) -> None:
+    def measure(self, examples: Sequence[Example]) -> list[Sketch]:
         """Sketches the instructions."""
-        made = sketch([example.instruction_tokens for example in examples])
-        self._sketches = {id(example): (example, one) for example, one in zip(examples, made, strict=True)}
-
-    def sketched(self, example: Example) -> Sketch:
-        """The sketch of an instruction."""
-        if id(example) not in self._sketches:
-            self.prepare([example])
-        return self._sketches[id(example)][1]
+        return sketch([example.instruction_tokens for example in examples])
 
 
 class NearDuplicate(Sketched):
@@ -47,12 +37,12 @@ class NearDuplicate(Sketched):
 
     def __call__(self, example: Example) -> str | None:
         """Looks for a near duplicate among the rows that were kept."""
-        found = self._index.find(self.sketched(example))
+        found = self._index.find(self.measured(example))
         if found is None:
             return None
         example.notes["near_duplicate"] = f"{found.similarity:.2f} of row {found.number + 1} that was kept"
         return "near duplicate"
 
     def add(self, example: Example) -> None:
-        """Remembers the row."""
-        self._index.add(self.sketched(example))
+        """Remembers the row, with the text that it was compared by."""
+        self._index.add(self.last_measured(example))

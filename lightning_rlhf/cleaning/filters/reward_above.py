@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.cleaning.example import Example
-from lightning_rlhf.cleaning.filters.base import Filter
+from lightning_rlhf.cleaning.filters.base import Measuring
 from lightning_rlhf.data.formats import Conversation, Message
 
 
-class RewardAbove(Filter):
+class RewardAbove(Measuring[float]):
     """Drops rows whose last answer (of a preference: whose best) a reward scores below a limit.
 
     Rows without an answer pass; a score that is not finite drops its row.
@@ -25,23 +25,21 @@ class RewardAbove(Filter):
     """
 
     def __init__(self, reward: Any, least: float, device: str | None = None) -> None:
+        super().__init__()
         self.reward, self.least, self.device = reward, least, device
-        self._scores: dict[int, float] = {}
         self._made: tuple[Any, Any] | None = None
 
-    def prepare(self, examples: Sequence[Example]) -> None:
-        """Scores the answers of several rows at once."""
+    def measure(self, examples: Sequence[Example]) -> list[float]:
+        """Scores the answers of several rows at once; those without an answer get no number."""
         answered = [example for example in examples if example.answers]
-        scores = self._score(answered) if answered else []
-        self._scores = {id(example): score for example, score in zip(answered, scores, strict=True)}
+        scores = iter(self._score(answered) if answered else [])
+        return [next(scores) if example.answers else math.nan for example in examples]
 
     def __call__(self, example: Example) -> str | None:
         """Compares the score with the limit, and notes it."""
         if not example.answers:
             return None
-        if id(example) not in self._scores:
-            self.prepare([example])
-        score = self._scores[id(example)]
+        score = self.measured(example)
         if not math.isfinite(score):
             return "score not finite"
         example.notes["reward"] = score

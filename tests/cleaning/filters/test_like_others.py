@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lightning_rlhf.cleaning import clean, make_example
-from lightning_rlhf.cleaning.filters import Contamination, NearDuplicate, Novelty
+from lightning_rlhf.cleaning.filters import Contamination, NearDuplicate, Novelty, make_filters
 from lightning_rlhf.cleaning.text import tokens
 
 pytest.importorskip("rensa")
@@ -56,6 +56,18 @@ def test_duplicates_name_the_row_that_was_kept():
     rows = prompts("a b c d", LONG, LONG + ".")
     list(clean(rows, [NearDuplicate()]))
     assert rows[2].notes["near_duplicate"] == "1.00 of row 2 that was kept"
+
+
+@pytest.mark.parametrize("order", [["NearDuplicate", "PersonalData"], ["Novelty", "PersonalData", "NearDuplicate"]])
+def test_texts_are_compared_as_the_filters_before_left_them(order):
+    texts = [
+        f"Write a short reminder about the rent and send it to {name}" for name in ("ann.lee@mail.cn", "b.o@mail.cn")
+    ]
+    rows = prompts(texts[0], texts[0], texts[1])
+    made = make_filters([{"Novelty": {"most": 1}} if name == "Novelty" else name for name in order])
+    look = next(filter for filter in made if isinstance(filter, NearDuplicate))
+    kept = [example.instruction for example in clean(rows, made)]
+    assert kept == [text.partition("to ")[0] + "to [EMAIL]" for text in texts[: 2 - (look is made[-1])]]
 
 
 def test_all_user_turns_count_and_answers_do_not():

@@ -5,7 +5,7 @@ import math
 from reward_models import save_reward_adapter
 
 from lightning_rlhf.cleaning import clean, make_example
-from lightning_rlhf.cleaning.filters import RewardAbove
+from lightning_rlhf.cleaning.filters import NearDuplicate, PersonalData, RewardAbove
 
 ROWS = [
     {"instruction": "Why?", "output": "x" * 9},
@@ -27,6 +27,21 @@ def test_a_function():
     assert rows[0].notes == {"reward": 9.0} and rows[4].notes == {}
     assert look(rows[3]) == "score not finite"
     assert look(rows[1]) == "score too low"
+
+
+def test_a_score_is_never_that_of_an_example_before():
+    look = RewardAbove(length, least=5)
+    for size in [9, 1] * 20:
+        example = make_example({"instruction": "Why?", "output": "x" * size})
+        assert look(example) == (None if size == 9 else "score too low")
+        del example  # the next gets its id
+
+
+def test_an_answer_that_another_filter_changed_is_scored_as_it_is():
+    rows = [{"prompt": f"{i}?", "completion": f"{i} ann.lee@mail.cn"} for i in range(3)]
+    look = RewardAbove(length, least=0)
+    kept = list(clean(map(make_example, rows), [NearDuplicate(), PersonalData(), look]))
+    assert [example.notes["reward"] for example in kept] == [len("0 [EMAIL]")] * 3
 
 
 def test_a_function_gets_the_columns_that_it_asks_for():
