@@ -80,8 +80,7 @@ def test_each_step_drops_what_was_planted(seeds, tmp_path):
         seen = {same(text) for _, text in planted.NUMBERED.findall(body["messages"][-1]["content"])}
         for kind, text in said.items:
             again = kind != "refusal" and same(text) in seen
-            nobody = "@" in text or "4111 1111" in text  # reserved for examples: nobody's
-            expected["again" if again else "nobody" if nobody else kind] += 1
+            expected["again" if again else kind] += 1
             seen.add(same(text))
     found, dropped, of_rows = Counter(), Counter(), Counter()
     steps = [json.loads(path.read_text())["step"] for path in sorted((tmp_path / "out" / "trace").glob("step-*"))]
@@ -97,7 +96,13 @@ def test_each_step_drops_what_was_planted(seeds, tmp_path):
     assert dropped["Length"] == expected["short"] > 0
     assert dropped["Repetition"] == expected["repeated"] > 0
     assert dropped["MissingInput"] == expected["missing"] > 0
-    assert dropped["PersonalData changed"] == expected["personal"] > 0
+    assert dropped["PersonalData changed"] == expected["personal"] > 0  # not what is "nobody"'s
+    assert expected["nobody"] > 0
+    kept = " ".join(task["text"] for step in steps for task in step["remembered"])
+    for mask in ("[EMAIL]", "[PHONE]", "[CARD NUMBER]", "[ID NUMBER]", ".example.com", " 4111 1111 1111 1111"):
+        assert mask in kept
+    assert ".zz" not in kept and "4012 8888" not in kept and "11010519491231002X" not in kept
+    assert of_rows["PersonalData changed"] == answers["personal"] > 0
     assert set(found) == {"repeats an example", "repeats itself", "an answer"}
     assert of_rows["Refusal"] >= answers["refusal"] > 0  # some of the bundled answers decline too
     assert of_rows["Repetition"] == answers["repeated"] > 0

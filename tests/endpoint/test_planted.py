@@ -56,6 +56,19 @@ def test_tasks_share_at_most_two_of_five_phrases(lang):
     assert len({task(lang, a, b, c) for a in range(23) for b in range(23) for c in range(23)}) == 23**3
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_personal_data_is_a_person_s_unless_it_is_nobody_s(lang):
+    from lightning_rlhf.cleaning.filters import PersonalData
+
+    found = {"personal": set(), "nobody": set()}
+    shares = Shares(items={"personal": 0.5, "nobody": 0.5}, broken=0)
+    for i in range(40):
+        for kind, text in plant(body(ASKED[lang], seed=i), shares=shares).items:
+            found[kind] |= {what for what, _, _ in PersonalData().find(text)} or {None}
+    third = {"en": "card", "zh": "identity"}[lang]
+    assert found == {"personal": {"mail", "phone", third}, "nobody": {None}}
+
+
 def test_it_is_a_function_of_body_and_seed():
     assert plant(body(ASKED["en"]), 1) == plant(body(ASKED["en"]), 1)
     assert plant(body(ASKED["en"]), 1) != plant(body(ASKED["en"]), 2) != plant(body(ASKED["en"], seed=1), 2)

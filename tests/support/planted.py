@@ -27,6 +27,7 @@ SHARES = {
     "refusal": 0.04,
     "repeated": 0.03,  # the same words over and over
     "short": 0.03,
+    "nobody": 0.02,  # an address and a card that look like a person's and are nobody's
 }
 #: Share of whole lists that are broken, in one of these ways.
 BROKEN_SHARE = 0.06
@@ -101,8 +102,12 @@ PLANTS = {
         "refusal": ["I'm sorry, but I cannot help with that request.", "As an AI language model, I can't do that."],
         "missing": ["Summarize the following article in one sentence.", "Correct the spelling in the text below."],
         "personal": [
-            "Write a reminder to {first}.{last}@{host}.example.com that the rent is due.",
+            "Write a reminder to {first}.{last}@{host}.zz that the rent is due.",
             "Ask the plumber to call back at +44 20 7946 {number} before noon.",
+            "Explain why the card 4012 8888 8888 1881 of {first} {last} was declined.",
+        ],
+        "nobody": [
+            "Write a reminder to {first}.{last}@{host}.example.com that the rent is due.",
             "Explain why the card 4111 1111 1111 1111 of {first} {last} was declined.",
         ],
         "short": ["Why?", "Go on.", "Again"],
@@ -111,9 +116,13 @@ PLANTS = {
         "refusal": ["抱歉，我无法协助完成这个请求。", "作为一个人工智能语言模型，我不能回答这个问题。"],
         "missing": ["用一句话概括下面这篇文章。", "改正以下文字中的错别字。"],
         "personal": [
-            "给 {first}.{last}@{host}.example.com 写一封催交房租的邮件。",
+            "给 {first}.{last}@{host}.zz 写一封催交房租的邮件。",
             "请修水管的师傅在中午前回电 1381200{number}。",
             "说明身份证号 11010519491231002X 的持有人应当怎样办理居住证。",
+        ],
+        "nobody": [
+            "给 {first}.{last}@{host}.example.com 写一封催交房租的邮件。",
+            "说明 {first} {last} 的银行卡 4111 1111 1111 1111 为什么被拒。",
         ],
         "short": ["为何？", "继续", "再来"],
     },
@@ -236,7 +245,7 @@ def _plant(kind, lang, rng, shown):
     if kind == "repeated":
         return (task(lang, a, b, c) + (" " if lang == "en" else "")) * 8
     if kind in PLANTS[lang]:
-        # made-up people at a made-up host; the telephone numbers are of ranges for films, the rest is from manuals
+        # made-up people; .zz is no country, the telephone numbers are of ranges for films, the rest is from manuals
         names = {"first": f"kim{a}", "last": f"doe{b}", "host": f"mail{c}", "number": f"0{a:02d}{b % 10}"}
         return rng.choice(PLANTS[lang][kind]).format(**names)
     return task(lang, a, b, c)
