@@ -7,13 +7,32 @@ from lightning_rlhf.functional.advantages import (
     gae,
     merge_moments,
     moments,
+    overlong_penalty,
     token_rewards,
     variance,
     whiten,
 )
+from lightning_rlhf.functional.algorithms import ALGORITHMS, Algorithm, make_algorithm
+from lightning_rlhf.functional.groups import (
+    flat_groups,
+    group_advantages,
+    normalized_sum,
+    sample_std,
+    standardize,
+)
 from lightning_rlhf.functional.kl import k1, k2, k3, kl_loss
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.logprobs import ScoredTokens, linear_logprobs, linear_nll
+from lightning_rlhf.functional.policy_gradient import (
+    cispo_loss,
+    gmpo_loss,
+    importance_weights,
+    loss_weights,
+    off_policy_mask,
+    reinforce_loss,
+    sapo_loss,
+    sequence_policy_loss,
+)
 from lightning_rlhf.functional.ppo import (
     PolicyLoss,
     ValueLoss,
@@ -35,9 +54,11 @@ from lightning_rlhf.functional.preference import (
 )
 
 __all__ = [
+    "ALGORITHMS",
     "F_DIVERGENCES",
     "LOSSES",
     "Advantages",
+    "Algorithm",
     "PairLogprobs",
     "PairLoss",
     "PolicyLoss",
@@ -48,8 +69,13 @@ __all__ = [
     "apo_zero_unpaired_loss",
     "bradley_terry_loss",
     "centering_penalty",
+    "cispo_loss",
     "explained_variance",
+    "flat_groups",
     "gae",
+    "gmpo_loss",
+    "group_advantages",
+    "importance_weights",
     "k1",
     "k2",
     "k3",
@@ -60,10 +86,20 @@ __all__ = [
     "linear_nll",
     "log_exp_loss",
     "log_sig_loss",
+    "loss_weights",
+    "make_algorithm",
     "merge_moments",
     "moments",
+    "normalized_sum",
+    "off_policy_mask",
+    "overlong_penalty",
     "pair_logprobs",
     "policy_loss",
+    "reinforce_loss",
+    "sample_std",
+    "sapo_loss",
+    "sequence_policy_loss",
+    "standardize",
     "token_rewards",
     "value_loss",
     "variance",

@@ -55,6 +55,29 @@ def token_rewards(kl_penalty: Tensor, scores: Tensor, sequence: Tensor) -> Tenso
     return rewards.index_add(0, _last_tokens(sequence, len(scores)), scores)
 
 
+def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
+    """Computes a soft penalty for completions that are almost too long (DAPO, Yu et al. 2025, eq. 13).
+
+    Args:
+        lengths: (S,) tokens of each completion.
+        max_length: Most tokens of a completion.
+        cache: The penalty grows over the last ``cache`` tokens below ``max_length``, in a straight line from 0 to 1.
+
+    Returns:
+        (S,) penalties from 0 to -1, which are added to scores.
+
+    Raises:
+        ValueError: ``cache`` is not between 1 and ``max_length``.
+
+    Example:
+        >>> overlong_penalty(torch.tensor([14, 16, 20]), max_length=20, cache=5)
+        tensor([ 0.0000, -0.2000, -1.0000])
+    """
+    if not 1 <= cache <= max_length:
+        raise ValueError(f"An overlong cache of {cache} tokens must be at least 1 and at most {max_length}.")
+    return 0.0 - ((lengths - (max_length - cache)) / cache).clamp(0, 1)
+
+
 def gae(rewards: Tensor, values: Tensor, last_values: Tensor, sequence: Tensor, gamma: float, lam: float) -> Advantages:
     """Computes generalized advantage estimates (Schulman et al. 2016, eq. 16).
 

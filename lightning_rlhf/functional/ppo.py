@@ -39,11 +39,17 @@ class ValueLoss(NamedTuple):
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """Computes ``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` (Schulman et al. 2017, eq. 7).
 
-    The paper uses 0.2 for both ranges. DAPO (Yu et al. 2025, sec. 3.1) uses a larger ``clip_high``.
+    The paper uses 0.2 for both ranges. DAPO (Yu et al. 2025, sec. 3.1) uses a larger ``clip_high``. A token with a
+    negative advantage has a loss without bound if its ratio rises; ``dual_clip`` bounds it (Ye et al. 2020, eq. 5).
 
     Args:
         logprobs: (N,) log-probs of the sampled tokens, with gradient.
@@ -51,6 +57,7 @@ def policy_loss(
         advantages: (N,) advantages.
         clip_low: Range of the ratio below 1. A larger value allows larger updates.
         clip_high: Range of the ratio above 1. A larger value allows larger updates.
+        dual_clip: The ratio counts as at most this where the advantage is negative. Default: no such bound.
 
     Returns:
         Losses in at least fp32, ratios, and where they were clipped.
@@ -64,7 +71,12 @@ def policy_loss(
     ratio = torch.exp(wide(logprobs) - wide(old_logprobs))
     free = -ratio * advantages
     bound = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return PolicyLoss(torch.maximum(free, bound), ratio.detach(), bound > free)
+    loss, clipped = torch.maximum(free, bound), bound > free
+    if dual_clip is not None:
+        most = -dual_clip * advantages
+        far = (advantages < 0) & (loss > most)
+        loss, clipped = torch.where(far, most, loss), clipped | far
+    return PolicyLoss(loss, ratio.detach(), clipped)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> ValueLoss:
