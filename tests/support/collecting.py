@@ -34,24 +34,32 @@ class Collecting:
         process.join(300)
         return process.exitcode
 
-    def kill_often(self, arguments, rng, kills, pause):
-        """Kills runs at random moments, up to ``pause`` seconds after their first sign of work, and finishes the last.
+    def kill_often(self, arguments, rng, kills, server, total, longest=0.05):
+        """Kills runs, spread over all of their work, and finishes the last.
 
-        Returns:
-            How many were killed before they were done.
+        Args:
+            arguments: Of the command.
+            rng: Draws the moments.
+            kills: How many runs are killed.
+            server: The fake endpoint that they ask.
+            total: Different requests that a run of nothing but this work makes.
+            longest: Most seconds from a reply to the kill.
         """
-        killed = 0
-        for _ in range(kills):
-            process = self.start(arguments)
-            process.join(rng.uniform(0, pause))
-            if process.is_alive():
-                process.kill()
-                process.join()
-                killed += 1
-            else:
-                assert process.exitcode == 0
+        first = len(server.bill)
+
+        def answered():
+            return len({line["body"] for line in server.bill[first:]})
+
+        for left in range(kills, 0, -1):
+            goal = answered() + rng.uniform(0, 1.5) * (total - answered()) / (left + 1)
+            process, sent = self.start(arguments), len(server.requests)
+            while process.is_alive() and (len(server.requests) == sent or answered() < goal):
+                time.sleep(0.002)
+            process.join(rng.uniform(0, longest))
+            assert process.is_alive(), f"a run ended with {process.exitcode} before kill {kills - left + 1} of {kills}"
+            process.kill()
+            process.join()
         assert self.finish(arguments) == 0
-        return killed
 
 
 def attempts(ledger):
