@@ -1,9 +1,11 @@
 """Self-instruct by a small model on this machine, and what its rows are worth for fine-tuning.
 
     python benchmarks/collect.py                       # 200 rows by SmolLM2-135M: yields, CPU minutes, 20 rows unpicked
-    python benchmarks/collect.py --rows 1000 --sft     # then fine-tune on them, and on human rows, three seeds
+    python benchmarks/collect.py --rows 1000           # goes on with the same ledger
+    python benchmarks/collect.py --sft                 # fine-tunes on the rows, and on as many human ones, three seeds
 
-Every finished run adds a line to ``benchmarks/results/collect.jsonl``, whichever side wins.
+It may be stopped and started again. Everything that finishes adds a line to ``benchmarks/results/collect.jsonl``,
+whichever side wins.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ def collect(model: str, plan: Plan, folder: Path) -> tuple[Growth, dict[str, Any
     assert isinstance(chosen.generator, EngineGenerator)
     seeds = [task for task, _ in read_seeds("bundled", ["en"], BadRows())]
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
-    with Ledger(folder / "ledger.sqlite") as ledger:
+    taken = folder.parent / "cpu_seconds.txt"  # by all that is in the ledger, over all runs
+    with Ledger(folder.parent / "ledger.sqlite") as ledger:
         growth = Growth(
             plan,
             seeds,
@@ -81,8 +83,10 @@ def collect(model: str, plan: Plan, folder: Path) -> tuple[Growth, dict[str, Any
             ledger,
         )
         while growth.missing:
+            start = time.process_time()
             growth.step()
-            seconds = time.process_time() - start
+            seconds = float(taken.read_text() if taken.exists() else 0) + time.process_time() - start
+            taken.write_text(f"{seconds:.1f}")
             print(f"round {growth.round}: {len(growth.rows)} of {plan.languages['en']} rows, {seconds:.0f} CPU s")
         totals = ledger.totals()
     count = growth.counts["en"]
@@ -102,22 +106,22 @@ def collect(model: str, plan: Plan, folder: Path) -> tuple[Growth, dict[str, Any
         "unanswered": dict(count.unanswered),
         "prompt_tokens": totals.usage.prompt,
         "reply_tokens": totals.usage.completion,
-        "cpu_minutes": round((time.process_time() - start) / 60, 2),
+        "cpu_minutes": round(float(taken.read_text()) / 60, 2),
         "seed": plan.seed,
     }
 
 
 def fine_tune(model: str, rows: Sequence[dict[str, Any]], human: Path, seed: int, folder: Path) -> dict[str, Any]:
-    """Held-out loss on human rows: without training, after the grown rows, after as many human rows at most.
+    """Held-out loss on human rows: without training, after grown rows, and after as many human rows.
 
-    A third of the human rows is held out. The other human rows are passed over so often that both trainings see the
-    same number of rows.
+    A third of the human rows is held out. Of the grown rows as many are drawn as there are other human rows; if there
+    are twice as many or more, a third training reads all of them.
 
     Args:
         model: Name or directory of the model.
         rows: Rows that were grown.
         human: File of human rows.
-        seed: Seed of the split, the adapters and the order.
+        seed: Seed of the split, of what is drawn, of the adapters and of the order.
         folder: Folder for files.
     """
     import lightning.pytorch as L
@@ -126,27 +130,35 @@ def fine_tune(model: str, rows: Sequence[dict[str, Any]], human: Path, seed: int
 
     read = [{**row.value, "lang": "en"} for row in read_rows(str(human), BadRows())]
     parts = dict(split(read, 1 / 3, 0, lambda row: row["instruction"], seed))
-    for name, part in (("held_out", parts["val"]), ("human", parts["train"]), ("grown", rows)):
+    count = min(len(parts["train"]), len(rows))
+    draw = random.Random(seed)
+    trained = {"human": draw.sample(parts["train"], count), "grown": draw.sample(list(rows), count)}
+    if len(rows) >= 2 * count:
+        trained["all grown"] = list(rows)
+    for name, part in (("held out", parts["val"]), *trained.items()):
         write_rows(folder / f"{name}.jsonl", part)
-    found: dict[str, Any] = {"study": "sft", "model": model, "seed": seed, "held_out_rows": len(parts["val"])}
-    for name, part in (("grown", rows), ("human", parts["train"])):
+    found: dict[str, Any] = {
+        "study": "sft",
+        "model": model,
+        "seed": seed,
+        "rows": len(rows),
+        "held out rows": len(parts["val"]),
+    }
+    for name, part in trained.items():
         L.seed_everything(seed, verbose=False)
-        weight = len(rows) / len(part)
         module = SFTModule(obtain(model), lora=LoRA(r=16, alpha=32), optimizer=_adamw)
         data = InstructionDataModule(
-            [{"source": str(folder / f"{name}.jsonl"), "weight": weight}],
-            val=str(folder / "held_out.jsonl"),
-            batch_size=8,
-            on_bad_row="skip",
+            str(folder / f"{name}.jsonl"), val=str(folder / "held out.jsonl"), batch_size=8, on_bad_row="skip"
         )
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
             enable_progress_bar=False, num_sanity_val_steps=0, gradient_clip_val=1.0,
         )  # fmt: skip
-        found["untrained"] = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+        if "untrained" not in found:
+            found["untrained"] = trainer.validate(module, data, verbose=False)[0]["val/loss"]
         trainer.fit(module, data)
         found[name] = trainer.validate(module, data, verbose=False)[0]["val/loss"]
-        found[f"{name}_rows"] = len(part)
+        found[f"{name} rows"] = len(part)
     return found
 
 
@@ -166,17 +178,24 @@ def main(args: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     plan = Plan({"en": options.rows}, tasks=4)
     growth, found = collect(options.model, plan, options.out / f"{options.rows}")
-    results = [found]
+    _keep(found)
     for block in left_out(growth.counts["en"])[:1]:
         print("\n".join(f"  {step:50s} {number:>8s}  {note}".rstrip() for step, number, note in block.rows))  # type: ignore[union-attr]
     for i in sorted(random.Random(0).sample(range(len(growth.rows)), min(SHOWN, len(growth.rows)))):
         question, answer = (turn["content"] for turn in growth.rows[i]["messages"])
         print(f"\n{growth.rows[i]['id']}  {' '.join(question.split())}\n    {' '.join(answer.split())[:300]}")
     for seed in options.seeds if options.sft else ():
-        results.append(fine_tune(options.model, growth.rows, HUMAN, seed, options.out / f"sft-{seed}"))
-        print(json.dumps(results[-1]))
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        found = fine_tune(options.model, growth.rows, HUMAN, seed, options.out / f"sft-{seed}")
+        print(json.dumps(found))
+        _keep(found)
+
+
+def _keep(found: dict[str, Any]) -> None:
+    """Adds a result to the file, unless it is there."""
+    line = json.dumps(found, ensure_ascii=False) + "\n"
+    if not RESULTS.exists() or line not in RESULTS.read_text(encoding="utf-8"):
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 if __name__ == "__main__":
