@@ -18,6 +18,10 @@ from lightning_rlhf.cleaning.outputs import Outputs
 from lightning_rlhf.data.sources import source_state
 from lightning_rlhf.utils.imports import require
 
+#: Memory that Ray sets aside for a task, in GB, and for objects of a Ray that is started here, in bytes: tasks pass
+#: all that is large in files.
+_TASK_MEMORY, _OBJECTS = 1, 2**27
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -122,15 +126,11 @@ def _run(name: str, tasks: int, pipeline: list[Any], work: Path, cluster: Cluste
     if cluster.executor == "ray":
         from datatrove.executor.ray import RayPipelineExecutor
 
-        ray = require("ray", "--executor ray", "scale")
-        if not ray.is_initialized():
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS"), num_cpus=None if "RAY_ADDRESS" in os.environ else cluster.workers
-            )
+        _connect(cluster.workers)
         # the many short tasks of this stage share processes: to start one takes longer than they do
         together = -(-tasks // cluster.workers) if name == "buckets" else 1
         executor = RayPipelineExecutor(
-            pipeline, tasks, cluster.workers, logging_dir=logs, mem_per_cpu_gb=1, tasks_per_job=together
+            pipeline, tasks, cluster.workers, logging_dir=logs, mem_per_cpu_gb=_TASK_MEMORY, tasks_per_job=together
         )
     else:
         from datatrove.executor import LocalPipelineExecutor
@@ -139,6 +139,27 @@ def _run(name: str, tasks: int, pipeline: list[Any], work: Path, cluster: Cluste
     executor.run()
     if failed := executor.get_incomplete_ranks():  # Ray's executor only warns
         raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed. See {logs}/logs/task_{failed[0]:05d}.log")
+
+
+def _connect(workers: int) -> None:
+    """Connects to the Ray cluster of the environment, or starts one here.
+
+    Raises:
+        ImportError: Ray is not installed.
+        RuntimeError: No task could ever start: datatrove's executor would wait for ever.
+    """
+    ray = require("ray", "--executor ray", "scale")
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        local = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECTS}
+        ray.init(**(local if address is None else {"address": address}))
+    free = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= 1 and node.get("memory", 0) >= _TASK_MEMORY * 2**30 for node in free):
+        most = max((node.get("memory", 0) for node in free), default=0)
+        raise RuntimeError(
+            f"No machine of the Ray cluster has a CPU and {_TASK_MEMORY} GB of memory for a task; the most that one "
+            f"gives is {most / 2**30:.2f} GB. Free some, add machines, or use --executor local."
+        )
 
 
 def _submit(stages: Sequence[tuple[str, int, list[Any]]], work: Path, cluster: Cluster) -> list[str]:

@@ -28,8 +28,6 @@ from numbers import Real
 from pathlib import PurePath
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lightning_rlhf.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -211,7 +209,14 @@ class BadRows:
         """
         if self.counts:
             verb = "was" if self.total == 1 else "were"
-            rank_zero_warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {self.reasons}")
+            _warn(f"{self.total} of {total_rows} rows of {name} {verb} skipped: {self.reasons}")
+
+
+def _warn(text: str) -> None:
+    """Warns on the first rank. Lightning loads here: it takes seconds, which most readers of rows don't need."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    rank_zero_warn(text, stacklevel=5)
 
 
 def bundled_path(pattern: str) -> str:
@@ -400,7 +405,7 @@ def _read_file(path: str, kind: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         for row in _READERS[kind](path, bad):
             yield row
     if row is None and bad.total == before:
-        rank_zero_warn(f"{path} has no row.")
+        _warn(f"{path} has no row.")
 
 
 @contextmanager

@@ -3,10 +3,15 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lightning_rlhf.cleaning import scale
 from lightning_rlhf.cli import main
 
 pytest.importorskip("rensa")
@@ -74,16 +79,55 @@ def test_without_near_duplicates(files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(900)  # its processes start one after the other, each loading torch
 def test_ray_drops_the_same_rows(files, tmp_path):
     pytest.importorskip("datatrove")
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        theirs = clean(files, tmp_path / "ray.jsonl", "--executor", "ray", "--workers", "2")
-    finally:
-        ray.shutdown()
+    pytest.importorskip("ray")
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_rlhf",
+        "data",
+        "clean",
+        str(files),
+        "--executor",
+        "ray",
+        "--workers",
+        "2",
+    ]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    with (tmp_path / "log").open("w") as log:  # no pipe: Ray's processes would hold it open
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "ray.jsonl")], env=environment, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = "none within 240 s"
+    assert code == 0, f"exit status: {code}\n{(tmp_path / 'log').read_text()[-3000:]}"
+    theirs = (tmp_path / "ray.jsonl").read_text(encoding="utf-8"), fates(tmp_path / "ray.jsonl")
     assert theirs == clean(files, tmp_path / "local.jsonl", "--executor", "local")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most"),
+    [
+        ([{"Alive": True, "Resources": {"CPU": 2, "memory": 2**29}}], "0.50"),
+        ([{"Alive": True, "Resources": {"memory": 2**33}}], "8.00"),
+        ([{"Alive": False, "Resources": {"CPU": 2, "memory": 2**33}}], "0.00"),
+        ([{"Alive": True, "Resources": {"CPU": 2, "memory": 2**30}}], None),
+    ],
+)
+def test_a_ray_that_could_start_no_task_is_refused(nodes, most, monkeypatch):
+    """datatrove's executor waits for ever for resources that nobody has."""
+    ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
+    monkeypatch.setattr(scale, "require", lambda *_: ray)
+    if most is None:
+        scale._connect(2)
+    else:
+        with pytest.raises(RuntimeError, match=rf"No machine .* the most that one gives is {most} GB"):
+            scale._connect(2)
 
 
 @pytest.mark.slow
