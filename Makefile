@@ -30,8 +30,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZER
 COLOSSALAI := colossalai==0.5.0
 COLOSSALAI_NEEDS := einops galore_torch psutil click rich contexttimer pydantic ninja
 
-# GPTQ likewise, where auto-round runs (Python 3.11 and later) and transformers is 5: docs/install.md.
+# GPTQ likewise, where auto-round runs (Python 3.11 and later) and transformers is 5: docs/install.md. datatrove wants
+# transformers 5 too.
 ifeq ($(CONSTRAINTS),constraints.txt)
+TEST_EXTRAS := $(TEST_EXTRAS),scale
 GPTQ := gptqmodel==7.7.0 optimum==2.3.0 auto-round==0.16.1
 GPTQ_NEEDS := device-smi tokenicer pypcre logbar threadpoolctl defuser py-cpuinfo
 endif

@@ -175,7 +175,7 @@ def test_extras_that_users_are_pointed_to_exist(setup):
 def test_constraints_pin_what_is_required(setup, constraints):
     pinned = pins(constraints)
     wanted = lines(setup["options"]["install_requires"])
-    for extra in ("demo", "test"):
+    for extra in ("demo", "test", *(["scale"] if constraints == "constraints.txt" else [])):
         wanted += lines(setup["options.extras_require"][extra])
     missing = {project(r) for r in wanted if not r.startswith("#")} - set(pinned)
     assert missing == set()
