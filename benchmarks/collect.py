@@ -36,7 +36,7 @@ from lightning_rlhf.models.pretrained import SMOLLM2, obtain
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "collect.jsonl"
 ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
-#: 175 English instructions with answers, written by people (Wang et al. 2023).
+#: 175 English instructions, each with an answer or more, written by people (Wang et al. 2023).
 HUMAN = ASSETS / "data" / "self_instruct_seed_tasks.jsonl"
 SHOWN = 20
 
@@ -128,8 +128,9 @@ def fine_tune(model: str, rows: Sequence[dict[str, Any]], human: Path, seed: int
 
     from lightning_rlhf import InstructionDataModule, LoRA, SFTModule
 
-    read = [{**row.value, "lang": "en"} for row in read_rows(str(human), BadRows())]
-    parts = dict(split(read, 1 / 3, 0, lambda row: row["instruction"], seed))
+    read = [row.value for row in read_rows(str(human), BadRows())]
+    written = [{"instruction": row["instruction"], **row["instances"][0], "lang": "en"} for row in read]
+    parts = dict(split(written, 1 / 3, 0, lambda row: row["instruction"], seed))
     count = min(len(parts["train"]), len(rows))
     draw = random.Random(seed)
     trained = {"human": draw.sample(parts["train"], count), "grown": draw.sample(list(rows), count)}

@@ -36,7 +36,10 @@ def test_figures_of_growth_add_up(benchmark, stories_model_dir, tmp_path):
 @pytest.mark.slow
 def test_fine_tuning_compares_with_human_rows(benchmark, stories_model_dir, tmp_path):
     human = tmp_path / "human.jsonl"
-    lines = [json.dumps({"instruction": f"Say {i}", "output": f"It is {i}."}) for i in range(30)]
+    lines = [
+        json.dumps({"instruction": f"Say {i}", "instances": [{"input": "", "output": f"It is {i}."}]})
+        for i in range(30)
+    ]
     human.write_text("\n".join(lines))
     rows = [{"instruction": f"Tell {i}", "output": "A story.", "lang": "en"} for i in range(40)]
     found = benchmark.fine_tune(str(stories_model_dir), rows, human, 0, tmp_path)
