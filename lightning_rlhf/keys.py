@@ -49,7 +49,10 @@ class KeyParser(LightningArgumentParser):
     Attributes:
         files: Config files that were read, as given and as absolute paths, the latest first.
         reading: The config file that is being read.
+        bases: Base classes of objects that keys name by their class; those that are loaded are suggested.
     """
+
+    bases: Sequence[type] = BASES
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -75,7 +78,7 @@ class KeyParser(LightningArgumentParser):
             message = parser.no_key(found["key"]) if found["key"] else f"{found['word']} {TOO_MANY}"
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"{parser.prog.replace(' [options]', '')}: {_shorten(message, files)}\n")
+        self.exit(2, f"{parser.prog.replace(' [options]', '')}: {_shorten(message, files, self.bases)}\n")
 
     def no_key(self, key: str) -> str:
         """Returns the message for an unknown key, with the closest key. It does not know the keys of inner parsers."""
@@ -84,7 +87,7 @@ class KeyParser(LightningArgumentParser):
         return f"there is no key `{key}`" + (f"; did you mean `{found}`?" if found else "")
 
 
-def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
+def _shorten(message: str, files: Sequence[tuple[str, str]], bases: Sequence[type]) -> str:
     """Reduces an error to one line: the file, the key, and what is wrong with it."""
     path: list[tuple[int, str]] = []  # indentation and name of the keys around a line
     deepest: list[str] = []
@@ -115,7 +118,7 @@ def _shorten(message: str, files: Sequence[tuple[str, str]]) -> str:
             return f"give {' and '.join(f'--{name}' for name in missing)}, or a --config that has it"
         if found := _NO_CLASS.search(text):
             where = f"{_file_and_line(key, files)}{key}{': ' if key else ''}"
-            return f"{where}there is no class {found[1]}{did_you_mean(found[1], _classes())}"
+            return f"{where}there is no class {found[1]}{did_you_mean(found[1], _classes(bases))}"
         if found := _PLACE.search(text):
             path.append((indent, found[1]))
             text = text[found.end() :].strip()
@@ -168,9 +171,9 @@ def _types(text: str) -> str:
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
 
 
-def _classes() -> Iterator[str]:
-    """Yields the names of loaded classes that a key may name."""
-    left: list[type] = list(BASES)
+def _classes(bases: Sequence[type]) -> Iterator[str]:
+    """Yields the names of loaded subclasses."""
+    left = list(bases)
     while left:
         found = left.pop()
         left += found.__subclasses__()

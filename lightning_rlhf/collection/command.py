@@ -27,7 +27,7 @@ from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.sources import BadRows
 from lightning_rlhf.endpoint import BudgetExceeded, EndpointError, Ledger
 from lightning_rlhf.evaluation.chat_judge import ChatJudge
-from lightning_rlhf.evaluation.judges import JudgeError
+from lightning_rlhf.evaluation.judges import Judge, JudgeError
 from lightning_rlhf.keys import KeyParser
 from lightning_rlhf.utils.progress import ProgressLine
 
@@ -83,6 +83,7 @@ _ERRORS = (
 
 def _parser() -> KeyParser:
     parser = KeyParser(prog="lightning-rlhf collect", description=_ABOUT)
+    parser.bases = Generator, Judge
     parser.add_argument("--config", action="config", help="file with any of these settings; later ones replace it")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; a second run goes on in it")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="stop after the pilot and its estimate")

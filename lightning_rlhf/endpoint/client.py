@@ -8,9 +8,12 @@ import importlib.util
 import os
 import re
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, TimeoutError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +35,10 @@ _HEADERS = frozenset({
 })  # fmt: skip
 #: Errors before a request has left, by their names: old and new versions of openai use two packages for HTTP.
 _NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol"})
+
+
+#: Seconds that attempts which are cancelled get to write down that they are lost.
+_CLOSING = 2.0
 
 
 class EndpointError(RuntimeError):
@@ -154,10 +161,18 @@ class Endpoint:
             return done.result()
         except KeyboardInterrupt:
             loop.call_soon_threadsafe(work.end, None)
+            print(
+                f"\nSIGINT: waiting for what is under way ({work.under_way} requests), because it may be paid for. "
+                "Ctrl-C again ends at once.",
+                file=sys.stderr,
+                flush=True,
+            )
             try:
                 done.exception()
             except KeyboardInterrupt:
-                done.cancel()
+                loop.call_soon_threadsafe(work.cancel)
+                with suppress(CancelledError, TimeoutError):
+                    done.exception(_CLOSING)
             raise
 
     def close(self) -> None:
@@ -262,12 +277,14 @@ class _Round:
     on_reply: Callable[[int, Reply], None] | None
     under_way: int = 0
     error: BaseException | None = None
+    task: asyncio.Task[list[Reply]] | None = None
     doubtful: list[Reply] = field(default_factory=list)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> list[Reply]:
         """Asks all and returns the replies."""
+        self.task = asyncio.current_task()
         places: dict[str, list[int]] = {}
         for number, request in enumerate(self.requests):
             places.setdefault(request.key(self.endpoint.model), []).append(number)
@@ -296,6 +313,11 @@ class _Round:
             return []  # nobody reads it
         self._settle()
         return [replies[request.key(self.endpoint.model)] for request in self.requests]
+
+    def cancel(self) -> None:
+        """Ends the round at once; what is under way counts as lost."""
+        if self.task is not None:
+            self.task.cancel()
 
     def end(self, error: BaseException | None) -> None:
         """Ends the round after the attempts that are under way."""

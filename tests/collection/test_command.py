@@ -153,6 +153,13 @@ def test_preferences(tmp_path, tiny_tokenizer, capsys):
         (["--languages", "{}"], "languages is empty"),
         (["--languages", "{en: 10}", "--filters", "[Lengths]"], "There is no filter Lengths; did you mean Length?"),
         (["--languages", "{en: 10}", "--seeds", "nothing.jsonl"], "nothing.jsonl: no such file or directory"),
+        (["--generator", "Script"], "generator: there is no class Script; did you mean Scripted?"),
+        (["--generator", "EndpointGenerater"], "there is no class EndpointGenerater; did you mean EndpointGenerator?"),
+        (
+            ["--generator", "{class_path: EngineGenrator, init_args: {pretrained: x}}"],
+            "there is no class EngineGenrator; did you mean EngineGenerator?",
+        ),
+        (["--judge", "ChatJuge"], "judge: there is no class ChatJuge; did you mean ChatJudge?"),
         (["--languages", "{en: 10}", "--budget", "{money: 1}"], "needs prices of a million tokens"),
         (["--languages", "{en: 10}", "--style", "opening"], "style: opening needs a model that can continue"),
         (["--languages", "{en: 10}", "--val", "1"], "val and test must be 0 or more, and below 1 together"),

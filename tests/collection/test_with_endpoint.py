@@ -3,6 +3,11 @@
 import json
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import pytest
@@ -111,7 +116,7 @@ def test_each_step_drops_what_was_planted(seeds, tmp_path):
 @pytest.mark.slow
 def test_kills_change_no_file_and_lose_no_reply(whole, seeds, tmp_path, processes):
     rng, concurrency = random.Random(KILLS), 8
-    with FakeEndpoint(seed=1, delay=(0, 0.05)) as server:
+    with FakeEndpoint(seed=1, delay=(0, 0.01 * KILLS)) as server:
         arguments = options(tmp_path / "out", server.url, seeds, concurrency=concurrency)
         processes.kill_often(arguments, rng, KILLS, server, len(attempts(whole / "ledger.sqlite")))
         again = check_bill(server.bill, tmp_path / "out" / "ledger.sqlite", KILLS, concurrency)
@@ -186,7 +191,7 @@ def test_a_thousand_rows_of_each_language(tmp_path):
 
 @pytest.mark.slow
 def test_kills_while_answers_are_ranked_change_no_file(seeds, tmp_path, processes):
-    with FakeEndpoint(seed=4, delay=(0, 0.05)) as server:
+    with FakeEndpoint(seed=4, delay=(0, 0.01 * KILLS)) as server:
         judge = (
             f"{{class_path: lightning_rlhf.evaluation.ChatJudge, init_args: {{base_url: {server.url}, model: judge, "
             "concurrency: 8, backoff: 0.01}}"
@@ -205,3 +210,31 @@ def test_kills_while_answers_are_ranked_change_no_file(seeds, tmp_path, processe
     assert data(tmp_path / "killed") == data(tmp_path / "whole")
     for row in rows:  # this server's judge prefers the longer answer
         assert [len(text) for text in row["ranked"]] == sorted(map(len, row["ranked"]), reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ctrl_c_waits_for_replies_and_a_second_one_does_not(seeds, tmp_path):
+    with FakeEndpoint(seed=1, delay=(60, 60)) as server:
+        command = [sys.executable, "-m", "lightning_rlhf", "collect", *options(tmp_path / "out", server.url, seeds)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            while not server.requests:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            said = ""
+            while "under way" not in said:
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            rest = process.communicate(timeout=40)[1]
+            assert time.monotonic() - start < 30  # less than a reply takes; most of it goes to the interpreter's end
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 130
+    assert re.search(r"SIGINT: waiting for what is under way \(\d requests\), .* Ctrl-C again ends at once", said)
+    assert len(rest.strip().splitlines()) == 1 and rest.strip().startswith("SIGINT: stopped. What arrived is kept in ")
+    assert {state for _, state, _ in attempts(tmp_path / "out" / "ledger.sqlite")} == {"lost"}
