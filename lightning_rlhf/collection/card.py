@@ -81,7 +81,7 @@ def growth_card(growth: Growth, splits: Mapping[str, int], totals: Totals, price
     """
     rows, plan = growth.rows, growth.plan
     made = ", ".join(f"{count.rows:,} in {lang}" for lang, count in growth.counts.items())
-    parts = ", ".join(f"{name} {count:,}" for name, count in splits.items())
+    parts = ", ".join(f"{name} {count:,}" for name, count in splits.items()) or "none"
     models = dict.fromkeys([growth.generator.name, growth.answerer.name])
     about = [
         f"{len(rows):,} instructions with answers ({made}), written by {' and '.join(models)} in {growth.round} rounds "
@@ -113,12 +113,11 @@ def preference_card(work: Preferences, splits: Mapping[str, int], totals: Totals
         prices: Whether there are prices, so that money can be told.
     """
     count, names = work.count, list(dict.fromkeys(generator.name for generator in work.generators))
-    parts = ", ".join(f"{name} {number:,}" for name, number in splits.items())
+    parts = ", ".join(f"{name} {number:,}" for name, number in splits.items()) or "none"
     about: list[str | Table | Quotes] = [
         f"{count.rows:,} rankings with {count.pairs:,} pairs: answers by {' and '.join(names)}, {work.samples} of each "
         f"to {count.prompts:,} prompts, ranked by {work.ranker.name}. Parts: {parts}.",
-        f"The longer answer won {count.longer:,} of the {count.pairs - count.equal:,} pairs of different lengths: "
-        f"{count.longer_share:.1%}. Far from 50 %, a reward model can learn length in place of quality.",
+        f"{count.on_length} Far from 50 %, a reward model can learn length in place of quality.",
         "The texts come from models. They may be wrong, and the models' licenses and terms apply to them.",
     ]
     body = [("prompts", f"{count.prompts:,}"), ("answers asked for", f"{count.answers:,}")]

@@ -199,7 +199,7 @@ def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None
     parts = _write(out, work.rows, settings, plan.seed, lambda row: row["prompt"][-1]["content"])
     prices = settings.budget is not None and settings.budget.prices is not None
     preference_card(work, parts, ledger.totals(), prices).write(out)
-    print(f"\nThe longer answer won {work.count.longer_share:.1%} of the pairs.\n{_where(out, parts)}")
+    print(f"\n{work.count.on_length}\n{_where(out, parts)}")
     if stopped is not None:
         raise stopped
 

@@ -176,6 +176,15 @@ class PreferenceCount:
         """Share of the pairs of different lengths in which the longer answer won."""
         return self.longer / max(1, self.pairs - self.equal)
 
+    @property
+    def on_length(self) -> str:
+        """A sentence that says how often the longer answer won."""
+        unequal = self.pairs - self.equal
+        if not unequal:
+            return "No pair has answers of different lengths."
+        share = f"{self.longer:,} of the {unequal:,} pairs of different lengths: {self.longer_share:.1%}"
+        return f"The longer answer won {share}."
+
     def to_json(self) -> dict[str, Any]:
         """The counts as JSON values."""
         return {**vars(self), "problems": {kind: count for kind, count in self.problems.items() if count}}

@@ -142,7 +142,9 @@ def test_preferences(tmp_path, tiny_tokenizer, capsys):
         str(tmp_path / "out" / "train.jsonl"), val_fraction=0.0, tokenizer=tiny_tokenizer, max_length=500
     )
     assert trees(data) == len(found)
-    assert re.search(r"The longer answer won \d+\.\d% of the pairs", capsys.readouterr().out)
+    assert re.search(
+        r"The longer answer won \d+ of the \d+ pairs of different lengths: \d+\.\d%\.", capsys.readouterr().out
+    )
     assert "The longer answer won" in (tmp_path / "out" / "card.md").read_text()
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 from collecting import Collecting, attempts
 from endpoint import PASSING, FakeEndpoint, planted
+from server_process import serving
 
 from lightning_rlhf.collection import command
 from lightning_rlhf.collection.parse import same
@@ -238,3 +239,30 @@ def test_ctrl_c_waits_for_replies_and_a_second_one_does_not(seeds, tmp_path):
     assert re.search(r"SIGINT: waiting for what is under way \(\d requests\), .* Ctrl-C again ends at once", said)
     assert len(rest.strip().splitlines()) == 1 and rest.strip().startswith("SIGINT: stopped. What arrived is kept in ")
     assert {state for _, state, _ in attempts(tmp_path / "out" / "ledger.sqlite")} == {"lost"}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_real_server_writes_and_judges(stories_model_dir, tmp_path):
+    """Ours, with a model of stories: its stories are answers, and it knows no verdict."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"A {what}."}) + "\n" for what in ("dog", "red ball", "tree")))
+    template = tmp_path / "template.txt"
+    template.write_text("{prompt} {answer_a} {answer_b}")
+    with serving(tmp_path / "log", stories_model_dir) as server:
+        model = stories_model_dir.name
+        generator = GENERATOR.format(url=f"{server.url}/v1", concurrency=4).replace("model: fake", f"model: {model}")
+        judge = (
+            f"{{class_path: ChatJudge, init_args: {{base_url: {server.url}/v1, model: {model}, max_tokens: 8, "
+            f"template: {template}}}}}"
+        )
+        arguments = ["--preferences", str(prompts), "--samples", "3"]
+        writing = ["--generator", generator, "--answer_sampling", "{max_tokens: 400, temperature: 1.0}"]
+        command.main(["--out", str(tmp_path / "ranked"), *arguments, *writing, "--reward", "reward_of_letters.letters"])
+        # its own stories would not fit in its context of 512 tokens
+        written = ["--generator", "scripted.Scripted"]
+        command.main(["--out", str(tmp_path / "judged"), *arguments, *written, "--judge", judge])
+    rows = [json.loads(line) for line in (tmp_path / "ranked" / "train.jsonl").open(encoding="utf-8")]
+    assert rows and all(row["scores"] == sorted(row["scores"], reverse=True) for row in rows)
+    card = (tmp_path / "judged" / "card.md").read_text(encoding="utf-8")
+    assert "No pair has answers of different lengths" in card and "pairs without a verdict" in card
