@@ -63,6 +63,14 @@ class DrawsSamples(Protocol):
 
 
 @runtime_checkable
+class ReadsMismatched(Protocol):
+    """``reads_mismatched`` says whether batches need answers of other prompts (KTO's reference point)."""
+
+    @property
+    def reads_mismatched(self) -> bool: ...  # noqa: D102
+
+
+@runtime_checkable
 class HasLoad(Protocol):
     """``load`` says how the module holds weights."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule, Ptx
     from lightning_rlhf.data.sources import WeightedSource
+    from lightning_rlhf.data.unpaired import UnpairedDataModule
 
 _HOMES = {
     **dict.fromkeys(("Conversation", "Message"), "formats"),
@@ -23,6 +24,7 @@ _HOMES = {
     **dict.fromkeys(("Branch", "PackedBatch", "Tree", "pack", "pad", "split", "unpack"), "packed"),
     **dict.fromkeys(("PlannedLoader", "Planner"), "planner"),
     **dict.fromkeys(("PromptBatch", "PromptDataModule", "Ptx"), "prompts"),
+    "UnpairedDataModule": "unpaired",
     "WeightedSource": "sources",
 }
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "PromptDataModule",
     "Ptx",
     "Tree",
+    "UnpairedDataModule",
     "WeightedSource",
     "pack",
     "pad",

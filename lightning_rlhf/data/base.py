@@ -38,7 +38,7 @@ from lightning_rlhf.data.sources import (
     source_state,
     weighted_sources,
 )
-from lightning_rlhf.data.token_cache import Record, RowEncoder, TokenCache, TokenRows, cache_key, distinct
+from lightning_rlhf.data.token_cache import Record, RowEncoder, SizedRows, TokenCache, TokenRows, cache_key, distinct
 from lightning_rlhf.moved import refuse_moved
 from lightning_rlhf.protocols import HasContext, HasTokenizer, SamplePrompt, stop_tokens_of
 
@@ -223,8 +223,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         Args:
             part: A part that was set up.
         """
+        return self._in_order(self._rows[part])
+
+    def _in_order(self, rows: SizedRows) -> PlannedLoader:
+        """Each row once, in order, dealt over ranks."""
         ranks, rank = self._ranks()
-        rows = self._rows[part]
         planner = Planner(rows.sizes, self.eval_batch_size * ranks, 1, ranks, shuffle=False)
         return PlannedLoader(rows, planner, rank, self.num_workers, pin_memory=torch.cuda.is_available())
 

@@ -60,7 +60,7 @@ REFUSED_IN_PROMPTS = {
 #: Columns that all formats of conversations and preferences read.
 SHARED = (*SYSTEM, *_OPTIONS, "lang", "language")
 #: Columns that say whether an answer is good (KTO), and whether a row is learned.
-_LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
+LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
 _TURN = {"role", "from", "content", "value", *_FOR_TEMPLATE, *_WEIGHTS, *_REFUSED_IN_TURNS}
 
 
@@ -297,7 +297,7 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
     """
     chosen = FORMATS.choose(row, format)
     check_columns(row)
-    for column in _LABELS:
+    for column in LABELS:
         if str(row.get(column)).strip().lower() == "false":
             reason = f"the column {column!r} says that this answer is bad, and it would be learned. Remove the row"
             raise FormatError("bad answer", f"{reason}; pairs of 'chosen' and 'rejected' train a reward model")
@@ -422,7 +422,7 @@ def unread_keys(row: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
 
 def _agrees(name: object, value: object) -> bool:
     """Whether a column says only that its row should be trained on, as every row is."""
-    return name in (*_ROW_WEIGHTS, *_LABELS) and (
+    return name in (*_ROW_WEIGHTS, *LABELS) and (
         _weight(value) == 1 if name in _ROW_WEIGHTS else str(value).lower() == "true"
     )
 

@@ -1,6 +1,7 @@
 """A batch as one row of tokens: every prompt once, followed by its completions.
 
-Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees, P pairs of compared completions.
+Shapes: T packed tokens, N scored tokens, S sequences (branches), B trees, P pairs of compared completions, L
+completions with a label.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Tree(NamedTuple):
         weight: Weight of its scored tokens in a loss. A tree of weight 0 only fills an empty bin.
         pairs: Which completions are better than which.
         origin: Number of the row's source and language, for separate metrics.
+        labels: For each completion, whether it is good; empty where nobody says.
     """
 
     prompt: Sequence[int]
@@ -62,6 +64,7 @@ class Tree(NamedTuple):
     weight: float = 1.0
     pairs: Sequence[Pair] = ()
     origin: int = 0
+    labels: Sequence[bool] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +153,8 @@ class StepTotals:
         tokens: Scored tokens by weight.
         sequences: Sequences by weight.
         pairs: Pairs by weight.
+        good: Completions that are labeled good.
+        bad: Completions that are labeled bad.
         bins: Micro-batches of all ranks (``accumulate_grad_batches`` x data-parallel size): a mean over the step is
             ``loss_sum * bins / tokens``, since Lightning divides by the first factor and the ranks by the second.
     """
@@ -157,6 +162,8 @@ class StepTotals:
     tokens: float = _total(lambda tree: tree.weight * tree.num_scored)
     sequences: float = _total(lambda tree: tree.weight * len(tree.branches))
     pairs: float = _total(lambda tree: sum(pair.weight for pair in tree.pairs))
+    good: float = _total(lambda tree: sum(tree.labels))
+    bad: float = _total(lambda tree: len(tree.labels) - sum(tree.labels))
     bins: int = 1
 
     @classmethod
@@ -217,6 +224,20 @@ class Pairs(NamedTuple):
     origin: Tensor
 
 
+class Labels(NamedTuple):
+    """The completions of a batch that are labeled good or bad.
+
+    Attributes:
+        sequence: (L,) sequence of the completion.
+        good: (L,) bool: whether it is good.
+        origin: (L,) origin of the completion's tree.
+    """
+
+    sequence: Tensor
+    good: Tensor
+    origin: Tensor
+
+
 @dataclass(eq=False)
 class PackedBatch:
     """A batch in which a prompt's tokens appear once and its completions are branches.
@@ -232,8 +253,11 @@ class PackedBatch:
         last: (S,) index into T of each branch's last token.
         weight: (N,) fp32 weight of each scored token.
         pairs: Which sequences are better than which; P = 0 in data without comparisons.
+        labels: Which sequences are good and which are bad; L = 0 in data without labels.
         totals: Totals of the optimizer step; of this batch alone if no planner made it.
         rows: Row numbers of the trees in their data, to put predictions in order; empty if no planner made it.
+        mismatched: The same prompts, each with as many completions of other prompts, for KTO's reference point; None
+            in other data.
     """
 
     input_ids: Tensor
@@ -245,8 +269,10 @@ class PackedBatch:
     last: Tensor
     weight: Tensor
     pairs: Pairs
+    labels: Labels
     totals: StepTotals
     rows: tuple[int, ...] = ()
+    mismatched: PackedBatch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -272,7 +298,10 @@ class PackedBatch:
         changed: dict[str, Any] = {
             f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
-        return replace(self, forest=Forest(self.forest.trees), pairs=Pairs(*map(function, self.pairs)), **changed)
+        changed |= {"pairs": Pairs(*map(function, self.pairs)), "labels": Labels(*map(function, self.labels))}
+        if self.mismatched is not None:
+            changed["mismatched"] = self.mismatched._map(function)
+        return replace(self, forest=Forest(self.forest.trees), **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False, copy: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``. Lightning calls this method.
@@ -301,7 +330,8 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
         The packed batch.
 
     Raises:
-        ValueError: There is no tree, a prompt or completion is empty, or ``scored`` and its tokens differ in length.
+        ValueError: There is no tree, a prompt or completion is empty, ``scored`` and its tokens differ in length, or a
+            tree has labels for some of its completions.
     """
     if not trees:
         raise ValueError("A packed batch needs at least one tree.")
@@ -314,11 +344,15 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
     weight: list[Tensor] = []
     last: list[int] = []
     pairs: list[tuple[int, int, float, float, int]] = []
+    labels: list[tuple[int, bool, int]] = []
     for i, tree in enumerate(trees):
         start, length = len(ids), len(tree.prompt)
         if not length or not tree.branches:
             raise ValueError(f"Tree {i} needs a prompt of at least one token and at least one completion.")
         pairs.extend((len(last) + p.better, len(last) + p.worse, p.margin, p.weight, tree.origin) for p in tree.pairs)
+        if tree.labels and len(tree.labels) != len(tree.branches):
+            raise ValueError(f"Tree {i} has {len(tree.labels)} labels for {len(tree.branches)} completions.")
+        labels.extend((len(last) + j, good, tree.origin) for j, good in enumerate(tree.labels))
         ids.extend(tree.prompt)
         positions.append(torch.arange(length))
         branches = []
@@ -344,6 +378,7 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
     if totals is None:
         totals = StepTotals.of(trees)
     better, worse, margin, pair_weight, origin = zip(*pairs, strict=True) if pairs else ((),) * 5
+    labeled, good, origin_of = zip(*labels, strict=True) if labels else ((),) * 3
     return PackedBatch(
         input_ids=torch.tensor(ids, dtype=torch.long),
         position_ids=torch.cat(positions),
@@ -360,13 +395,18 @@ def pack(trees: Sequence[Tree], totals: StepTotals | None = None, rows: Sequence
             torch.tensor(pair_weight, dtype=torch.float32),
             torch.tensor(origin, dtype=torch.long),
         ),
+        labels=Labels(
+            torch.tensor(labeled, dtype=torch.long),
+            torch.tensor(good, dtype=torch.bool),
+            torch.tensor(origin_of, dtype=torch.long),
+        ),
         totals=totals,
         rows=tuple(rows),
     )
 
 
 def unpack(batch: PackedBatch) -> list[Tree]:
-    """The trees of a batch, the inverse of :func:`pack`. Trees without pairs lose their origin."""
+    """The trees of a batch, the inverse of :func:`pack`. Trees without pairs and labels lose their origin."""
     scored = [torch.zeros(branch.length, dtype=torch.bool) for _, branches in batch.forest.trees for branch in branches]
     starts = [branch.start for _, branches in batch.forest.trees for branch in branches]
     weights = [1.0] * len(starts)
@@ -381,6 +421,10 @@ def unpack(batch: PackedBatch) -> list[Tree]:
         tree, number = tree_of[better]
         pairs[tree].append(Pair(number, tree_of[worse][1], margin, w))
         origins[tree] = origin
+    labels: list[list[bool]] = [[] for _ in batch.forest.trees]
+    for sequence, good, origin in zip(*(column.tolist() for column in batch.labels), strict=True):
+        labels[tree_of[sequence][0]].append(good)
+        origins[tree_of[sequence][0]] = origin
     ids = batch.input_ids.tolist()
 
     def cut(span: Span) -> list[int]:
@@ -391,7 +435,7 @@ def unpack(batch: PackedBatch) -> list[Tree]:
         branches = [
             Branch(cut(b), None if scored[i + j].all() else scored[i + j].tolist()) for j, b in enumerate(spans)
         ]
-        trees.append(Tree(cut(prompt), branches, weights[i], tuple(pairs[t]), origins[t]))
+        trees.append(Tree(cut(prompt), branches, weights[i], tuple(pairs[t]), origins[t], tuple(labels[t])))
         i += len(spans)
     return trees
 
@@ -427,7 +471,8 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
 def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = "max_tokens") -> list[list[Tree]]:
     """Deals trees, in order, into packed rows of at most ``max_tokens`` tokens.
 
-    A tree that exceeds it alone is cut between its completions, and its prompt is repeated; it must have no pairs.
+    A tree that exceeds it alone is cut between its completions, and its prompt is repeated; it must have no
+    pairs and no labels.
 
     Args:
         trees: The trees.

@@ -30,10 +30,12 @@ class Bin(NamedTuple):
     Attributes:
         rows: Indices of its trees; empty if a step has fewer trees than bins.
         totals: Totals of the whole step.
+        epoch: The epoch that the step belongs to.
     """
 
     rows: tuple[int, ...]
     totals: StepTotals
+    epoch: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,7 @@ class Planner:
             held, held_numbers = rows[ready:], numbers[ready:]
             if ready:
                 ends = np.flatnonzero(np.diff(numbers[:ready])) + 1
-                yield [self._deal(step.tolist()) for step in np.split(rows[:ready], ends)]
+                yield [self._deal(step.tolist(), epoch) for step in np.split(rows[:ready], ends)]
 
     @property
     def num_steps(self) -> int:
@@ -204,7 +206,7 @@ class Planner:
         nothing = np.empty(0, dtype=np.int64)
         return np.concatenate([nothing, *(s for s, _ in found)]), np.concatenate([nothing, *(n for _, n in found)])
 
-    def _deal(self, rows: list[int]) -> list[Bin]:
+    def _deal(self, rows: list[int], epoch: int) -> list[Bin]:
         bins = self.micro_batches * self.ranks
         table = self._table[rows]
         tokens = [int(n) + self.overhead for n in table[:, 0]]
@@ -214,7 +216,7 @@ class Planner:
         largest = max(sum(tokens[i] for i in b) for b in dealt)
         if self.max_tokens is not None and largest > self.max_tokens:
             raise ValueError(self._too_large(tokens, largest))
-        return [Bin(tuple(rows[i] for i in b), totals) for b in dealt]
+        return [Bin(tuple(rows[i] for i in b), totals, epoch) for b in dealt]
 
     def _too_large(self, tokens: list[int], largest: int) -> str:
         message = f"A micro-batch of {largest} tokens exceeds max_tokens={self.max_tokens}"

@@ -148,10 +148,32 @@ def _is_preference(row: Mapping[str, Any]) -> bool:
 def encode_preference(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, stop_ids: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """One row's tokens; runs in worker processes.
+    """One row's tokens; runs in worker processes."""
+    found = encode_answers(row, tokenizer, limit, stop_ids)
+    answers = found["answers"]
+    for better, worse in zip(row["better"], row["worse"], strict=True):
+        if answers[better] == answers[worse]:
+            reason = "two answers of a pair have the same tokens: they differ only in what the chat template trims"
+            raise TokenizeError("no difference", f"{reason}, or in a stop token. Remove one of them, or the row")
+    return {**found, **{name: row[name] for name in ("better", "worse", "margin", "weight", "names")}}
+
+
+def encode_answers(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, stop_ids: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The tokens of a prompt and of the answers behind it.
 
     An answer ends with its stop token, as a sampled completion does. What a template writes behind it (ChatML: a line
-    break) is left out, since the reward is read at the last token.
+    break) is left out, since a reward is read at the last token.
+
+    Args:
+        row: ``prompt``, ``answers`` and ``options``.
+        tokenizer: With its chat template.
+        limit: Maximum number of tokens of the prompt with one answer.
+        stop_ids: Further tokens that end an answer.
+
+    Raises:
+        TokenizeError: The row can't be trained on.
     """
     messages: list[Message] = row["prompt"]
     answers, scored = [], []
@@ -175,14 +197,9 @@ def encode_preference(
             raise TokenizeError("prompt changes", f"{reason}, so answers can't share it")
         answers.append(tokens.input_ids[len(prompt) : end])
         scored.append(tokens.scored[len(prompt) : end])
-    for better, worse in zip(row["better"], row["worse"], strict=True):
-        if answers[better] == answers[worse]:
-            reason = "two answers of a pair have the same tokens: they differ only in what the chat template trims"
-            raise TokenizeError("no difference", f"{reason}, or in a stop token. Remove one of them, or the row")
     longest = len(prompt) + max(map(len, answers))
     if longest > limit:
         reason = f"{longest} tokens are over max_length={limit}; raise it, or shorten the row"
         raise TokenizeError("too long", reason)
-    pairs = {name: row[name] for name in ("better", "worse", "margin", "weight", "names")}
     tokens_of = {"prompt": prompt, "answers": answers, "scored": scored}
-    return {**tokens_of, **pairs, "unread": list(unread), "extra_stops": extra_stops}
+    return {**tokens_of, "unread": list(unread), "extra_stops": extra_stops}

@@ -16,6 +16,8 @@ from numbers import Real
 from typing import Any, NoReturn
 
 from lightning_rlhf.data.formats import (
+    FORMATS,
+    LABELS,
     ROLES,
     SHARED,
     Conversation,
@@ -122,7 +124,7 @@ def to_preference(row: Mapping[str, Any], format: str = "auto", system: str | No
     chosen = PREFERENCE_FORMATS.choose(row, format)
     check_columns(row)
     candidates = sorted(chosen.convert(row), key=lambda candidate: candidate.rank)
-    conversations = [_checked(candidate, row, system) for candidate in candidates]
+    conversations = [check_candidate(candidate, row, system) for candidate in candidates]
     made = [conversation.messages or () for conversation in conversations]
     shared = _shared(candidates, made)
     answers = tuple(messages[shared:] for messages in made)
@@ -154,8 +156,17 @@ def read_name(row: Mapping[str, Any], *columns: str) -> str:
     return read_text(", ".join(map(str, texts)), f"the column {column!r}")
 
 
-def _checked(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> Conversation:
-    """The whole conversation with its system turn, checked."""
+def check_candidate(candidate: Candidate, row: Mapping[str, Any], system: str | None) -> Conversation:
+    """The whole conversation with an answer, with its system turn.
+
+    Args:
+        candidate: The answer.
+        row: The columns of its row.
+        system: System turn for rows that have none.
+
+    Raises:
+        FormatError: It can't be trained on.
+    """
     whole = {**{column: row.get(column) for column in SHARED}, "messages": candidate.messages}
     try:
         return to_conversation(whole, "messages", system)
@@ -289,8 +300,8 @@ def read_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return prompt
 
 
-def _after(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Prompt and answer; the answer may repeat the prompt."""
+def join_answer(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Prompt and answer, each once: the answer may repeat the prompt."""
     repeats = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
     return answer if repeats else prompt + answer
 
@@ -307,7 +318,7 @@ def _chosen_rejected(
     return [
         Candidate(
             name=f"the column {side!r}",
-            messages=_after(prompt, read(row[side], f"the column {side!r}")),
+            messages=join_answer(prompt, read(row[side], f"the column {side!r}")),
             rank=rank,
             score=read_number(row[column], f"the column {column!r}") if column else None,
         )
@@ -315,15 +326,25 @@ def _chosen_rejected(
     ]
 
 
-def _answer(value: object, what: str) -> tuple[Message, ...]:
+def read_answer(value: object, what: str) -> tuple[Message, ...]:
+    """An answer's messages: a text, a turn or turns, which may repeat the prompt.
+
+    Raises:
+        FormatError: It is something else.
+    """
     return _messages(value, what, "assistant")
 
 
 def _transcript_or_answer(value: object, what: str) -> tuple[Message, ...]:
-    return _transcript(read_text(value, what), what) if isinstance(value, str) else _answer(value, what)
+    return _transcript(read_text(value, what), what) if isinstance(value, str) else read_answer(value, what)
 
 
-def _prompt_in(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+def read_prompt_in(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+    """The messages in a column that must hold a list of turns.
+
+    Raises:
+        FormatError: The column holds something else.
+    """
     return _messages(read_list(row, column, "a list of {role: ..., content: ...}"), repr(column), "user")
 
 
@@ -350,14 +371,21 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
     candidates = []
     for i, answer in enumerate(answers):
         name = f"answer {i + 1} of {column!r}"
-        messages = _after(prompt, _answer(answer, name))
+        messages = join_answer(prompt, read_answer(answer, name))
         candidates.append(Candidate(name, messages, ranks[i], scores[i] if scores else None))
     return candidates
 
 
 def _from_unpaired(row: Mapping[str, Any]) -> NoReturn:
-    reason = "the column 'label' rates a single answer: KTO-style training takes such rows, training on pairs doesn't"
+    reason = (
+        f"the column {first_filled(row, *LABELS)!r} rates a single answer: KTO-style training takes such rows, by "
+        "KTOModule and UnpairedDataModule; training on pairs doesn't"
+    )
     raise FormatError("unpaired", f"{reason}. Group good and bad answers to a prompt into 'chosen' and 'rejected'")
+
+
+def _is_conversation(row: Mapping[str, Any]) -> bool:
+    return FORMATS.detect(row) is not None or has_columns(row, "prompt", "response")
 
 
 _PAIR_SCORES = ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
@@ -367,16 +395,20 @@ PREFERENCE_FORMATS: FormatTable[list[Candidate]] = FormatTable(
     *(
         Format(name, (*columns, "chosen", "rejected"), convert, _PAIR_SCORES)
         for name, columns, convert in (
-            ("pair", ("prompt",), lambda row: _chosen_rejected(row, _answer, read_prompt(row))),
-            ("colossalchat", ("context",), lambda row: _chosen_rejected(row, _answer, _prompt_in(row, "context"))),
+            ("pair", ("prompt",), lambda row: _chosen_rejected(row, read_answer, read_prompt(row))),
+            (
+                "colossalchat",
+                ("context",),
+                lambda row: _chosen_rejected(row, read_answer, read_prompt_in(row, "context")),
+            ),
             (
                 "sharegpt_preference",
                 ("conversations",),
-                lambda row: _chosen_rejected(row, _answer, _prompt_in(row, "conversations")),
+                lambda row: _chosen_rejected(row, read_answer, read_prompt_in(row, "conversations")),
             ),
             ("transcripts", (), lambda row: _chosen_rejected(row, _transcript_or_answer)),
         )
     ),
     Format("ranking", ("prompt", _ANSWERS), _from_ranking, ("ranks", "rank", "scores")),
-    Format("unpaired", ("prompt", ("completion", "response"), "label"), _from_unpaired),
+    Format("unpaired", (LABELS,), _from_unpaired, also=_is_conversation),
 )

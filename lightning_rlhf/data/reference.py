@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.packed import PackedBatch, Size
 from lightning_rlhf.data.planner import PlannedLoader
-from lightning_rlhf.data.token_cache import TokenRows
+from lightning_rlhf.data.token_cache import SizedRows
 
 #: Raise it when the same tokens would get other log-probs.
 _VERSION = 1
@@ -34,7 +34,7 @@ class ReferenceLogprobs:
         key: What the log-probs depend on besides the rows: the reference's weights, their precision.
     """
 
-    def __init__(self, folder: Path, rows: TokenRows, key: str) -> None:
+    def __init__(self, folder: Path, rows: SizedRows, key: str) -> None:
         digest = hashlib.sha256(f"{_VERSION}\0{rows.key}\0{key}".encode()).hexdigest()[:40]
         self.path, self._partial = folder / f"{digest}.logprobs", folder / f"{digest}.partial"
         counts = rows.sizes[:, Size.NAMES.index("tokens")].astype(np.int64)

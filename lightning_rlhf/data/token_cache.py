@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,22 @@ from lightning_rlhf.data.packed import Size
 from lightning_rlhf.data.sources import BadRows, OnBadRow
 
 #: Raise it when the same rows would be read, tokenized or stored differently.
-_CACHE_VERSION = 8
+_CACHE_VERSION = 9
 #: Rows that a process tokenizes at a time, and how many times as many are written at once.
 _ROWS, _BLOCK = 256, 64
 #: Columns that every file of tokens has besides those of its data module.
 _COLUMNS = {"where": str, "cut": bool}
 
 Item = TypeVar("Item")
+
+
+class SizedRows(Protocol):
+    """Index to tree, with the trees' sizes as numbers, and a hash of their tokens."""
+
+    sizes: NDArray[np.float64]
+    key: str
+
+    def __call__(self, index: int) -> Any: ...  # noqa: D102
 
 
 class TokenRows:

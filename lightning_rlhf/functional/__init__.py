@@ -51,6 +51,7 @@ from lightning_rlhf.functional.preference import (
     log_exp_loss,
     log_sig_loss,
     pair_logprobs,
+    sum_sequences,
 )
 
 __all__ = [
@@ -100,6 +101,7 @@ __all__ = [
     "sapo_loss",
     "sequence_policy_loss",
     "standardize",
+    "sum_sequences",
     "token_rewards",
     "value_loss",
     "variance",

@@ -50,15 +50,23 @@ def kto_reference_point(total: Tensor, count: Tensor | float) -> Tensor:
     return (total / torch.as_tensor(count, dtype=total.dtype, device=total.device).clamp(min=1)).clamp(min=0)
 
 
-def apo_zero_unpaired_loss(ratio: Tensor, desirable: Tensor, beta: float = 0.1) -> Tensor:
+def apo_zero_unpaired_loss(
+    ratio: Tensor,
+    desirable: Tensor,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
     """APO-zero for single answers (arXiv 2408.06266, eq. 7): good ones up, bad ones down, without a reference point.
 
     Args:
         ratio: (S,) log-probs of the answers, policy minus reference, summed over tokens.
         desirable: (S,) bool: whether an answer is good.
         beta: See :func:`kto_loss`.
+        desirable_weight: See :func:`kto_loss`.
+        undesirable_weight: See :func:`kto_loss`.
 
     Returns:
         (S,) losses.
     """
-    return kto_loss(ratio, desirable, 0.0, beta)
+    return kto_loss(ratio, desirable, 0.0, beta, desirable_weight, undesirable_weight)

@@ -124,14 +124,14 @@ def pair_logprobs(
     """
     own = wide(logprobs)
     ratio = own if reference is None else own - wide(reference)
-    dtype = torch.float64 if logprobs.device.type != "mps" else own.dtype
     lengths = torch.zeros(num_sequences, dtype=torch.long, device=sequence.device)
     lengths.index_add_(0, sequence, torch.ones_like(sequence))
+    dtype = _dtype_of_sums(own)
     counts = lengths.to(dtype)
 
     def summed(values: Tensor) -> list[Tensor]:
         if ld_alpha == 1.0:
-            sums = counts.new_zeros(num_sequences).index_add(0, sequence, values.to(dtype))
+            sums = sum_sequences(values, sequence, num_sequences)
             return [sums[better], sums[worse]]
         shorter = torch.minimum(lengths[better], lengths[worse])
         return [_discounted_sums(values.to(dtype), lengths, one, shorter, ld_alpha) for one in (better, worse)]
@@ -150,6 +150,29 @@ def pair_logprobs(
         counts[worse],
         offset,
     )
+
+
+def sum_sequences(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """Sums values of tokens over their sequences, in fp64; devices without it (MPS) sum in fp32.
+
+    Args:
+        values: (N,) one value per scored token, such as log-ratios.
+        sequence: (N,) number of each token's sequence.
+        num_sequences: S.
+
+    Returns:
+        (S,) sums.
+
+    Example:
+        >>> sum_sequences(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
+        tensor([3., 0., 4.], dtype=torch.float64)
+    """
+    dtype = _dtype_of_sums(values)
+    return values.new_zeros(num_sequences, dtype=dtype).index_add(0, sequence, values.to(dtype))
+
+
+def _dtype_of_sums(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.device.type != "mps" else values.dtype
 
 
 def _discounted_sums(values: Tensor, lengths: Tensor, chosen: Tensor, limit: Tensor, discount: float) -> Tensor:

@@ -239,13 +239,15 @@ def _tree(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: 
 
 
 def _name(answers: list[AnswerView], batch: PackedBatch) -> None:
-    """Names the answers, and notes which are better than which."""
+    """Names the answers, and notes which are good and which are better than which."""
     pairs = list(zip(*(column.tolist() for column in batch.pairs[:4]), strict=True))
     names = [f"answer {i}" if len(answers) > 1 else "answer" for i in range(len(answers))]
     if len(answers) == 2 and len(pairs) == 1:
         names[pairs[0][0]], names[pairs[0][1]] = "chosen", "rejected"
     for answer, name in zip(answers, names, strict=True):
         answer.name = name
+    for i, good in zip(batch.labels.sequence.tolist(), batch.labels.good.tolist(), strict=True):
+        answers[i].notes.append("good" if good else "bad")
     for better, worse, margin, weight in pairs:
         by = f" by a margin of {margin:g}" if margin else ""
         weighs = f", weight {weight:.3g}" if weight != 1 else ""

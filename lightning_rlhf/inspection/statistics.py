@@ -68,6 +68,9 @@ def measure(
     facts = [("rows", f"{len(rows):,}")]
     if trees:
         facts += [("answers", f"{len(every):,}, behind {len(rows):,} prompts"), *_pairs(trees)]
+    good, bad = (int(sum(getattr(size.totals, name) for size in sizes)) for name in ("good", "bad"))
+    if good or bad:
+        facts.append(("labels", f"{good:,} good, {bad:,} bad"))
     facts.append(("tokens", f"{sum(tokens):,}{', each prompt once' if trees else ''}"))
     scored = len(every) if isinstance(module, RewardModule) else int(sum(size.totals.tokens for size in sizes))
     if not prompts:
