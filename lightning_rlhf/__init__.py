@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule, Ptx
+    from lightning_rlhf.data.unpaired import UnpairedDataModule
     from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
     from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
     from lightning_rlhf.rollout import Sampling
-    from lightning_rlhf.stages import DPOModule, PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
     from lightning_rlhf.stages.pair_losses import PairShaping, WeightedLoss
     from lightning_rlhf.strategies import ColossalAIStrategy
 
@@ -44,11 +45,13 @@ _HOMES = {
     "MeasureWinRate": "callbacks",
     "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
+    "KTOModule": "stages",
     "PPOModule": "stages",
     **dict.fromkeys(("PairShaping", "WeightedLoss"), "stages.pair_losses"),
     "PreferenceDataModule": "data.preference",
     "PromptDataModule": "data.prompts",
     "Ptx": "data.prompts",
+    "UnpairedDataModule": "data.unpaired",
     "Load": "models",
     "LoRA": "models",
     **dict.fromkeys(("GAE", "KL", "Critic", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
@@ -69,6 +72,7 @@ __all__ = [
     "HFExport",
     "InstructionDataModule",
     "Interrupted",
+    "KTOModule",
     "LoRA",
     "Load",
     "Loss",
@@ -88,6 +92,7 @@ __all__ = [
     "Sampling",
     "SaveOnInterrupt",
     "Shaping",
+    "UnpairedDataModule",
     "Updates",
     "WeightedLoss",
     "WritePredictions",

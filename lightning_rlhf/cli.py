@@ -42,8 +42,8 @@ RLHF as PyTorch Lightning modules.
   fit       train: lightning-rlhf fit --config configs/sft/smollm2_lora.yaml --data.train my.jsonl
   validate  measure loss, accuracy ... of a model or checkpoint on validation data
   test      measure the same on test data
-  predict   write a record per row of --data.predict FILE: log-probs (SFT), scores (Reward) or implicit rewards (DPO)
-            of its answers, or PPO's completions with their scores
+  predict   write a record per row of --data.predict FILE: log-probs (SFT), scores (Reward) or implicit rewards (DPO,
+            KTO) of its answers, or PPO's completions with their scores
 {tools}
 Each command has its own --help. fit --print_config lists all keys;
 fit --model.help RewardModule and fit --data.help PreferenceDataModule explain them.

@@ -29,7 +29,7 @@ class ScoreCLI(StageCLI):
         """Sets the reference, and drops what a run leaves behind."""
         settings = self.config.model.init_args
         if "reference" not in settings:
-            raise ValueError(f"{self.config.model.class_path} has no reference. Give --model DPOModule.")
+            raise ValueError(f"{self.config.model.class_path} has no reference. Give --model DPOModule or KTOModule.")
         settings.reference = "precomputed"
         trainer = self.config.trainer
         trainer.callbacks, trainer.logger, trainer.enable_checkpointing = None, False, False

@@ -17,17 +17,20 @@ from server_process import serving
 from lightning_rlhf.cli import main
 from lightning_rlhf.data.formats import FORMATS, to_conversation
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, to_preference
+from lightning_rlhf.data.unpaired_formats import UNPAIRED_FORMATS, to_unpaired
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TEXTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 SHORT = 'max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False'
-#: Text of a Python block, and what takes its place: {model}, {rows} and {pairs} are the small ones.
+#: Text of a Python block, and what takes its place: {model}, {rows}, {pairs} and {answers} are the small
+#: ones.
 IN_PYTHON = {
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"{model}"',
     '"my.jsonl"': '"{rows}"',
     '"my_pairs.jsonl"': '"{pairs}"',
+    '"my_answers.jsonl"': '"{answers}"',
     '"my_prompts.jsonl"': '"{rows}"',
     'InstructionDataModule("bundled"': 'InstructionDataModule("{rows}"',
     'PreferenceDataModule("bundled"': 'PreferenceDataModule("{pairs}"',
@@ -45,6 +48,7 @@ IN_COMMANDS = {
     "my.jsonl": "{rows}",
     "my_prompts.jsonl": "{rows}",
     "my_pairs.jsonl": "{pairs}",
+    "my_answers.jsonl": "{answers}",
     "configs/": "{root}/configs/",
     "runs/ppo_smollm2/hf/last": "{model}",
     "--out runs/collect --dry-run": "--out runs/collect --dry-run --languages '{{en: 5}}'",
@@ -78,7 +82,13 @@ SMALL = {
     "quantize": "--group_size 32",
 }
 #: The small data of the configs in a folder.
-TRAIN = {"configs/sft/": "{rows}", "configs/reward/": "{pairs}", "configs/dpo/": "{pairs}", "configs/ppo/": "{rows}"}
+TRAIN = {
+    "configs/sft/": "{rows}",
+    "configs/reward/": "{pairs}",
+    "configs/dpo/": "{pairs}",
+    "configs/kto/": "{answers}",
+    "configs/ppo/": "{rows}",
+}
 #: What else makes them small: PPO's start from what the stages before left.
 ALSO = {
     "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window "
@@ -116,15 +126,17 @@ RUN = [entry for entry in COMMANDS if entry.values[0].startswith("lightning-rlhf
 @pytest.fixture
 def small(tiny_model_dir, tmp_path, monkeypatch):
     """Fills the places of a text; the working directory is a fresh one."""
-    rows, pairs = tmp_path / "small.jsonl", tmp_path / "small_pairs.jsonl"
+    rows, pairs, single = (tmp_path / f"small{name}.jsonl" for name in ("", "_pairs", "_answers"))
     answers = ("fox", "dog", "the lazy dog")
     lines = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(24)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     lines = [{"prompt": f"question {i}", "chosen": answers[i % 3], "rejected": answers[i % 3 - 1]} for i in range(24)]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"prompt": f"question {i}", "completion": answers[i % 3], "label": i % 2 == 0} for i in range(24)]
+    single.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    return lambda text: text.format(model=tiny_model_dir, rows=rows, pairs=pairs, root=ROOT)
+    return lambda text: text.format(model=tiny_model_dir, rows=rows, pairs=pairs, answers=single, root=ROOT)
 
 
 def skip_without_needs(text):
@@ -217,14 +229,15 @@ def test_command_is_one_that_exists(command):
     [
         ("Formats", FORMATS, lambda entry, row: entry.matches(row), to_conversation),
         ("Preference formats", PREFERENCE_FORMATS, lambda entry, row: not entry.missing(row), to_preference),
+        ("Single answers", UNPAIRED_FORMATS, lambda entry, row: entry.matches(row), to_unpaired),
     ],
-    ids=["instructions", "preferences"],
+    ids=["instructions", "preferences", "single answers"],
 )
 def test_example_rows_are_of_their_format(heading, formats, fits, convert):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     [section] = re.findall(rf"^## {heading}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
     examples = re.findall(r"^\*\*`(\w+)`\*\*.*?```json\n(.*?)\n```$", section, re.MULTILINE | re.DOTALL)
-    known = [name for name in formats if name != "unpaired"]  # of which every row is refused
+    known = [name for name in formats if (formats, name) != (PREFERENCE_FORMATS, "unpaired")]  # which is refused
     assert [name for name, _ in examples] == known, "each format, in the order in which they are tried"
     for name, row in examples:
         row = json.loads(row)

@@ -87,6 +87,46 @@ def calibration_error(margin: Tensor, bins: int = 10) -> Tensor:
     return ((table.probability - table.won).abs() * table.pairs)[filled].sum() / table.pairs.sum()
 
 
+class AnswerMeans(Metric):
+    """Means over answers that are labeled good or bad, over all updates and ranks.
+
+    ``compute`` returns ``chosen_reward`` and ``rejected_reward`` (of good and of bad answers), ``margin``, their
+    difference, ``chosen_logprob`` and ``rejected_logprob``; NaN without such answers.
+
+    Example:
+        >>> metric = AnswerMeans()
+        >>> rewards, logprobs = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([-3.0, -4.0, -5.0])
+        >>> metric.update(rewards, logprobs, torch.tensor([True, False, False]))
+        >>> metric.compute()["margin"]
+        tensor(1.5000)
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, reward: Tensor, logprob: Tensor, good: Tensor) -> None:
+        """Adds (L,) implicit rewards and summed log-probs, and (L,) whether each answer is good."""
+        values = torch.stack([reward, logprob, torch.ones_like(reward)]).detach().to(self.sums.dtype)
+        sides = torch.stack([good, ~good]).to(self.sums.dtype)
+        self.sums = self.sums + sides @ values.T  # not in place, as in TokenMean
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns the means over all updates and ranks, in fp32."""
+        means = (self.sums[:, :2] / self.sums[:, 2:]).float()
+        (chosen, chosen_logprob), (rejected, rejected_logprob) = means
+        return {
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "margin": chosen - rejected,
+            "chosen_logprob": chosen_logprob,
+            "rejected_logprob": rejected_logprob,
+        }
+
+
 class PreferenceAccuracy(Metric):
     """Accuracy of a reward model. All pairs are kept, so the result does not depend on batches or padding.
 

@@ -1,8 +1,9 @@
 """One LightningModule a stage."""
 
 from lightning_rlhf.stages.dpo import DPOModule
+from lightning_rlhf.stages.kto import KTOModule
 from lightning_rlhf.stages.ppo import PPOModule
 from lightning_rlhf.stages.reward import RewardModule
 from lightning_rlhf.stages.sft import SFTModule
 
-__all__ = ["DPOModule", "PPOModule", "RewardModule", "SFTModule"]
+__all__ = ["DPOModule", "KTOModule", "PPOModule", "RewardModule", "SFTModule"]

@@ -16,21 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data import PackedBatch
-from lightning_rlhf.data.reference import ReferenceLogprobs
 from lightning_rlhf.functional import PairLogprobs, k2, pair_logprobs
 from lightning_rlhf.metrics import PreferenceAccuracy, TokenMean
-from lightning_rlhf.models import Load, LoRA, Policy
-from lightning_rlhf.models.reference import Pretrained, cast_like
-from lightning_rlhf.protocols import NamesOrigins
-from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
+from lightning_rlhf.models import Load, LoRA
+from lightning_rlhf.stages.alignment import AlignmentStage
+from lightning_rlhf.stages.base import LOAD, SettingsError
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
 from lightning_rlhf.stages.pair_losses import LossSum, PairShaping, WeightedLoss
-from lightning_rlhf.stages.references import (
-    choose_reference,
-    load_policy_and_reference,
-    precompute_reference,
-    reference_logprobs,
-)
 
 SHAPING = PairShaping()
 #: Logged at each step of training, beside the loss; validation adds what :class:`PreferenceAccuracy` knows.
@@ -39,7 +31,7 @@ TRAINED = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_log
 DROP = 0.1
 
 
-class DPOModule(Stage):
+class DPOModule(AlignmentStage):
     """Trains a policy on pairs and rankings of answers by DPO, or by another loss of its family.
 
     The loss is the weighted mean over the pairs of a whole optimizer step. A prompt stands once in the batch, its
@@ -81,12 +73,8 @@ class DPOModule(Stage):
         ValueError: An argument is out of its range, or loss, shaping and reference do not fit together.
     """
 
-    policy: Policy
-    reference: Policy
-    _reference: Pretrained
-    _precomputed: Mapping[str, ReferenceLogprobs]
     works_on = "preferences"
-    entries: ClassVar[Mapping[str, tuple[str, ...]]] = {**Stage.entries, "dpo": ("steps", "delta", "warned")}
+    entries: ClassVar[Mapping[str, tuple[str, ...]]] = {**AlignmentStage.entries, "dpo": ("steps", "delta", "warned")}
 
     def __init__(
         self,
@@ -108,8 +96,7 @@ class DPOModule(Stage):
         self.save_settings()
         self.loss, self.shaping = LossSum(loss, beta), shaping
         self.loss.check_shaping(shaping)
-        found = choose_reference(self, reference, self.loss.needs_reference)
-        object.__setattr__(self, "_reference", found)  # not a child, as pretrained
+        self.set_reference(reference, self.loss.needs_reference)
         for part in ("train", "val", "test"):
             self.metrics.declare(part, loss=TokenMean(), **({"kl": TokenMean()} if self._reference != "none" else {}))
         self.metrics.declare("drop", ratio=TokenMean())
@@ -119,43 +106,10 @@ class DPOModule(Stage):
             self.metrics.declare(part, preference=PreferenceAccuracy("reward"), **logprobs)
         self._steps, self._delta, self._warned = 0, 0.0, False
 
-    # ------------------------------------------------------------------------------------------------- models
-
-    def configure_model(self) -> None:
-        """Loads policy and reference once."""
-        if hasattr(self, "policy"):
-            return
-        self.policy, reference = load_policy_and_reference(self, self._reference)
-        if reference is not None:
-            self.reference = reference
-
-    @property
-    def model_to_export(self) -> Policy:
-        """The policy."""
-        return self.policy
-
     def forget(self) -> None:
         """As the base, and the running mean of implicit rewards."""
         super().forget()
         self._steps, self._delta, self._warned = 0, 0.0, False
-
-    def setup(self, stage: str) -> None:
-        """As the base; computes the reference's log-probs before anything else is loaded."""
-        super().setup(stage)
-        if self._reference == "precomputed":
-            self._precomputed = precompute_reference(self, stage)
-
-    def on_fit_start(self) -> None:
-        """Gives policy and reference one dtype."""
-        super().on_fit_start()
-        if hasattr(self, "reference"):
-            cast_like(self.reference, self.policy)
-
-    def reference_logprobs(self, part: str, batch: PackedBatch) -> Tensor | None:
-        """(N,) log-probs of a part's scored tokens under the reference; None without one."""
-        if self._reference == "precomputed":
-            return self._precomputed[part](batch)
-        return reference_logprobs(self.policy, getattr(self, "reference", None), batch)
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -240,23 +194,8 @@ class DPOModule(Stage):
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Held-out loss and accuracies."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """As :meth:`validation_step`, under ``test/``."""
-        self._evaluate("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs what was found."""
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs what was found."""
-        self._report("test")
-
-    def _evaluate(self, part: str, batch: PackedBatch) -> None:
+    def evaluate(self, part: str, batch: PackedBatch) -> None:
+        """Measures the pairs."""
         pairs, _ = self._compare(part, batch)
         chosen, rejected = self.implicit_rewards(pairs)
         lengths, found = batch.lengths, batch.pairs
@@ -265,12 +204,6 @@ class DPOModule(Stage):
         )
         self.metrics.update(part, found.weight, chosen_logprob=pairs.better, rejected_logprob=pairs.worse)
 
-    def _report(self, part: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        names = data.origins.get(part, ()) if isinstance(data, NamesOrigins) else ()
-        self.metrics.get(part, "preference").names = names
-        self.metrics.report(part, self.log)
-
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record an answer: ``row`` and ``answer`` (from 0), implicit ``reward``, summed ``logprob``, ``tokens``."""
         every = torch.arange(batch.num_sequences, device=self.device)
@@ -278,12 +211,7 @@ class DPOModule(Stage):
         logprobs = self.policy(batch).logprobs
         answers = self._pairs(batch, logprobs, reference, every, every)
         rewards, _ = self.implicit_rewards(answers)
-        columns = (rewards.tolist(), answers.better.tolist(), answers.better_length.long().tolist())
-        return [
-            {"row": row, "answer": answer, "reward": reward, "logprob": logprob, "tokens": tokens}
-            for (row, answer), reward, logprob, tokens in zip(self.places(batch), *columns, strict=False)
-            # a filler has no place
-        ]
+        return self.records(batch, rewards, answers.better, answers.better_length)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 

@@ -9,13 +9,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_rlhf.data import InstructionDataModule, PackedBatch, PreferenceDataModule, PromptBatch, PromptDataModule
+from lightning_rlhf.data import (
+    InstructionDataModule,
+    PackedBatch,
+    PreferenceDataModule,
+    PromptBatch,
+    PromptDataModule,
+    UnpairedDataModule,
+)
 
-Kind = Literal["instructions", "preferences", "prompts"]
+Kind = Literal["instructions", "preferences", "unpaired", "prompts"]
 #: Who makes each kind of batch, and what they are.
 MAKERS: dict[Kind, tuple[type, str]] = {
     "instructions": (InstructionDataModule, "PackedBatch without pairs"),
     "preferences": (PreferenceDataModule, "PackedBatch with pairs"),
+    "unpaired": (UnpairedDataModule, "PackedBatch with labels"),
     "prompts": (PromptDataModule, "PromptBatch"),
 }
 _HOW = {
@@ -54,7 +62,7 @@ def check_batch(name: str, wanted: Kind, batch: Any, predicts: bool) -> None:
         name: The stage's.
         wanted: What it works on.
         batch: A data loader's.
-        predicts: Log-probs and scores are predicted of packed batches of either kind.
+        predicts: Log-probs and scores are predicted of packed batches of any kind.
 
     Raises:
         MisconfigurationException: It is of another kind, or nothing in it can be learnt from.
@@ -63,7 +71,8 @@ def check_batch(name: str, wanted: Kind, batch: Any, predicts: bool) -> None:
     if isinstance(batch, PromptBatch) or (isinstance(batch, Mapping) and isinstance(batch.get("prompts"), PromptBatch)):
         found = "prompts"
     elif isinstance(batch, PackedBatch):
-        found = "preferences" if batch.totals.pairs else "instructions"
+        totals = batch.totals
+        found = "preferences" if totals.pairs else "unpaired" if totals.good + totals.bad else "instructions"
     if found in _taken(wanted, predicts):
         if found == "instructions" and not predicts and not batch.totals.tokens:
             raise MisconfigurationException(f"{name} was given a PackedBatch in which no token is scored.")
@@ -73,6 +82,8 @@ def check_batch(name: str, wanted: Kind, batch: Any, predicts: bool) -> None:
         what = f"{MAKERS[found][0].__name__}'s ({MAKERS[found][1]})."
         if (wanted, found) == ("preferences", "instructions"):
             what += " Trees say by pairs=[lightning_rlhf.data.packed.Pair(better, worse)] which branch is better."
+        if (wanted, found) == ("unpaired", "instructions"):
+            what += " Trees say by labels=[True, False] which branches are good."
     else:
         keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         how = _HOW["prompts" if wanted == "prompts" else "packed"]
@@ -81,4 +92,4 @@ def check_batch(name: str, wanted: Kind, batch: Any, predicts: bool) -> None:
 
 
 def _taken(wanted: Kind, predicts: bool) -> tuple[Kind, ...]:
-    return ("instructions", "preferences") if predicts and wanted != "prompts" else (wanted,)
+    return ("instructions", "preferences", "unpaired") if predicts and wanted != "prompts" else (wanted,)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,10 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_rlhf.data import PackedBatch
-from lightning_rlhf.data.base import TreeDataModule
+from lightning_rlhf.data import PackedBatch, PlannedLoader
 from lightning_rlhf.data.reference import ReferenceLogprobs
-from lightning_rlhf.data.token_cache import TokenRows
+from lightning_rlhf.data.token_cache import SizedRows
 from lightning_rlhf.functional import ScoredTokens
 from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.reference import (
@@ -24,7 +25,7 @@ from lightning_rlhf.models.reference import (
     refuse_other_tokenizer,
 )
 from lightning_rlhf.models.roles import RoleModel
-from lightning_rlhf.stages.base import SettingsError, Stage
+from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.utils.progress import ProgressLine
 
 
@@ -47,7 +48,9 @@ def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretraine
         given = word = ("adapter_off" if stage.lora else "copy") if needed else "none"
         rank_zero_info(f"{type(stage).__name__}: reference {word}.")
     if word == "none" and needed:
-        raise ValueError("reference is none, but the loss reads one. The losses cpo, simpo and orpo read none.")
+        raise ValueError(
+            "reference is none, but the loss reads one: set it to auto. Of DPO's losses cpo, simpo and orpo read none."
+        )
     if word != "none" and not needed:
         shown = type(given).__name__ if isinstance(given, PreTrainedModel) else os.fspath(given)
         raise ValueError(f"reference is {shown}, but the loss reads none: set it to none or auto.")
@@ -96,24 +99,21 @@ def reference_logprobs(policy: Policy, reference: Policy | None, batch: PackedBa
     return cast(ScoredTokens, policy(batch, "reference")).logprobs if isinstance(policy, RoleModel) else None
 
 
-def precompute_reference(stage: Stage, run: str) -> dict[str, ReferenceLogprobs]:
+def precompute_reference(
+    stage: Stage, folder: Path, loaders: Iterable[tuple[str, PlannedLoader]]
+) -> dict[str, ReferenceLogprobs]:
     """Computes the log-probs of all rows of a run under the start, where they are not in the cache yet.
 
     The start is in memory meanwhile, and nothing else: the policy is loaded later.
 
     Args:
-        stage: Says where the policy starts, and has a Trainer whose data module is set up.
-        run: ``fit``, ``validate``, ``test`` or ``predict``.
+        stage: Says where the policy starts, and has a Trainer.
+        folder: Where log-probs are kept.
+        loaders: For each part of the data its name, and a loader that gives each row once.
 
     Returns:
-        For each part of the data that has rows, its log-probs.
-
-    Raises:
-        SettingsError: The data are none of a data module of this package.
+        For each part that has rows, its log-probs.
     """
-    data: Any = getattr(stage.trainer, "datamodule", None)
-    if not isinstance(data, TreeDataModule):
-        raise SettingsError("reference: precomputed needs a PreferenceDataModule, which keeps log-probs by row.")
     strategy, precision = stage.trainer.strategy, stage.trainer.precision_plugin
     model = load_reference(stage.pretrained, stage.load, stage.tokenizer, stage.new_token_ids).eval()
     key = f"{fingerprint(model)}\0{precision.precision}"
@@ -124,12 +124,11 @@ def precompute_reference(stage: Stage, run: str) -> dict[str, ReferenceLogprobs]
         with precision.val_step_context():
             return cast(ScoredTokens, model(batch.to(strategy.root_device))).logprobs
 
-    found, folder = {}, data.cache.folder.parent / "reference"
-    for part in {"fit": ("train", "val"), "validate": ("val",)}.get(run, (run,)):
-        loader = data.every_row(part)
+    found = {}
+    for part, loader in loaders:
         if not len(loader.planner.sizes):
             continue
-        found[part] = kept = ReferenceLogprobs(folder, cast(TokenRows, loader.rows), key)
+        found[part] = kept = ReferenceLogprobs(folder, cast(SizedRows, loader.rows), key)
         strategy.barrier()  # all ranks see the same files
         complete = strategy.reduce_boolean_decision(kept.complete)
         strategy.barrier()

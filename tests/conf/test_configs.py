@@ -73,6 +73,7 @@ def test_parallel_config_wins_over_each_stage(path, tiny_model_dir, tmp_path):
         "sft/smollm2_lora",
         "reward/smollm2_lora",
         "dpo/smollm2_lora",
+        "kto/smollm2_lora",
         "ppo/smollm2_lora",
         "sft/llama2_13b_full",
     ):
@@ -146,6 +147,8 @@ SPELLINGS = [
             {"reference": "org/name", "shaping": {"f_divergence": "js_divergence", "ld_alpha": 0.5}},
         )
     ],
+    ("kto", {"model": {"loss": "apo_zero_unpaired", "undesirable_weight": 0.5, "reference": "precomputed"}}),
+    ("kto", {"data": {"train": [{"source": "a.jsonl", "format": "sharegpt"}], "threshold": 3.5, "take_apart": False}}),
     ("sft", {"model": {"lora": None}}),
     ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
     ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "load": {"quantization": "nf4"}}}),

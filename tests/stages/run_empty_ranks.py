@@ -25,6 +25,7 @@ from lightning_rlhf import (
     DPOModule,
     HFExport,
     InstructionDataModule,
+    KTOModule,
     LoRA,
     MeasureWinRate,
     PPOModule,
@@ -36,6 +37,7 @@ from lightning_rlhf import (
     SampleCompletions,
     Sampling,
     SFTModule,
+    UnpairedDataModule,
     WritePredictions,
 )
 from lightning_rlhf.callbacks import SaveOnInterrupt
@@ -101,6 +103,12 @@ def make(stage, model_dir, out, n):
     if stage == "dpo":
         files["batch_size"] = 2 * n
         return DPOModule(model_dir, **grouped(**common)), PreferenceDataModule(data, val=data, **files), "val/loss"
+    if stage == "kto":
+        # each row has another prompt, of which there must be two; then a step is one row
+        texts += [{"prompt": "Say it", "completion": "dog"}] if n == 1 else []
+        answers = [{**row, "label": i % 2 == 0} for i, row in enumerate(texts)]
+        files["batch_size"] = 1
+        return KTOModule(model_dir, **grouped(**common)), UnpairedDataModule(answers, val=answers, **files), "val/loss"
     kind = stage.removeprefix("ppo ")
     reward = {
         "function": letters,
@@ -204,7 +212,7 @@ def at(place):
 
 def run_all(model_dir, out, runs):
     """What came of each stage under each strategy with so many rows, by name."""
-    stages = ["sft", "reward", "dpo", *(f"ppo {kind}" for kind in PPO)]
+    stages = ["sft", "reward", "dpo", "kto", *(f"ppo {kind}" for kind in PPO)]
     names = {f"{stage}, {strategy}, {n}": (stage, strategy, n) for strategy, n in runs for stage in stages}
     place = {name: out / f"{name.replace(' ', '_')} of {WORLD}" for name in names}
     found = {name: case(stage, strategy, model_dir, place[name], n) for name, (stage, strategy, n) in names.items()}

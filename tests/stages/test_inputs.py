@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader
 from lightning_rlhf import (
     DPOModule,
     InstructionDataModule,
+    KTOModule,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
     RewardModule,
     Sampling,
     SFTModule,
+    UnpairedDataModule,
 )
 from lightning_rlhf.cli import main
 from lightning_rlhf.data import Branch, Tree, pack
@@ -27,6 +29,7 @@ from lightning_rlhf.rewards.functions import length_window
 PROMPTS = [{"prompt": f"question {i}"} for i in range(16)]
 ROWS = [{**row, "completion": "fox"} for row in PROMPTS]
 PAIRS = [{**row, "chosen": "fox", "rejected": "dog"} for row in PROMPTS]
+ANSWERS = [{**row, "label": i % 2 == 0} for i, row in enumerate(ROWS)]
 TREE = Tree([1, 5, 6], [Branch([8, 9, 4]), Branch([7])])
 
 
@@ -41,6 +44,7 @@ def stages(tiny_model_dir):
         "SFTModule": lambda: SFTModule(tiny_model_dir),
         "RewardModule": lambda: RewardModule(tiny_model_dir),
         "DPOModule": lambda: DPOModule(tiny_model_dir),
+        "KTOModule": lambda: KTOModule(tiny_model_dir),
         "PPOModule": lambda: PPOModule(tiny_model_dir, length_window, **grouped(sampling=Sampling(max_new_tokens=4))),
     }
 
@@ -48,9 +52,11 @@ def stages(tiny_model_dir):
 DATA = {
     "InstructionDataModule": (InstructionDataModule, ROWS, "PackedBatch without pairs"),
     "PreferenceDataModule": (PreferenceDataModule, PAIRS, "PackedBatch with pairs"),
+    "UnpairedDataModule": (UnpairedDataModule, ANSWERS, "PackedBatch with labels"),
     "PromptDataModule": (PromptDataModule, PROMPTS, "PromptBatch"),
 }
-RIGHT = dict(zip(("SFTModule", "RewardModule", "PPOModule"), DATA, strict=True), DPOModule="PreferenceDataModule")
+RIGHT = dict(zip(("SFTModule", "RewardModule", "KTOModule", "PPOModule"), DATA, strict=True))
+RIGHT["DPOModule"] = "PreferenceDataModule"
 WRONG = [(stage, data) for stage in RIGHT for data in DATA if RIGHT[stage] != data]
 
 
