@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -194,10 +194,17 @@ def _zeros(like: Tensor, *shape: int) -> Tensor:
     """Makes zeros of a tensor's dtype and device. On a CPU the system zeroes each page when it is first touched.
 
     PyTorch's own zeros touch all pages at once. When one long row makes the cache grow, that takes longer than a step.
+    Freed memory that the C library keeps would be zeroed at once too, and a huge page, of which a row touches a part,
+    is zeroed whole; so the pages come from the system, and are small.
     """
-    if like.device.type != "cpu":
+    size = math.prod(shape)
+    if like.device.type != "cpu" or not size:
         return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+    pages = mmap.mmap(-1, size * like.element_size())
+    if advice := getattr(mmap, "MADV_NOHUGEPAGE", None):
+        with suppress(OSError):  # a system without huge pages
+            pages.madvise(advice)
+    return torch.frombuffer(pages, dtype=like.dtype, count=size).view(shape)  # holds the pages
 
 
 def slot_attention(

@@ -62,6 +62,7 @@ def _encode(served: Served, prompt: str | list[int]) -> tuple[list[int], str]:
     vocabulary = embeddings.weight.shape[0]
     if strange := [token for token in prompt if token >= vocabulary]:
         raise ApiError(400, f"prompt: {strange[0]} is no token; there are {vocabulary}.", "prompt")
+    _check_context(served, prompt)  # before a text is made of millions of tokens
     return prompt, decode(served.tokenizer, prompt)
 
 

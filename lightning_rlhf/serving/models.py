@@ -13,6 +13,7 @@ from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.models import Policy
 from lightning_rlhf.rollout import room
 from lightning_rlhf.serving.errors import ApiError
+from lightning_rlhf.serving.lengths import far_over
 from lightning_rlhf.serving.worker import Worker
 
 
@@ -54,9 +55,19 @@ class Served:
         """Tokenizes a prompt as inference does.
 
         Raises:
-            ApiError: The chat template refuses the messages, there are no tokens, or there is no chat template.
+            ApiError: The chat template refuses the messages, there are no tokens, there is no chat template, or the
+                prompt is far longer than the context.
         """
         param = "prompt" if isinstance(prompt, str) else "messages"
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        if self.context is not None and far_over(self.tokenizer, texts, self.context):
+            raise ApiError(
+                400,
+                f"This model's context is {self.context} tokens, but the request has more than {2 * self.context} "
+                "tokens of the prompt. Shorten the prompt.",
+                param,
+                "context_length_exceeded",
+            )
         try:
             return encode_prompt(self.tokenizer, prompt, stop_ids=self.stops)
         except TokenizeError as error:

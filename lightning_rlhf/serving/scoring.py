@@ -17,6 +17,7 @@ from lightning_rlhf.rewards import BadScores, Reward, Samples, Scores, render
 from lightning_rlhf.rl.experience import to_experience
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.serving.errors import ApiError
+from lightning_rlhf.serving.lengths import far_over
 from lightning_rlhf.serving.limits import Limits
 
 
@@ -64,6 +65,11 @@ class Scorer:
         """
 
         def samples() -> Samples:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                asked = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+                for name, most in self.reward.limits.items():
+                    if far_over(self.tokenizer, [*asked, answer], most):
+                        raise _too_long(f"more than {2 * most}", name, most)
             trees = render(self.tokenizer, prompts, answers, truncated)
             return Samples(pack(trees).to(self.device), prompts, answers, truncated, {})
 
@@ -123,9 +129,9 @@ class Scorer:
         longest = max(prompt.length + branch.length for prompt, branches in trees for branch in branches)
         for name, most in self.reward.limits.items():
             if longest > most:
-                raise ApiError(
-                    400,
-                    f"A conversation has {longest} tokens, but {name} is {most} tokens. Shorten it.",
-                    "conversations",
-                    "context_length_exceeded",
-                )
+                raise _too_long(f"{longest}", name, most)
+
+
+def _too_long(length: str, name: str, most: int) -> ApiError:
+    message = f"A conversation has {length} tokens, but {name} is {most} tokens. Shorten it."
+    return ApiError(400, message, "conversations", "context_length_exceeded")

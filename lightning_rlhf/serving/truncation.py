@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from lightning_rlhf.data.formats import Message
+from lightning_rlhf.serving.errors import ApiError
 from lightning_rlhf.serving.models import Served
 
 
@@ -25,14 +26,13 @@ def fit(served: Served, messages: Sequence[Message], limit: int | None) -> tuple
         does not fit, the result is too long.
 
     Raises:
-        ApiError: The chat template refuses the messages.
+        ApiError: The chat template refuses the messages, or the last turn alone is far too long.
     """
     messages = list(messages)
     context = served.context
-    ids = served.encode(messages)
     space = None if context is None else context - (limit or context // 4)
-    if space is None or len(ids) <= space:
-        return messages, ids, 0
+    if space is None or _fits(served, messages, space):
+        return messages, served.encode(messages), 0
     first = 0
     while first < len(messages) - 1 and messages[first]["role"] == "system":
         first += 1
@@ -43,6 +43,15 @@ def fit(served: Served, messages: Sequence[Message], limit: int | None) -> tuple
     def left(start: int) -> list[Message]:
         return [*messages[:first], *messages[start:]]
 
-    place = bisect_left(range(len(starts) - 1), True, key=lambda i: len(served.encode(left(starts[i]))) <= space)
+    place = bisect_left(range(len(starts) - 1), True, key=lambda i: _fits(served, left(starts[i]), space))
     start = starts[place]
     return left(start), served.encode(left(start)), start - first
+
+
+def _fits(served: Served, messages: Sequence[Message], space: int) -> bool:
+    try:
+        return len(served.encode(messages)) <= space
+    except ApiError as error:
+        if error.code == "context_length_exceeded":
+            return False
+        raise
