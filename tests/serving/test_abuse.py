@@ -143,7 +143,7 @@ def test_memory_is_level_after_abuse(tmp_path, run_dir):
         httpx.Client(base_url=server.url, timeout=600) as client,
     ):
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(requests())
         def fuzz(request):
             path, body = request
@@ -154,7 +154,7 @@ def test_memory_is_level_after_abuse(tmp_path, run_dir):
 
         good = client.post("/v1/completions", json={**GOOD["/v1/completions"], "seed": 1}).json()["choices"]
         held = []
-        for number in range(8):
+        for number in range(5):
             seed(number)(fuzz)()
             for megabytes, status in ((10, 400), (13, 413)):
                 found = client.post("/v1/completions", json={"prompt": "word " * (megabytes * 2**20 // 5)})
@@ -163,7 +163,7 @@ def test_memory_is_level_after_abuse(tmp_path, run_dir):
             held.append(resident(server.process))
         again = client.post("/v1/completions", json={**GOOD["/v1/completions"], "seed": 1}).json()["choices"]
     assert again == good
-    assert held[-1] < held[4] + 10, held  # one prompt that is kept would be 30 MiB
+    assert held[-1] < held[1] + 10, held  # one prompt that is kept would be 10 MiB, its tokens a hundred
 
 
 BODIES_THAT_ARE_NONE = [
