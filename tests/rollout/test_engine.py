@@ -471,5 +471,7 @@ def test_the_config_reads_the_engine():
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--engine", type=RolloutEngine)
     config = {"class_path": "lightning_rlhf.rollout.CachedEngine", "init_args": {"max_rows": 3}}
-    engine = parser.instantiate_classes(parser.parse_object({"engine": config})).engine
+    engine = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(
+        parser.parse_object({"engine": config})
+    ).engine
     assert isinstance(engine, CachedEngine) and engine.max_rows == 3
