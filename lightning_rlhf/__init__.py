@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import PromptDataModule, Ptx
     from lightning_rlhf.data.unpaired import UnpairedDataModule
+    from lightning_rlhf.functional import Algorithm
     from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
-    from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
+    from lightning_rlhf.rl import GAE, KL, Critic, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
     from lightning_rlhf.rollout import Sampling
-    from lightning_rlhf.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
     from lightning_rlhf.stages.pair_losses import PairShaping, WeightedLoss
     from lightning_rlhf.strategies import ColossalAIStrategy
 
@@ -36,7 +37,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ColossalAIStrategy": "strategies",
+    "Algorithm": "functional",
     "DPOModule": "stages",
+    "GRPOModule": "stages",
     "EMA": "callbacks",
     "HFExport": "callbacks",
     "Interrupted": "callbacks",
@@ -54,7 +57,7 @@ _HOMES = {
     "UnpairedDataModule": "data.unpaired",
     "Load": "models",
     "LoRA": "models",
-    **dict.fromkeys(("GAE", "KL", "Critic", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
+    **dict.fromkeys(("GAE", "KL", "Critic", "GroupLoss", "Groups", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
     "Policy": "models",
     "Report": "callbacks",
     "RewardModel": "models",
@@ -66,9 +69,13 @@ __all__ = [
     "EMA",
     "GAE",
     "KL",
+    "Algorithm",
     "ColossalAIStrategy",
     "Critic",
     "DPOModule",
+    "GRPOModule",
+    "GroupLoss",
+    "Groups",
     "HFExport",
     "InstructionDataModule",
     "Interrupted",

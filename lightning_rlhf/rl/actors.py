@@ -123,6 +123,7 @@ def load_actors(
     load: Load,
     critic: Critic | None,
     offload_frozen: bool,
+    needs_reference: bool = True,
 ) -> Actors:
     """Loads all models of a stage.
 
@@ -135,6 +136,7 @@ def load_actors(
         load: How weights are held.
         critic: Its settings; None for a stage without a critic.
         offload_frozen: See :class:`Actors`.
+        needs_reference: Whether a stage ever asks the reference; otherwise none is loaded.
 
     Returns:
         The actors, without dropout.
@@ -154,7 +156,7 @@ def load_actors(
         start = copied(pretrained) if critic.pretrained is None else critic.pretrained
         refuse_full_training(start, lora, load.trust_remote_code)
         value_model = ValueModel(load_value_model(start, **trained), load.layout)
-    if lora is None:
+    if lora is None and needs_reference:
         reference = load_reference(pretrained, load, tokenizer, new_token_ids)
     model = load_causal_lm(pretrained, **trained)
     policy: Policy
