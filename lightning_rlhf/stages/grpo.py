@@ -114,10 +114,14 @@ class GRPOModule(RLStage):
         given = (rollout, kl, shaping, terms, updates, load, offload_frozen, optimizer, lr_scheduler, seed)
         super().__init__(pretrained, reward, tokenizer, chat_template, lora, engine, *given)
         self.algorithm, self.groups, self.correction = found, groups, loss
-        self.needs_reference = kl.coef > 0
         check_groups(self.algorithm, groups, rollout.samples_per_prompt, self.reward, kl, shaping)
         for stage in ("val", "test"):
             self.metrics.declare(stage, **{self.pass_at: TokenMean()})
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is a KL penalty."""
+        return self.kl.coef > 0
 
     @property
     def pass_at(self) -> str:
@@ -214,10 +218,8 @@ class GRPOModule(RLStage):
 
     def _used(self, experience: Experience, values: Tensor) -> Tensor:
         """(S,) 1 for completions that count in statistics of the batch: not those of groups that were dropped."""
-        used = values.isfinite()
-        if self.groups.flat_groups != "keep":
-            used = used & ~self._flat(experience)[experience.group]
-        return used.double()
+        dropped = self._flat(experience)[experience.group] & (self.groups.flat_groups != "keep")
+        return (values.isfinite() & ~dropped).double()
 
     def _parts(self, experience: Experience) -> tuple[Tensor, Tensor]:
         """(S, K) parts of the reward, and what shaping takes off; (K,) their weights."""

@@ -122,8 +122,6 @@ class RLStage(Stage):
         **Stage.entries,
         "rl": ("iteration", "kl_coef", "running_scores"),
     }
-    #: Whether the reference is asked; otherwise it is not loaded, and no KL is logged.
-    needs_reference: bool = True
     policy: Policy
     iteration: int = 0
     _not_finite: int = -1
@@ -246,6 +244,11 @@ class RLStage(Stage):
     def samples_per_prompt(self) -> int:
         """Completions per prompt."""
         return self.rollout.samples_per_prompt
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything reads a reference; otherwise no frozen copy is loaded, and no KL is logged."""
+        return True
 
     @property
     def model_to_export(self) -> Policy:
