@@ -151,6 +151,11 @@ class RLStage(Stage):
         for kind, group in groups.items():
             if kind is not Critic or group is not None:
                 check_kind(kind.__name__.lower(), kind, group)
+        if shaping.overlong_cache is not None and shaping.overlong_cache > rollout.sampling.max_new_tokens:
+            raise ValueError(
+                f"shaping.overlong_cache={shaping.overlong_cache} counts back from rollout.sampling.max_new_tokens="
+                f"{rollout.sampling.max_new_tokens}: set it to less, or to null."
+            )
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, updates.max_skipped)
         self.save_settings()
         self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates

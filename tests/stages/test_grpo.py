@@ -316,6 +316,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path, nam
         (dict(shaping=Shaping(whiten=True)), "shaping.whiten is for a critic"),
         (dict(algorithm="gdpo"), "give reward as a list, or choose grpo"),
         (dict(loss=KL()), "loss is KL"),
+        (dict(shaping=Shaping(overlong_cache=200)), "counts back from rollout.sampling.max_new_tokens=128"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other(tiny_model_dir, options, message):
