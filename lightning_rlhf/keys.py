@@ -92,11 +92,12 @@ def _shorten(message: str, files: Sequence[tuple[str, str]], bases: Sequence[typ
     path: list[tuple[int, str]] = []  # indentation and name of the keys around a line
     deepest: list[str] = []
     body: list[str] = []  # the text about the deepest key
+    opened = False  # whether the line before is a key alone: what follows is about it, however it is indented
     named = outer = ""  # the innermost and the outermost class around a line
     for line in message.splitlines():
         text = re.sub(r"^ *(- )?", "", line)
         indent = len(line) - len(text)
-        while text and path and path[-1][0] >= indent:
+        while text and path and path[-1][0] >= indent and (not opened or _PLACE.search(text)):
             path.pop()
         keys = [key for _, key in path]
         key = ".".join(keys)
@@ -120,10 +121,14 @@ def _shorten(message: str, files: Sequence[tuple[str, str]], bases: Sequence[typ
             where = f"{_file_and_line(key, files)}{key}{': ' if key else ''}"
             return f"{where}there is no class {found[1]}{did_you_mean(found[1], _classes(bases))}"
         if found := _PLACE.search(text):
-            path.append((indent, found[1]))
+            if not keys or found[1] != keys[-1]:  # a value that is no file is told of twice
+                path.append((indent, found[1].removeprefix(f"{key}.")))
             text = text[found.end() :].strip()
+            opened = not text
             if len(path) > len(deepest):
                 deepest, body = [key for _, key in path], []
+        elif text:
+            opened = False
         if text and len(path) >= len(deepest):
             body.append(text)
     key = ".".join(deepest)

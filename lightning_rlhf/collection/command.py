@@ -110,6 +110,8 @@ def _grow(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
     """Grows instructions."""
     if isinstance(settings.generator, list):
         raise ValueError("generator is a list, which is for --preferences. Name one.")
+    if ranks := [name for name in ("reward", "judge") if getattr(settings, name) is not None]:
+        raise ValueError(f"{ranks[0]} ranks answers, which is for --preferences. To filter by a reward: RewardAbove.")
     out, generator = config.out, settings.generator
     bad = BadRows(settings.on_bad_row)
     seeds = read_seeds(settings.seeds, plan.languages, bad)

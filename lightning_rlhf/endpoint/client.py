@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lightning_rlhf.endpoint.budget import Budget, BudgetExceeded
 from lightning_rlhf.endpoint.ledger import Attempt, Ledger
@@ -82,7 +83,7 @@ class Endpoint:
         backoff: float = 1.0,
         patience: int = 5,
     ) -> None:
-        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url):
+        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url) or not _has_port(base_url):
             raise ValueError(
                 f"base_url={re.sub('//.*@', '//***@', base_url)!r} is not a URL without password and query. Use one "
                 "like http://127.0.0.1:8000/v1."
@@ -95,7 +96,7 @@ class Endpoint:
         for name, number in (("timeout", timeout), ("requests_per_minute", requests_per_minute)):
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be positive; got {number}.")
-        if backoff < 0:
+        if not backoff >= 0:
             raise ValueError(f"backoff must be 0 or more; got {backoff}.")
         if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
             raise ModuleNotFoundError(
@@ -193,6 +194,14 @@ class Endpoint:
     def _key(self) -> str:
         """Reads the API key. It is not stored."""
         return read_key(self.api_key_env)
+
+
+def _has_port(url: str) -> bool:
+    """Whether a URL's port is one, or left out."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def read_key(name: str | None) -> str:

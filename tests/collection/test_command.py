@@ -155,6 +155,13 @@ def test_preferences(tmp_path, tiny_tokenizer, capsys):
         (["--languages", "{}"], "languages is empty"),
         (["--languages", "{en: 10}", "--filters", "[Lengths]"], "There is no filter Lengths; did you mean Length?"),
         (["--languages", "{en: 10}", "--seeds", "nothing.jsonl"], "nothing.jsonl: no such file or directory"),
+        (["--languages", "{en: 10}", "--reward", "x"], "reward ranks answers, which is for --preferences"),
+        (["--task_sampling", "{temperature: hot}"], "task_sampling.temperature: expected float, got hot"),
+        (["--task_sampling.max_tokens", "1.5"], "task_sampling.max_tokens: expected int, got 1.5"),
+        (
+            ["--languages", "{en: 10}", "--filters", "[{Length: {min_answer: two}}]"],
+            "Length: a setting has a value of the wrong type (min_answer='two')",
+        ),
         (["--generator", "Script"], "generator: there is no class Script; did you mean Scripted?"),
         (["--generator", "EndpointGenerater"], "there is no class EndpointGenerater; did you mean EndpointGenerator?"),
         (

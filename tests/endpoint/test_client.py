@@ -424,6 +424,9 @@ def test_a_key_that_can_not_be_is_told_without_it(value, monkeypatch):
         ({"timeout": 0}, "timeout must be positive"),
         ({"requests_per_minute": 0}, "requests_per_minute must be positive"),
         ({"backoff": -1}, "backoff"),
+        ({"backoff": float("nan")}, "backoff must be 0 or more"),
+        ({"base_url": "http://here:99999/v1"}, "is not a URL"),
+        ({"base_url": "http://here:port/v1"}, "is not a URL"),
     ],
     ids=str,
 )

@@ -67,5 +67,9 @@ def _make(name: str, settings: dict[str, Any]) -> Filter:
         signature.bind(**settings)
     except TypeError as error:
         raise ValueError(f"{name}: {error}. Write {{{name}: {{setting: value}}}}.") from error
-    made: Filter = found(**settings)
+    try:
+        made: Filter = found(**settings)
+    except TypeError as error:
+        given = ", ".join(f"{setting}={value!r}" for setting, value in settings.items())
+        raise ValueError(f"{name}: a setting has a value of the wrong type ({given}): {error}.") from error
     return made

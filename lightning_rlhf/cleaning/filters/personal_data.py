@@ -78,6 +78,10 @@ class PersonalData(Filter):
             raise ValueError(f"PersonalData: action is {self.action!r}. Choose mask or drop.")
         if isinstance(self.what, str) or not set(self.what) <= set(MASKS):
             raise ValueError(f"PersonalData: what is {self.what!r}. Give a list of: {', '.join(MASKS)}.")
+        if isinstance(self.regions, str) or _unknown(self.regions):
+            raise ValueError(
+                f"PersonalData: regions is {self.regions!r}. Give a list of country codes, such as [CN, US]."
+            )
 
     def __call__(self, example: Example) -> str | None:
         """Masks the example's texts, or says what was found."""
@@ -168,6 +172,12 @@ def _phones(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
             continue
         if any(_valid(number, region) for region in ([None] if international else regions)):
             yield found.end() - len(number), found.end()
+
+
+def _unknown(regions: Sequence[str]) -> set[str]:
+    """Those of which no telephone numbers are known."""
+    numbers = require("phonenumbers", "Finding telephone numbers", "collect")
+    return set(regions) - set(numbers.SUPPORTED_REGIONS)
 
 
 def _valid(text: str, region: str | None) -> bool:

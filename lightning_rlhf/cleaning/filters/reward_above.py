@@ -26,6 +26,8 @@ class RewardAbove(Measuring[float]):
 
     def __init__(self, reward: Any, least: float, device: str | None = None) -> None:
         super().__init__()
+        if math.isnan(least):
+            raise ValueError(f"RewardAbove: least is {least}. Give a number.")
         self.reward, self.least, self.device = reward, least, device
         self._made: tuple[Any, Any] | None = None
 

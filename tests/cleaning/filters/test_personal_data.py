@@ -173,7 +173,9 @@ def test_answers_that_masks_make_equal_drop_the_row():
     assert PersonalData()(make_example(row)) == "unfit when masked: no difference"
 
 
-@pytest.mark.parametrize("settings", [{"action": "hide"}, {"what": ["name"]}, {"what": "mail"}])
+@pytest.mark.parametrize(
+    "settings", [{"action": "hide"}, {"what": ["name"]}, {"what": "mail"}, {"regions": ["CN", "XX"]}, {"regions": "CN"}]
+)
 def test_wrong_settings(settings):
     with pytest.raises(ValueError, match="PersonalData"):
         PersonalData(**settings)

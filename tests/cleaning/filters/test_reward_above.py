@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from reward_models import save_reward_adapter
 
 from lightning_rlhf.cleaning import clean, make_example
@@ -62,3 +63,8 @@ def test_a_reward_model(tiny_model_dir, tiny_tokenizer, tmp_path):
     assert len(set(scores)) == 4
     middle = sorted(scores)[2]
     assert len(list(clean(rows, [RewardAbove([{"source": folder}], least=middle)]))) == 2
+
+
+def test_a_limit_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="RewardAbove: least is nan"):
+        RewardAbove(length, least=math.nan)
