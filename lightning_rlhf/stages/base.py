@@ -481,14 +481,14 @@ class Stage(L.LightningModule):
         """
         self.skipped = self.skipped + 1 if skipped else 0
         if self.skipped >= self.max_skipped:
-            raise RuntimeError(self._diverged_run())
+            under_way = self.automatic_optimization  # Lightning has not counted this optimizer step yet
+            raise RuntimeError(self._diverged_run(self.trainer.global_step + under_way))
 
-    def _diverged_run(self) -> str:
+    def _diverged_run(self, step: int) -> str:
         what = "optimizer steps" if self.automatic_optimization else "iterations"
         return (
-            f"{self.skipped} {what} in a row were skipped, since losses or gradients were not finite (step "
-            f"{self.trainer.global_step}). Lower the learning rate, look at the data and rewards, or resume from the "
-            "last checkpoint."
+            f"{self.skipped} {what} in a row were skipped, since losses or gradients were not finite (step {step}). "
+            "Lower the learning rate, look at the data and rewards, or resume from the last checkpoint."
         )
 
     def on_train_epoch_end(self) -> None:
@@ -500,7 +500,7 @@ class Stage(L.LightningModule):
         trainer = self.trainer
         ends = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
         if ends and self.skipped > 1:
-            raise RuntimeError(f"The run ends here. {self._diverged_run()}")
+            raise RuntimeError(f"The run ends here. {self._diverged_run(trainer.global_step)}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds RNG states of all ranks; drops frozen weights."""

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.callbacks import averaged_weights
@@ -139,10 +140,9 @@ class RewardModule(Stage):
         chosen, rejected = scores[batch.pairs.better], scores[batch.pairs.worse]
         return chosen, rejected, self.compute_losses(chosen, rejected, batch.pairs.margin)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs once an optimizer step, over its micro-batches and all ranks."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the step, over its micro-batches and all ranks, before a checkpoint of it can be written."""
+        super().on_before_optimizer_step(optimizer)
         self.count_step(self.metrics.report("train", self.log)["loss"])
 
     # ------------------------------------------------------------------------------------------------- evaluation

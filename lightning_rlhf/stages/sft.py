@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
@@ -103,10 +104,9 @@ class SFTModule(Stage):
         self._scored += batch.num_scored
         return out.loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs once an optimizer step, over its micro-batches and all ranks."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the step, over its micro-batches and all ranks, before a checkpoint of it can be written."""
+        super().on_before_optimizer_step(optimizer)
         found = self.metrics.report("train", self.log)
         now = time.perf_counter()
         self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True, batch_size=1)

@@ -400,7 +400,7 @@ class Broken(L.Callback):
 
 
 def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=None, steps=6, lora=None,
-          max_skipped=3, callbacks=(), **options):  # fmt: skip
+          max_skipped=3, callbacks=(), checkpoints=False, **options):  # fmt: skip
     torch.manual_seed(0)
     given = dict(lora=lora, max_skipped=max_skipped, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **options)
     if stage == "sft":
@@ -408,7 +408,8 @@ def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=No
     else:
         module, data = RewardModule(model_dir, **grouped(**given)), PreferenceDataModule
     watch = Broken(broken, loss)
-    trainer = quiet(tmp_path, max_steps=steps, callbacks=[watch, *callbacks], plugins=plugins)
+    settings = dict(enable_checkpointing=checkpoints)
+    trainer = quiet(tmp_path, max_steps=steps, callbacks=[watch, *callbacks], plugins=plugins, **settings)
     rows = ROWS if stage == "sft" else PAIRS
     size = 4 if stage == "sft" else 8
     trainer.fit(module, data(rows, batch_size=size, val_fraction=0.0, cache_dir=tmp_path / "cache"))
@@ -418,7 +419,7 @@ def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=No
 def quiet(tmp_path, **options):
     settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
                     enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    return L.Trainer(**settings, **options)
+    return L.Trainer(**{**settings, **options})
 
 
 def weights(module):
@@ -437,7 +438,7 @@ def test_a_step_that_is_not_finite_is_dropped(tiny_model_dir, tmp_path, stage, l
 
     with pytest.warns(UserWarning, match="Optimizer step 4 is skipped: its gradients are not finite"):
         module, watch = learn(stage, tiny_model_dir, tmp_path, (1, 2, 4), loss, callbacks=[Before()])
-    assert watch.seen == [0, 0, 1, 2, 0, 1]  # of the step before
+    assert watch.seen == [0, 1, 2, 0, 1, 0]
     moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise([*before, weights(module)])]
     assert moved == [True, False, False, True, False, True]
     assert all(p.isfinite().all() for p in module.parameters())
@@ -495,6 +496,15 @@ def test_what_a_broken_off_run_left_in_metrics_is_not_counted_in_the_next(tiny_m
         trainer = run(module, tmp_path)
         found.append(trainer.callback_metrics["train/loss"].item())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_checkpoint_of_a_skipped_step_counts_it(tiny_model_dir, tmp_path, stage):
+    """A checkpoint is written before the module's own end of the batch: it held the count of the step before."""
+    every = ModelCheckpoint(tmp_path / "every", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    learn(stage, tiny_model_dir, tmp_path, (1, 2), steps=4, callbacks=[every], checkpoints=True)
+    paths = [tmp_path / "every" / f"step={step}.ckpt" for step in (1, 2, 3, 4)]
+    assert [torch.load(path, weights_only=True)["skipped"] for path in paths] == [0, 1, 2, 0]
 
 
 def test_a_checkpoint_keeps_the_count_and_a_second_fit_starts_anew(tiny_model_dir, tmp_path):
