@@ -17,6 +17,7 @@ from lightning_rlhf.protocols import NamesOrigins
 from lightning_rlhf.stages.base import SettingsError, Stage
 from lightning_rlhf.stages.inputs import MAKERS
 from lightning_rlhf.stages.references import (
+    ReferenceUpdate,
     choose_reference,
     load_policy_and_reference,
     precompute_reference,
@@ -38,17 +39,19 @@ class AlignmentStage(Stage):
     _reference: Pretrained
     _precomputed: Mapping[str, ReferenceLogprobs]
 
-    def set_reference(self, given: Pretrained, needed: bool) -> None:
+    def set_reference(self, given: Pretrained, needed: bool, update: ReferenceUpdate | None = None) -> None:
         """Decides what the policy is compared with.
 
         Args:
             given: See :func:`~lightning_rlhf.stages.references.choose_reference`.
             needed: Whether the loss reads a reference.
+            update: How the reference follows the policy, if it does.
 
         Raises:
             ValueError: It does not fit the loss, the adapters or the tokenizer.
         """
-        object.__setattr__(self, "_reference", choose_reference(self, given, needed))  # not a child, as pretrained
+        found = choose_reference(self, given, needed, update)
+        object.__setattr__(self, "_reference", found)  # not a child, as pretrained
 
     def configure_model(self) -> None:
         """Loads policy and reference once."""

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,13 +21,10 @@ from lightning_rlhf.models import Load, LoRA
 from lightning_rlhf.stages.alignment import AlignmentStage
 from lightning_rlhf.stages.base import LOAD, SettingsError
 from lightning_rlhf.stages.optim import CosineWarmup, default_optimizer
-from lightning_rlhf.stages.pair_losses import LossSum, PairShaping, WeightedLoss
+from lightning_rlhf.stages.pair_losses import MEASURES, LossSum, PairShaping, WeightedLoss, warn_of_drop
+from lightning_rlhf.stages.references import ReferenceUpdate
 
 SHAPING = PairShaping()
-#: Logged at each step of training, beside the loss; validation adds what :class:`PreferenceAccuracy` knows.
-TRAINED = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
-#: The better answers' log-prob may fall by this share before a warning.
-DROP = 0.1
 
 
 class DPOModule(AlignmentStage):
@@ -54,6 +50,7 @@ class DPOModule(AlignmentStage):
             tokens), ``none`` (for SimPO, ORPO, CPO), or another model: its directory or hub id.
             ``auto`` takes ``none`` if the loss reads no reference, ``adapter_off`` with ``lora``, and ``copy``
             otherwise.
+        reference_update: How the reference follows the policy (TR-DPO); None leaves it where training starts.
         load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
         optimizer: Makes an optimizer of parameter groups; weight decay never acts on norms and biases.
         lr_scheduler: Makes a schedule of the optimizer; it is stepped once per optimizer step.
@@ -86,6 +83,7 @@ class DPOModule(AlignmentStage):
         beta: float | None = None,
         shaping: PairShaping = SHAPING,
         reference: str | os.PathLike[str] | PreTrainedModel = "auto",
+        reference_update: ReferenceUpdate | None = None,
         load: Load = LOAD,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
@@ -94,15 +92,15 @@ class DPOModule(AlignmentStage):
         check_arguments(DPOModule.__init__, locals(), beta=Range(0, above=True), max_skipped=Range(1))
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, max_skipped)
         self.save_settings()
-        self.loss, self.shaping = LossSum(loss, beta), shaping
+        self.loss, self.shaping, self.reference_update = LossSum(loss, beta), shaping, reference_update
         self.loss.check_shaping(shaping)
-        self.set_reference(reference, self.loss.needs_reference)
+        self.set_reference(reference, self.loss.needs_reference, reference_update)
         for part in ("train", "val", "test"):
             self.metrics.declare(part, loss=TokenMean(), **({"kl": TokenMean()} if self._reference != "none" else {}))
         self.metrics.declare("drop", ratio=TokenMean())
-        self.metrics.declare("train", **{name: TokenMean() for name in TRAINED})
+        self.metrics.declare("train", **{name: TokenMean() for name in MEASURES})
         for part in ("val", "test"):
-            logprobs = {name: TokenMean() for name in TRAINED if name.endswith("logprob")}
+            logprobs = {name: TokenMean() for name in MEASURES if name.endswith("logprob")}
             self.metrics.declare(part, preference=PreferenceAccuracy("reward"), **logprobs)
         self._steps, self._delta, self._warned = 0, 0.0, False
 
@@ -116,28 +114,14 @@ class DPOModule(AlignmentStage):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss whose sum over micro-batches and mean over ranks is the step's mean over pairs."""
         pairs, loss = self._compare("train", batch)
-        better, worse = self.implicit_rewards(pairs)
-        margin, weight = better - worse, batch.pairs.weight
-        won = (margin > 0).double() + 0.5 * (margin == 0).double()
-        values = zip(TRAINED, (won, margin, better, worse, pairs.better, pairs.worse), strict=True)
-        self.metrics.update("train", weight, **dict(values))
+        weight = batch.pairs.weight
+        self.metrics.update("train", weight, **self.loss.measure(pairs))
         self.metrics.update("drop", weight, ratio=pairs.better_ratio)
         return ((weight * loss).sum() * (batch.totals.bins / batch.totals.pairs)).float()
 
     def compute_losses(self, pairs: PairLogprobs) -> Tensor:
         """(P,) losses of P pairs."""
         return self.loss(pairs, self._delta)
-
-    def implicit_rewards(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
-        """(P,) implicit rewards of the better and the worse answers.
-
-        They are ``beta`` times what the loss compares: log-ratios, or log-probs if it reads no reference, as sums or as
-        means per token.
-        """
-        better, worse = self.loss.scale * pairs.better_ratio, self.loss.scale * pairs.worse_ratio
-        if self.loss.per_token:
-            return better / pairs.better_length, worse / pairs.worse_length
-        return better, worse
 
     def _compare(self, part: str, batch: PackedBatch) -> tuple[PairLogprobs, Tensor]:
         """The pairs of a batch and their (P,) losses, counted as the loss of a part of the data."""
@@ -172,7 +156,8 @@ class DPOModule(AlignmentStage):
         """Logs the step, over its micro-batches and all ranks, before a checkpoint of it can be written."""
         super().on_before_optimizer_step(optimizer)
         found, drop = self.metrics.report("train", self.log), self.metrics.get("drop", "ratio")
-        self._warn_of_drop(drop.compute().item(), found["chosen_logprob"].item())
+        if not self._warned and self._reference != "none" and self.shaping.f_divergence == "reverse_kl":
+            self._warned = warn_of_drop(drop.compute().item(), found["chosen_logprob"].item())
         drop.reset()
         self._steps += 1
         if found["loss"].isfinite():
@@ -180,24 +165,28 @@ class DPOModule(AlignmentStage):
             self._delta += (center - self._delta) / self._steps
         self.count_step(found["loss"])
 
-    def _warn_of_drop(self, ratio: float, logprob: float) -> None:
-        """Tells once that better answers became less likely, which pairs alone allow."""
-        if self._warned or self._reference == "none" or self.shaping.f_divergence != "reverse_kl":
-            return
-        if ratio < DROP * (logprob - ratio):
-            self._warned = True
-            rank_zero_warn(
-                f"The better answers' log-prob fell from {logprob - ratio:.1f} to {logprob:.1f} nats: both answers of "
-                "pairs are becoming less likely. The loss dpop prevents it, and so does sft beside the loss: "
-                "loss: [{name: sigmoid}, {name: sft, weight: 0.2}]."
-            )
+    def on_fit_start(self) -> None:
+        """As the base; refuses a reference that can't follow the policy.
+
+        Raises:
+            SettingsError: It is one.
+        """
+        super().on_fit_start()
+        if self.reference_update is not None:
+            self.reference_update.check(self.policy, self.reference, self.trainer.strategy)
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        """As Lightning's; the reference moves behind it, before a checkpoint of the step can be written."""
+        super().optimizer_step(*args, **options)
+        if self.reference_update is not None:
+            self.reference_update.after_step(self._steps, self.policy, self.reference)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, part: str, batch: PackedBatch) -> None:
         """Measures the pairs."""
         pairs, _ = self._compare(part, batch)
-        chosen, rejected = self.implicit_rewards(pairs)
+        chosen, rejected = self.loss.implicit_rewards(pairs)
         lengths, found = batch.lengths, batch.pairs
         self.metrics.get(part, "preference").update(
             chosen, rejected, lengths[found.better], lengths[found.worse], found.origin
@@ -210,14 +199,17 @@ class DPOModule(AlignmentStage):
         reference = self.reference_logprobs("predict", batch)
         logprobs = self.policy(batch).logprobs
         answers = self._pairs(batch, logprobs, reference, every, every)
-        rewards, _ = self.implicit_rewards(answers)
+        rewards, _ = self.loss.implicit_rewards(answers)
         return self.records(batch, rewards, answers.better, answers.better_length)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the running mean of implicit rewards."""
+        """Adds the running mean of implicit rewards, and a reference that moves."""
+        state = checkpoint["state_dict"] if self.reference_update else {}
+        moved = {name: value for name, value in state.items() if name.startswith("reference.")}
         super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] |= moved  # the base left it out, as frozen
         checkpoint["dpo"] = {"steps": self._steps, "delta": self._delta, "warned": self._warned}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rlhf.arguments import did_you_mean
@@ -17,6 +18,10 @@ from lightning_rlhf.functional import LOSSES, PairLogprobs, PairLoss
 from lightning_rlhf.utils.imports import import_object
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+#: The better answers' log-prob may fall by this share before a warning.
+DROP = 0.1
+#: What is logged of pairs beside their loss, see :meth:`LossSum.measure`.
+MEASURES = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
 _POSITIVE, _SHARE = Range(0, above=True), Range(0, 0.5, below=True)
 #: Allowed numbers of settings; those of one loss alone are listed by both names.
 _RANGES = {
@@ -79,8 +84,34 @@ class PairShaping:
         check_arguments(PairShaping, vars(self), "shaping.", **ranges)
 
 
+@dataclass(frozen=True)
+class OnlinePairShaping(PairShaping):
+    """As ``PairShaping``, and how completions are ranked.
+
+    Args:
+        length_alpha: See ``PairShaping``, as the next three.
+        ld_alpha: Weight of the tokens behind the shorter answer's length.
+        f_divergence: The divergence from the reference.
+        f_alpha: Order of the alpha divergence.
+        missing_eos_penalty: Subtracted from the score of a completion that was cut at its length limit. A larger value
+            ranks it lower.
+        bad_scores: What happens when a score is NaN or infinite in fp32. ``stop`` ends the run and names the sample;
+            ``drop`` leaves the sample out of all pairs.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    missing_eos_penalty: float = 0.0
+    bad_scores: Literal["stop", "drop"] = "stop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_arguments(OnlinePairShaping, vars(self), "shaping.", missing_eos_penalty=Range(0))
+
+
 # checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
-torch.serialization.add_safe_globals([WeightedLoss, PairShaping])
+torch.serialization.add_safe_globals([WeightedLoss, PairShaping, OnlinePairShaping])
 
 
 class LossSum:
@@ -131,6 +162,24 @@ class LossSum:
         if not self.reads_offset and shaping.length_alpha:
             raise ValueError("shaping.length_alpha is set, but the loss has no place for it (docs/dpo.md).")
 
+    def implicit_rewards(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
+        """(P,) implicit rewards of the better and the worse answers.
+
+        They are ``beta`` times what the loss compares: log-ratios, or log-probs if it reads no reference, as sums or as
+        means per token.
+        """
+        better, worse = self.scale * pairs.better_ratio, self.scale * pairs.worse_ratio
+        if self.per_token:
+            return better / pairs.better_length, worse / pairs.worse_length
+        return better, worse
+
+    def measure(self, pairs: PairLogprobs) -> dict[str, Tensor]:
+        """(P,) values by the names of :data:`MEASURES`; an accuracy of 0.5 is a tie."""
+        better, worse = self.implicit_rewards(pairs)
+        margin = better - worse
+        won = (margin > 0).double() + 0.5 * (margin == 0).double()
+        return dict(zip(MEASURES, (won, margin, better, worse, pairs.better, pairs.worse), strict=True))
+
     def __call__(self, pairs: PairLogprobs, delta: float = 0.0) -> Tensor:
         """Computes (P,) losses.
 
@@ -143,6 +192,26 @@ class LossSum:
         """
         losses = [part.weight * part(pairs, delta) for part in self._parts]
         return torch.stack(losses).sum(0) if len(losses) > 1 else losses[0]
+
+
+def warn_of_drop(ratio: float, logprob: float) -> bool:
+    """Warns if better answers became less likely, which pairs alone allow.
+
+    Args:
+        ratio: Mean log-ratio of the better answers.
+        logprob: Their mean log-prob.
+
+    Returns:
+        Whether there was a warning.
+    """
+    if ratio >= DROP * (logprob - ratio):
+        return False
+    rank_zero_warn(
+        f"The better answers' log-prob fell from {logprob - ratio:.1f} to {logprob:.1f} nats: both answers of pairs "
+        "are becoming less likely. The loss dpop prevents it, and so does sft beside the loss: loss: [{name: sigmoid}, "
+        "{name: sft, weight: 0.2}]."
+    )
+    return True
 
 
 class _Part:

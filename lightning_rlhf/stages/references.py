@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data import PackedBatch, PlannedLoader
 from lightning_rlhf.data.reference import ReferenceLogprobs
 from lightning_rlhf.data.token_cache import SizedRows
@@ -25,17 +28,86 @@ from lightning_rlhf.models.reference import (
     refuse_other_tokenizer,
 )
 from lightning_rlhf.models.roles import RoleModel
-from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.models.saving import merge_adapters, plain_twin
+from lightning_rlhf.stages.base import SettingsError, Stage
+from lightning_rlhf.strategies import holds_whole_models
 from lightning_rlhf.utils.progress import ProgressLine
 
 
-def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretrained:
+@dataclass(frozen=True)
+class ReferenceUpdate:
+    """How a reference follows the policy (TR-DPO, arXiv 2404.09656, eq. 5).
+
+    Args:
+        every: Optimizer steps between two updates. A larger value keeps the reference longer.
+        alpha: Share of the policy: the reference becomes ``alpha * policy + (1 - alpha) * reference``. A larger value
+            moves it further; 1 replaces it by the policy (eq. 6).
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    every: int = 512
+    alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        ranges = {"every": Range(1), "alpha": Range(0, 1, above=True)}
+        check_arguments(ReferenceUpdate, vars(self), "reference_update.", **ranges)
+
+    def check(self, policy: Policy, reference: Policy, strategy: Strategy) -> None:
+        """Refuses what it can't mix, before the first step.
+
+        Raises:
+            SettingsError: The reference has other weights than the policy, or the strategy shards them.
+        """
+        if not holds_whole_models(strategy):
+            raise SettingsError(
+                f"reference_update mixes whole weights, and {type(strategy).__name__} as it is set shards them: set "
+                "trainer.strategy to ddp or colossalai_ddp, or leave out reference_update."
+            )
+        shapes = [{k: tuple(p.shape) for k, p in _plain_weights(one).items()} for one in (policy, reference)]
+        if shapes[0] != shapes[1]:
+            name = next(k for k in (shapes[0] | shapes[1]) if shapes[0].get(k) != shapes[1].get(k))
+            raise SettingsError(
+                f"reference_update mixes the reference with the policy, and they differ in {name}: set reference to "
+                "copy, or to a model of the same size."
+            )
+
+    @torch.no_grad()
+    def after_step(self, step: int, policy: Policy, reference: Policy) -> None:
+        """Moves the reference towards the policy, whose adapters count as merged, if it is time.
+
+        Args:
+            step: Number of optimizer steps done.
+            policy: The policy.
+            reference: A model of its own.
+        """
+        if step % self.every == 0:
+            found = _plain_weights(policy)
+            for name, weight in _plain_weights(reference).items():
+                weight.lerp_(found[name].to(weight), self.alpha)
+
+
+# checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
+torch.serialization.add_safe_globals([ReferenceUpdate])
+
+
+def _plain_weights(policy: Policy) -> dict[str, nn.Parameter]:
+    """Weights by name; adapters are merged into a copy."""
+    model: Any = policy.model
+    return dict((merge_adapters(plain_twin(model)) if hasattr(model, "get_base_model") else model).named_parameters())
+
+
+def choose_reference(
+    stage: Stage, given: Pretrained, needed: bool, update: ReferenceUpdate | None = None
+) -> Pretrained:
     """Decides what the reference is, in place of ``auto``.
 
     Args:
         stage: With its adapters and tokenizer.
         given: ``auto``, ``adapter_off``, ``copy``, ``precomputed``, ``none``, a directory, a hub id or a model.
         needed: Whether the loss reads a reference.
+        update: How it follows the policy, if it does: then ``auto`` is no ``adapter_off``.
 
     Returns:
         The same, but not ``auto``.
@@ -45,8 +117,10 @@ def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretraine
     """
     word = given if isinstance(given, str) else ""
     if word == "auto":
-        given = word = ("adapter_off" if stage.lora else "copy") if needed else "none"
+        given = word = ("adapter_off" if stage.lora and update is None else "copy") if needed else "none"
         rank_zero_info(f"{type(stage).__name__}: reference {word}.")
+    if update is not None:
+        _check_moves(stage, word, update)
     if word == "none" and needed:
         raise ValueError(
             "reference is none, but the loss reads one: set it to auto. Of DPO's losses cpo, simpo and orpo read none."
@@ -68,6 +142,23 @@ def choose_reference(stage: Stage, given: Pretrained, needed: bool) -> Pretraine
     advice = "Give a model of the policy's family, or copy."
     refuse_other_tokenizer("reference", given, stage.tokenizer, stage.load.trust_remote_code, advice)
     return given
+
+
+def _check_moves(stage: Stage, word: str, update: object) -> None:
+    if not isinstance(update, ReferenceUpdate):
+        raise ValueError(f"reference_update is {update!r}: give ReferenceUpdate(every=..., alpha=...).")
+    why = {
+        "none": "the loss reads no reference: leave it out, or take a loss that reads one.",
+        "adapter_off": "adapter_off is the start's own weights, which the policy stands on: set reference to copy.",
+        "precomputed": "precomputed log-probs stay those of the start: set reference to copy.",
+    }
+    if word in why:
+        raise ValueError(f"reference_update moves the reference, but {why[word]}")
+    if stage.load.quantization is not None:
+        raise ValueError(
+            "reference_update moves the reference by steps that quantized weights would round away: set "
+            "load.quantization to null, or leave out reference_update."
+        )
 
 
 def load_policy_and_reference(stage: Stage, reference: Pretrained) -> tuple[Policy, Policy | None]:

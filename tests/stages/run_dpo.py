@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 
-from lightning_rlhf import DPOModule, LoRA, PairShaping, PreferenceDataModule
+from lightning_rlhf import DPOModule, LoRA, PairShaping, PreferenceDataModule, ReferenceUpdate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from grouping import grouped
@@ -81,7 +81,7 @@ class First(L.Callback):
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=12, seed=0, order=0, lr=1e-2, val_fraction=0.3, real=False,
         fill=False, checkpointing=False, quantization=None, use_margin=False, pair_weight="pair", shaping=None,
-        max_tokens=None, callbacks=(), **settings):  # fmt: skip
+        max_tokens=None, reference_update=None, callbacks=(), **settings):  # fmt: skip
     """One run; returns the trainer, the module, and what the first step was."""
     L.seed_everything(seed, verbose=False)
     module = DPOModule(
@@ -94,6 +94,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
             optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
         ),
         **({"shaping": PairShaping(**shaping)} if shaping else {}),
+        reference_update=ReferenceUpdate(**reference_update) if reference_update else None,
         **settings,
     )
     data = PreferenceDataModule(
