@@ -118,12 +118,12 @@ class KnowsLengths(Protocol):
 
 @runtime_checkable
 class GivesPrompts(KnowsLengths, Protocol):
-    """``batch_size`` prompts per iteration; ``ptx`` is the data module of the texts beside them (PPO-ptx), or None."""
+    """``batch_size`` prompts per iteration; ``beside`` has the data modules of ``ptx`` and ``pairs``, if there are."""
 
     batch_size: int
 
     @property
-    def ptx(self) -> KnowsLengths | None: ...  # noqa: D102
+    def beside(self) -> Mapping[str, KnowsLengths]: ...  # noqa: D102
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_rlhf import KL, SampleCompletions, Sampling
 from lightning_rlhf.protocols import DrawsSamples, stop_tokens_of
-from lightning_rlhf.rl.checks import check_adaptive_kl, check_lengths, check_ptx
+from lightning_rlhf.rl.checks import PTX, check_adaptive_kl, check_beside, check_lengths
 
 
 class Texts:
@@ -18,7 +18,7 @@ class Texts:
 class Prompts(L.LightningDataModule):
     """Prompts of one's own, with texts beside them."""
 
-    batch_size, ptx, as_text = 8, Texts(), True
+    batch_size, beside, as_text = 8, {"ptx": Texts()}, True
 
     def longest(self, part):
         return {"train": 30, "val": 40}[part]
@@ -35,10 +35,10 @@ def test_lengths_of_ones_own_data_module_are_checked():
     with pytest.raises(ValueError, match=r"A prompt of 40 tokens and a completion .* have 56, over 46: the context"):
         check_lengths(Prompts(), ["train", "val"], 16, {"the context": 46})
     with pytest.raises(ValueError, match=r"A text of data.ptx has 90 tokens, over updates.micro_batch_tokens=80"):
-        check_ptx(0.1, 80, Prompts())
+        check_beside(PTX, 0.1, 80, Prompts())
     with pytest.raises(ValueError, match=r"A KL horizon of 1.0 is too short for 16 samples"):
         check_adaptive_kl(KL(target=1.0, horizon=1.0), 2, Prompts())
-    for check in (lambda: check_lengths(None, ["train"], 16, {"it": 1}), lambda: check_ptx(0.1, 80, object())):
+    for check in (lambda: check_lengths(None, ["train"], 16, {"it": 1}), lambda: check_beside(PTX, 0.1, 80, object())):
         check()  # who knows no lengths can't be refused
 
 

@@ -27,8 +27,8 @@ from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.sources import BadRows
 from lightning_rlhf.endpoint import BudgetExceeded, EndpointError, Ledger
 from lightning_rlhf.evaluation.chat_judge import ChatJudge
-from lightning_rlhf.evaluation.judges import Judge, JudgeError
 from lightning_rlhf.keys import KeyParser
+from lightning_rlhf.rewards.judges import Judge, JudgeError
 from lightning_rlhf.utils.progress import ProgressLine
 
 _ABOUT = """\

@@ -19,9 +19,9 @@ from lightning_rlhf.data.formats import Message
 from lightning_rlhf.data.prompt_formats import Prompt
 from lightning_rlhf.data.sources import BadRows, Source
 from lightning_rlhf.endpoint import Budget, Ledger, Reply
-from lightning_rlhf.evaluation.judges import Answer, Judge, RewardJudge
-from lightning_rlhf.evaluation.pairs import AnswerPair, judge_pairs
+from lightning_rlhf.evaluation.judges import RewardJudge
 from lightning_rlhf.rewards import BadScores, Reward, score_texts
+from lightning_rlhf.rewards.judges import Answer, AnswerPair, Judge, judge_pairs
 
 #: Prompts that are answered, ranked and written down together.
 CHUNK = 64

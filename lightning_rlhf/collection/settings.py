@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_rlhf.collection.answers import Writing
 from lightning_rlhf.collection.generators import Generator
 from lightning_rlhf.endpoint import Budget
-from lightning_rlhf.evaluation.judges import Judge
+from lightning_rlhf.rewards.judges import Judge
 
 #: What ``filters`` is unless it is set.
 FILTERS: tuple[str | Mapping[str, Any], ...] = (

@@ -471,8 +471,8 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
 def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = "max_tokens") -> list[list[Tree]]:
     """Deals trees, in order, into packed rows of at most ``max_tokens`` tokens.
 
-    A tree that exceeds it alone is cut between its completions, and its prompt is repeated; it must have no
-    pairs and no labels.
+    A tree that exceeds it alone is cut between its completions, and its prompt is repeated. Its pieces have no pairs; it
+    must have no labels.
 
     Args:
         trees: The trees.
@@ -509,7 +509,7 @@ def _cut_to(tree: Tree, max_tokens: int, setting: str) -> list[Tree]:
         size = len(branch.input_ids)
         if size > room:
             room = max_tokens - len(tree.prompt)
-            pieces.append(tree._replace(branches=[]))
+            pieces.append(tree._replace(branches=[], pairs=()))
         if size > room:
             needed = len(tree.prompt) + size
             raise ValueError(

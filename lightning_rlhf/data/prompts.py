@@ -1,10 +1,10 @@
-"""Prompts for rollouts, with the columns that reward functions get, and texts beside them (PPO-ptx)."""
+"""Prompts for rollouts, with the columns that reward functions get, and texts or pairs beside them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from lightning_rlhf.data.instruction import InstructionDataModule
 from lightning_rlhf.data.oasst import prompt_rows
 from lightning_rlhf.data.packed import Size, StepTotals
 from lightning_rlhf.data.planner import Bin, PlannedLoader
+from lightning_rlhf.data.preference import PreferenceDataModule
 from lightning_rlhf.data.prompt_formats import Prompt, to_prompt
 from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
@@ -44,16 +45,6 @@ class PromptBatch:
     rows: tuple[int, ...]
     columns: dict[str, list[Any]]
     total: int
-
-    def select(self, chosen: Sequence[int]) -> PromptBatch:
-        """The prompts of these indices, in a batch of the same iteration."""
-        return PromptBatch(
-            prompts=[self.prompts[i] for i in chosen],
-            messages=[self.messages[i] for i in chosen],
-            rows=tuple(self.rows[i] for i in chosen),
-            columns={name: [column[i] for i in chosen] for name, column in self.columns.items()},
-            total=self.total,
-        )
 
     def to(self, device: Any, non_blocking: bool = False) -> PromptBatch:
         """The batch itself: it has no tensors. Without this method, Lightning would look at every token."""
@@ -95,20 +86,20 @@ def collate_prompts(rows: list[_PromptRow], chosen: Bin, names: tuple[str, ...])
     )
 
 
-class PromptsWithPtx:
-    """Batches ``{"prompts": PromptBatch, "ptx": PackedBatch}``; an epoch is one pass over the prompts.
+class PromptsWith:
+    """Batches ``{"prompts": PromptBatch, NAME: PackedBatch}``; an epoch is one pass over the prompts.
 
-    Like :class:`~lightning_rlhf.data.planner.PlannedLoader`, it is a plain iterable with a state. The texts start their
-    next epoch, in a new order, as soon as all of them were used, wherever the prompts are.
+    Like :class:`~lightning_rlhf.data.planner.PlannedLoader`, it is a plain iterable with a state. What is beside the
+    prompts starts its next epoch, in a new order, as soon as all of it was used, wherever the prompts are.
 
     Args:
         prompts: The loader whose epochs count.
-        ptx: The loader of language-model batches.
+        beside: The loaders of packed batches, by name: ``ptx``, ``pairs``.
     """
 
-    def __init__(self, prompts: PlannedLoader, ptx: PlannedLoader) -> None:
-        self.prompts, self.ptx = prompts, ptx
-        self._texts: Iterator[Any] | None = None
+    def __init__(self, prompts: PlannedLoader, beside: dict[str, PlannedLoader]) -> None:
+        self.prompts, self.beside = prompts, beside
+        self._rounds: dict[str, Iterator[Any]] | None = None
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
@@ -116,7 +107,7 @@ class PromptsWithPtx:
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the prompts; the texts count their own."""
+        """Sets the epoch of the prompts; the others count their own."""
         self.prompts.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -124,33 +115,35 @@ class PromptsWithPtx:
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self._texts is None:
-            self._texts = self._rounds()
+        if self._rounds is None:
+            self._rounds = {name: _rounds(loader) for name, loader in self.beside.items()}
         for prompts in self.prompts:
-            yield {"prompts": prompts, "ptx": next(self._texts)}
-
-    def _rounds(self) -> Iterator[Any]:
-        while True:
-            yield from self.ptx
-            self.ptx.set_epoch(self.ptx.epoch + 1)
+            yield {"prompts": prompts, **{name: next(rounds) for name, rounds in self._rounds.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The places of both loaders."""
-        return {"prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict()}
+        """The places of all loaders."""
+        return {"prompts": self.prompts.state_dict(), **{k: v.state_dict() for k, v in self.beside.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the places.
 
         Raises:
-            ValueError: One of the plans differs, or the checkpoint was made without ``ptx``.
+            ValueError: One of the plans differs, or the checkpoint was made without what is beside the prompts now.
         """
-        if "ptx" not in state:
-            raise ValueError("The checkpoint was made without ptx. Resume without it, or start a new run.")
+        if missing := [name for name in self.beside if name not in state]:
+            raise ValueError(f"The checkpoint was made without {missing[0]}. Resume without it, or start a new run.")
         self.prompts.load_state_dict(state["prompts"])
-        self.ptx.load_state_dict(state["ptx"])
-        if self.ptx.position == len(self.ptx):  # saved when all texts were used
-            self.ptx.set_epoch(self.ptx.epoch + 1)
-        self._texts = None
+        for name, loader in self.beside.items():
+            loader.load_state_dict(state[name])
+            if loader.position == len(loader):  # saved when all of it was used
+                loader.set_epoch(loader.epoch + 1)
+        self._rounds = None
+
+
+def _rounds(loader: PlannedLoader) -> Iterator[Any]:
+    while True:
+        yield from loader
+        loader.set_epoch(loader.epoch + 1)
 
 
 # --------------------------------------------------------------------------------------------------------- data module
@@ -178,7 +171,29 @@ class Ptx:
         check_arguments(Ptx, vars(self), "ptx.", batch_size=Range(1), max_length=Range(1))
 
 
-_NO_PTX = Ptx()
+@dataclass(frozen=True)
+class DataPairs:
+    """Pairs beside the prompts; with them, training batches are ``{"prompts": PromptBatch, "pairs": PackedBatch}``.
+
+    Args:
+        source: Preference data, as ``train`` of ``PreferenceDataModule``. Default: none. The share ``val_fraction`` of
+            it is held out, as in DPO.
+        batch_size: Answers per iteration, over all ranks: two per pair.
+        max_length: Maximum number of tokens of a prompt with its answer. Default: the model's context.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    source: Source | None = None
+    batch_size: int = 16
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(DataPairs, vars(self), "pairs.", batch_size=Range(1), max_length=Range(1))
+
+
+_NO_PTX, _NO_PAIRS = Ptx(), DataPairs()
 
 
 class PromptDataModule(TreeDataModule[Prompt]):
@@ -194,6 +209,10 @@ class PromptDataModule(TreeDataModule[Prompt]):
         drop_last: Leave out the last batch of an epoch if it is smaller.
         eval_batch_size: Prompts per evaluation batch on each rank. A larger value needs more memory.
         ptx: Texts for a language-model loss beside PPO's (PPO-ptx, Ouyang et al. 2022).
+        pairs: Pairs for online DPO beside those that it samples.
+
+    Attributes:
+        beside: The data modules of ``ptx`` and ``pairs``, by these names, where they have a source.
 
     The other arguments are those of :class:`~lightning_rlhf.data.base.TreeDataModule`. ``bundled`` are the first user
     turns of the bundled instruction data.
@@ -220,6 +239,7 @@ class PromptDataModule(TreeDataModule[Prompt]):
         drop_last: bool = False,
         eval_batch_size: int = 16,
         ptx: Ptx = _NO_PTX,
+        pairs: DataPairs = _NO_PAIRS,
         val_fraction: float = 0.1,
         seed: int = 0,
         num_proc: int | None = None,
@@ -229,29 +249,33 @@ class PromptDataModule(TreeDataModule[Prompt]):
     ) -> None:
         check_arguments(PromptDataModule.__init__, locals())
         super().__init__(**shared_arguments(locals()))
-        if not isinstance(ptx, Ptx):
-            raise ValueError(f"ptx is a {type(ptx).__name__}. Give Ptx(source, batch_size=..., max_length=...).")
+        for name, group, kind in (("ptx", ptx, Ptx), ("pairs", pairs, DataPairs)):
+            if not isinstance(group, kind):
+                raise ValueError(
+                    f"{name} is a {type(group).__name__}. Give {kind.__name__}(source, batch_size=..., max_length=...)."
+                )
         if as_text and system is not None:
             raise ValueError(
                 "as_text makes prompts plain texts, which have no system prompt. Leave out as_text or system."
             )
         self.as_text, self.drop_last = as_text, drop_last
-        self.ptx: InstructionDataModule | None = None
-        if ptx.source is not None:
-            self.sources["ptx"] = ptx.source
-            self.ptx = InstructionDataModule(
-                ptx.source,
-                max_length=ptx.max_length,
-                on_bad_row=on_bad_row,
-                batch_size=ptx.batch_size,
-                val_fraction=val_fraction,
-                seed=seed,
-                num_proc=num_proc,
-                cache_dir=cache_dir,
-                tokenizer=tokenizer,
-                streaming_window=streaming_window,
-            )
-            self.ptx.name = "ptx"
+        self.beside: dict[str, InstructionDataModule | PreferenceDataModule] = {}
+        for name, group, maker in (("ptx", ptx, InstructionDataModule), ("pairs", pairs, PreferenceDataModule)):
+            if group.source is not None:
+                self.sources[name] = group.source
+                self.beside[name] = maker(
+                    group.source,
+                    max_length=group.max_length,
+                    on_bad_row=on_bad_row,
+                    batch_size=group.batch_size,
+                    val_fraction=val_fraction,
+                    seed=seed,
+                    num_proc=num_proc,
+                    cache_dir=cache_dir,
+                    tokenizer=tokenizer,
+                    streaming_window=streaming_window,
+                )
+                self.beside[name].name = name
         self._names: dict[str, tuple[str, ...]] = {}
 
     # ------------------------------------------------------------------------------------------------- rows
@@ -316,28 +340,29 @@ class PromptDataModule(TreeDataModule[Prompt]):
     def prepare_data(self) -> None:
         """Tokenizes into the cache; Lightning calls it once per node."""
         super().prepare_data()
-        if texts := self._texts():
-            texts.prepare_data()
+        for data in self._beside().values():
+            data.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
         """Maps the rows that a stage (fit, validate, test, predict) needs; tokenizes those not in the cache."""
         super().setup(stage)
-        if texts := self._texts(stage):
-            texts.setup(stage)
+        for data in self._beside(stage).values():
+            data.setup(stage)
 
-    def train_dataloader(self) -> PlannedLoader | PromptsWithPtx:  # type: ignore[override]
-        """Shuffled prompts, dealt over ranks; with texts beside them if ``ptx`` has any."""
+    def train_dataloader(self) -> PlannedLoader | PromptsWith:  # type: ignore[override]
+        """Shuffled prompts, dealt over ranks; with texts and pairs beside them where there are any."""
         loader = self._loader("train", self.batch_size, 1, shuffle=True)
-        texts = self._texts("fit")
-        return loader if texts is None else PromptsWithPtx(loader, texts.train_dataloader())
+        beside = {name: data.train_dataloader() for name, data in self._beside("fit").items()}
+        return PromptsWith(loader, beside) if beside else loader
 
-    def _texts(self, stage: str | None = None) -> InstructionDataModule | None:
-        """The data module of ``ptx``, with this one's Trainer, if the stage needs it."""
+    def _beside(self, stage: str | None = None) -> dict[str, InstructionDataModule | PreferenceDataModule]:
+        """The data modules beside the prompts, with this one's Trainer, if the stage needs them."""
         stage = stage or (None if self.trainer is None else self.trainer.state.fn)
-        if self.ptx is None or stage not in (None, "fit"):
-            return None
-        self.ptx.trainer = self.trainer
-        return self.ptx
+        if stage not in (None, "fit"):
+            return {}
+        for data in self.beside.values():
+            data.trainer = self.trainer
+        return self.beside
 
     def _loader(self, part: str, batch_size: int, micro_batches: int, shuffle: bool) -> PlannedLoader:
         loader = super()._loader(part, batch_size, micro_batches, shuffle)

@@ -2,8 +2,18 @@
 
 from lightning_rlhf.evaluation.answers import generate_answers, names_file, read_answers
 from lightning_rlhf.evaluation.chat_judge import ChatJudge
-from lightning_rlhf.evaluation.judges import Answer, Judge, JudgeError, Question, RewardJudge, Verdict, make_judge
-from lightning_rlhf.evaluation.pairs import AnswerPair, JudgedPair, judge_pairs, rates
+from lightning_rlhf.evaluation.judges import RewardJudge, make_judge
+from lightning_rlhf.evaluation.pairs import rates
+from lightning_rlhf.rewards.judges import (
+    Answer,
+    AnswerPair,
+    Judge,
+    JudgedPair,
+    JudgeError,
+    Question,
+    Verdict,
+    judge_pairs,
+)
 
 __all__ = [
     "Answer",

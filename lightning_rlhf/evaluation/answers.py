@@ -18,9 +18,9 @@ from lightning_rlhf.data.prompt_formats import to_prompt
 from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.templates import set_chat_template, stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
-from lightning_rlhf.evaluation.judges import Answer
 from lightning_rlhf.models import Policy, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.loading import Dtype, load_stop_token_ids
+from lightning_rlhf.rewards.judges import Answer
 from lightning_rlhf.rollout import CachedEngine, Sampling, as_answers, complete, room, sample_key
 
 #: Columns that may hold the answer in a file; the first that exists is used.

@@ -1,83 +1,20 @@
-"""The interface of judges, which compare two answers to a prompt, and a judge that compares scores."""
+"""Judges that compare scores."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.data import Message
 from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.rewards import Reward, WeightedReward, make_reward, names_model, score_texts
-
-
-class JudgeError(RuntimeError):
-    """A judge cannot judge, because its settings are wrong or its server cannot be reached."""
-
-
-class Answer(NamedTuple):
-    """A model's answer.
-
-    Attributes:
-        text: The text, without special tokens.
-        truncated: Whether the length limit cut it.
-    """
-
-    text: str
-    truncated: bool = False
-
-
-class Question(NamedTuple):
-    """The question which of two answers is better.
-
-    Attributes:
-        prompt: Messages that end in a user turn, or a plain text.
-        first: The answer that is shown first.
-        second: The other answer.
-        columns: Other columns of the prompt's row.
-    """
-
-    prompt: list[Message] | str
-    first: Answer
-    second: Answer
-    columns: Mapping[str, Any] = {}
-
-
-class Verdict(NamedTuple):
-    """A judge's decision.
-
-    Attributes:
-        winner: The better answer. None if the judge gave no readable verdict.
-        reason: The judge's reason, for people.
-    """
-
-    winner: Literal["first", "second", "tie"] | None
-    reason: str = ""
-
-
-class Judge(ABC):
-    """Base of all judges."""
-
-    @abstractmethod
-    def compare(self, questions: Sequence[Question]) -> list[Verdict]:
-        """Judges questions.
-
-        Args:
-            questions: Any number of questions.
-
-        Returns:
-            One verdict per question, in order.
-
-        Raises:
-            JudgeError: The judge cannot judge.
-        """
+from lightning_rlhf.rewards.judges import Answer, Judge, Question, Verdict
 
 
 class RewardJudge(Judge):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.data import PackedBatch, PlannedLoader, PromptBatch
 from lightning_rlhf.data.base import TreeDataModule
 from lightning_rlhf.data.planner import Bin
-from lightning_rlhf.data.prompts import PromptsWithPtx
+from lightning_rlhf.data.prompts import PromptsWith
 from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
 from lightning_rlhf.inspection.statistics import Statistics, measure
@@ -87,7 +87,7 @@ class Inspection:
     Attributes:
         title: The stage, its data and split.
         legend: What the marked tokens are; empty if there are none.
-        sections: One section, or two if PPO has ``ptx``.
+        sections: One section, or one more for each of ``ptx`` and ``pairs``.
     """
 
     title: str
@@ -131,9 +131,9 @@ def inspect_data(
         loader = getattr(data, f"{split}_dataloader")()
         assert not isinstance(loader, list)  # setup refuses a split without rows
         parts: list[tuple[str, TreeDataModule[Any], PlannedLoader]] = [("", data, loader)]
-        if isinstance(loader, PromptsWithPtx):
-            assert data.ptx is not None  # type: ignore[attr-defined]
-            parts = [("prompts", data, loader.prompts), ("ptx", data.ptx, loader.ptx)]  # type: ignore[attr-defined]
+        if isinstance(loader, PromptsWith):
+            beside = vars(data)["beside"]
+            parts = [("prompts", data, loader.prompts), *((k, beside[k], v) for k, v in loader.beside.items())]
         sections = []
         for name, part, planned in parts:
             languages = part.languages(split)
@@ -152,7 +152,7 @@ def _attached(
     module: L.LightningModule, data: TreeDataModule[Any], split: Split, micro_batches: int, ranks: int
 ) -> Iterator[None]:
     """Gives the data module for a while what it needs from a Trainer."""
-    before, own = data.trainer, vars(data).get("ptx")
+    before, beside = data.trainer, vars(data).get("beside", {})
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=module,
         accumulate_grad_batches=micro_batches,
@@ -163,7 +163,7 @@ def _attached(
         yield
     finally:
         data.trainer = before
-        if own is not None:
+        for own in beside.values():
             own.trainer = before
 
 

@@ -1,7 +1,8 @@
-"""Where rewards come from: reward models, Python functions, weighted sums of both."""
+"""Where rewards come from: reward models, Python functions, weighted sums of both, judges."""
 
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward
+from lightning_rlhf.rewards.judges import JudgedReward
 from lightning_rlhf.rewards.model import RewardModelReward, render
 from lightning_rlhf.rewards.texts import score_texts
 from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_reward, names_model
@@ -9,6 +10,7 @@ from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, make_re
 __all__ = [
     "BadScores",
     "FunctionReward",
+    "JudgedReward",
     "Reward",
     "RewardModelReward",
     "Samples",

@@ -115,11 +115,14 @@ class Reward(nn.Module, ABC):
         needs: Columns of the prompts' rows without which it cannot score.
         limits: Most tokens of a prompt with its completion, by what sets the limit; empty where it reads text. They
             are known after :meth:`load`.
+        relative: Whether a score compares a completion with the others of its prompt, so that means over prompts say
+            nothing.
     """
 
     names: Sequence[str] = ()
     needs: Set[str] = frozenset()
     limits: Mapping[str, int] = MappingProxyType({})
+    relative: bool = False
 
     def load(self) -> None:
         """Loads what is heavy, once. Modules call it in ``configure_model``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -44,37 +44,63 @@ def check_lengths(data: Any, parts: Sequence[str], max_new_tokens: int, limits: 
             )
 
 
-def check_ptx(coef: float, micro_batch_tokens: int | None, data: Any = None, given: bool | None = None) -> None:
-    """Refuses a weight without texts, warns of texts without a weight, and refuses texts that are too long.
+class Beside(NamedTuple):
+    """What a stage learns from beside its prompts.
+
+    Attributes:
+        name: Its key in a batch, and its group among the settings of the data module.
+        setting: The module's setting that weighs it.
+        rows: What its rows are.
+        kinds: What its source can be.
+    """
+
+    name: str
+    setting: str
+    rows: str
+    kinds: str
+
+
+PTX = Beside("ptx", "loss.ptx_coef", "text", "instruction data or plain texts")
+PAIRS = Beside("pairs", "mixture", "pair", "preference data")
+
+
+def check_beside(
+    what: Beside, weight: float, micro_batch_tokens: int | None, data: Any = None, given: bool | None = None
+) -> None:
+    """Refuses a weight without rows, warns of rows without a weight, and refuses rows that are too long.
 
     Args:
-        coef: Weight of the language-model loss.
+        what: What the stage learns from beside its prompts.
+        weight: Its weight in the loss.
         micro_batch_tokens: Most tokens of a micro-batch.
         data: The data module.
-        given: Whether a batch has texts; None asks the data module.
+        given: Whether a batch has such rows; None asks the data module.
 
     Raises:
         ValueError: The message says what to set.
     """
+    name, setting, rows, kinds = what
     if given is None:
         if not isinstance(data, GivesPrompts):
             return
-        ptx = data.ptx
-        given = ptx is not None
-        if given and not coef:
+        given = name in data.beside
+        for other in data.beside.keys() - {name}:
+            rank_zero_warn(f"data.{other} is read, and this stage has no use for it: leave out data.{other}.source.")
+        if given and not weight:
             rank_zero_warn(
-                "data.ptx is read and not learned from: model.loss.ptx_coef is 0. Set it, or leave out data.ptx.source."
+                f"data.{name} is read and not learned from: model.{setting} is 0. Set it, or leave out "
+                f"data.{name}.source."
             )
-        longest = ptx.longest("train") if ptx is not None and coef else 0
+        longest = data.beside[name].longest("train") if given and weight else 0
         if micro_batch_tokens is not None and longest > micro_batch_tokens:
             raise ValueError(
-                f"A text of data.ptx has {longest} tokens, over updates.micro_batch_tokens={micro_batch_tokens}. Raise "
-                f"it to {longest}, or set data.ptx.max_length to at most {micro_batch_tokens}."
+                f"A {rows} of data.{name} has {longest} tokens, over updates.micro_batch_tokens={micro_batch_tokens}. "
+                f"Raise it to {longest}, or set data.{name}.max_length to at most {micro_batch_tokens}."
             )
-    if coef and not given:
+    if weight and not given:
         raise ValueError(
-            f"loss.ptx_coef={coef} weighs a loss on texts, and the data have none. Give data.ptx.source (instruction "
-            "data or plain texts), or set model.loss.ptx_coef to 0."
+            f"{setting}={weight} weighs a loss on {rows}s, and the data have none. Give data.{name}.source ({kinds}), "
+            f"or set model.{setting} to 0."
         )
 
 

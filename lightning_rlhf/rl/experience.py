@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data import Branch, Message, PackedBatch, PromptBatch, Tree, pack
-from lightning_rlhf.data.packed import within_budget
+from lightning_rlhf.data.packed import Pair, within_budget
 from lightning_rlhf.data.templates import turn_end
-from lightning_rlhf.rewards import Samples, Scores
+from lightning_rlhf.rewards import Samples
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.rollout.detokenizer import tail, tokens_of
 from lightning_rlhf.utils.collectives import all_reduce
@@ -48,10 +48,8 @@ class Experience:
         returns: (N,) what the values are trained towards.
         advantages: (N,) how much better each token was than expected.
         weight: (N,) how much each token counts in the losses; 0 where its completion was dropped.
-        share: (N,) how much each token counts in the denominator of their mean.
         scores: (S,) scores of the reward; NaN where a completion was dropped.
         truncated: (S,) whether the length limit ended the completion.
-        scored: What the reward found, once it was asked.
         cached_outputs: Outputs of the scoring passes by role, with their graphs, for the first update; None where they
             are not kept.
         metrics: What is logged of it, by name.
@@ -66,10 +64,8 @@ class Experience:
     returns: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     advantages: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     weight: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
-    share: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     scores: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
     truncated: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
-    scored: Scores | None = None
     cached_outputs: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     _whole: PackedBatch | None = field(default=None, repr=False)
@@ -85,12 +81,6 @@ class Experience:
         """(N,) the sequence of each token."""
         lengths = torch.tensor(self.lengths, dtype=torch.long)
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-
-    @property
-    def group(self) -> Tensor:
-        """(S,) the tree of each sequence."""
-        sizes = torch.tensor([len(tree.branches) for tree in self.trees], dtype=torch.long)
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
     @property
     def batch(self) -> PackedBatch:
@@ -145,6 +135,37 @@ class Experience:
         if every:
             self._packs[max_tokens] = found
         return found
+
+    def take(self, places: Sequence[tuple[int, Sequence[int], Sequence[Pair]]]) -> Experience:
+        """An experience of some completions, each of which may be taken several times.
+
+        Args:
+            places: For each tree of the result: the number of a tree here, its branches to take, and pairs of them by
+                their place among those.
+
+        Returns:
+            The experience, whose tokens and sequences keep what is known of them. It keeps no outputs and no metrics.
+        """
+        first = torch.tensor([0, *(len(tree.branches) for tree in self.trees)]).cumsum(0).tolist()
+        ends = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        sequences = [first[i] + j for i, branches, _ in places for j in branches]
+        tokens = [token for s in sequences for token in range(ends[s], ends[s + 1])]
+        index = {"token": torch.tensor(tokens, dtype=torch.long), "sequence": torch.tensor(sequences, dtype=torch.long)}
+        columns = {name: c[index[per]] for name, per in _columns(self) if len(c := getattr(self, name))}
+        trees = [
+            self.trees[i]._replace(branches=[self.trees[i].branches[j] for j in branches], pairs=tuple(pairs))
+            for i, branches, pairs in places
+        ]
+        return dataclasses.replace(
+            self,
+            trees=trees,
+            rows=tuple(self.rows[i] for i, _, _ in places),
+            cached_outputs=None,
+            metrics={},
+            _whole=None,
+            _packs={},
+            **columns,
+        )
 
     def micro_batches(
         self, chosen: Sequence[int], max_tokens: int | None, device: torch.device, at_least: int = 0

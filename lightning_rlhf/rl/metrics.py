@@ -21,12 +21,40 @@ def moments_over_ranks(values: Tensor, weight: Tensor | None, device: torch.devi
     return merge_moments(gather_tensors(moments(values, weight), device))
 
 
+def sample_metrics(experience: Experience) -> dict[str, float]:
+    """Computes what is logged about scores and lengths of an iteration, over all ranks. All ranks must call it.
+
+    Args:
+        experience: With scores; a dropped completion counts in none of them.
+
+    Returns:
+        Means, spreads and extremes by name.
+    """
+    lengths = torch.tensor(experience.lengths, dtype=torch.float32)
+    every = torch.cat(gather_objects(torch.stack([experience.scores, experience.truncated, lengths], 1)))
+    scores, truncated, lengths = every.unbind(1)
+    kept = scores[scores.isfinite()]
+    scores = kept if len(kept) else every[:1, 0] * torch.nan
+    found = {
+        "score": scores.mean(),
+        "score_std": scores.std(correction=0),
+        "score_min": scores.min(),
+        "score_max": scores.max(),
+        "dropped_samples": torch.tensor(float(len(every) - len(kept))),
+        "length_mean": lengths.mean(),
+        "length_min": lengths.min(),
+        "length_max": lengths.max(),
+        "stopped": 1 - truncated.mean(),
+        "tokens": lengths.sum(),
+    }
+    return {name: value.item() for name, value in found.items()}
+
+
 def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, entropies: Tensor) -> dict[str, float]:
     """Computes what is logged about the completions of an iteration, over all ranks. All ranks must call it.
 
     Args:
-        experience: With scores; a dropped completion counts in neither scores nor rewards. Without reference log-probs
-            there is no KL.
+        experience: With scores and reference log-probs; a dropped completion counts in neither scores nor rewards.
         rewards: (N,) rewards of tokens, KL penalty included.
         logprobs: (N,) log-probs of the policy, computed anew.
         entropies: (N,) entropies of the policy in nats.
@@ -35,23 +63,18 @@ def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, e
         Means, spreads and extremes by name.
     """
     sequence, count = experience.sequence, len(experience.scores)
-    referred = len(experience.reference_logprobs) == len(logprobs)
-    log_ratio = logprobs - experience.reference_logprobs if referred else torch.zeros_like(logprobs)
+    log_ratio = logprobs - experience.reference_logprobs
     by_token = torch.stack([k1(log_ratio), k3(log_ratio), entropies, torch.ones_like(entropies)], 1)
     by_sequence = torch.zeros(count, 4).to(by_token).index_add(0, sequence, by_token)
     drift = (logprobs - experience.rollout_logprobs.to(logprobs)).abs()
     error = torch.zeros(count).to(drift).scatter_reduce(0, sequence, drift, "amax")
     reward = torch.zeros(count).to(logprobs).index_add(0, sequence, rewards)
-    known = torch.stack([experience.scores, reward, experience.truncated, error], 1)
+    known = torch.stack([experience.scores, reward, error], 1)
     every = torch.cat(gather_objects(torch.cat([known.to(by_token), by_sequence], 1)))
-    _, _, truncated, errors, kl, kl_k3, entropy, lengths = every.unbind(1)
-    kept = every[every[:, 0].isfinite(), :2]
-    scores, reward = (kept if len(kept) else every[:1, :2] * torch.nan).unbind(1)
+    scores, rewards, errors, kl, kl_k3, entropy, lengths = every.unbind(1)
+    kept = rewards[scores.isfinite()]
+    reward = kept if len(kept) else every[:1, 1] * torch.nan
     found = {
-        "score": scores.mean(),
-        "score_std": scores.std(correction=0),
-        "score_min": scores.min(),
-        "score_max": scores.max(),
         "reward_mean": reward.mean(),
         "reward_std": reward.std(correction=0),
         "reward_min": reward.min(),
@@ -59,12 +82,6 @@ def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, e
         "kl": kl.mean(),
         "kl_k3": kl_k3.mean(),
         "entropy": entropy.sum() / lengths.sum(),
-        "dropped_samples": torch.tensor(float(len(every) - len(kept))),
-        "length_mean": lengths.mean(),
-        "length_min": lengths.min(),
-        "length_max": lengths.max(),
-        "stopped": 1 - truncated.mean(),
         "rollout_error": errors.max(),
-        "tokens": lengths.sum(),
     }
-    return {name: value.item() for name, value in found.items()}
+    return sample_metrics(experience) | {name: value.item() for name, value in found.items()}

@@ -24,19 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
 from lightning_rlhf.data import PackedBatch, PromptBatch, split
-from lightning_rlhf.functional import (
-    PolicyLoss,
-    RunningMoments,
-    adapt_kl_coef,
-    k1,
-    k3,
-    kl_loss,
-    loss_weights,
-    overlong_penalty,
-    policy_loss,
-    token_rewards,
-    whiten,
-)
+from lightning_rlhf.functional import RunningMoments, adapt_kl_coef, k1, k3, kl_loss, policy_loss, token_rewards, whiten
 from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy
 from lightning_rlhf.models.backbone import is_checkpointing
@@ -55,9 +43,15 @@ from lightning_rlhf.rl import (
     to_experience,
 )
 from lightning_rlhf.rl.actors import load_actors
-from lightning_rlhf.rl.checks import check_adaptive_kl, check_lengths, check_ptx, warn_of_biased_sampling
+from lightning_rlhf.rl.checks import (
+    PTX,
+    Beside,
+    check_adaptive_kl,
+    check_beside,
+    check_lengths,
+    warn_of_biased_sampling,
+)
 from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
-from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
 from lightning_rlhf.stages.base import LOAD, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
@@ -70,8 +64,6 @@ from lightning_rlhf.utils.random import generator, sample_key
 VALIDATION = -1
 #: By which argument of the constructor a model comes.
 _GIVEN_AS = {"policy": "pretrained", "reference": "pretrained", "critic": "critic=Critic(model)", "reward": "reward"}
-#: What is not logged where no reference is asked.
-_KL_NAMES = ("kl", "kl_k3")
 ROLLOUT, KL_PENALTY, SHAPING, LOSS, UPDATES = Rollout(), KL(), Shaping(), Loss(), Updates()
 
 
@@ -80,8 +72,8 @@ class RLStage(Stage):
 
     One ``training_step`` is one iteration: sample completions of a batch of prompts, score them, compute advantages,
     then take several optimizer steps on them. ``max_steps``, schedules and checkpoints count iterations. An algorithm
-    is a subclass with its own :meth:`compute_advantages` and, where its loss is not the clipped one,
-    :meth:`compute_policy_loss`; or :meth:`compute_losses`, where it has further ones.
+    is a subclass with its own :meth:`compute_advantages` and, where it has another loss than the clipped one, its own
+    :meth:`compute_losses`.
 
     Args:
         pretrained: Where the policy starts, and what the reference is: usually what SFT exported.
@@ -122,6 +114,8 @@ class RLStage(Stage):
         **Stage.entries,
         "rl": ("iteration", "kl_coef", "running_scores"),
     }
+    #: What it learns from beside the prompts of a batch.
+    beside: ClassVar[Beside] = PTX
     policy: Policy
     iteration: int = 0
     _not_finite: int = -1
@@ -149,13 +143,9 @@ class RLStage(Stage):
         check_arguments(RLStage.__init__, locals())
         groups = {Rollout: rollout, KL: kl, Shaping: shaping, Loss: loss, Updates: updates, Critic: critic, Load: load}
         for kind, group in groups.items():
-            if kind is not Critic or group is not None:
-                check_kind(kind.__name__.lower(), kind, group)
-        if shaping.overlong_cache is not None and shaping.overlong_cache > rollout.sampling.max_new_tokens:
-            raise ValueError(
-                f"shaping.overlong_cache={shaping.overlong_cache} counts back from rollout.sampling.max_new_tokens="
-                f"{rollout.sampling.max_new_tokens}: set it to less, or to null."
-            )
+            if not isinstance(group, kind) and not (kind is Critic and group is None):
+                name = kind.__name__.lower()
+                raise ValueError(f"{name} is {group!r}: give a {kind.__name__}(...), a group of settings.")
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, updates.max_skipped)
         self.save_settings()
         self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates
@@ -164,7 +154,7 @@ class RLStage(Stage):
         self.kl_coef, self.running_scores = kl.coef, RunningMoments()
         self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
         for stage in ("val", "test"):
-            self.metrics.declare(stage, score=TokenMean(), length=TokenMean())
+            self.metrics.declare(stage, **({} if self.reward.relative else {"score": TokenMean()}), length=TokenMean())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses other models in the place of those that ``configure_model`` loads.
@@ -198,22 +188,10 @@ class RLStage(Stage):
         """
         raise NotImplementedError
 
-    def compute_policy_loss(self, logprobs: Tensor, batch: Experience) -> PolicyLoss:
-        """Computes the loss of each token; here it is the clipped one.
-
-        Args:
-            logprobs: (N,) log-probs of the policy, with gradient.
-            batch: A micro-batch.
-
-        Returns:
-            (N,) losses, ratios, and where they are clipped.
-        """
-        return policy_loss(logprobs, batch.old_logprobs, batch.advantages, self.loss.clip_low, self.loss.clip_high)
-
     def compute_losses(self, batch: Experience, weight: Tensor, stats: UpdateStats) -> Iterator[Tensor]:
         """The losses of a micro-batch; each is backpropagated before the next is computed.
 
-        Here it is one: the policy's loss, plus the KL penalty where it is in the loss, minus the entropy bonus.
+        Here it is one: the clipped policy loss, plus the KL penalty where it is in the loss, minus the entropy bonus.
 
         Args:
             batch: A micro-batch.
@@ -225,15 +203,16 @@ class RLStage(Stage):
         """
         options = {"temperature": self.sampling.temperature, "entropy": self.loss.entropy_coef != 0}
         out = self.forward_role("policy", batch, **options)
-        found = self.compute_policy_loss(out.logprobs, batch)
+        found = policy_loss(out.logprobs, batch.old_logprobs, batch.advantages, self.loss.clip_low, self.loss.clip_high)
         loss = found.loss
-        if self.kl.where == "loss" and self.needs_reference:
+        if self.kl.where == "loss":
             loss = loss + self.kl_coef * kl_loss(out.logprobs - batch.reference_logprobs, self.kl.loss_estimator)
         if self.loss.entropy_coef:
             loss = loss - self.loss.entropy_coef * out.entropies
         approx_kl = k3(batch.old_logprobs - out.logprobs.detach())
-        stats.add(weight, policy_loss=found.loss)
-        stats.add(batch.share, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio)
+        stats.add(
+            weight, policy_loss=found.loss, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio
+        )
         ratio = found.ratio[weight > 0]
         stats.peak(ratio_max=ratio, ratio_error=(ratio - 1).abs())
         yield (weight * loss).sum()
@@ -252,8 +231,13 @@ class RLStage(Stage):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether anything reads a reference; otherwise no frozen copy is loaded, and no KL is logged."""
+        """Whether anything reads a reference; otherwise no frozen copy is loaded."""
         return True
+
+    @property
+    def beside_weight(self) -> float:
+        """Weight of the loss on what is beside the prompts."""
+        return self.loss.ptx_coef
 
     @property
     def model_to_export(self) -> Policy:
@@ -343,7 +327,7 @@ class RLStage(Stage):
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_lengths("train", "val")
-        check_ptx(self.loss.ptx_coef, self.updates.micro_batch_tokens, data)
+        check_beside(self.beside, self.beside_weight, self.updates.micro_batch_tokens, data)
         check_adaptive_kl(self.kl, self.rollout.samples_per_prompt, data)
         warn_of_biased_sampling(self.sampling)
         self.actors.cast_reference()
@@ -374,14 +358,14 @@ class RLStage(Stage):
     def training_step(self, batch: PromptBatch | dict[str, Any], batch_idx: int) -> None:
         """One iteration: sample, score, compute advantages, update."""
         clock = [time.perf_counter()]
-        prompts, ptx = (batch["prompts"], batch["ptx"]) if isinstance(batch, dict) else (batch, None)
-        check_ptx(self.loss.ptx_coef, None, given=ptx is not None)
+        prompts, beside = (batch["prompts"], batch.get(self.beside.name)) if isinstance(batch, dict) else (batch, None)
+        check_beside(self.beside, self.beside_weight, None, given=beside is not None)
         experience, samples = self.run_rollout(prompts, self.iteration)
         clock.append(time.perf_counter())
         experience.cached_outputs = {} if self._can_reuse_forward(experience) else None
         self.score_experience(experience, samples)
         clock.append(time.perf_counter())
-        found = experience.metrics | self.update_policy(experience, ptx) | {"kl_coef": self.kl_coef}
+        found = experience.metrics | self.update_policy(experience, beside)
         clock.append(time.perf_counter())
         if self.kl.target is not None:
             completions = prompts.total * self.samples_per_prompt
@@ -407,33 +391,26 @@ class RLStage(Stage):
         Returns:
             The experience, which knows no scores yet, and what rewards read; None where there is no prompt.
         """
-        found = self.sample_completions(prompts, iteration, self.count_copies(prompts.rows, iteration))
-        return self.to_experience(prompts, found)
-
-    def sample_completions(
-        self, prompts: PromptBatch, iteration: int, copies_before: Sequence[int]
-    ) -> list[list[Completion]]:
-        """Samples completions of each prompt. All ranks must call, also without prompts."""
+        copies_before = self._count_copies(prompts.rows, iteration)
+        if not prompts.prompts:
+            with whole_weights(self.strategy, self.policy):  # the other ranks enter it
+                return Experience([], (), truncated=torch.zeros(0, dtype=torch.bool)), None
         count = self.rollout.samples_per_prompt
         requests = [
             Request(ids, [sample_key(self.seed, iteration, row, i) for i in range(k * count, (k + 1) * count)])
             for ids, row, k in zip(prompts.prompts, prompts.rows, copies_before, strict=True)
         ]
-        with whole_weights(self.strategy, self.policy):  # the other ranks enter it
-            if not requests:
-                return []
+        with whole_weights(self.strategy, self.policy):
             found = self.engine.generate(self.policy, self.tokenizer, requests, self.sampling, self.stop_token_ids)
-        return as_answers(self.tokenizer, prompts.messages, found)
+        return self.to_experience(prompts, as_answers(self.tokenizer, prompts.messages, found))
 
     def to_experience(
         self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
-    ) -> tuple[Experience, Samples | None]:
+    ) -> tuple[Experience, Samples]:
         """Prompts with given completions, as :meth:`run_rollout` returns them."""
-        if not prompts.prompts:
-            return Experience([], (), truncated=torch.zeros(0, dtype=torch.bool)), None
         return to_experience(self.tokenizer, self.stop_token_ids, prompts, completions, self.device)
 
-    def count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
+    def _count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
         """Counts earlier copies of each row on all ranks, so that copies get different samples."""
         everyone = gather_objects(tuple(rows)) if iteration != VALIDATION else [tuple(rows)]
         rank = self.global_rank if len(everyone) > 1 else 0
@@ -447,34 +424,36 @@ class RLStage(Stage):
     @torch.no_grad()
     def score_experience(self, experience: Experience, samples: Samples | None) -> None:
         """Sets scores, log-probs, advantages and metrics of an experience; all ranks must call."""
-        experience.scored = scores = experience.scored or self.score(samples)
+        scores = self.score(samples)
         experience.scores = scores.total.cpu()
         temperature = self.sampling.temperature
-        if self.needs_reference:
-            with self.actors.on_device(self.device, "reference"):
-                (experience.reference_logprobs,) = self.forward_all(
-                    experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
-                )
+        with self.actors.on_device(self.device, "reference"):
+            (experience.reference_logprobs,) = self.forward_all(
+                experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
+            )
         logprobs, entropies = self.forward_all(
             experience, lambda b: self.forward_for_scoring("policy", b, temperature=temperature, entropy=True)[:2]
         )
         recompute = self.loss.old_logprobs == "recompute"
         experience.old_logprobs = logprobs if recompute else experience.rollout_logprobs.to(logprobs)
         known, sequence = experience.scores.isfinite(), experience.sequence
-        counts = self.counted_completions(experience).to(logprobs)[sequence]
-        experience.weight, experience.share = loss_weights(
-            self.loss.aggregation, counts, sequence, experience.group, self.sampling.max_new_tokens
-        )
+        experience.weight = known.to(logprobs)[sequence]
+        if self.loss.aggregation == "sequence":
+            experience.weight = experience.weight / torch.tensor(experience.lengths).to(logprobs)[sequence]
         rewards = self._token_rewards(experience, logprobs)
-        found = rollout_metrics(experience, rewards, logprobs, entropies)
-        experience.metrics |= found if self.needs_reference else {k: v for k, v in found.items() if k not in _KL_NAMES}
+        experience.metrics |= rollout_metrics(experience, rewards, logprobs, entropies) | {"kl_coef": self.kl_coef}
         if self.shaping.whiten:
             rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
         experience.advantages = self.compute_advantages(experience, rewards)
+        experience.metrics |= self.part_means(experience, scores)
+
+    def part_means(self, experience: Experience, scores: Scores) -> dict[str, float]:
+        """Mean scores of the parts of a reward, for logging; all ranks must call."""
+        found, known = {}, experience.scores.isfinite()
         for name in self.reward.names:
             part = scores.parts[name].cpu() if name in scores.parts else experience.scores
-            mean = self.moments(part, (known & part.isfinite()).float())[1]
-            experience.metrics[f"score/{name}"] = mean.item()
+            found[f"score/{name}"] = self.moments(part, (known & part.isfinite()).float())[1].item()
+        return found
 
     def score(self, samples: Samples | None) -> Scores:
         """(S,) scores of this rank's samples, NaN where one is dropped; all ranks must call, also without samples.
@@ -493,32 +472,19 @@ class RLStage(Stage):
             rank_zero_warn(f"A sample is left out: {why}")
         return scores
 
-    def counted_completions(self, experience: Experience) -> Tensor:
-        """(S,) bool: which completions count in the losses."""
-        cut = experience.truncated & self.shaping.mask_truncated
-        return experience.scores.isfinite() & ~cut
-
-    def penalized_scores(self, experience: Experience) -> Tensor:
-        """(S,) scores minus the penalties on length; NaN where there is no score."""
-        scores = experience.scores - self.shaping.missing_eos_penalty * experience.truncated
-        if self.shaping.overlong_cache is None:
-            return scores
-        lengths = torch.tensor(experience.lengths, dtype=torch.long)
-        return scores + overlong_penalty(lengths, self.sampling.max_new_tokens, self.shaping.overlong_cache)
-
     def _token_rewards(self, experience: Experience, logprobs: Tensor) -> Tensor:
         """(N,) rewards of tokens; a completion without a score counts as 0."""
-        raw, shaping = self.penalized_scores(experience), self.shaping
+        raw, shaping = experience.scores, self.shaping
+        known = raw.isfinite().to(logprobs)
         scores = torch.where(raw.isfinite(), raw, 0.0).to(logprobs)
+        scores = scores - shaping.missing_eos_penalty * experience.truncated
         if shaping.scale:
-            self.running_scores.update(self.moments(scores, raw.isfinite().to(logprobs)))
+            self.running_scores.update(self.moments(scores, known))
             scores = scores / self.running_scores.scale
         if shaping.clip is not None:
             scores = scores.clamp(-shaping.clip, shaping.clip)
-        penalty = torch.zeros_like(logprobs)
-        if self.kl.where == "reward" and self.needs_reference:
-            penalty = self.kl_coef * k1(logprobs - experience.reference_logprobs)
-        return token_rewards(penalty, scores, experience.sequence)
+        coef = self.kl_coef if self.kl.where == "reward" else 0.0
+        return token_rewards(coef * k1(logprobs - experience.reference_logprobs), scores, experience.sequence)
 
     def moments(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
         """(3,) moments of values over all ranks; see :func:`~lightning_rlhf.functional.advantages.moments`."""
@@ -561,7 +527,7 @@ class RLStage(Stage):
     def micro_batches(self, experience: Experience, chosen: Sequence[int] | None = None) -> Iterator[Experience]:
         """Micro-batches of the chosen trees of this rank, or of all; all ranks make the same number."""
         chosen = range(len(experience.trees)) if chosen is None else chosen
-        count = max(1, self._count_micro_batches(experience, chosen))
+        count = self._count_micro_batches(experience, chosen)
         return experience.micro_batches(chosen, self.updates.micro_batch_tokens, self.device, at_least=count)
 
     def _count_micro_batches(self, experience: Experience, chosen: Sequence[int]) -> int:
@@ -595,30 +561,22 @@ class RLStage(Stage):
         Returns:
             For each minibatch, this rank's trees in it.
         """
-        places, count = self.shuffle_prompts(experience.rows, epoch), self.updates.minibatches
+        everyone = enumerate(gather_objects(experience.rows))
+        places = sorted((row, rank, i) for rank, rows in everyone for i, row in enumerate(rows))
+        order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, epoch)).tolist()
+        count = self.updates.minibatches
         edges = [len(places) * i // count for i in range(count + 1)]
         mine = self.global_rank if world_size() > 1 else 0
-        dealt = [places[a:b] for a, b in pairwise(edges)]
+        dealt = [[places[j] for j in order[a:b]] for a, b in pairwise(edges)]
         # in the order of the experience: then a single minibatch is split as `forward_all` splits, and rounds alike
-        return [sorted(i for rank, i in part if rank == mine) for part in dealt if part]
+        return [sorted(i for _, rank, i in part if rank == mine) for part in dealt if part]
 
-    def shuffle_prompts(self, rows: Sequence[int], key: int) -> list[tuple[int, int]]:
-        """Shuffles the prompts of all ranks, by their rows and not by who holds them; all ranks must call.
+    def update_policy(self, experience: Experience, beside: Any) -> dict[str, float]:
+        """All updates of an iteration.
 
         Args:
-            rows: This rank's.
-            key: Decides the order, with seed and iteration.
-
-        Returns:
-            Rank, and index on this rank, of each.
-        """
-        everyone = enumerate(gather_objects(tuple(rows)))
-        places = sorted((row, rank, i) for rank, each in everyone for i, row in enumerate(each))
-        order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, key)).tolist()
-        return [places[j][1:] for j in order]
-
-    def update_policy(self, experience: Experience, ptx: PackedBatch | None) -> dict[str, float]:
-        """All updates of an iteration.
+            experience: This rank's.
+            beside: What is beside the prompts (here the texts of PPO-ptx), passed on to :meth:`backward_minibatch`.
 
         Returns:
             Means over the updates that were taken, by name.
@@ -628,9 +586,9 @@ class RLStage(Stage):
         skipped = 0
         deals = (self.minibatches(experience, epoch) for epoch in range(self.updates.epochs))
         for chosen in (chosen for deal in deals for chosen in deal):
-            found = self.backward_minibatch(experience, chosen, ptx)
+            found = self.backward_minibatch(experience, chosen, beside)
             if not found:
-                self.on_empty_minibatch()
+                self._not_finite = self.iteration
                 continue
             if self.updates.target_kl is not None and found["approx_kl"] > self.updates.target_kl:
                 break
@@ -648,38 +606,31 @@ class RLStage(Stage):
             if self._not_finite == self.iteration:
                 self.count_skipped(True)
         means = {k: sum(t[k] for t in taken) / len(taken) for k in (taken[0] if taken else ())}
-        if taken:
+        if "ratio_max" in means:
             means["ratio_max"] = max(t["ratio_max"] for t in taken)
             means["first_ratio_error"] = taken[0]["ratio_error"]
             del means["ratio_error"]
         return {**means, "updates": float(len(taken)), "skipped_updates": float(skipped)}
 
-    def on_empty_minibatch(self) -> None:
-        """Nothing of a minibatch counts, on all ranks: here that is a fault, since no sample has a score."""
-        self._not_finite = self.iteration
-
-    def backward_minibatch(
-        self, experience: Experience, chosen: list[int], ptx: PackedBatch | None
-    ) -> dict[str, float]:
+    def backward_minibatch(self, experience: Experience, chosen: list[int], beside: Any) -> dict[str, float]:
         """Forward and backward passes of one update: gradients of a minibatch's mean loss over all ranks.
 
         Returns:
-            What is logged; nothing, and no gradients, where no sample of the minibatch counts.
+            What is logged; nothing, and no gradients, where no sample of the minibatch has a score.
         """
         ends = torch.tensor([0, *(tree.num_scored for tree in experience.trees)]).cumsum(0).tolist()
-        mine = sum(experience.share[ends[i] : ends[i + 1]].double().sum().item() for i in chosen)
+        mine = sum(experience.weight[ends[i] : ends[i + 1]].double().sum().item() for i in chosen)
         total = all_reduce(torch.tensor(mine, dtype=torch.float32), self.device).item()
         if not total:
             return {}
         stats, updater = UpdateStats(), self.updater
         with updater.no_sync():
             for batch in self.micro_batches(experience, chosen):
-                batch.share = batch.share / total
                 for loss in self.compute_losses(batch, batch.weight / total, stats):
                     updater.backward(loss)
                     stats.add_sums(loss=loss)
             stats.add_sums(ptx_loss=torch.zeros(()))
-            for loss in self._ptx_losses(ptx):
+            for loss in self._ptx_losses(beside):
                 updater.backward(self.loss.ptx_coef * loss)
                 stats.add_sums(ptx_loss=loss, loss=self.loss.ptx_coef * loss)
         return stats.reduce(self.device)
@@ -710,22 +661,13 @@ class RLStage(Stage):
 
     def _evaluate(self, stage: str, prompts: PromptBatch) -> None:
         experience, samples = self.run_rollout(prompts, VALIDATION)
-        scores = self.score(samples).total
-        lengths = torch.tensor(experience.lengths, dtype=torch.float32, device=scores.device)
-        self.metrics.update(stage, scores.isfinite().float(), score=scores.nan_to_num())
+        lengths = torch.tensor(experience.lengths, dtype=torch.float32, device=self.device)
+        if not self.reward.relative:
+            scores = self.score(samples).total
+            self.metrics.update(stage, scores.isfinite().float(), score=scores.nan_to_num())
         self.metrics.update(stage, torch.ones_like(lengths), length=lengths)
-        self.update_metrics(stage, experience, scores)
         # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
         self.metrics.log_epoch(stage, self.log)
-
-    def update_metrics(self, stage: str, experience: Experience, scores: Tensor) -> None:
-        """Updates what an algorithm measures further; here there is nothing.
-
-        Args:
-            stage: ``val`` or ``test``.
-            experience: Completions of held-out prompts.
-            scores: (S,) their scores.
-        """
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record per completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``."""
@@ -750,35 +692,37 @@ class RLStage(Stage):
             completions: Completions of each prompt.
 
         Returns:
-            By name, a value per completion: its ``score``, unless the reward needs a column that the prompts lack; and
-            ``kl``, the sum over its tokens of log-probs minus those of the reference, at the sampling temperature,
-            where there is a reference.
+            By name, a value per completion: its ``score``, unless the reward needs a column that the prompts lack or
+            compares completions; and where there is a reference ``kl``, the sum over its tokens of log-probs minus
+            those of the reference, at the sampling temperature.
         """
         experience, samples = self.to_experience(prompts, completions)
-        assert samples is not None
         batch = experience.batch.to(self.device)
         with self.actors.on_device(self.device, "reward", "reference"):
-            readable = self.reward.needs <= samples.columns.keys()
-            scores = {"score": self.actors.score(samples)[0].total.tolist()} if readable else {}
-            if not self.needs_reference:
-                return scores
-            roles: tuple[Role, Role] = ("policy", "reference")
-            options = {"temperature": self.sampling.temperature}
-            logprobs, reference = (self.actors.forward(role, batch, **options).logprobs for role in roles)
-        return {**scores, "kl": experience.sum_by_sequence(logprobs - reference).tolist()}
+            found: dict[str, list[float]] = {}
+            if self.reward.needs <= samples.columns.keys() and not self.reward.relative:
+                found["score"] = self.actors.score(samples)[0].total.tolist()
+            if self.needs_reference:
+                roles: tuple[Role, Role] = ("policy", "reference")
+                options = {"temperature": self.sampling.temperature}
+                logprobs, reference = (self.actors.forward(role, batch, **options).logprobs for role in roles)
+                found["kl"] = experience.sum_by_sequence(logprobs - reference).tolist()
+        return found
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the iteration, the KL coefficient, the running scale of scores, and what an algorithm counts."""
+        """Adds the iteration, the KL coefficient and the running scale of scores."""
         super().on_save_checkpoint(checkpoint)
-        state = {name: getattr(self, name) for name in self.entries["rl"]}
-        checkpoint["rl"] = state | {"running_scores": self.running_scores.state_dict()}
+        checkpoint["rl"] = {
+            "iteration": self.iteration,
+            "kl_coef": self.kl_coef,
+            "running_scores": self.running_scores.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""
         super().on_load_checkpoint(checkpoint)
-        state = dict(checkpoint["rl"])
-        self.running_scores.load_state_dict(state.pop("running_scores"))
-        for name, value in state.items():
-            setattr(self, name, value)
+        state = checkpoint["rl"]
+        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
+        self.running_scores.load_state_dict(state["running_scores"])

@@ -17,7 +17,7 @@ from lightning_rlhf.data import PreferenceDataModule
 from lightning_rlhf.data.preference_formats import to_preference
 from lightning_rlhf.data.sources import BadRows
 from lightning_rlhf.endpoint import Ledger, Reply
-from lightning_rlhf.evaluation.judges import Judge, Verdict
+from lightning_rlhf.rewards.judges import Judge, Verdict
 
 PROMPTS = [{"prompt": f"Name {n} rivers.", "lang": "en", "least": n} for n in range(1, 71)]
 

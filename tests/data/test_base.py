@@ -461,7 +461,7 @@ def test_texts_beside_prompts_stream_too(tiny_tokenizer, tmp_path):
     loader = ready("prompts", tiny_tokenizer, path, ptx=Ptx(path, 3), streaming_window=8)
     batches = list(loader.train_dataloader())
     assert sorted(i for b in batches for i in b["prompts"].rows) == list(range(20))
-    assert loader.ptx.streaming_window == 8
+    assert loader.beside["ptx"].streaming_window == 8
 
 
 # ----------------------------------------------------------------------------------------------------------- tables

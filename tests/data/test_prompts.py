@@ -16,7 +16,7 @@ from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import FormatError
 from lightning_rlhf.data.packed import PackedBatch, unpack
 from lightning_rlhf.data.prompt_formats import PROMPT_FORMATS, to_prompt
-from lightning_rlhf.data.prompts import PromptBatch, PromptDataModule, PromptsWithPtx, Ptx
+from lightning_rlhf.data.prompts import DataPairs, PromptBatch, PromptDataModule, PromptsWith, Ptx
 from lightning_rlhf.data.sources import BadRowError
 from lightning_rlhf.data.tokens import encode_prompt
 
@@ -312,7 +312,7 @@ def spell(batch):
 
 def test_texts_go_round_beside_the_prompts(tiny_tokenizer):
     loader = ready(tiny_tokenizer, batch_size=3, ptx=Ptx(TEXTS, 2)).train_dataloader()
-    assert isinstance(loader, PromptsWithPtx) and len(loader) == 8
+    assert isinstance(loader, PromptsWith) and len(loader) == 8
     rounds, prompts = [], []
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -452,3 +452,30 @@ def test_settings_that_leave_no_room_are_no_fault_of_a_row(tiny_tokenizer):
     data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(prompt_limit=-88), state=SimpleNamespace(fn="fit"))
     with pytest.raises(DataError, match=r"max_new_tokens leaves no room for a prompt in .*: it is 89 too large"):
         data.prepare_data()
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+PAIRS = [{"prompt": f"Say {i}", "chosen": "fox", "rejected": f"dog {i}"} for i in range(5)]
+
+
+def test_pairs_go_round_beside_prompts_and_texts(tiny_tokenizer):
+    data = dict(batch_size=3, pairs=DataPairs(PAIRS, 4), ptx=Ptx(TEXTS, 2))
+    loader = ready(tiny_tokenizer, **data).train_dataloader()
+    assert isinstance(loader, PromptsWith) and len(loader) == 8
+    batches = list(loader)
+    assert all(batch.keys() == {"prompts", "ptx", "pairs"} for batch in batches)
+    rounds = [batch["pairs"].rows for batch in batches[:6]]
+    assert [len(rows) for rows in rounds] == [2, 2, 1] * 2  # 5 pairs a round, two answers each
+    assert all(len(batch["pairs"].pairs.better) == len(batch["pairs"].rows) for batch in batches)
+    state = loader.state_dict()
+    assert state.keys() == {"prompts", "ptx", "pairs"}
+    with pytest.raises(ValueError, match="The checkpoint was made without pairs"):
+        loader.load_state_dict({k: v for k, v in state.items() if k != "pairs"})
+
+
+def test_what_is_no_group_of_pairs_is_named():
+    with pytest.raises(ValueError, match=r"pairs is a list\. Give DataPairs\(source, batch_size=\.\.\., max_length="):
+        PromptDataModule(pairs=PAIRS)
+    with pytest.raises(ValueError, match=r"pairs\.batch_size must be at least 1"):
+        DataPairs(PAIRS, 0)

@@ -163,7 +163,7 @@ def test_texts_beside_prompts_are_the_second_section(tiny_model_dir):
     assert [section.name for section in found.sections] == ["prompts", "ptx"]
     data = PromptDataModule(TALKS[:3], tokenizer=module.tokenizer, max_length=200, **options)
     data.setup("fit")
-    batches = list(data.train_dataloader().ptx)
+    batches = list(data.train_dataloader().beside["ptx"])
     ids, places = held(batches)
     assert tokens(found.sections[1]) == ids
     assert shown(found.sections[1]) == targets(batches, places) != set()
@@ -267,7 +267,7 @@ def test_the_data_module_gets_its_trainer_back(tiny_model_dir):
     data = PromptDataModule(TALKS[:3], ptx=Ptx(TALKS), val_fraction=0.0)
     data.trainer = mine = object()
     inspect_data(ppo(tiny_model_dir), data)
-    assert data.trainer is mine and data.ptx.trainer is mine
+    assert data.trainer is mine and data.beside["ptx"].trainer is mine
 
 
 def test_errors_say_what_to_do(tiny_model_dir):
