@@ -23,23 +23,22 @@ if TYPE_CHECKING:
     )
     from lightning_rlhf.data.instruction import InstructionDataModule
     from lightning_rlhf.data.preference import PreferenceDataModule
-    from lightning_rlhf.data.prompts import PromptDataModule, Ptx
+    from lightning_rlhf.data.prompts import DataPairs, PromptDataModule, Ptx
     from lightning_rlhf.data.unpaired import UnpairedDataModule
-    from lightning_rlhf.functional import Algorithm
     from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
-    from lightning_rlhf.rl import GAE, KL, Critic, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
+    from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
     from lightning_rlhf.rollout import Sampling
-    from lightning_rlhf.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
-    from lightning_rlhf.stages.pair_losses import PairShaping, WeightedLoss
+    from lightning_rlhf.stages import DPOModule, KTOModule, OnlineDPOModule, PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.stages.pair_losses import OnlinePairShaping, PairShaping, WeightedLoss
+    from lightning_rlhf.stages.references import ReferenceUpdate
     from lightning_rlhf.strategies import ColossalAIStrategy
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ColossalAIStrategy": "strategies",
-    "Algorithm": "functional",
     "DPOModule": "stages",
-    "GRPOModule": "stages",
+    "DataPairs": "data.prompts",
     "EMA": "callbacks",
     "HFExport": "callbacks",
     "Interrupted": "callbacks",
@@ -49,16 +48,18 @@ _HOMES = {
     "WritePredictions": "callbacks",
     "InstructionDataModule": "data.instruction",
     "KTOModule": "stages",
+    "OnlineDPOModule": "stages",
     "PPOModule": "stages",
-    **dict.fromkeys(("PairShaping", "WeightedLoss"), "stages.pair_losses"),
+    **dict.fromkeys(("OnlinePairShaping", "PairShaping", "WeightedLoss"), "stages.pair_losses"),
     "PreferenceDataModule": "data.preference",
     "PromptDataModule": "data.prompts",
     "Ptx": "data.prompts",
     "UnpairedDataModule": "data.unpaired",
     "Load": "models",
     "LoRA": "models",
-    **dict.fromkeys(("GAE", "KL", "Critic", "GroupLoss", "Groups", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
+    **dict.fromkeys(("GAE", "KL", "Critic", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
     "Policy": "models",
+    "ReferenceUpdate": "stages.references",
     "Report": "callbacks",
     "RewardModel": "models",
     "RewardModule": "stages",
@@ -69,13 +70,10 @@ __all__ = [
     "EMA",
     "GAE",
     "KL",
-    "Algorithm",
     "ColossalAIStrategy",
     "Critic",
     "DPOModule",
-    "GRPOModule",
-    "GroupLoss",
-    "Groups",
+    "DataPairs",
     "HFExport",
     "InstructionDataModule",
     "Interrupted",
@@ -84,12 +82,15 @@ __all__ = [
     "Load",
     "Loss",
     "MeasureWinRate",
+    "OnlineDPOModule",
+    "OnlinePairShaping",
     "PPOModule",
     "PairShaping",
     "Policy",
     "PreferenceDataModule",
     "PromptDataModule",
     "Ptx",
+    "ReferenceUpdate",
     "Report",
     "RewardModel",
     "RewardModule",

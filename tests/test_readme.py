@@ -87,12 +87,15 @@ TRAIN = {
     "configs/reward/": "{pairs}",
     "configs/dpo/": "{pairs}",
     "configs/kto/": "{answers}",
+    "configs/online_dpo/": "{rows}",
     "configs/ppo/": "{rows}",
 }
 #: What else makes them small: PPO's start from what the stages before left.
 ALSO = {
+    "configs/online_dpo/": "--model.reward lightning_rlhf.rewards.functions.length_window "
+    "--model.rollout.sampling.max_new_tokens 8 --data.batch_size 4",
     "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window "
-    "--model.rollout.sampling.max_new_tokens 8 --data.batch_size 4"
+    "--model.rollout.sampling.max_new_tokens 8 --data.batch_size 4",
 }
 
 

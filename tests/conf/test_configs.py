@@ -33,7 +33,6 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
         "--model.reward",
         "lightning_rlhf.rewards.functions.length_window",
     ]
-    part = json.dumps([{"source": few[-1]}])  # gdpo wants a list
     return [
         "--model.pretrained", str(model_dir), "--model.load.dtype", "float32",
         "--model.chat_template", "chatml", "--data.max_length", "256", "--data.on_bad_row", "skip",
@@ -41,7 +40,7 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
         "--trainer.devices", "1", "--trainer.num_nodes", "1", *trainer,
         "--trainer.max_steps", "1", "--trainer.default_root_dir", str(out), "--trainer.logger", "false",
         "--trainer.limit_val_batches", "2", "--trainer.enable_progress_bar", "false",
-        *(few if stage == "ppo" else [*few[:2], "--model.reward", part] if stage == "grpo" else []),
+        *(few if stage in ("ppo", "online_dpo") else []),
     ]  # fmt: skip
 
 
@@ -75,6 +74,7 @@ def test_parallel_config_wins_over_each_stage(path, tiny_model_dir, tmp_path):
         "reward/smollm2_lora",
         "dpo/smollm2_lora",
         "kto/smollm2_lora",
+        "online_dpo/smollm2_lora",
         "ppo/smollm2_lora",
         "sft/llama2_13b_full",
     ):
@@ -135,15 +135,6 @@ SPELLINGS = [
     ("ppo", {"model": {"kl": {"target": 6.0}}}),
     ("ppo", {"model": {"rollout": {"sampling": {"max_new_tokens": 5, "stop_strings": ["a", "\n"]}}}}),
     ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.HFGenerateEngine"}}}),
-    *[
-        ("grpo", {"model": model})
-        for model in (
-            {"algorithm": "gspo"},
-            {"algorithm": {"baseline": "leave_one_out", "scale": "none", "clip_high": 0.28, "mean": "prompt"}},
-            {"groups": {"flat_groups": "refill", "spare": 2, "rounds": 3}, "kl": {"coef": 0.1, "where": "reward"}},
-            {"loss": {"correction": "token_truncate", "off_policy_threshold": 0.1}},
-        )
-    ],
     ("ppo", {"data": {"train": [{"prompt": "a", "lang": "en"}]}}),
     ("ppo", {"data": {"ptx": {"source": [{"source": "a.jsonl", "weight": 2.0}], "max_length": 5}}}),
     *[
@@ -154,11 +145,21 @@ SPELLINGS = [
             {"loss": [{"name": "sigmoid", "weight": 0.8, "settings": {"label_smoothing": 0.1}}, {"name": "sft"}]},
             {"loss": [{"name": "ipo", "settings": {"average": False}}]},
             {"reference": "copy"},
+            {"reference_update": {"every": 100, "alpha": 0.5}},
             {"reference": "org/name", "shaping": {"f_divergence": "js_divergence", "ld_alpha": 0.5}},
         )
     ],
     ("kto", {"model": {"loss": "apo_zero_unpaired", "undesirable_weight": 0.5, "reference": "precomputed"}}),
     ("kto", {"data": {"train": [{"source": "a.jsonl", "format": "sharegpt"}], "threshold": 3.5, "take_apart": False}}),
+    *[
+        ("online_dpo", {"model": model})
+        for model in (
+            {"reward": None, "judge": JUDGE},
+            {"reward": WEIGHTED, "pairs": "all", "margin": 0.5, "loss": "ipo"},
+            {"loss": [{"name": "sigmoid", "weight": 0.8}, {"name": "sft"}], "mixture": 0.2},
+        )
+    ],
+    ("online_dpo", {"data": {"pairs": {"source": "a.jsonl", "batch_size": 8}}}),
     ("sft", {"model": {"lora": None}}),
     ("sft", {"model": {"lora": {"r": 4, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}}),
     ("sft", {"model": {"lora": {"targets": "all-linear", "init": "gaussian"}, "load": {"quantization": "nf4"}}}),
