@@ -471,8 +471,8 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
 def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = "max_tokens") -> list[list[Tree]]:
     """Deals trees, in order, into packed rows of at most ``max_tokens`` tokens.
 
-    A tree that exceeds it alone is cut between its completions, and its prompt is repeated. Its pieces have no pairs; it
-    must have no labels.
+    A tree that exceeds it alone is cut between its completions, and its prompt is repeated. Its pieces have no pairs.
+    It must have no labels.
 
     Args:
         trees: The trees.
