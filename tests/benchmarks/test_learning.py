@@ -198,7 +198,7 @@ def test_vader_scores_sentiment():
 
 @pytest.fixture
 def few_pairs(learning, monkeypatch):
-    """DPO's studies on few pairs, whose openings suffice for a held-out part."""
+    """Studies of DPO and KTO on few pairs, whose openings suffice for a held-out part."""
     make = learning._own_pairs
     monkeypatch.setattr(learning, "OPENINGS", [f"The fox {i}" for i in range(12)])
     monkeypatch.setattr(learning, "_own_pairs", lambda module, seed, count: make(module, seed, 60))
@@ -220,3 +220,9 @@ def test_dpo_learns_from_pairs_of_its_own_samples(few_pairs):
 def test_variants_of_dpo_are_other_settings(study, few_pairs):
     found = getattr(few_pairs, study)(0, max_steps=1)
     assert found["steps"] == 1 and ("kl after" in found) == ("simpo" not in study)
+
+
+def test_kto_learns_from_the_same_pairs_taken_apart(few_pairs):
+    found = few_pairs.kto_stories260k(0, max_steps=2)
+    assert found["steps"] == 2 and found["loss before"] == found["accuracy before"] == 0.5 and found["z0 before"] == 0.0
+    assert {"score before", "score after", "accuracy after"} <= found.keys()
