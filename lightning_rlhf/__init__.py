@@ -25,10 +25,19 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.preference import PreferenceDataModule
     from lightning_rlhf.data.prompts import DataPairs, PromptDataModule, Ptx
     from lightning_rlhf.data.unpaired import UnpairedDataModule
+    from lightning_rlhf.functional import Algorithm
     from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
-    from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
+    from lightning_rlhf.rl import GAE, KL, Critic, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
     from lightning_rlhf.rollout import Sampling
-    from lightning_rlhf.stages import DPOModule, KTOModule, OnlineDPOModule, PPOModule, RewardModule, SFTModule
+    from lightning_rlhf.stages import (
+        DPOModule,
+        GRPOModule,
+        KTOModule,
+        OnlineDPOModule,
+        PPOModule,
+        RewardModule,
+        SFTModule,
+    )
     from lightning_rlhf.stages.pair_losses import OnlinePairShaping, PairShaping, WeightedLoss
     from lightning_rlhf.stages.references import ReferenceUpdate
     from lightning_rlhf.strategies import ColossalAIStrategy
@@ -37,8 +46,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ColossalAIStrategy": "strategies",
+    "Algorithm": "functional",
     "DPOModule": "stages",
     "DataPairs": "data.prompts",
+    "GRPOModule": "stages",
     "EMA": "callbacks",
     "HFExport": "callbacks",
     "Interrupted": "callbacks",
@@ -57,7 +68,7 @@ _HOMES = {
     "UnpairedDataModule": "data.unpaired",
     "Load": "models",
     "LoRA": "models",
-    **dict.fromkeys(("GAE", "KL", "Critic", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
+    **dict.fromkeys(("GAE", "KL", "Critic", "GroupLoss", "Groups", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
     "Policy": "models",
     "ReferenceUpdate": "stages.references",
     "Report": "callbacks",
@@ -70,10 +81,14 @@ __all__ = [
     "EMA",
     "GAE",
     "KL",
+    "Algorithm",
     "ColossalAIStrategy",
     "Critic",
     "DPOModule",
     "DataPairs",
+    "GRPOModule",
+    "GroupLoss",
+    "Groups",
     "HFExport",
     "InstructionDataModule",
     "Interrupted",

@@ -10,8 +10,12 @@ import pytest
 from lightning_rlhf import (
     GAE,
     KL,
+    Algorithm,
     Critic,
     DPOModule,
+    GroupLoss,
+    Groups,
+    GRPOModule,
     InstructionDataModule,
     KTOModule,
     Load,
@@ -47,12 +51,31 @@ OWNERS = {
     DPOModule: dict(pretrained="nowhere"),
     KTOModule: dict(pretrained="nowhere"),
     PPOModule: dict(pretrained="nowhere", reward=score),
+    GRPOModule: dict(pretrained="nowhere", reward=score),
     InstructionDataModule: dict(train=ROWS),
     PreferenceDataModule: dict(train=ROWS),
     UnpairedDataModule: dict(train=ROWS),
     PromptDataModule: dict(train=ROWS),
     WeightedLoss: dict(name="sft"),
-    **{group: {} for group in (Sampling, Ptx, Load, Rollout, KL, Shaping, Critic, GAE, Loss, Updates, PairShaping)},
+    **{
+        group: {}
+        for group in (
+            Sampling,
+            Ptx,
+            Load,
+            Rollout,
+            KL,
+            Shaping,
+            Critic,
+            GAE,
+            Loss,
+            GroupLoss,
+            Groups,
+            Updates,
+            PairShaping,
+        )
+    },
+    Algorithm: {},
 }
 LEAST = {  # the last that is right, and the first that is wrong
     "at least 1": (1, 0),

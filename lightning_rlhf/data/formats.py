@@ -300,7 +300,7 @@ def to_conversation(row: Mapping[str, Any], format: str = "auto", system: str | 
     for column in LABELS:
         if str(row.get(column)).strip().lower() == "false":
             reason = f"the column {column!r} says that this answer is bad, and it would be learned. Remove the row"
-            raise FormatError("bad answer", f"{reason}; pairs of 'chosen' and 'rejected' train a reward model")
+            raise FormatError("bad answer", f"{reason}, or train by KTOModule and UnpairedDataModule")
     conversation = chosen.convert(row)
     if conversation.messages is None:
         if not (conversation.text or "").strip():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -45,6 +45,16 @@ class PromptBatch:
     rows: tuple[int, ...]
     columns: dict[str, list[Any]]
     total: int
+
+    def select(self, chosen: Sequence[int]) -> PromptBatch:
+        """The prompts of these indices, in a batch of the same iteration."""
+        return PromptBatch(
+            prompts=[self.prompts[i] for i in chosen],
+            messages=[self.messages[i] for i in chosen],
+            rows=tuple(self.rows[i] for i in chosen),
+            columns={name: [column[i] for i in chosen] for name, column in self.columns.items()},
+            total=self.total,
+        )
 
     def to(self, device: Any, non_blocking: bool = False) -> PromptBatch:
         """The batch itself: it has no tensors. Without this method, Lightning would look at every token."""

@@ -2,7 +2,7 @@
 
 from lightning_rlhf.rl.actors import Actors
 from lightning_rlhf.rl.experience import Experience, UpdateStats, to_experience
-from lightning_rlhf.rl.settings import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
+from lightning_rlhf.rl.settings import GAE, KL, Critic, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
 from lightning_rlhf.rl.updater import Updater
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "Actors",
     "Critic",
     "Experience",
+    "GroupLoss",
+    "Groups",
     "Loss",
     "Rollout",
     "Shaping",

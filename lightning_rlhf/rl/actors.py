@@ -136,7 +136,7 @@ def load_actors(
         load: How weights are held.
         critic: Its settings; None for a stage without a critic.
         offload_frozen: See :class:`Actors`.
-        needs_reference: Whether a loss or a penalty reads a reference; otherwise none is loaded.
+        needs_reference: Whether a stage ever asks the reference; otherwise none is loaded.
 
     Returns:
         The actors, without dropout.

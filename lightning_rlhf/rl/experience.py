@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.data import Branch, Message, PackedBatch, PromptBatch, Tree, pack
 from lightning_rlhf.data.packed import Pair, within_budget
 from lightning_rlhf.data.templates import turn_end
-from lightning_rlhf.rewards import Samples
+from lightning_rlhf.rewards import Samples, Scores
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.rollout.detokenizer import tail, tokens_of
 from lightning_rlhf.utils.collectives import all_reduce
@@ -48,8 +48,10 @@ class Experience:
         returns: (N,) what the values are trained towards.
         advantages: (N,) how much better each token was than expected.
         weight: (N,) how much each token counts in the losses; 0 where its completion was dropped.
+        share: (N,) how much each token counts in the denominator of their mean.
         scores: (S,) scores of the reward; NaN where a completion was dropped.
         truncated: (S,) whether the length limit ended the completion.
+        scored: What the reward found, once it was asked.
         cached_outputs: Outputs of the scoring passes by role, with their graphs, for the first update; None where they
             are not kept.
         metrics: What is logged of it, by name.
@@ -64,8 +66,10 @@ class Experience:
     returns: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     advantages: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     weight: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
+    share: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     scores: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
     truncated: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
+    scored: Scores | None = None
     cached_outputs: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     _whole: PackedBatch | None = field(default=None, repr=False)
@@ -81,6 +85,12 @@ class Experience:
         """(N,) the sequence of each token."""
         lengths = torch.tensor(self.lengths, dtype=torch.long)
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    @property
+    def group(self) -> Tensor:
+        """(S,) the tree of each sequence."""
+        sizes = torch.tensor([len(tree.branches) for tree in self.trees], dtype=torch.long)
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
     @property
     def batch(self) -> PackedBatch:

@@ -54,7 +54,8 @@ def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, e
     """Computes what is logged about the completions of an iteration, over all ranks. All ranks must call it.
 
     Args:
-        experience: With scores and reference log-probs; a dropped completion counts in neither scores nor rewards.
+        experience: With scores; a dropped completion counts in neither scores nor rewards. Without reference log-probs
+            there is no KL.
         rewards: (N,) rewards of tokens, KL penalty included.
         logprobs: (N,) log-probs of the policy, computed anew.
         entropies: (N,) entropies of the policy in nats.
@@ -63,7 +64,8 @@ def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, e
         Means, spreads and extremes by name.
     """
     sequence, count = experience.sequence, len(experience.scores)
-    log_ratio = logprobs - experience.reference_logprobs
+    referred = len(experience.reference_logprobs) == len(logprobs)
+    log_ratio = logprobs - experience.reference_logprobs if referred else torch.zeros_like(logprobs)
     by_token = torch.stack([k1(log_ratio), k3(log_ratio), entropies, torch.ones_like(entropies)], 1)
     by_sequence = torch.zeros(count, 4).to(by_token).index_add(0, sequence, by_token)
     drift = (logprobs - experience.rollout_logprobs.to(logprobs)).abs()

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_rlhf.checks import Range, check_arguments
-from lightning_rlhf.functional import kl_loss
+from lightning_rlhf.functional import Algorithm, kl_loss
+from lightning_rlhf.functional.policy_gradient import Correction, Mean
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.rollout import Sampling
 
@@ -87,6 +88,10 @@ class Shaping:
     Args:
         missing_eos_penalty: Subtracted from the score of a completion that was cut at its length limit. A larger value
             pushes the policy harder to end its answers.
+        overlong_cache: Tokens below the length limit over which a further penalty grows from 0 to 1 (DAPO's soft
+            penalty, Yu et al. 2025, eq. 13). A larger value starts earlier; None for no such penalty.
+        mask_truncated: Leave completions that were cut out of the loss and of its mean; their scores still count in the
+            statistics of scores.
         scale: Divide scores by their standard deviation in the run so far; by 1 while all are equal.
         clip: Largest absolute value of a score; None for no bound.
         whiten: Bring the rewards of tokens to variance 1 over an iteration.
@@ -98,13 +103,16 @@ class Shaping:
     """
 
     missing_eos_penalty: float = 0.0
+    overlong_cache: int | None = None
+    mask_truncated: bool = False
     scale: bool = False
     clip: float | None = None
     whiten: bool = False
     bad_scores: Literal["stop", "drop"] = "stop"
 
     def __post_init__(self) -> None:
-        check_arguments(Shaping, vars(self), "shaping.", missing_eos_penalty=Range(0), clip=_POSITIVE)
+        ranges = {"missing_eos_penalty": Range(0), "overlong_cache": Range(1), "clip": _POSITIVE}
+        check_arguments(Shaping, vars(self), "shaping.", **ranges)
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,9 @@ class Loss:
         clip_high: How far it may rise above 1.
         entropy_coef: Weight of the entropy bonus. A larger value keeps completions more diverse.
         ptx_coef: Weight of the language-model loss (PPO-ptx, Ouyang et al. 2022); it needs ``data.ptx``.
-        aggregation: ``token`` averages over the tokens of a minibatch, ``sequence`` over the means of its completions.
+        aggregation: ``token`` averages over the tokens of a minibatch, ``sequence`` over the means of its completions,
+            ``prompt`` over the means of its prompts' tokens; ``constant`` divides the sum of a completion by
+            ``max_new_tokens``.
         old_logprobs: Where the old log-probs come from: ``recompute`` takes a packed pass, so that ratios start at 1;
             ``rollout`` keeps those of the engine.
 
@@ -187,13 +197,82 @@ class Loss:
     clip_high: float = 0.2
     entropy_coef: float = 0.0
     ptx_coef: float = 0.0
-    aggregation: Literal["token", "sequence"] = "token"
+    aggregation: Mean = "token"
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
 
     def __post_init__(self) -> None:
         check_arguments(
             Loss, vars(self), "loss.", clip_low=_SHARE, clip_high=Range(0), entropy_coef=Range(0), ptx_coef=Range(0)
         )
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """What GRPO's loss has beside its algorithm.
+
+    Args:
+        entropy_coef: Weight of the entropy bonus. A larger value keeps completions more diverse.
+        ptx_coef: Weight of the language-model loss (PPO-ptx, Ouyang et al. 2022); it needs ``data.ptx``.
+        old_logprobs: Where the old log-probs come from: ``recompute`` takes a packed pass, so that ratios start at 1;
+            ``rollout`` keeps those of the engine.
+        correction: Weighs tokens by ``p_old / p_rollout``, for an engine whose log-probs differ from the policy's:
+            ``token_...`` by the ratio of the token, ``sequence_...`` of the completion, ``..._truncate`` up to
+            ``correction_max``, ``..._mask`` 0 beyond it.
+        correction_max: The bound. A larger value has less bias and more variance.
+        off_policy_threshold: Leaves out completions with a negative advantage whose mean ``log p_rollout - log p`` is
+            above it, in nats per token (DeepSeek-V3.2). A smaller value leaves out more; None leaves out none.
+
+    Raises:
+        ValueError: A value is out of range, or a correction of log-probs that are the engine's own.
+    """
+
+    entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    correction: Correction = "none"
+    correction_max: float = 2.0
+    off_policy_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        ranges = dict.fromkeys(("entropy_coef", "ptx_coef", "off_policy_threshold"), Range(0))
+        check_arguments(GroupLoss, vars(self), "loss.", correction_max=_POSITIVE, **ranges)
+        if self.correction != "none" and self.old_logprobs == "rollout":
+            raise ValueError(
+                f"loss.correction {self.correction} weighs by the old log-probs over the engine's, and with "
+                "loss.old_logprobs rollout they are the same: set it to recompute, or correction to none."
+            )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What happens to the completions of a prompt that all have the same score: a flat group, which teaches nothing.
+
+    Args:
+        flat_groups: ``keep`` counts their tokens in the loss's mean, ``drop`` leaves them out. ``refill`` drops them
+            and samples further prompts of the same batch instead (DAPO's dynamic sampling): ``spare * rounds`` prompts
+            of each batch are held back for it, and those that are not needed are not sampled.
+        spare: Prompts of each further round. A larger value fills up faster.
+        rounds: Most further rounds. With more of them, fewer updates are short of prompts.
+        pass_score: A completion with at least this score solves its prompt: for ``pass@k``, ``solved`` and ``failed``.
+        max_flat: Iterations in a row in which all groups are flat, before the run ends; None for no bound.
+
+    Raises:
+        ValueError: A value is out of range, ``refill`` without ``spare``, or ``spare`` without ``refill``.
+    """
+
+    flat_groups: Literal["keep", "drop", "refill"] = "keep"
+    spare: int = 0
+    rounds: int = 1
+    pass_score: float = 1.0
+    max_flat: int | None = 10
+
+    def __post_init__(self) -> None:
+        check_arguments(Groups, vars(self), "groups.", spare=Range(0), rounds=Range(1), max_flat=Range(1))
+        if (self.flat_groups == "refill") != (self.spare > 0):
+            raise ValueError(
+                f"groups.spare is {self.spare} with flat_groups {self.flat_groups}: refill samples so many further "
+                "prompts a round, so it needs at least 1, and the others need 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -239,4 +318,16 @@ class Updates:
 
 
 # checkpoints hold these settings; torch.load reads them without trusting arbitrary classes
-torch.serialization.add_safe_globals([WeightedReward, Sampling, Rollout, KL, Shaping, Critic, GAE, Loss, Updates])
+torch.serialization.add_safe_globals(
+    [WeightedReward, Algorithm, Sampling, Rollout, KL, Shaping, Critic, GAE, Loss, GroupLoss, Groups, Updates]
+)
+
+
+def check_kind(name: str, kind: type, given: object) -> None:
+    """Refuses what is no group of settings of this kind.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(given, kind):
+        raise ValueError(f"{name} is {given!r}: give a {kind.__name__}(...), a group of settings.")

@@ -24,7 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
 from lightning_rlhf.data import PackedBatch, PromptBatch, split
-from lightning_rlhf.functional import RunningMoments, adapt_kl_coef, k1, k3, kl_loss, policy_loss, token_rewards, whiten
+from lightning_rlhf.functional import (
+    PolicyLoss,
+    RunningMoments,
+    adapt_kl_coef,
+    k1,
+    k3,
+    kl_loss,
+    loss_weights,
+    overlong_penalty,
+    policy_loss,
+    token_rewards,
+    whiten,
+)
 from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy
 from lightning_rlhf.models.backbone import is_checkpointing
@@ -52,6 +64,7 @@ from lightning_rlhf.rl.checks import (
     warn_of_biased_sampling,
 )
 from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
+from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
 from lightning_rlhf.stages.base import LOAD, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
@@ -64,6 +77,8 @@ from lightning_rlhf.utils.random import generator, sample_key
 VALIDATION = -1
 #: By which argument of the constructor a model comes.
 _GIVEN_AS = {"policy": "pretrained", "reference": "pretrained", "critic": "critic=Critic(model)", "reward": "reward"}
+#: What is not logged where no reference is asked.
+_KL_NAMES = ("kl", "kl_k3")
 ROLLOUT, KL_PENALTY, SHAPING, LOSS, UPDATES = Rollout(), KL(), Shaping(), Loss(), Updates()
 
 
@@ -72,8 +87,8 @@ class RLStage(Stage):
 
     One ``training_step`` is one iteration: sample completions of a batch of prompts, score them, compute advantages,
     then take several optimizer steps on them. ``max_steps``, schedules and checkpoints count iterations. An algorithm
-    is a subclass with its own :meth:`compute_advantages` and, where it has another loss than the clipped one, its own
-    :meth:`compute_losses`.
+    is a subclass with its own :meth:`compute_advantages` and, where its loss is not the clipped one,
+    :meth:`compute_policy_loss`; or :meth:`compute_losses`, where it has further ones.
 
     Args:
         pretrained: Where the policy starts, and what the reference is: usually what SFT exported.
@@ -143,9 +158,13 @@ class RLStage(Stage):
         check_arguments(RLStage.__init__, locals())
         groups = {Rollout: rollout, KL: kl, Shaping: shaping, Loss: loss, Updates: updates, Critic: critic, Load: load}
         for kind, group in groups.items():
-            if not isinstance(group, kind) and not (kind is Critic and group is None):
-                name = kind.__name__.lower()
-                raise ValueError(f"{name} is {group!r}: give a {kind.__name__}(...), a group of settings.")
+            if kind is not Critic or group is not None:
+                check_kind(kind.__name__.lower(), kind, group)
+        if shaping.overlong_cache is not None and shaping.overlong_cache > rollout.sampling.max_new_tokens:
+            raise ValueError(
+                f"shaping.overlong_cache={shaping.overlong_cache} counts back from rollout.sampling.max_new_tokens="
+                f"{rollout.sampling.max_new_tokens}: set it to less, or to null."
+            )
         super().__init__(pretrained, tokenizer, chat_template, lora, load, optimizer, lr_scheduler, updates.max_skipped)
         self.save_settings()
         self.rollout, self.kl, self.shaping, self.loss, self.updates = rollout, kl, shaping, loss, updates
@@ -188,10 +207,22 @@ class RLStage(Stage):
         """
         raise NotImplementedError
 
+    def compute_policy_loss(self, logprobs: Tensor, batch: Experience) -> PolicyLoss:
+        """Computes the loss of each token; here it is the clipped one.
+
+        Args:
+            logprobs: (N,) log-probs of the policy, with gradient.
+            batch: A micro-batch.
+
+        Returns:
+            (N,) losses, ratios, and where they are clipped.
+        """
+        return policy_loss(logprobs, batch.old_logprobs, batch.advantages, self.loss.clip_low, self.loss.clip_high)
+
     def compute_losses(self, batch: Experience, weight: Tensor, stats: UpdateStats) -> Iterator[Tensor]:
         """The losses of a micro-batch; each is backpropagated before the next is computed.
 
-        Here it is one: the clipped policy loss, plus the KL penalty where it is in the loss, minus the entropy bonus.
+        Here it is one: the policy's loss, plus the KL penalty where it is in the loss, minus the entropy bonus.
 
         Args:
             batch: A micro-batch.
@@ -203,16 +234,15 @@ class RLStage(Stage):
         """
         options = {"temperature": self.sampling.temperature, "entropy": self.loss.entropy_coef != 0}
         out = self.forward_role("policy", batch, **options)
-        found = policy_loss(out.logprobs, batch.old_logprobs, batch.advantages, self.loss.clip_low, self.loss.clip_high)
+        found = self.compute_policy_loss(out.logprobs, batch)
         loss = found.loss
-        if self.kl.where == "loss":
+        if self.kl.where == "loss" and self.needs_reference:
             loss = loss + self.kl_coef * kl_loss(out.logprobs - batch.reference_logprobs, self.kl.loss_estimator)
         if self.loss.entropy_coef:
             loss = loss - self.loss.entropy_coef * out.entropies
         approx_kl = k3(batch.old_logprobs - out.logprobs.detach())
-        stats.add(
-            weight, policy_loss=found.loss, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio
-        )
+        stats.add(weight, policy_loss=found.loss)
+        stats.add(batch.share, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio)
         ratio = found.ratio[weight > 0]
         stats.peak(ratio_max=ratio, ratio_error=(ratio - 1).abs())
         yield (weight * loss).sum()
@@ -231,7 +261,7 @@ class RLStage(Stage):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether anything reads a reference; otherwise no frozen copy is loaded."""
+        """Whether anything reads a reference; otherwise no frozen copy is loaded, and no KL is logged."""
         return True
 
     @property
@@ -391,26 +421,33 @@ class RLStage(Stage):
         Returns:
             The experience, which knows no scores yet, and what rewards read; None where there is no prompt.
         """
-        copies_before = self._count_copies(prompts.rows, iteration)
-        if not prompts.prompts:
-            with whole_weights(self.strategy, self.policy):  # the other ranks enter it
-                return Experience([], (), truncated=torch.zeros(0, dtype=torch.bool)), None
+        found = self.sample_completions(prompts, iteration, self.count_copies(prompts.rows, iteration))
+        return self.to_experience(prompts, found)
+
+    def sample_completions(
+        self, prompts: PromptBatch, iteration: int, copies_before: Sequence[int]
+    ) -> list[list[Completion]]:
+        """Samples completions of each prompt. All ranks must call, also without prompts."""
         count = self.rollout.samples_per_prompt
         requests = [
             Request(ids, [sample_key(self.seed, iteration, row, i) for i in range(k * count, (k + 1) * count)])
             for ids, row, k in zip(prompts.prompts, prompts.rows, copies_before, strict=True)
         ]
-        with whole_weights(self.strategy, self.policy):
+        with whole_weights(self.strategy, self.policy):  # the other ranks enter it
+            if not requests:
+                return []
             found = self.engine.generate(self.policy, self.tokenizer, requests, self.sampling, self.stop_token_ids)
-        return self.to_experience(prompts, as_answers(self.tokenizer, prompts.messages, found))
+        return as_answers(self.tokenizer, prompts.messages, found)
 
     def to_experience(
         self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
-    ) -> tuple[Experience, Samples]:
+    ) -> tuple[Experience, Samples | None]:
         """Prompts with given completions, as :meth:`run_rollout` returns them."""
+        if not prompts.prompts:
+            return Experience([], (), truncated=torch.zeros(0, dtype=torch.bool)), None
         return to_experience(self.tokenizer, self.stop_token_ids, prompts, completions, self.device)
 
-    def _count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
+    def count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
         """Counts earlier copies of each row on all ranks, so that copies get different samples."""
         everyone = gather_objects(tuple(rows)) if iteration != VALIDATION else [tuple(rows)]
         rank = self.global_rank if len(everyone) > 1 else 0
@@ -424,24 +461,27 @@ class RLStage(Stage):
     @torch.no_grad()
     def score_experience(self, experience: Experience, samples: Samples | None) -> None:
         """Sets scores, log-probs, advantages and metrics of an experience; all ranks must call."""
-        scores = self.score(samples)
+        experience.scored = scores = experience.scored or self.score(samples)
         experience.scores = scores.total.cpu()
         temperature = self.sampling.temperature
-        with self.actors.on_device(self.device, "reference"):
-            (experience.reference_logprobs,) = self.forward_all(
-                experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
-            )
+        if self.needs_reference:
+            with self.actors.on_device(self.device, "reference"):
+                (experience.reference_logprobs,) = self.forward_all(
+                    experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
+                )
         logprobs, entropies = self.forward_all(
             experience, lambda b: self.forward_for_scoring("policy", b, temperature=temperature, entropy=True)[:2]
         )
         recompute = self.loss.old_logprobs == "recompute"
         experience.old_logprobs = logprobs if recompute else experience.rollout_logprobs.to(logprobs)
-        known, sequence = experience.scores.isfinite(), experience.sequence
-        experience.weight = known.to(logprobs)[sequence]
-        if self.loss.aggregation == "sequence":
-            experience.weight = experience.weight / torch.tensor(experience.lengths).to(logprobs)[sequence]
+        sequence = experience.sequence
+        counts = self.counted_completions(experience).to(logprobs)[sequence]
+        experience.weight, experience.share = loss_weights(
+            self.loss.aggregation, counts, sequence, experience.group, self.sampling.max_new_tokens
+        )
         rewards = self._token_rewards(experience, logprobs)
-        experience.metrics |= rollout_metrics(experience, rewards, logprobs, entropies) | {"kl_coef": self.kl_coef}
+        found = rollout_metrics(experience, rewards, logprobs, entropies) | {"kl_coef": self.kl_coef}
+        experience.metrics |= found if self.needs_reference else {k: v for k, v in found.items() if k not in _KL_NAMES}
         if self.shaping.whiten:
             rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
         experience.advantages = self.compute_advantages(experience, rewards)
@@ -472,19 +512,32 @@ class RLStage(Stage):
             rank_zero_warn(f"A sample is left out: {why}")
         return scores
 
+    def counted_completions(self, experience: Experience) -> Tensor:
+        """(S,) bool: which completions count in the losses."""
+        cut = experience.truncated & self.shaping.mask_truncated
+        return experience.scores.isfinite() & ~cut
+
+    def penalized_scores(self, experience: Experience) -> Tensor:
+        """(S,) scores minus the penalties on length; NaN where there is no score."""
+        scores = experience.scores - self.shaping.missing_eos_penalty * experience.truncated
+        if self.shaping.overlong_cache is None:
+            return scores
+        lengths = torch.tensor(experience.lengths, dtype=torch.long)
+        return scores + overlong_penalty(lengths, self.sampling.max_new_tokens, self.shaping.overlong_cache)
+
     def _token_rewards(self, experience: Experience, logprobs: Tensor) -> Tensor:
         """(N,) rewards of tokens; a completion without a score counts as 0."""
-        raw, shaping = experience.scores, self.shaping
-        known = raw.isfinite().to(logprobs)
+        raw, shaping = self.penalized_scores(experience), self.shaping
         scores = torch.where(raw.isfinite(), raw, 0.0).to(logprobs)
-        scores = scores - shaping.missing_eos_penalty * experience.truncated
         if shaping.scale:
-            self.running_scores.update(self.moments(scores, known))
+            self.running_scores.update(self.moments(scores, raw.isfinite().to(logprobs)))
             scores = scores / self.running_scores.scale
         if shaping.clip is not None:
             scores = scores.clamp(-shaping.clip, shaping.clip)
-        coef = self.kl_coef if self.kl.where == "reward" else 0.0
-        return token_rewards(coef * k1(logprobs - experience.reference_logprobs), scores, experience.sequence)
+        penalty = torch.zeros_like(logprobs)
+        if self.kl.where == "reward" and self.needs_reference:
+            penalty = self.kl_coef * k1(logprobs - experience.reference_logprobs)
+        return token_rewards(penalty, scores, experience.sequence)
 
     def moments(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
         """(3,) moments of values over all ranks; see :func:`~lightning_rlhf.functional.advantages.moments`."""
@@ -527,7 +580,7 @@ class RLStage(Stage):
     def micro_batches(self, experience: Experience, chosen: Sequence[int] | None = None) -> Iterator[Experience]:
         """Micro-batches of the chosen trees of this rank, or of all; all ranks make the same number."""
         chosen = range(len(experience.trees)) if chosen is None else chosen
-        count = self._count_micro_batches(experience, chosen)
+        count = max(1, self._count_micro_batches(experience, chosen))
         return experience.micro_batches(chosen, self.updates.micro_batch_tokens, self.device, at_least=count)
 
     def _count_micro_batches(self, experience: Experience, chosen: Sequence[int]) -> int:
@@ -561,15 +614,27 @@ class RLStage(Stage):
         Returns:
             For each minibatch, this rank's trees in it.
         """
-        everyone = enumerate(gather_objects(experience.rows))
-        places = sorted((row, rank, i) for rank, rows in everyone for i, row in enumerate(rows))
-        order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, epoch)).tolist()
-        count = self.updates.minibatches
+        places, count = self.shuffle_prompts(experience.rows, epoch), self.updates.minibatches
         edges = [len(places) * i // count for i in range(count + 1)]
         mine = self.global_rank if world_size() > 1 else 0
-        dealt = [[places[j] for j in order[a:b]] for a, b in pairwise(edges)]
+        dealt = [places[a:b] for a, b in pairwise(edges)]
         # in the order of the experience: then a single minibatch is split as `forward_all` splits, and rounds alike
-        return [sorted(i for _, rank, i in part if rank == mine) for part in dealt if part]
+        return [sorted(i for rank, i in part if rank == mine) for part in dealt if part]
+
+    def shuffle_prompts(self, rows: Sequence[int], key: int) -> list[tuple[int, int]]:
+        """Shuffles the prompts of all ranks, by their rows and not by who holds them; all ranks must call.
+
+        Args:
+            rows: This rank's.
+            key: Decides the order, with seed and iteration.
+
+        Returns:
+            Rank, and index on this rank, of each.
+        """
+        everyone = enumerate(gather_objects(tuple(rows)))
+        places = sorted((row, rank, i) for rank, each in everyone for i, row in enumerate(each))
+        order = torch.randperm(len(places), generator=generator(self.seed, self.iteration, key)).tolist()
+        return [places[j][1:] for j in order]
 
     def update_policy(self, experience: Experience, beside: Any) -> dict[str, float]:
         """All updates of an iteration.
@@ -588,7 +653,7 @@ class RLStage(Stage):
         for chosen in (chosen for deal in deals for chosen in deal):
             found = self.backward_minibatch(experience, chosen, beside)
             if not found:
-                self._not_finite = self.iteration
+                self.on_empty_minibatch()
                 continue
             if self.updates.target_kl is not None and found["approx_kl"] > self.updates.target_kl:
                 break
@@ -612,20 +677,25 @@ class RLStage(Stage):
             del means["ratio_error"]
         return {**means, "updates": float(len(taken)), "skipped_updates": float(skipped)}
 
+    def on_empty_minibatch(self) -> None:
+        """Nothing of a minibatch counts, on all ranks: here that is a fault, since no sample has a score."""
+        self._not_finite = self.iteration
+
     def backward_minibatch(self, experience: Experience, chosen: list[int], beside: Any) -> dict[str, float]:
         """Forward and backward passes of one update: gradients of a minibatch's mean loss over all ranks.
 
         Returns:
-            What is logged; nothing, and no gradients, where no sample of the minibatch has a score.
+            What is logged; nothing, and no gradients, where no sample of the minibatch counts.
         """
         ends = torch.tensor([0, *(tree.num_scored for tree in experience.trees)]).cumsum(0).tolist()
-        mine = sum(experience.weight[ends[i] : ends[i + 1]].double().sum().item() for i in chosen)
+        mine = sum(experience.share[ends[i] : ends[i + 1]].double().sum().item() for i in chosen)
         total = all_reduce(torch.tensor(mine, dtype=torch.float32), self.device).item()
         if not total:
             return {}
         stats, updater = UpdateStats(), self.updater
         with updater.no_sync():
             for batch in self.micro_batches(experience, chosen):
+                batch.share = batch.share / total
                 for loss in self.compute_losses(batch, batch.weight / total, stats):
                     updater.backward(loss)
                     stats.add_sums(loss=loss)
@@ -665,9 +735,19 @@ class RLStage(Stage):
         if not self.reward.relative:
             scores = self.score(samples).total
             self.metrics.update(stage, scores.isfinite().float(), score=scores.nan_to_num())
+            self.update_metrics(stage, experience, scores)
         self.metrics.update(stage, torch.ones_like(lengths), length=lengths)
         # a rank without prompts logs as the others do: they add up their metrics at the epoch's end
         self.metrics.log_epoch(stage, self.log)
+
+    def update_metrics(self, stage: str, experience: Experience, scores: Tensor) -> None:
+        """Updates what an algorithm measures further; here there is nothing.
+
+        Args:
+            stage: ``val`` or ``test``.
+            experience: Completions of held-out prompts.
+            scores: (S,) their scores.
+        """
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A record per completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``."""
@@ -697,6 +777,7 @@ class RLStage(Stage):
             those of the reference, at the sampling temperature.
         """
         experience, samples = self.to_experience(prompts, completions)
+        assert samples is not None
         batch = experience.batch.to(self.device)
         with self.actors.on_device(self.device, "reward", "reference"):
             found: dict[str, list[float]] = {}
@@ -712,17 +793,15 @@ class RLStage(Stage):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the iteration, the KL coefficient and the running scale of scores."""
+        """Adds the iteration, the KL coefficient, the running scale of scores, and what an algorithm counts."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rl"] = {
-            "iteration": self.iteration,
-            "kl_coef": self.kl_coef,
-            "running_scores": self.running_scores.state_dict(),
-        }
+        state = {name: getattr(self, name) for name in self.entries["rl"]}
+        checkpoint["rl"] = state | {"running_scores": self.running_scores.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["rl"]
-        self.iteration, self.kl_coef = state["iteration"], state["kl_coef"]
-        self.running_scores.load_state_dict(state["running_scores"])
+        state = dict(checkpoint["rl"])
+        self.running_scores.load_state_dict(state.pop("running_scores"))
+        for name, value in state.items():
+            setattr(self, name, value)

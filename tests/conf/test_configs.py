@@ -33,6 +33,7 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
         "--model.reward",
         "lightning_rlhf.rewards.functions.length_window",
     ]
+    part = json.dumps([{"source": few[-1]}])  # gdpo wants a list
     return [
         "--model.pretrained", str(model_dir), "--model.load.dtype", "float32",
         "--model.chat_template", "chatml", "--data.max_length", "256", "--data.on_bad_row", "skip",
@@ -40,7 +41,7 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
         "--trainer.devices", "1", "--trainer.num_nodes", "1", *trainer,
         "--trainer.max_steps", "1", "--trainer.default_root_dir", str(out), "--trainer.logger", "false",
         "--trainer.limit_val_batches", "2", "--trainer.enable_progress_bar", "false",
-        *(few if stage in ("ppo", "online_dpo") else []),
+        *(few if stage in ("ppo", "online_dpo") else [*few[:2], "--model.reward", part] if stage == "grpo" else []),
     ]  # fmt: skip
 
 
@@ -135,6 +136,15 @@ SPELLINGS = [
     ("ppo", {"model": {"kl": {"target": 6.0}}}),
     ("ppo", {"model": {"rollout": {"sampling": {"max_new_tokens": 5, "stop_strings": ["a", "\n"]}}}}),
     ("ppo", {"model": {"engine": {"class_path": "lightning_rlhf.rollout.HFGenerateEngine"}}}),
+    *[
+        ("grpo", {"model": model})
+        for model in (
+            {"algorithm": "gspo"},
+            {"algorithm": {"baseline": "leave_one_out", "scale": "none", "clip_high": 0.28, "mean": "prompt"}},
+            {"groups": {"flat_groups": "refill", "spare": 2, "rounds": 3}, "kl": {"coef": 0.1, "where": "reward"}},
+            {"loss": {"correction": "token_truncate", "off_policy_threshold": 0.1}},
+        )
+    ],
     ("ppo", {"data": {"train": [{"prompt": "a", "lang": "en"}]}}),
     ("ppo", {"data": {"ptx": {"source": [{"source": "a.jsonl", "weight": 2.0}], "max_length": 5}}}),
     *[

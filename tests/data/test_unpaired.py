@@ -88,6 +88,16 @@ def test_prompts_with_other_sources_stay_apart(tiny_tokenizer):
     assert sorted(tree.origin for tree in found.values()) == [0, 1, 2]
 
 
+def test_the_split_keeps_first_user_turns_apart(tiny_tokenizer, tmp_path):
+    source = [row(f"question {i % 12}", f"fox {i}", i % 24 < 12) for i in range(48)]
+    data = ready(tiny_tokenizer, source, val_fraction=0.3, cache_dir=tmp_path)
+    loaders = data.train_dataloader(), data.val_dataloader()
+    sides = [{text_of(tiny_tokenizer, tree.prompt) for tree in trees(loader).values()} for loader in loaders]
+    assert len(sides[0] | sides[1]) == 12 and not sides[0] & sides[1] and all(sides)
+    again = ready(tiny_tokenizer, source, val_fraction=0.3, cache_dir=tmp_path)  # from the cache
+    assert trees(again.train_dataloader()) == trees(loaders[0])
+
+
 def test_pairs_and_rankings_are_taken_apart(tiny_tokenizer, caplog):
     source = [{"prompt": "a", "chosen": "fox", "rejected": "dog"}, {"prompt": "b", "ranked": ["x", "y", "z"]}]
     caplog.set_level("INFO")

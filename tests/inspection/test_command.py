@@ -56,6 +56,7 @@ def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_
     assert ("^~~~" in out) == (path.parent.name not in ("ppo", "online_dpo")) and ("rejected" in out) == (
         path.parent.name in ("reward", "dpo")
     )
+    assert (" good, " in out) == (path.parent.name == "kto")
     assert "\x1b" not in out, "not a terminal"
     assert f"The same as a web page: {page}" in out and page.read_text(encoding="utf-8").count("<article>") == 2
 

@@ -104,10 +104,10 @@ def make(stage, model_dir, out, n):
         files["batch_size"] = 2 * n
         return DPOModule(model_dir, **grouped(**common)), PreferenceDataModule(data, val=data, **files), "val/loss"
     if stage == "kto":
-        # each row has another prompt, of which there must be two; then a step is one row
+        # there must be two prompts; the last step of an epoch is one row, and z0 is that of all validation rows
         texts += [{"prompt": "Say it", "completion": "dog"}] if n == 1 else []
         answers = [{**row, "label": i % 2 == 0} for i, row in enumerate(texts)]
-        files["batch_size"] = 1
+        files |= dict(batch_size=len(answers) - 1, eval_batch_size=len(answers))
         return KTOModule(model_dir, **grouped(**common)), UnpairedDataModule(answers, val=answers, **files), "val/loss"
     kind = stage.removeprefix("ppo ")
     reward = {

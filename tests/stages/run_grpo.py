@@ -1,0 +1,82 @@
+"""A small GRPO run as a process of its own, for tests of several processes, resume and kills.
+
+    python run_grpo.py MODEL_DIR OUT_DIR '{"devices": 2, "algorithm": "dapo", ...}'
+
+Writes to OUT_DIR weights.pt (all that was trained) and metrics.json (the last iteration's).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+
+from lightning_rlhf import (
+    KL,
+    GroupLoss,
+    Groups,
+    GRPOModule,
+    LoRA,
+    PromptDataModule,
+    Rollout,
+    Sampling,
+    Shaping,
+    Updates,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from runs import train
+
+torch.set_num_threads(1)
+
+
+def prompts(n=20):
+    """Prompts of mixed length, each with a column for the reward."""
+    return [{"prompt": f"Say {i} " + "fox " * (i % 5), "wanted": "aeiou"[i % 5]} for i in range(n)]
+
+
+def letters(prompts, completions, wanted):
+    """How often a completion has the letter that its row wants, and any other."""
+    return [c.count(w) + 0.1 * len(set(c)) for c, w in zip(completions, wanted, strict=True)]
+
+
+def has(prompts, completions, wanted):
+    """Whether a completion has the letter: groups may be flat."""
+    return [float(w in c) for c, w in zip(completions, wanted, strict=True)]
+
+
+def trained(module):
+    return {k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad}
+
+
+def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckpt=None, save_every=0, batch_size=4,
+        rows=None, reward="letters", lr=3e-3, seed=0, samples=3, kl=None, shaping=None, groups=None, loss=None,
+        updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, **options):  # fmt: skip
+    """One run; returns the trainer and the module."""
+    L.seed_everything(seed, verbose=False)
+    module = kind(
+        model_dir,
+        {"letters": letters, "has": has}.get(reward, reward) if isinstance(reward, str) else reward,
+        lora=LoRA(r=4, dropout=dropout) if lora else None,
+        rollout=Rollout(samples, Sampling(**(sampling or dict(max_new_tokens=10, temperature=0.7,
+                                                              stop_strings=("e", "o"))))),
+        kl=KL(**(kl or {"coef": 0.0})),
+        shaping=Shaping(**(shaping or {})),
+        groups=Groups(**(groups or {})),
+        loss=GroupLoss(**(loss or {})),
+        updates=Updates(**{"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **(updates or {})}),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5),
+        **options,
+    )  # fmt: skip
+    data = PromptDataModule(
+        rows or prompts(), batch_size=batch_size, val_fraction=val_fraction, cache_dir=Path(out_dir) / "cache"
+    )
+    trainer = train(
+        module, data, out_dir, lambda m: trained(m).items(), (), devices, save_every, ckpt, max_steps=max_steps
+    )
+    return trainer, module
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
