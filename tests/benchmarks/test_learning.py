@@ -222,7 +222,10 @@ def test_variants_of_dpo_are_other_settings(study, few_pairs):
     assert found["steps"] == 1 and ("kl after" in found) == ("simpo" not in study)
 
 
-def test_kto_learns_from_the_same_pairs_taken_apart(few_pairs):
+def test_kto_learns_from_the_same_pairs_taken_apart(few_pairs, monkeypatch):
+    make = few_pairs._own_pairs  # other openings: several must be held out, to be mismatched
+    numbered = lambda *given: [{**pair, "prompt": f"{i} {pair['prompt']}"} for i, pair in enumerate(make(*given))]  # noqa: E731
+    monkeypatch.setattr(few_pairs, "_own_pairs", numbered)
     found = few_pairs.kto_stories260k(0, max_steps=2)
     assert found["steps"] == 2 and found["loss before"] == found["accuracy before"] == 0.5 and found["z0 before"] == 0.0
     assert {"score before", "score after", "accuracy after"} <= found.keys()
