@@ -63,10 +63,12 @@ class Scores(NamedTuple):
     Attributes:
         total: (S,) scores in fp32.
         parts: (S,) scores by name of what they were summed from, for logging; empty for a reward without parts.
+        absent: (S,) bool: where no reward applies, so that the score is NaN and no fault. Default: nowhere.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor] = MappingProxyType({})
+    absent: Tensor | None = None
 
 
 class BadScores(ValueError):
@@ -81,7 +83,13 @@ class BadScores(ValueError):
         self.scores = scores
 
 
-def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[object] | None = None) -> Tensor:
+def check_scores(
+    scores: Tensor,
+    samples: Samples,
+    who: str,
+    given: Sequence[object] | None = None,
+    absent: Tensor | None = None,
+) -> Tensor:
     """Returns scores if all are finite.
 
     Args:
@@ -89,11 +97,12 @@ def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[obj
         samples: What was scored.
         who: What made them, for the message.
         given: (S,) what they were before they became numbers in fp32; default the scores.
+        absent: (S,) bool: where no reward applies, so that NaN is no fault. Default: nowhere.
 
     Raises:
         BadScores: Some scores are not finite.
     """
-    bad = ~scores.isfinite()
+    bad = ~scores.isfinite() if absent is None else ~scores.isfinite() & ~absent.to(scores.device)
     if not bad.any():
         return scores
     i = int(bad.nonzero()[0])
@@ -103,7 +112,7 @@ def check_scores(scores: Tensor, samples: Samples, who: str, given: Sequence[obj
         f"{who} returned {show(scores[i].item() if given is None else given[i])} for completion {i}"
         f"{f' (row {rows[i]} of the prompts)' if rows else ''}{more}, which is not a finite number in fp32. Prompt: "
         f"{show(samples.prompts[i])}. Completion: {show(samples.completions[i])}.",
-        Scores(scores.masked_fill(bad, torch.nan)),
+        Scores(scores.masked_fill(bad, torch.nan), absent=absent),
     )
 
 

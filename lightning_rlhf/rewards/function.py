@@ -10,9 +10,13 @@ from typing import Any, cast
 
 import torch
 
+from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores
 from lightning_rlhf.utils.imports import import_object
 from lightning_rlhf.utils.text import show
+
+#: What a function gets of the samples if it names them.
+_OF_SAMPLES = {"completion_ids", "truncated"}
 
 
 class FunctionReward(Reward):
@@ -20,7 +24,9 @@ class FunctionReward(Reward):
 
     Arguments are passed by their names: ``prompts``, each a text or a list of messages, ``completions``, texts, and of
     the further columns of the prompt data those that the function names, or all with ``**columns``; each has one entry
-    a completion. It returns as many finite numbers, in a list, an array or a tensor.
+    a completion. If it names them, and the data have no such columns, it also gets ``completion_ids``, lists of tokens,
+    and ``truncated``, whether the length limit ended each. It returns as many finite numbers, in a list, an array or a
+    tensor; None in a list says that it does not apply to that completion.
 
     Args:
         function: The function, or its import path: ``package.module.function`` or ``package.module:function``.
@@ -40,7 +46,7 @@ class FunctionReward(Reward):
             raise TypeError(f"The reward function {self.name} doesn't say what arguments it has.") from error
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.accepts = {p.name for p in by_name}
-        self.needs = {p.name for p in by_name if p.default is p.empty} - {"prompts", "completions"}
+        self.needs = {p.name for p in by_name if p.default is p.empty} - {"prompts", "completions"} - _OF_SAMPLES
         self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         if not (self.takes_all or {"prompts", "completions"} <= self.accepts):
             raise TypeError(
@@ -64,6 +70,11 @@ class FunctionReward(Reward):
         given: dict[str, list[Any]] = {"prompts": samples.prompts, "completions": samples.completions}
         if clash := sorted(given.keys() & samples.columns.keys()):
             raise ValueError(f"Rename the column {clash[0]} of the prompt data: the argument of that name is ours.")
+        wanted = self.accepts & _OF_SAMPLES - samples.columns.keys()
+        if "truncated" in wanted:
+            given["truncated"] = samples.truncated
+        if "completion_ids" in wanted:
+            given["completion_ids"] = [b.input_ids for tree in unpack(samples.batch) for b in tree.branches]
         given |= samples.columns
         if missing := sorted(self.needs - given.keys()):
             raise ValueError(
@@ -81,9 +92,11 @@ class FunctionReward(Reward):
             ) from None
         if len(scores) != size:
             raise ValueError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
-        numbers = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float()
-        numbers = numbers.to(samples.batch.input_ids.device)
-        return Scores(check_scores(numbers, samples, f"The reward function {self.name}", scores))
+        device = samples.batch.input_ids.device
+        numbers = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float().to(device)
+        absent = torch.tensor([score is None for score in scores], device=device)
+        name = f"The reward function {self.name}"
+        return Scores(check_scores(numbers, samples, name, scores, absent), absent=absent)
 
 
 def import_function(path: str) -> Callable[..., Any]:

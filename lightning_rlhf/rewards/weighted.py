@@ -69,27 +69,34 @@ class WeightedSum(Reward):
             samples: At least one.
 
         Returns:
-            Sums, and the unweighted scores of each part.
+            Sums, and the unweighted scores of each part. A part that does not apply to a completion is left out of its
+            sum; where none applies, the score is absent.
 
         Raises:
             BadScores: Some scores of a part whose weight is not 0 are not finite numbers.
         """
         found: dict[str, Tensor] = {}
+        absent: list[Tensor] = []
         errors: list[BadScores] = []
         for name, part, weight in zip(self.names, self.parts, self.weights, strict=True):
             try:
-                found[name] = part(samples).total
+                scores = part(samples)
             except BadScores as error:
-                found[name] = error.scores.total
+                scores = error.scores
                 errors += [error] if weight else []
+            found[name] = scores.total
+            absent.append(torch.zeros_like(scores.total, dtype=torch.bool) if scores.absent is None else scores.absent)
         weights = torch.tensor(self.weights, dtype=torch.float32, device=samples.batch.last.device)
-        sums = torch.where(weights != 0, torch.stack(list(found.values()), 1) * weights, 0.0).sum(1)
+        left_out = torch.stack(absent, 1) | (weights == 0)
+        none = torch.stack(absent, 1).all(1) | (left_out.all(1) & bool((weights != 0).any()))
+        sums = torch.where(left_out, 0.0, torch.stack(list(found.values()), 1) * weights).sum(1)
+        sums = sums.masked_fill(none, torch.nan)
         if errors:
-            raise BadScores(str(errors[0]), Scores(sums, found))
+            raise BadScores(str(errors[0]), Scores(sums, found, none))
         try:
-            return Scores(check_scores(sums, samples, "The weighted sum of rewards"), found)
+            return Scores(check_scores(sums, samples, "The weighted sum of rewards", absent=none), found, none)
         except BadScores as error:
-            raise BadScores(str(error), Scores(error.scores.total, found)) from None
+            raise BadScores(str(error), Scores(error.scores.total, found, none)) from None
 
 
 def make_reward(

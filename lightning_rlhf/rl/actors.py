@@ -81,7 +81,7 @@ class Actors:
         """Scores samples. Returns the scores, with NaN for those that are not finite, and a message about these."""
         try:
             scores = self.reward(samples)
-            check_scores(scores.total, samples, f"The reward {type(self.reward).__name__}")
+            check_scores(scores.total, samples, f"The reward {type(self.reward).__name__}", absent=scores.absent)
             return scores, ""
         except BadScores as error:
             return error.scores, str(error)

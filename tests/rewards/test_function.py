@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
-from lightning_rlhf.rewards import BadScores, FunctionReward, Samples
+from lightning_rlhf.rewards import BadScores, FunctionReward, Samples, WeightedReward, make_reward
 
 
 def samples(prompts=("a", "b"), completions=("x", "yy"), **columns):
@@ -69,13 +69,28 @@ def test_a_path_to_no_function():
         FunctionReward("math.pi")
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "good", 1e39, -1e39, 10**400, [1.0]])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "good", 1e39, -1e39, 10**400, [1.0]])
 def test_a_score_that_is_no_number_shows_its_sample(bad):
     def f(prompts, completions):
         return [1.0, bad]
 
     with pytest.raises(ValueError, match=r"(?s)function f returned .* not a finite number.*Prompt: 'b'.*'yy'"):
         FunctionReward(f)(samples())
+
+
+def test_none_says_that_it_does_not_apply():
+    def f(prompts, completions, truncated, completion_ids):
+        assert truncated == [False, False] and completion_ids == [[7, 4], [7, 4]]
+        return [1.0, None]
+
+    reward = FunctionReward(f)
+    scores = reward(samples())
+    assert scores.total[0] == 1 and scores.total[1].isnan() and scores.absent.tolist() == [False, True]
+    assert not reward.needs
+    both = make_reward([WeightedReward(f, 2.0), WeightedReward(by_length, 0.5)], None)(samples())
+    assert both.total.tolist() == [2.5, 1.0] and both.absent.tolist() == [False, False]
+    alone = make_reward([WeightedReward(f), WeightedReward(by_length, 0.0)], None)(samples())
+    assert alone.total[1].isnan() and alone.absent.tolist() == [False, True]
 
 
 def test_a_wrong_number_of_scores():

@@ -364,6 +364,25 @@ def shortness(prompts, completions):
     return [-len(c) / 10 for c in completions]
 
 
+def test_completions_to_which_no_reward_applies_teach_nothing(tiny_model_dir, tmp_path):
+    """They are counted, and their group is compared without them."""
+
+    def some(prompts, completions, wanted):
+        scores = letters(prompts, completions, wanted)
+        return [None if len(c) % 3 == 0 else s for c, s in zip(completions, scores, strict=True)]
+
+    _, module = run(tiny_model_dir, tmp_path, reward=some, kind=Recorded, max_steps=1, samples=6)
+    experience = module.iterations[0][0]
+    absent = experience.scores.isnan()
+    assert 0 < absent.sum() < len(absent) and logged(tmp_path, "dropped_samples") == [absent.sum()]
+    first = experience.sum_by_sequence(experience.advantages) / torch.tensor(experience.lengths)
+    assert first[absent].eq(0).all() and experience.sum_by_sequence(experience.weight)[absent].eq(0).all()
+    scores, own = experience.scores[experience.group == 0], first[experience.group == 0]
+    known = scores.isfinite()
+    want = (scores[known] - scores[known].mean()) / (scores[known].std() + 1e-4)
+    torch.testing.assert_close(own[known], want, rtol=1e-4, atol=1e-5)
+
+
 def test_gdpo_normalizes_each_reward(tiny_model_dir, tmp_path):
     """A reward a thousand times as large has no more influence than the other."""
 
