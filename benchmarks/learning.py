@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from lightning_rlhf import (
     UnpairedDataModule,
     Updates,
 )
+from lightning_rlhf.functional import ALGORITHMS
 from lightning_rlhf.models.pretrained import obtain
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import WeightedReward
@@ -552,7 +553,13 @@ STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
         ppo_stories260k_constant,
         ppo_stories260k_proxy,
         ppo_smollm2,
+        grpo_stories260k,
     )
+}
+#: The same by each other algorithm: ``grpo_stories260k_dapo``, ...
+STUDIES |= {
+    f"grpo_stories260k_{name}": partial(grpo_stories260k, algorithm=name)
+    for name in ALGORITHMS.keys() - {"grpo", "gdpo"}  # gdpo is grpo where there is one reward
 }
 
 
@@ -575,7 +582,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=-1, help="cut short, to try it; such runs are not recorded")
     options = parser.parse_args()
     study = STUDIES[options.study]
-    print(f"{options.study}: {study.__doc__}")
+    print(f"{options.study}: {getattr(study, 'func', study).__doc__}")
     rows = []
     for seed in options.seeds:
         L.seed_everything(seed, verbose=False)
