@@ -106,14 +106,20 @@ def clean(args: Sequence[str]) -> None:
     parser.add_argument("--against", nargs="+", metavar="TEST", help="files of test sets, whose rows are taken out")
     scale = parser.add_argument_group("more than one machine holds (pip install 'lightning_rlhf[scale]')")
     scale.add_argument("--executor", choices=("local", "ray", "slurm"), help="run by datatrove, a task for each file")
-    scale.add_argument("--workers", type=int, default=1, help="tasks at a time; default: 1")
+    scale.add_argument("--workers", type=int, help="tasks at a time; default: 1")
     scale.add_argument("--slurm-partition", help="partition for the jobs")
-    scale.add_argument("--slurm-time", default="04:00:00", help="time limit of a job; default: 04:00:00")
+    scale.add_argument("--slurm-time", help="time limit of a job; default: 04:00:00")
     options = parser.parse_args(args)
     if options.executor and options.on_bad_row == "raise":
         parser.error("--executor leaves bad rows out and counts them. Leave out --on-bad-row raise.")
     if options.filters and options.config:
         parser.error("--filters and --config both name filters. Give one of them.")
+    slurm = options.executor == "slurm"
+    needs = {"workers": options.executor, "slurm_partition": slurm, "slurm_time": slurm}
+    for name in needs:
+        if getattr(options, name) is not None and not needs[name]:
+            executor = "--executor" if name == "workers" else "--executor slurm"
+            parser.error(f"--{name.replace('_', '-')} is for {executor}. Add it, or leave this out.")
     if options.executor:
         _clean_at_scale(options)
         return
@@ -208,7 +214,7 @@ def _specs(options: argparse.Namespace) -> list[Any]:
 
     try:
         read = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{options.config} is no YAML: {error}") from error
     if not isinstance(read, Mapping) or not isinstance(read.get("filters"), list):
         raise ValueError(f"{options.config} has no list 'filters'. Write: filters: [Length, NearDuplicate]")
@@ -219,7 +225,8 @@ def _clean_at_scale(options: argparse.Namespace) -> None:
     """Hands the same work to datatrove."""
     from lightning_rlhf.cleaning.scale import Cluster, clean_files
 
-    cluster = Cluster(options.executor, options.workers, options.slurm_partition, options.slurm_time)
+    given = {"workers": options.workers, "partition": options.slurm_partition, "time": options.slurm_time}
+    cluster = Cluster(options.executor, **{name: value for name, value in given.items() if value is not None})
     print("\n".join(clean_files(options.path, options.out, _specs(options), cluster, options.kind, options.format)))
 
 

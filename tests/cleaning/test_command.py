@@ -120,6 +120,36 @@ def test_errors_are_one_line_and_leave_nothing(file, tmp_path, monkeypatch, argu
     assert [path.name for path in tmp_path.iterdir()] == ["in"] and file.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "4"], "--workers is for --executor."),
+        (["--executor", "local", "--slurm-time", "01:00:00"], "--slurm-time is for --executor slurm."),
+        (["--filters", "Length", "--config", "f.yaml"], "--filters and --config both name filters"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(file, tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("clean", file, "--out", tmp_path / "a.jsonl", *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_in_another_encoding_is_named(file, tmp_path):
+    config = tmp_path / "f.yaml"
+    config.write_bytes("filters: [Length] # 过滤".encode("gbk"))
+    with pytest.raises(SystemExit, match=r"f\.yaml is no YAML: 'utf-8' codec can't decode"):
+        run("clean", file, "--out", tmp_path / "a.jsonl", "--config", config)
+
+
+def test_rows_with_the_same_id_are_rows_of_their_own(tmp_path):
+    lines = [{"id": "1", "prompt": f"What is {what}?"} for what in ("fog", "hail", "dew", "fog")]
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    run("clean", path, "--out", tmp_path / "a.jsonl")
+    assert rows(tmp_path / "a.jsonl") == lines[:3]
+    assert [entry["where"] for entry in rows(tmp_path / "a.dropped.jsonl")] == [f"{path}:4"]
+
+
 def test_an_output_that_was_there_stays_until_the_new_one_is_whole(file, tmp_path):
     out = tmp_path / "a.jsonl"
     out.write_text("old", encoding="utf-8")
