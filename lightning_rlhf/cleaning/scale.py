@@ -152,7 +152,9 @@ def _connect(workers: int) -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         local = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECTS}
-        ray.init(**(local if address is None else {"address": address}))
+        # the executor's workers fork, and they have threads: a lock that one holds stays locked in the child
+        hook = {"worker_process_setup_hook": "lightning_rlhf.cleaning.scale_steps.fork_from_a_server"}
+        ray.init(runtime_env=hook, **(local if address is None else {"address": address}))
     free = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= 1 and node.get("memory", 0) >= _TASK_MEMORY * 2**30 for node in free):
         most = max((node.get("memory", 0) for node in free), default=0)

@@ -32,6 +32,13 @@ CONFIG = MinhashConfig(num_buckets=BANDS, hashes_per_bucket=ROWS, hash_config=Ha
 _NEAR = "NearDuplicate"
 
 
+def fork_from_a_server() -> None:
+    """Lets tasks of Ray be forked from a process without threads, so that none waits for a lock that nobody frees."""
+    import multiprocess
+
+    multiprocess.set_start_method("forkserver", force=True)
+
+
 class CleanFiles(PipelineStep):
     """Reads the file of a task, runs the filters, and writes what they keep and drop to files of its own.
 
