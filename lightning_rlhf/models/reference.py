@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.loading import Load, load_causal_lm, load_tokenizer
+from lightning_rlhf.models.loading import Load, adapters_of, load_causal_lm, load_tokenizer
 from lightning_rlhf.models.policy import Policy
+from lightning_rlhf.utils.filesystem import atomic_file
 
 Pretrained = str | os.PathLike[str] | PreTrainedModel
 
@@ -103,6 +108,49 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}\0{getattr(held, 'dtype', '')}\0{tuple(getattr(held, 'shape', ()))}\0".encode())
         digest.update(held.view(-1).view(torch.uint8).numpy().data if isinstance(held, Tensor) else repr(held).encode())
     return digest.hexdigest()
+
+
+def remembered_fingerprint(
+    folder: Path, pretrained: Pretrained, settings: tuple[Any, ...], load: Callable[[], nn.Module]
+) -> str:
+    """The :func:`fingerprint` of a model; of one that is loaded from the same files as before without loading it.
+
+    A model object, a hub id, and a model with code of its own are loaded each time: their files tell too little.
+
+    Args:
+        folder: Where fingerprints are kept, by files and settings.
+        pretrained: What the model is loaded from.
+        settings: All else that its weights depend on; a :class:`~lightning_rlhf.models.Load` among it.
+        load: Loads the model.
+    """
+    trusting = any(isinstance(one, Load) and one.trust_remote_code for one in settings)
+    if trusting or (files := _files_of(pretrained)) is None:
+        return fingerprint(load())
+    key = repr((files, settings, torch.__version__, transformers.__version__))
+    note = folder / hashlib.sha256(key.encode()).hexdigest()
+    if note.exists() and len(known := note.read_text()) == 64:  # whole, whatever happened to the machine
+        return known
+    found = fingerprint(load())
+    with suppress(OSError), atomic_file(note) as file:  # a folder that can't be written costs time only
+        file.write(found)
+    return found
+
+
+def _files_of(pretrained: Pretrained) -> list[tuple[str, int, int, int, int]] | None:
+    """All files of a model's directory, and of its adapters' base, with what changes when they are written to.
+
+    The time of the last change of an inode can't be set back, as that of the content can.
+    """
+    if isinstance(pretrained, PreTrainedModel) or not Path(pretrained).is_dir():
+        return None
+    found = []
+    for path in sorted(Path(pretrained).resolve().rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            found.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    if (adapters := adapters_of(pretrained)) is None:
+        return found
+    return None if (base := _files_of(adapters[0])) is None else found + base
 
 
 def cast_like(reference: nn.Module, policy: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +24,9 @@ from lightning_rlhf.models import Policy, load_causal_lm
 from lightning_rlhf.models.reference import (
     Pretrained,
     disable_dropout,
-    fingerprint,
     load_reference,
     refuse_other_tokenizer,
+    remembered_fingerprint,
 )
 from lightning_rlhf.models.roles import RoleModel
 from lightning_rlhf.models.saving import merge_adapters, plain_twin
@@ -195,25 +196,31 @@ def precompute_reference(
 ) -> dict[str, ReferenceLogprobs]:
     """Computes the log-probs of all rows of a run under the start, where they are not in the cache yet.
 
-    The start is in memory meanwhile, and nothing else: the policy is loaded later.
+    The start is in memory meanwhile, and nothing else: the policy is loaded later. If all are in the cache, and the
+    start comes from a directory whose files are as they were, it is not loaded either.
 
     Args:
         stage: Says where the policy starts, and has a Trainer.
-        folder: Where log-probs are kept.
+        folder: Where log-probs are kept. Fingerprints of weights are kept beside it.
         loaders: For each part of the data its name, and a loader that gives each row once.
 
     Returns:
         For each part that has rows, its log-probs.
     """
     strategy, precision = stage.trainer.strategy, stage.trainer.precision_plugin
-    model = load_reference(stage.pretrained, stage.load, stage.tokenizer, stage.new_token_ids).eval()
-    key = f"{fingerprint(model)}\0{precision.precision}"
-    model.to(strategy.root_device)
+
+    @cache
+    def start() -> Policy:
+        return load_reference(stage.pretrained, stage.load, stage.tokenizer, stage.new_token_ids).eval()
 
     @torch.no_grad()
     def score(batch: PackedBatch) -> Tensor:
         with precision.val_step_context():
-            return cast(ScoredTokens, model(batch.to(strategy.root_device))).logprobs
+            return cast(ScoredTokens, start()(batch.to(strategy.root_device))).logprobs
+
+    settings = (stage.load, len(stage.tokenizer), stage.new_token_ids)
+    weights = remembered_fingerprint(folder.parent / "fingerprints", stage.pretrained, settings, start)
+    key = f"{weights}\0{precision.precision}"
 
     found = {}
     for part, loader in loaders:
@@ -226,6 +233,7 @@ def precompute_reference(
         if complete:
             continue
         rank_zero_info(f"Reference log-probs of the {part} rows are computed once and kept in {kept.path}.")
+        start().to(strategy.root_device)
         line = ProgressLine(f"reference log-probs, {part}", len(loader))
         kept.make(loader, score, line if stage.global_rank == 0 else lambda done: None)
         strategy.barrier()

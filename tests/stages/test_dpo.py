@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import ROOT, assert_equal, load_script, spawn
+from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +27,7 @@ from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.data.packed import Pair
 from lightning_rlhf.data.reference import ReferenceLogprobs
 from lightning_rlhf.functional import LOSSES, PairLoss
+from lightning_rlhf.stages import references
 from lightning_rlhf.stages.pair_losses import LossSum
 
 SCRIPT = Path(__file__).with_name("run_dpo.py")
@@ -451,32 +453,124 @@ def test_validation_and_predictions_read_precomputed_log_probs(tiny_model_dir, t
     assert max(map(abs, found["copy"][1])) > 1e-3
 
 
-def test_log_probs_are_computed_once_and_never_read_when_stale(tiny_model_dir, tmp_path, counted):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
+@pytest.fixture
+def loaded(monkeypatch):
+    """Counts how often a reference is loaded."""
+    found, load = [], references.load_reference
+    monkeypatch.setattr(references, "load_reference", lambda *given: found.append(1) or load(*given))
+    return found
 
-    def scored(data=None, tokenizer=None, **settings):
-        counted.clear()
-        module = DPOModule(str(base), tokenizer, reference="precomputed", **settings)
+
+@pytest.fixture
+def scored(tmp_path, counted, loaded):
+    """Trains a step of a start; returns the trees that the reference scored, and how often it was loaded."""
+
+    def once(base, data=None, tokenizer=None, precision="32-true", **settings):
+        counted.clear(), loaded.clear()
+        L.seed_everything(0, verbose=False)
+        module = DPOModule(base, tokenizer, reference="precomputed", **settings)
         made = PreferenceDataModule(data or rows(), batch_size=12, val_fraction=0.3, cache_dir=tmp_path / "cache")
-        trainer = quiet(tmp_path, max_steps=1, limit_val_batches=0)
+        trainer = quiet(tmp_path, max_steps=1, limit_val_batches=0, precision=precision)
         trainer.fit(module, made)
+        once.weights = weights(module)
         assert trainer.callback_metrics["train/margin"] == pytest.approx(0.0, abs=1e-5)
-        return sum(counted)
+        return sum(counted), len(loaded)
 
-    assert scored() == 24 and scored() == 0
-    assert scored(lora=LoRA(r=4)) == 0  # the same start
-    assert scored(rows(words="cat ")) == 24
-    assert scored(chat_template="zephyr") == 24
-    assert scored(load=Load(dtype="bfloat16"), lora=LoRA(r=4)) == 24
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.lm_head.weight.data[7, 3] += 1e-3
-    model.save_pretrained(base)
-    assert scored() == 24
-    (base / "config.json").write_text(
-        (base / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
-    )
-    assert scored() == 24 and scored() == 0
+    return once
+
+
+def changed(base, name, change):
+    """Writes a model's weights again, one of which changed, and nothing else of its directory."""
+    tensors = load_file(base / name)
+    first = sorted(tensors)[0]
+    change(tensors[first].view(-1)[:1])
+    save_file(tensors, base / name, metadata={"format": "pt"})
+
+
+def changed_in_place(base):
+    """Flips a bit of the weights, and sets the file's time back."""
+    file = base / "model.safetensors"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-2] ^= 1
+    with open(file, "r+b") as out:
+        out.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def replaced(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def other_tokenizer(base):
+    """Of as many tokens, which joins other letters."""
+    kept = json.loads((base / "tokenizer.json").read_text())
+    kept["model"]["merges"] = kept["model"]["merges"][:-60]
+    (base / "tokenizer.json").write_text(json.dumps(kept))
+
+
+#: What is changed in the directory, and settings that change.
+STALE = {
+    "data": (None, dict(data=rows(words="cat "))),
+    "template": (None, dict(chat_template="zephyr")),
+    "tokenizer": (other_tokenizer, {}),
+    "dtype": (None, dict(load=Load(dtype="bfloat16"))),
+    "quantization": (None, dict(load=Load(quantization="nf4"))),
+    "precision": (None, dict(precision="bf16-mixed")),
+    "weights": (lambda base: changed(base, "model.safetensors", lambda value: value.add_(1e-3)), {}),
+    "weights in place": (changed_in_place, {}),
+    "config": (lambda base: replaced(base / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'), {}),
+}
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_a_stale_cache_is_never_read(name, wide_model_dir, tmp_path, scored):
+    if name == "quantization":
+        pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"
+    shutil.copytree(wide_model_dir, base)
+    change, settings = STALE[name]
+    assert scored(base, lora=LoRA(r=4)) == (24, 1)
+    if change is not None:
+        change(base)
+    assert scored(base, lora=LoRA(r=4), **settings) == (24, 1)
+    assert scored(base, lora=LoRA(r=4), **settings) == (0, 0)
+
+
+def test_stale_adapters_and_their_base_are_never_read(tiny_model_dir, tmp_path, scored):
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    shutil.copytree(tiny_model_dir, base)
+    model = LoRA(r=4).wrap(AutoModelForCausalLM.from_pretrained(base))
+    for name, p in model.named_parameters():
+        p.data += 0.01 * ("lora_B" in name)
+    model.save_pretrained(adapters)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapters)
+    assert json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert scored(adapters) == (24, 1) and scored(adapters) == (0, 0)
+    changed(adapters, "adapter_model.safetensors", lambda value: value.add_(1e-2))
+    assert scored(adapters) == (24, 1)
+    replaced(adapters / "adapter_config.json", '"lora_alpha": 32.0', '"lora_alpha": 16.0')
+    assert scored(adapters) == (24, 1)
+    changed(base, "model.safetensors", lambda value: value.add_(1e-3))
+    assert scored(adapters) == (24, 1) and scored(adapters) == (0, 0)
+
+
+def test_a_start_that_is_found_trains_as_one_that_is_loaded(tiny_model_dir, tmp_path, scored):
+    """Adapters begin from the same random numbers; of the same weights elsewhere the log-probs are the same."""
+    assert scored(tiny_model_dir, lora=LoRA(r=4)) == (24, 1)
+    first = scored.weights
+    assert scored(tiny_model_dir, lora=LoRA(r=4)) == (0, 0)
+    assert_equal(scored.weights, first)
+    assert scored(tiny_model_dir) == (0, 0)  # without adapters the same start
+    shutil.copytree(tiny_model_dir, tmp_path / "elsewhere")
+    assert scored(tmp_path / "elsewhere") == (0, 1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    for added in (0.0, 1e-3):  # a model object is hashed each time
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        model.lm_head.weight.data[7, 3] += added
+        assert scored(model, tokenizer=tokenizer) == (24 if added else 0, 1)
 
 
 def test_a_command_computes_them_ahead(tiny_model_dir, tmp_path, counted, capsys):
