@@ -265,7 +265,7 @@ def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
 def grpo_stories260k(seed: int, max_steps: int = -1, algorithm: str = "grpo") -> dict[str, Any]:
     """stories260K in full by GRPO, 4 completions of 48 tokens for each of 30 openings, by VADER; 10 iterations.
 
-    The KL penalty of 0.001 is there to measure the KL.
+    The KL penalty of 0.001 is there to measure the KL. A first run, with a rate of 3e-4, went to a KL of 13.
     """
     module = GRPOModule(
         STORIES,
@@ -275,7 +275,7 @@ def grpo_stories260k(seed: int, max_steps: int = -1, algorithm: str = "grpo") ->
         rollout=Rollout(sampling=Sampling(max_new_tokens=48), samples_per_prompt=4),
         kl=KL(coef=0.001, where="loss"),
         updates=Updates(epochs=1, minibatches=4, micro_batch_tokens=8192),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1.5e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
         seed=seed,
     )
     rows = [{"prompt": opening} for opening in OPENINGS]
