@@ -26,6 +26,7 @@ TOOLS = {
         "lightning_rlhf.score_reference:main",
         "compute a reference's log-probs ahead of DPO; takes the options of fit",
     ),
+    "verify": ("lightning_rlhf.rewards.command:main", "score completions of a file by reward functions"),
     "win-rate": ("lightning_rlhf.evaluation.command:main", "measure how often one model's answers beat another's"),
     "quantize": ("lightning_rlhf.quantize.command:main", "make a model of 4 or 8 bits: GPTQ, AutoRound, rounding"),
     "export": ("lightning_rlhf.export.command:main", "hand a model on: merged weights, adapters alone, or a GGUF file"),

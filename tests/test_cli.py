@@ -209,8 +209,8 @@ def test_a_broken_checkpoint_is_named_in_a_line(tiny_model_dir, rows, tmp_path):
 SFT = ["--model", "SFTModule", "--model.pretrained", "a/b", "--data", "InstructionDataModule", "--data.train", "c"]
 PPO = ["--model", "PPOModule", "--model.pretrained", "a/b", "--model.reward", "d", "--data", "PromptDataModule"]
 ALL = (
-    "All: fit, validate, test, predict, inspect, configs, demo, collect, data, score-reference, win-rate, quantize, "
-    "export, serve, chat, report"
+    "All: fit, validate, test, predict, inspect, configs, demo, collect, data, score-reference, verify, win-rate, "
+    "quantize, export, serve, chat, report"
 )
 
 

@@ -92,7 +92,7 @@ def answer_match(prompts: Sequence[object], completions: Sequence[str], answer: 
         [1.0, 1.0, 0.0]
     """
     each = zip(completions, answer, strict=True)
-    return [float(_canonical(_answer(text)) == _canonical(_answer(str(wanted)))) for text, wanted in each]
+    return [float(_canonical(marked_answer(text)) == _canonical(marked_answer(str(wanted)))) for text, wanted in each]
 
 
 def _each(value: Any, completions: Sequence[str]) -> Sequence[Any]:
@@ -109,7 +109,13 @@ _DRESS = re.compile(r"\\text|\\q?quad|\\[,;! ]|[{}$*()]")
 _MARKED = re.compile(rf"(?:####|\banswer:|答案：)[ \t]*([^\n]+?)(?=[ \t]*{_OR}?[ \t]*$)", re.IGNORECASE | re.MULTILINE)
 
 
-def _answer(text: str) -> str:
+def marked_answer(text: str) -> str:
+    r"""The answer that a text marks, as :func:`answer_match` reads it; all of the text if it marks none.
+
+    Example:
+        >>> marked_answer(r"It is \boxed{4}."), marked_answer("2 + 2\n#### 4"), marked_answer("4")
+        ('4', '4', '4')
+    """
     answer, end = text, -1
     for start, stop, content in _boxed(text) or [(*m.span(), m[1]) for m in _MARKED.finditer(text)]:
         between = _DRESS.sub(" ", text[end:start])

@@ -140,7 +140,7 @@ def make_reward(
         if not parts:
             raise ValueError("reward: the list is empty. Give at least one {source: ..., weight: ...}.")
         rewards = [make_reward(part.source, tokenizer, dtype, trust_remote_code) for part in parts]
-        return WeightedSum(dict(zip(_names(parts), rewards, strict=True)), [part.weight for part in parts])
+        return WeightedSum(dict(zip(part_names(parts), rewards, strict=True)), [part.weight for part in parts])
     if callable(spec) and not isinstance(spec, PreTrainedModel):
         return FunctionReward(spec)
     raise ValueError(
@@ -170,7 +170,7 @@ def _part(given: Any) -> WeightedReward:
     return part
 
 
-def _names(parts: Sequence[WeightedReward]) -> list[str]:
+def part_names(parts: Sequence[WeightedReward]) -> list[str]:
     """Names parts for logging: the last pieces of their sources, as many as are needed to tell them apart."""
     given = Counter(part.name for part in parts if part.name)
     if twice := [name for name, count in given.items() if count > 1]:

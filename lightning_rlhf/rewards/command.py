@@ -1,0 +1,89 @@
+"""``lightning-rlhf verify``: scores completions of a file, to see what a reward makes of them without a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_rlhf.arguments import Parser
+
+_ABOUT = """\
+Scores the completions of a file by reward functions, such as lightning_rlhf.rewards.verifiers.number, and shows each
+score. A row has a prompt (text or messages), a completion, and the columns that the rewards read."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        args: Arguments after ``verify``.
+    """
+    parser = Parser("verify", _ABOUT)
+    parser.add_argument("file", metavar="FILE", help="rows with prompt, completion and further columns")
+    parser.add_argument(
+        "--reward", required=True, action="append", help="module.function; several are summed with weights of 1"
+    )
+    parser.add_argument("--completion", default="completion", help="the column of completions")
+    parser.add_argument("--out", type=Path, help="file for all rows with their scores, as JSON Lines")
+    parser.add_argument("--limit", type=int, default=20, help="rows to show; a larger number shows more")
+    options = parser.parse_args(args)
+    try:
+        _run(options.file, options.reward, options.completion, options.out, options.limit)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        sys.exit(f"lightning-rlhf verify: {' '.join(str(error).split())}")
+
+
+def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit: int) -> None:
+    from lightning_rlhf.data.packed import Branch, Tree, pack
+    from lightning_rlhf.data.sources import BadRows, read_rows
+    from lightning_rlhf.rewards.base import Samples
+    from lightning_rlhf.rewards.function import FunctionReward
+    from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, part_names
+    from lightning_rlhf.utils.text import one_line
+
+    rows = list(read_rows(file, BadRows()))
+    for row in rows:
+        if not isinstance(row.value.get(column), str):
+            has = ", ".join(row.value)
+            raise ValueError(f"{row.where}: the column {column!r} is no text; the row has {has}. Set --completion.")
+    if not rows:
+        raise ValueError(f"{file} has no rows.")
+    reward = WeightedSum(
+        dict(zip(part_names([WeightedReward(name) for name in rewards]), map(FunctionReward, rewards), strict=True)),
+        [1.0] * len(rewards),
+    )
+    known = sorted({name for row in rows for name in row.value} - {"prompt", column})
+    scores = reward(
+        Samples(
+            batch=pack([Tree([0], [Branch([0])]) for _ in rows]),
+            prompts=[row.value.get("prompt", "") for row in rows],
+            completions=[row.value[column] for row in rows],
+            truncated=[False] * len(rows),
+            columns={name: [row.value.get(name) for row in rows] for name in known},
+        )
+    )
+    parts = {name: part.tolist() for name, part in scores.parts.items()}
+    lines = [
+        {**row.value, "score": _plain(total), **{f"score/{name}": _plain(part[i]) for name, part in parts.items()}}
+        for i, (row, total) in enumerate(zip(rows, scores.total.tolist(), strict=True))
+    ]
+    for row, line in list(zip(rows, lines, strict=True))[:limit]:
+        found = "  ".join(f"{name} {_show(line[f'score/{name}'])}" for name in parts)
+        print(f"{row.where}: {found}  {one_line(row.value[column], 60)}")
+    for name in parts:
+        given = [line[f"score/{name}"] for line in lines if line[f"score/{name}"] is not None]
+        mean = f"{sum(given) / len(given):.4g}" if given else "none"
+        print(f"{name}: mean {mean} of {len(given)} rows; does not apply to {len(lines) - len(given)}")
+    if out is not None:
+        out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        print(f"All rows with their scores are in {out}.")
+
+
+def _plain(score: float) -> float | None:
+    return score if score == score else None
+
+
+def _show(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3g}"

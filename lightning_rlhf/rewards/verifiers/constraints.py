@@ -1,0 +1,89 @@
+"""Verifiable instructions, as in IFEval (Zhou et al. 2023): words, length, case, keywords, language."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_rlhf.arguments import did_you_mean
+
+
+def _words(text: str) -> int:
+    """Words, where a Chinese character is one."""
+    return len(re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+(?:['’-]\w+)*", text))
+
+
+def _sentences(text: str) -> int:
+    return len([part for part in re.split(r"[.!?。！？]+", text) if part.strip()])
+
+
+def _language(text: str, wanted: Any) -> bool:
+    chinese, latin = (len(re.findall(letters, text)) for letters in (r"[\u4e00-\u9fff]", r"[A-Za-z]"))
+    if wanted not in ("zh", "en"):
+        raise ValueError(f"constraints: language {wanted!r} is unknown. Choose zh or en.")
+    return chinese > latin if wanted == "zh" else latin > chinese
+
+
+def _case(text: str, wanted: Any) -> bool:
+    if wanted not in ("lower", "upper"):
+        raise ValueError(f"constraints: case {wanted!r} is unknown. Choose lower or upper.")
+    letters = [c for c in text if c.isalpha()]
+    return bool(letters) and text == (text.lower() if wanted == "lower" else text.upper())
+
+
+#: What can be asked, by its key: whether a text does what the value says.
+CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
+    "min_words": lambda text, wanted: _words(text) >= wanted,
+    "max_words": lambda text, wanted: _words(text) <= wanted,
+    "min_characters": lambda text, wanted: len(text) >= wanted,
+    "max_characters": lambda text, wanted: len(text) <= wanted,
+    "sentences": lambda text, wanted: _sentences(text) == wanted,
+    "paragraphs": lambda text, wanted: len(re.split(r"\n\s*\n", text)) == wanted,
+    "contains": lambda text, wanted: all(word.lower() in text.lower() for word in wanted),
+    "excludes": lambda text, wanted: not any(word.lower() in text.lower() for word in wanted),
+    "starts_with": lambda text, wanted: text.startswith(wanted),
+    "ends_with": lambda text, wanted: text.endswith(wanted),
+    "case": _case,
+    "language": _language,
+}
+
+
+def constraints(
+    prompts: Sequence[object], completions: Sequence[str], constraints: Sequence[Mapping[str, Any] | str | None]
+) -> list[float | None]:
+    """The share of the constraints in the column ``constraints`` that a completion keeps.
+
+    Args:
+        prompts: (S,) not read.
+        completions: (S,) texts; blanks around them do not count.
+        constraints: (S,) objects, or JSON, such as ``{"max_words": 12, "contains": ["moon"], "ends_with": "!"}``.
+
+    Returns:
+        (S,) scores; None where there are no constraints.
+
+    Raises:
+        ValueError: A constraint is unknown, or its value is of a wrong kind.
+
+    Example:
+        >>> constraints([""] * 2, ["Hello moon!", "hi"], [{"contains": ["moon"], "ends_with": "!"}, None])
+        [1.0, None]
+    """
+    scores: list[float | None] = []
+    for text, given in zip(completions, constraints, strict=True):
+        wanted = json.loads(given) if isinstance(given, str) else given
+        if not wanted:
+            scores.append(None)
+            continue
+        kept = 0
+        for name, value in wanted.items():
+            if name not in CONSTRAINTS:
+                near = did_you_mean(name, CONSTRAINTS)
+                raise ValueError(f"constraints: {name!r} is unknown{near} All: {', '.join(CONSTRAINTS)}.")
+            try:
+                kept += CONSTRAINTS[name](text.strip(), value)
+            except (TypeError, AttributeError) as error:
+                raise ValueError(f"constraints: {name} can't be {value!r}: {error}.") from None
+        scores.append(kept / len(wanted))
+    return scores

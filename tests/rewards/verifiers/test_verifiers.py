@@ -1,0 +1,162 @@
+"""Verifiers: what they read, what does not apply, and rows that are wrong."""
+
+import json
+
+import pytest
+
+from lightning_rlhf.cli import main
+from lightning_rlhf.rewards.verifiers import constraints, exact, json_schema, number, read_number, regex, repetition
+
+
+def one(verifier, text, value, **options):
+    return verifier([""], [text], [value], **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("So the answer is 42.", "42"),
+        ("3 + 4 = 7, not 8\n#### 7", "7"),
+        (r"we get \boxed{-1.5}, as 3 < 4", "-1.5"),
+        ("1,234,567 people", "1,234,567"),
+        ("x2 and v1.2.3", ""),
+        ("", ""),
+        ("no number", ""),
+        ("Answer: 6e3", "6e3"),
+    ],
+)
+def test_what_is_read_as_the_number(text, found):
+    assert read_number(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [("It is 1000.0", "1,000", 1.0), ("12", 12, 1.0), ("12 or 13", 12, 0.0), ("none", 12, 0.0), ("4", None, None),
+     ("#### 5", "2 + 3 = 5\n#### 5", 1.0)],
+)  # fmt: skip
+def test_numbers_are_compared_as_numbers(text, answer, score):
+    assert one(number, text, answer) == score
+
+
+def test_a_tolerance_is_relative():
+    assert one(number, "101", 100, tolerance=0.01) == 1.0 and one(number, "101.1", 100, tolerance=0.01) == 0.0
+
+
+def test_exact_and_regex():
+    assert [one(exact, " a b\n", v) for v in ("a b", "a  b", None)] == [1.0, 0.0, None]
+    assert [one(regex, "a\nb", v) for v in ("a.b", "^b$", None)] == [1.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("verifier", "value", "message"),
+    [
+        (number, "five", "answer has 'five', in which there is no number"),
+        (regex, "(", "which is no expression"),
+        (json_schema, "{", "json_schema: the column schema has"),
+        (json_schema, {"type": "thing"}, "json_schema: the column schema has"),
+        (constraints, {"max_word": 3}, "'max_word' is unknown; did you mean max_words?"),
+        (constraints, {"max_words": "3"}, "max_words can't be '3'"),
+        (constraints, {"language": "fr"}, "Choose zh or en"),
+        (constraints, {"case": "title"}, "Choose lower or upper"),
+    ],
+)
+def test_a_column_that_is_wrong_is_an_error_in_a_line(verifier, value, message):
+    with pytest.raises(ValueError) as error:
+        one(verifier, "x", value)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"a": 1}', 1.0),
+        ('Here:\n```json\n{"a": 2}\n```', 1.0),
+        ('{"a": "one"}', 0.5),
+        ("[1]", 0.5),
+        ("{'a': 1}", 0.0),
+        ("[" * 100_000, 0.0),
+        ("", 0.0),
+    ],
+)
+def test_json_that_follows_a_schema(text, score):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    assert one(json_schema, text, schema) == one(json_schema, text, json.dumps(schema)) == score
+    assert one(json_schema, text, None) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [
+        ({"min_words": 3}, "one two three", "one two"),
+        ({"max_words": 2}, "one-two three", "one two three"),
+        ({"max_words": 4}, "春天来了", "春天来了吗"),
+        ({"min_characters": 3}, "abc", " ab "),
+        ({"max_characters": 3}, "abc", "abcd"),
+        ({"sentences": 2}, "A. B!", "A."),
+        ({"paragraphs": 2}, "a\n\nb", "a\nb"),
+        ({"contains": ["moon", "sun"]}, "Sun and moon", "moon"),
+        ({"excludes": ["war"]}, "peace", "War"),
+        ({"starts_with": "A"}, "All", "all"),
+        ({"ends_with": "!"}, "yes! ", "yes"),
+        ({"case": "lower"}, "all small", "One"),
+        ({"case": "upper"}, "ALL", "123"),
+        ({"language": "zh"}, "你好吗 hi", "hello"),
+        ({"language": "en"}, "hello", "你好"),
+    ],
+    ids=str,
+)
+def test_constraints(wanted, right, wrong):
+    assert (one(constraints, right, wanted), one(constraints, wrong, wanted)) == (1.0, 0.0)
+    half = {**wanted, "starts_with": "never"} if "starts_with" not in wanted else {**wanted, "ends_with": "never"}
+    assert one(constraints, right, json.dumps(half)) == 0.5
+
+
+def test_no_constraints_do_not_apply():
+    assert one(constraints, "x", None) is None and one(constraints, "x", {}) is None
+
+
+def test_repetition_counts_what_occurred_before():
+    found = repetition([""] * 4, ["a b c d", "a b c a b c", "", "好好好好好好"])
+    assert found == [0.0, pytest.approx(-0.25), 0.0, pytest.approx(-0.75)]
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+NUMBER = "lightning_rlhf.rewards.verifiers.number"
+ROWS = [
+    {"prompt": "2+2?", "completion": "It is 4.", "answer": 4},
+    {"prompt": "2+3?", "completion": "It is 6.", "answer": "5"},
+    {"prompt": "why?", "completion": "so so so so", "answer": None},
+]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    repeat = "lightning_rlhf.rewards.verifiers.repetition"
+    main(["verify", "--reward", NUMBER, "--reward", repeat, str(file), "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert f"{file}:1: number 1  repetition 0  It is 4." in shown and "number -  repetition -0.5  so so" in shown
+    assert "number: mean 0.5 of 2 rows; does not apply to 1" in shown
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["score/number"] for row in found] == [1.0, 0.0, None] and found[2]["score"] == -0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reward", "lightning_rlhf.rewards.verifiers.nummber"], "verifiers has no nummber"),
+        (["--reward", NUMBER, "--completion", "text"], "the column 'text' is no text; the row has prompt, completion"),
+        (["--reward", "lightning_rlhf.rewards.verifiers.regex"], "needs the column pattern"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_line(file, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", *options, str(file)])
+    assert message in str(stop.value) and "\n" not in str(stop.value)
