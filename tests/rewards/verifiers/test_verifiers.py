@@ -151,7 +151,7 @@ def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reward", "lightning_rlhf.rewards.verifiers.nummber"], "verifiers has no nummber"),
+        (["--reward", "lightning_rlhf.rewards.verifiers.digit"], "verifiers has no digit"),
         (["--reward", NUMBER, "--completion", "text"], "the column 'text' is no text; the row has prompt, completion"),
         (["--reward", "lightning_rlhf.rewards.verifiers.regex"], "needs the column pattern"),
     ],
