@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as L
+import pytest
 import torch
 
-from lightning_rlhf import DPOModule, LoRA, PairShaping, PreferenceDataModule, ReferenceUpdate
+from lightning_rlhf import DPOModule, Load, LoRA, PairShaping, PreferenceDataModule, ReferenceUpdate
+from lightning_rlhf.models import load_causal_lm, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from grouping import grouped
@@ -22,17 +24,50 @@ torch.set_num_threads(1)
 BUNDLED = Path(__file__).parents[2] / "lightning_rlhf" / "data" / "bundled"
 
 
-def real_pairs(n=8, longest=400):
-    """The first pairs of the bundled data with at most so many bytes, in English and in Chinese."""
+def real_pairs(n=8, longest=400, files=None):
+    """The first pairs with at most so many bytes, in English and in Chinese; by default of the bundled data."""
     found = []
-    for language in ("en", "zh"):
-        lines = (BUNDLED / f"preferences.{language}.jsonl").read_text(encoding="utf-8").splitlines()
-        read = (json.loads(line) for line in lines)
-        found += [r for r in read if sum(len(str(r[k]).encode()) for k in ("prompt", "chosen", "rejected")) < longest][
-            : n // 2
-        ]
+    for file in files or (BUNDLED / f"preferences.{language}.jsonl" for language in ("en", "zh")):
+        found += map(json.loads, Path(file).read_text(encoding="utf-8").splitlines())
+    found = [r for r in found if sum(len(str(r[k]).encode()) for k in ("prompt", "chosen", "rejected")) < longest]
+    found = [row for language in ("en", "zh") for row in [r for r in found if r["lang"] == language][: n // 2]]
     assert len(found) == n
     return found
+
+
+def rounded_weights(model_dir):
+    """The weights of a model that was loaded in NF4, dequantized by bitsandbytes' own function."""
+    bnb = pytest.importorskip("bitsandbytes")
+    load = Load(quantization="nf4")
+    model = load_causal_lm(model_dir, **load.options(None, load_tokenizer(model_dir), ()))
+    found = {}
+    for name, p in model.named_parameters():
+        four_bits = isinstance(p, bnb.nn.Params4bit)
+        found[name] = bnb.functional.dequantize_4bit(p.data, p.quant_state) if four_bits else p.detach()
+    assert sum(isinstance(p, bnb.nn.Params4bit) for p in model.parameters()) == 14  # of two layers
+    return found
+
+
+def merge(model, start):
+    """Merges adapters at their values of ``start`` into a plain model; returns a function that gives their gradients.
+
+    They are made of those of the merged weights, which the model must have by then.
+    """
+    scale, own = 32.0 / 4, dict(model.named_parameters())
+    layers = [name.removesuffix(".lora_A.default.weight") for name in start if ".lora_A." in name]
+    merged = {layer: own[f"{layer.removeprefix('model.base_model.model.')}.weight"] for layer in layers}
+    a, b = ({n: start[f"{n}.lora_{x}.default.weight"].double() for n in layers} for x in "AB")
+    for layer, weight in merged.items():
+        weight.data += scale * b[layer] @ a[layer]
+
+    def gradients():
+        found = {}
+        for layer, weight in merged.items():
+            found[f"{layer}.lora_A.default.weight"] = scale * b[layer].T @ weight.grad
+            found[f"{layer}.lora_B.default.weight"] = scale * weight.grad @ a[layer].T
+        return found
+
+    return gradients
 
 
 def rows(n=24, words="dog 你好 "):
@@ -81,7 +116,7 @@ class First(L.Callback):
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=12, seed=0, order=0, lr=1e-2, val_fraction=0.3, real=False,
         fill=False, checkpointing=False, quantization=None, use_margin=False, pair_weight="pair", shaping=None,
-        max_tokens=None, reference_update=None, callbacks=(), **settings):  # fmt: skip
+        max_tokens=None, reference_update=None, callbacks=(), data=None, **settings):  # fmt: skip
     """One run; returns the trainer, the module, and what the first step was."""
     L.seed_everything(seed, verbose=False)
     module = DPOModule(
@@ -98,7 +133,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
         **settings,
     )
     data = PreferenceDataModule(
-        reordered(real_pairs() if real else rows(), order),
+        reordered(data or (real_pairs() if real else rows()), order),
         val_fraction=val_fraction,
         batch_size=batch_size,
         eval_batch_size=8,

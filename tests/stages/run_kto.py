@@ -21,6 +21,7 @@ from runs import load_script, train
 torch.set_num_threads(1)
 run_dpo = load_script(Path(__file__).with_name("run_dpo.py"))
 First, reordered = run_dpo.First, run_dpo.reordered
+merge, rounded_weights, real_pairs = run_dpo.merge, run_dpo.rounded_weights, run_dpo.real_pairs
 
 
 def rows(n=24, each=1):
@@ -38,7 +39,8 @@ def rows(n=24, each=1):
 
 def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layout="auto", max_epochs=2, ckpt=None,
         max_steps=-1, save_every=0, batch_size=8, seed=0, order=0, lr=1e-2, val_fraction=0.3, each=1, n=24, fill=False,
-        checkpointing=False, max_answers=8, precision="32-true", callbacks=(), data=None, **settings):  # fmt: skip
+        checkpointing=False, quantization=None, max_answers=8, precision="32-true", callbacks=(), data=None,
+        **settings):  # fmt: skip
     """One run; returns the trainer, the module, and what the first step was."""
     L.seed_everything(seed, verbose=False)
     module = KTOModule(
@@ -47,6 +49,7 @@ def run(model_dir, out_dir, devices=1, accumulate=1, workers=0, lora=False, layo
             lora=LoRA(r=4) if lora else None,
             layout=layout,
             gradient_checkpointing=checkpointing,
+            quantization=quantization,
             optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
         ),
         **settings,

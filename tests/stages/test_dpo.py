@@ -166,22 +166,12 @@ def test_step_gradient_on_two_processes(tiny_model_dir, other_model_dir, want, t
 LORA = dict(**STEP, lora=True, fill=True)
 
 
-def plain_adapter_gradients(model_dir, start, tokenizer):
+def plain_adapter_gradients(model_dir, start, tokenizer, data=None, weights=None):
     """Of adapters at their values of ``start``, from the gradient of merged weights, in fp64."""
-    scale = 32.0 / 4
-    names = [k.removesuffix(".lora_A.default.weight") for k in start if ".lora_A." in k]
-    ab = {n: [start[f"{n}.lora_{x}.default.weight"].double() for x in "AB"] for n in names}
-    policy, reference = plain_model(model_dir), plain_model(model_dir)
-    own = dict(policy.named_parameters())
-    for name, (a, b) in ab.items():
-        own[f"{name.removeprefix('model.base_model.model.')}.weight"].data += scale * b @ a
-    dpo(*plain_pairs(policy, reference, tokenizer, real_pairs())).backward()
-    found = {}
-    for name, (a, b) in ab.items():
-        g = own[f"{name.removeprefix('model.base_model.model.')}.weight"].grad
-        found[f"{name}.lora_A.default.weight"] = scale * b.T @ g
-        found[f"{name}.lora_B.default.weight"] = scale * g @ a.T
-    return found
+    policy, reference = plain_model(model_dir, weights), plain_model(model_dir, weights)
+    gradients = run_dpo.merge(policy, start)
+    dpo(*plain_pairs(policy, reference, tokenizer, data or real_pairs())).backward()
+    return gradients()
 
 
 @pytest.mark.parametrize("reference", ["adapter_off", "copy"])
@@ -190,6 +180,37 @@ def test_adapters_get_the_same_gradient_from_either_reference(reference, options
     _, _, first = run(tiny_model_dir, tmp_path, **LORA, reference=reference, **options)
     want = plain_adapter_gradients(tiny_model_dir, first.start, tokenizer)
     assert difference(first.gradients, want) < 2e-6
+
+
+@pytest.fixture
+def pairs(assets):
+    """Eight of the pairs that people ranked."""
+    return real_pairs(files=[assets / "data" / "preference.jsonl"])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(layout="padded", accumulate=4)], ids=str)
+def test_step_gradient_on_ranked_pairs(options, tiny_model_dir, other_model_dir, tokenizer, pairs, tmp_path):
+    _, _, first = run(tiny_model_dir, tmp_path, **STEP, data=pairs, reference=str(other_model_dir), **options)
+    policy, reference = plain_model(tiny_model_dir), plain_model(other_model_dir)
+    dpo(*plain_pairs(policy, reference, tokenizer, pairs)).backward()
+    assert difference(first.gradients, {f"model.{k}": p.grad for k, p in policy.named_parameters()}) < 2e-6
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_all_references_give_the_same_gradient_on_ranked_pairs(
+    quantization, wide_model_dir, tokenizer, pairs, tmp_path
+):
+    """In NF4 too, beside a padded model in fp64 of the weights as they were rounded."""
+    rounded = run_dpo.rounded_weights(wide_model_dir) if quantization else None
+    found = {}
+    for reference in ("adapter_off", "copy", "precomputed"):
+        options = dict(**LORA, quantization=quantization, reference=reference, data=pairs, checkpointing=True)
+        _, _, first = run(wide_model_dir, tmp_path / reference, **options)
+        found[reference] = first.gradients
+    want = plain_adapter_gradients(wide_model_dir, first.start, tokenizer, pairs, rounded)
+    for gradients in found.values():
+        assert difference(gradients, want) < 2e-6
+        assert difference(gradients, found["adapter_off"]) < 2e-6
 
 
 def test_quantized_weights_are_those_of_the_copy_too(wide_model_dir, tmp_path):

@@ -90,8 +90,11 @@ def plain_logprobs(model, pairs):
     return (logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * read).sum(1)
 
 
-def plain_model(path):
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float64).eval()
+def plain_model(path, state=None):
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float64)
+    if state is not None:
+        model.load_state_dict(state)
+    return model.eval()
 
 
 def plain_ratios(policy, reference, pairs):
@@ -158,6 +161,32 @@ def test_step_gradient_is_that_of_a_padded_model(options, tiny_model_dir, other_
     mean = sum(n * z0 for n, z0 in zip(counts, points, strict=True)) / sum(counts)
     assert first.metrics["train/z0"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
     assert loss != "kto" or mean > 0.1  # otherwise nothing is tested
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_all_references_give_the_same_gradient_on_ranked_pairs(quantization, wide_model_dir, assets, tmp_path):
+    """Eight pairs taken apart, beside a padded model in fp64; in NF4 one of the weights as they were rounded."""
+    rounded = run_kto.rounded_weights(wide_model_dir) if quantization else None
+    answers = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in run_kto.real_pairs(files=[assets / "data" / "preference.jsonl"])
+        for name in ("chosen", "rejected")
+    ]
+    found = {}
+    for reference in ("adapter_off", "copy", "precomputed"):
+        seen = Seen()
+        data = UnpairedDataModule(answers, batch_size=16, val_fraction=0.0, cache_dir=tmp_path / reference)
+        options = dict(lora=True, fill=True, quantization=quantization, checkpointing=True, callbacks=[seen])
+        _, _, first = run(wide_model_dir, tmp_path, max_steps=1, **WEIGHTS, **options, data=data, reference=reference)
+        found[reference] = first.gradients
+    policy, start = plain_model(wide_model_dir, rounded), plain_model(wide_model_dir, rounded)
+    gradients = run_kto.merge(policy, first.start)
+    loss, [z0] = plain_loss(policy, start, seen.batches)
+    loss.backward()
+    assert z0 > 0.01  # otherwise it is not tested
+    for one in found.values():
+        assert difference(one, gradients()) < 2e-6
+        assert difference(one, found["adapter_off"]) < 2e-6
 
 
 @pytest.mark.distributed
