@@ -273,9 +273,9 @@ def alternate(
 
 
 class Goal(NamedTuple):
-    """What ours should reach against a contestant: so many times its speed, at such a share of its memory."""
+    """What ours should reach against a contestant: so many times its speed, at such a share of its memory, or None."""
 
-    speed: float
+    speed: float | None
     memory: float | None = None
 
 
@@ -324,7 +324,9 @@ def loss_difference(a: Meter, b: Meter) -> float:
 
 
 def _verdict(goal: Goal, speed: float, memory: float) -> str:
-    parts = [f"{goal.speed}x " + ("met" if speed >= goal.speed else f"short by {goal.speed - speed:.2f}x")]
+    parts = []
+    if goal.speed is not None:
+        parts.append(f"{goal.speed}x " + ("met" if speed >= goal.speed else f"short by {goal.speed - speed:.2f}x"))
     if goal.memory is not None:
         over = memory - goal.memory
         parts.append(f"memory {goal.memory}x " + ("met" if over <= 0 else f"over by {over:.2f}x"))
