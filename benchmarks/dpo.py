@@ -200,24 +200,24 @@ def batches(task: Task) -> Iterator[Step]:
 # ---------------------------------------------------------------------------------------------- contestants
 
 
-def make_module(task: Task, kind: type[DPOModule] = DPOModule) -> DPOModule | KTOModule:
+def make_module(task: Task) -> DPOModule | KTOModule:
     how = {"optimizer": common.adamw, "lr_scheduler": common.constant}
     given = (task.model, task.tokenizer)
     match task.algorithm:
         case "kto":
             return KTOModule(*given, beta=BETA, **how)
         case "orpo":
-            return kind(*given, loss=[{"name": "orpo", "settings": {"odds_weight": ODDS_WEIGHT}}], **how)
+            return DPOModule(*given, loss=[{"name": "orpo", "settings": {"odds_weight": ODDS_WEIGHT}}], **how)
         case "simpo":
             loss = [{"name": "simpo", "settings": {"gamma": SIMPO_GAMMA}}]
-            return kind(*given, loss=loss, beta=SIMPO_BETA, **how)
+            return DPOModule(*given, loss=loss, beta=SIMPO_BETA, **how)
         case "lora":
-            return kind(*given, lora=ADAPTERS, beta=BETA, **how)
-    return kind(*given, beta=BETA, reference="precomputed" if task.algorithm == "precomputed" else "copy", **how)
+            return DPOModule(*given, lora=ADAPTERS, beta=BETA, **how)
+    return DPOModule(*given, beta=BETA, reference="precomputed" if task.algorithm == "precomputed" else "copy", **how)
 
 
 def draw_adapters(model: torch.nn.Module) -> None:
-    """Adapters, where there are any, start alike, whoever made them."""
+    """Adapters start alike, whoever made them."""
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "lora_A" in name:
@@ -226,8 +226,9 @@ def draw_adapters(model: torch.nn.Module) -> None:
 
 def run_ours(task: Task) -> None:
     module = make_module(task)
-    module.configure_model()
-    draw_adapters(module)
+    if task.algorithm == "lora":
+        module.configure_model()
+        draw_adapters(module)
     common.fit_ours(module, task.data, task.steps, common.Watch(task.meter))
 
 
@@ -364,7 +365,8 @@ def run_trl(task: Task, **settings: Any) -> None:
             callbacks=[Watch()],
             **more,
         )
-        draw_adapters(trainer.model)
+        if algorithm == "lora":
+            draw_adapters(trainer.model)
         if mismatched:  # TRL's are the neighbour's answers, which cost the same; with ours, losses can be compared
             kept = trainer.train_dataset.remove_columns("KL_completion_ids")
             trainer.train_dataset = kept.add_column("KL_completion_ids", mismatched)
@@ -382,8 +384,8 @@ PEERS: dict[str, Callable[[Task], None]] = {
 # ---------------------------------------------------------------------------------------------- precomputing
 
 
-def run_scoring(task: Task) -> None:
-    """Computes the reference's log-probs, or finds them; the figure is that of all rows."""
+def run_scoring(task: Task, times: int) -> None:
+    """Computes the reference's log-probs of all rows so many times, the model in files; the last time is the figure."""
 
     class Timed(DPOModule):
         def setup(self, stage: str) -> None:
@@ -392,12 +394,18 @@ def run_scoring(task: Task) -> None:
             task.meter.seconds = time.process_time() - started
 
     task.meter.tokens = sum(step.tokens for step in batches(task))
-    task.meter.ready()
-    common.make_trainer(0, L.Callback(), accelerator="cpu").fit(make_module(task, Timed), task.data)
+    with tempfile.TemporaryDirectory() as start:
+        task.model.save_pretrained(start)
+        task.meter.ready()
+        for _ in range(times):
+            module = Timed(start, task.tokenizer, reference="precomputed", optimizer=common.adamw)
+            common.make_trainer(0, L.Callback(), accelerator="cpu").fit(module, task.data)
 
 
-#: Once with nothing in the cache, and once with the log-probs that training left there.
-SCORING = ("first", "again")
+SCORING: dict[str, Callable[[Task], None]] = {
+    "first": lambda task: run_scoring(task, 1),
+    "again": lambda task: run_scoring(task, 2),
+}
 
 
 def describe_precomputing(found: Mapping[str, list[Meter]]) -> list[list[str]]:
@@ -439,7 +447,7 @@ def work(options: argparse.Namespace) -> None:
     """One measurement, in this process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as empty:
-        if options.worker == "first":
+        if options.worker in SCORING:  # nothing is there yet
             pairs = (Path(options.cache) / "pairs.jsonl").read_text()
             (Path(empty) / "pairs.jsonl").write_text(pairs)
             options.cache = empty
@@ -473,7 +481,7 @@ def main(arguments: list[str] | None = None) -> None:
                 list(batches(make_task(options)))  # drawn and tokenized here, once for all workers
                 flags = [*common.flags(options, passed), "--case", name, "--algorithm", algorithm]
                 title = f"{name}, {algorithm}"
-                more = SCORING if algorithm == "precomputed" else ()
+                more = list(SCORING) if algorithm == "precomputed" else []
                 found = common.alternate(__file__, [OURS, *peers, *more], options.rounds, flags, title)
             lines += common.rows(
                 title, {n: found[n] for n in (OURS, *peers)}, {n: goal for n in peers if (goal := goals[n])}

@@ -10,6 +10,8 @@ import pytest
 import torch
 from runs import load_script
 
+from lightning_rlhf.data.reference import ReferenceLogprobs
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--steps", "2", "--warmup", "1", "--pairs", "2", "--width", "32", "--layers", "1", "--vocab-size", "64"]
 ROWS = [
@@ -37,8 +39,9 @@ def real(tmp_path, tiny_model_dir):
 
 @pytest.fixture
 def make_task(dpo, real, tmp_path):
-    def make(algorithm):
-        return dpo.make_task(dpo.parse([*real, "--algorithm", algorithm, "--cache", str(tmp_path)]))
+    def make(algorithm, cache=tmp_path):
+        cache.mkdir(exist_ok=True)
+        return dpo.make_task(dpo.parse([*real, "--algorithm", algorithm, "--cache", str(cache)]))
 
     return make
 
@@ -153,15 +156,17 @@ def test_command_prints_two_tables(dpo, real, capsys, monkeypatch):
     assert float(first[1]) > 0
 
 
-def test_log_probs_are_found_the_second_time(dpo, make_task, tmp_path, monkeypatch):
-    run(dpo.run_ours, make_task("precomputed"))
-    (kept,) = (tmp_path / "reference").glob("*.logprobs")
-    made = kept.stat().st_mtime_ns
-    task = make_task("precomputed")
-    run(dpo.run_scoring, task)
-    assert kept.stat().st_mtime_ns == made
-    assert task.meter.tokens == sum(step.tokens for step in dpo.batches(task))
-    assert task.meter.seconds > 0
+def test_log_probs_are_computed_once(dpo, make_task, tmp_path, monkeypatch):
+    made = []
+    make = ReferenceLogprobs.make
+    monkeypatch.setattr(ReferenceLogprobs, "make", lambda self, *rest: (made.append(self), make(self, *rest)))
+    for worker in ("first", "again"):
+        task = make_task("precomputed", tmp_path / worker)
+        run(dpo.SCORING[worker], task)
+        assert len(made) == 1
+        made.clear()
+        assert task.meter.tokens == sum(step.tokens for step in dpo.batches(task))
+        assert task.meter.seconds > 0
 
 
 def test_precomputing_is_a_share_of_an_epoch(dpo):
