@@ -23,6 +23,7 @@ from lightning_rlhf import (
     DPOModule,
     HFExport,
     InstructionDataModule,
+    KTOModule,
     LoRA,
     MeasureWinRate,
     PPOModule,
@@ -32,6 +33,7 @@ from lightning_rlhf import (
     RewardModule,
     Sampling,
     SFTModule,
+    UnpairedDataModule,
 )
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
@@ -45,6 +47,7 @@ LOGGED = {
     "sft": ["train/loss"],
     "reward": ["train/loss", "train/chosen_score"],
     "dpo": ["train/loss", "train/chosen_logprob"],
+    "kto": ["train/loss", "train/z0"],
     "ppo": ["train/score", "train/kl", "train/loss", "train/value_loss", "train/policy_grad_norm"],
     "gan": ["loss_a", "loss_b"],
 }
@@ -137,6 +140,9 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
     if stage == "dpo":
         data = PreferenceDataModule(run.rows(), val_fraction=0.3, batch_size=12, **files)
         return DPOModule(model_dir, **grouped(**common, **options)), data
+    if stage == "kto":
+        data = UnpairedDataModule(run.rows(each=2), val_fraction=0.3, batch_size=8, **files)
+        return KTOModule(model_dir, **grouped(**common, **options)), data
     if stage == "ppo":
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}

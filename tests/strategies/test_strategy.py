@@ -20,7 +20,7 @@ FP32 = {
     "zero2": ZERO2,
 }
 BF16 = {"zero2": ZERO2, "gemini": GEMINI}
-#: All on the same global batch; 20 steps of SFT, reward and DPO, 5 iterations of 4 updates each of PPO.
+#: All on the same global batch; 20 steps of SFT, reward, DPO and KTO, 5 iterations of 4 updates each of PPO.
 RUNS = {
     "sft": dict(stage="sft"),
     "sft, accumulation and clipping": dict(stage="sft", accumulate=2, clip=0.5),
@@ -30,6 +30,8 @@ RUNS = {
     "reward, all": dict(stage="reward", lr=1e-3, lora=True, checkpointing=True, accumulate=2, clip=0.05),
     "dpo": dict(stage="dpo", lr=1e-3),
     "dpo, LoRA": dict(stage="dpo", lr=1e-3, lora=True, checkpointing=True, accumulate=2),
+    "kto": dict(stage="kto", lr=1e-3),
+    "kto, LoRA": dict(stage="kto", lr=1e-3, lora=True, checkpointing=True),
     "ppo": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, max_norm=0.5),
     "ppo, shared backbone": dict(stage="ppo", max_steps=5, lr=3e-3, lora=True, max_norm=0.5, checkpointing=True),
     "two optimizers": dict(stage="gan", max_steps=8),
