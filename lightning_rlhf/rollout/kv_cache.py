@@ -14,6 +14,8 @@ import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ BASE = "__base__"
 """peft's name of the model without adapters."""
 Adapters = Sequence[str] | None
 """peft's names of the adapters of some rows. None: the model as it is set."""
+#: About as many bytes are read in the time that the operations of a layer take to start.
+_LAYER_BYTES = 3 * 2**20
 _ACTIVE: ContextVar[SlotCache] = ContextVar("the cache that a model is being run with")
 
 
@@ -39,6 +43,7 @@ class SlotCache(Cache):
     Attributes:
         slots: R, the number of rows that fit in memory.
         columns: C, the number of positions that fit in memory.
+        column_bytes: Bytes of one position of one row, in all layers that have run.
         windows: Sliding windows of the layers that have run.
     """
 
@@ -47,14 +52,15 @@ class SlotCache(Cache):
             super().__init__(layers=[])
         except TypeError:  # transformers 4
             super().__init__()
-        self.slots = self.columns = 0
+        self.slots = self.columns = self.column_bytes = 0
         self.windows: set[int | None] = set()
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._rows = self._from = self._positions = self._places = torch.empty(0, dtype=torch.long)
+        self._first = 0  # the first row that is read
         self._width = 0  # columns that are read
         self._prefill = False
-        self._extended: int | None = None  # the row of extending()
+        self._extending = False
         self._masks: dict[int | None, Tensor | None] = {}
 
     def arrange(self, sources: Sequence[int | None], slots: int, columns: int, width: int) -> None:
@@ -88,7 +94,7 @@ class SlotCache(Cache):
     def free(self) -> None:
         """Frees the memory."""
         self._keys, self._values = [], []
-        self.slots = self.columns = 0
+        self.slots = self.columns = self.column_bytes = 0
 
     @contextmanager
     def prefilling(self, rows: Tensor, prompts: Tensor, longest: int) -> Iterator[None]:
@@ -103,17 +109,18 @@ class SlotCache(Cache):
 
         The columns before them must have their keys and values.
         """
-        self._positions, self._width, self._prefill, self._extended = positions, width, False, row
+        self._positions, self._width, self._prefill, self._first = positions, width, False, row
+        self._extending = True
         try:
             with self._active():
                 yield
         finally:
-            self._extended = None
+            self._extending = False
 
     @contextmanager
-    def decoding(self, positions: Tensor, width: int) -> Iterator[None]:
-        """Within it, the model runs on one token per row, at (R,) positions below ``width``."""
-        self._positions, self._width, self._prefill = positions, width, False
+    def decoding(self, positions: Tensor, width: int, first: int = 0) -> Iterator[None]:
+        """Within it, the model runs on one token of each row from ``first`` on, at (R,) positions below ``width``."""
+        self._positions, self._width, self._prefill, self._first = positions, width, False, first
         with self._active():
             yield
 
@@ -129,7 +136,7 @@ class SlotCache(Cache):
     def _place(self, heads: int) -> Tensor:
         """Returns (R K) indices of the new keys in the flat (R K C) cache: copying whole vectors is fastest."""
         if len(self._places) != len(self._positions) * heads:
-            lines = torch.arange(len(self._positions) * heads, device=self._positions.device)
+            lines = torch.arange(len(self._positions) * heads, device=self._positions.device) + self._first * heads
             self._places = lines * self.columns + self._positions.repeat_interleave(heads)
         return self._places
 
@@ -147,7 +154,7 @@ class SlotCache(Cache):
             columns = torch.arange(self._width, device=like.device)
             # the causal mask hides padding on the right of a prompt, and decoding overwrites it
             queries = columns[:, None] if self._prefill else self._positions[:, None]
-            if not self._prefill and self._extended is None:
+            if not self._prefill and not self._extending:
                 queries = queries[:, None, None]
             seen = columns <= queries
             if window is not None:
@@ -167,23 +174,23 @@ class SlotCache(Cache):
             if layer_idx == len(store):
                 # zeros, because a masked column has no effect unless it holds a NaN
                 store.append(_zeros(new, self.slots, new.shape[1], self.columns, new.shape[3]))
+                self.column_bytes += new.shape[1] * new.shape[3] * new.element_size()
             if self._prefill:
                 store[layer_idx][self._rows, :, : self._width] = new[self._from]
-            elif self._extended is not None:
-                store[layer_idx][self._extended, :, self._width - new.shape[2] : self._width] = new[0]
+            elif self._extending:
+                store[layer_idx][self._first, :, self._width - new.shape[2] : self._width] = new[0]
             else:
                 store[layer_idx].flatten(0, 2).index_copy_(0, self._place(new.shape[1]), new.flatten(0, 2))
         if self._prefill:
             return key_states, value_states
-        first = self._extended or 0
-        rows = slice(first, first + len(key_states))
+        rows = slice(self._first, self._first + len(key_states))
         return self._keys[layer_idx][rows, :, : self._width], self._values[layer_idx][rows, :, : self._width]
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Returns the number of columns before the new ones."""
         if self._prefill:
             return 0
-        return self._width - (1 if self._extended is None else len(self._positions))
+        return self._width - (len(self._positions) if self._extending else 1)
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
         """Returns None: the cache grows when needed."""
@@ -285,6 +292,26 @@ def _eager_attention(
 AttentionInterface.register(NAME, slot_attention)
 
 
+def cut_rows(positions: Sequence[int]) -> tuple[int, int]:
+    """Finds where to cut rows in two, so that as few columns as possible are read.
+
+    Args:
+        positions: Position of each row's token.
+
+    Returns:
+        The first row of the second part, and the number of columns that are not read.
+    """
+    whole = max(positions)
+    before = list(accumulate(positions, max))
+    after = list(accumulate(reversed(positions), max))[::-1]
+    saved = [
+        cut * (whole - before[cut - 1]) + (len(positions) - cut) * (whole - after[cut])
+        for cut in range(1, len(positions))
+    ]
+    most = max(saved, default=0)
+    return (saved.index(most) + 1 if saved else 0), most
+
+
 class Decoder:
     """A transformers model with its cache: prompts and next tokens in, logits out.
 
@@ -302,6 +329,12 @@ class Decoder:
         # transformers 5.40 drops the name past_key_values
         named = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in named else "past_key_values"
+
+    @cached_property
+    def pass_bytes(self) -> int:
+        """What a pass costs before it reads the cache, as bytes: the weights, and what starting operations takes."""
+        layers: int = self.model.config.get_text_config().num_hidden_layers
+        return sum(p.nbytes for p in self.model.parameters()) + _LAYER_BYTES * layers
 
     def adapter_names(self) -> tuple[str, tuple[str, ...]]:
         """Returns peft's names of the active adapter, and of all that a row may have: none if several are active."""
@@ -372,6 +405,9 @@ class Decoder:
     def decode(self, tokens: Sequence[int], positions: Sequence[int], adapters: Adapters = None) -> Tensor:
         """Runs one token per cache row, from the first row on.
 
+        All rows of a pass read as many columns as the longest. Where that is more memory than the model itself, long
+        rows and short ones run apart.
+
         Args:
             tokens: Token ids, one per row.
             positions: Their positions.
@@ -380,8 +416,17 @@ class Decoder:
         Returns:
             (R, V) logits of each row's next token.
         """
+        if len(positions) * (max(positions) - min(positions)) * self.cache.column_bytes > self.pass_bytes:
+            cut, saved = cut_rows(positions)
+            if saved * self.cache.column_bytes > self.pass_bytes:
+                parts = (slice(0, cut), slice(cut, None))
+                run = (self._decode(p.start, tokens[p], positions[p], adapters and adapters[p]) for p in parts)
+                return torch.cat([*run])
+        return self._decode(0, tokens, positions, adapters)
+
+    def _decode(self, first: int, tokens: Sequence[int], positions: Sequence[int], adapters: Adapters) -> Tensor:
         at = self._tensor(positions)
-        with self.cache.decoding(at, max(positions) + 1):
+        with self.cache.decoding(at, max(positions) + 1, first):
             return self._run(self._tensor(tokens)[:, None], at[:, None], adapters)[:, -1]
 
     def _run(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:

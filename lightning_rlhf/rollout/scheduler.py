@@ -177,8 +177,7 @@ class Scheduler:
         """
         try:
             self._fill(self._admit())
-            if not all(row.done for row in self._rows):
-                self._decode()
+            self._decode()
             if not self.busy:
                 self._rest()
         except Exception as error:
@@ -239,8 +238,15 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------- passes
 
     def _decode(self) -> None:
-        """Runs one more token of each row, and samples the next one where all are known to the model."""
+        """Runs one more token of each row, and samples the next one where all are known to the model.
+
+        Last rows that wait for nothing yet are left out: all rows would read as many columns as a long prompt has.
+        """
         rows = self._rows
+        while rows and (rows[-1].done or not rows[-1].ready):
+            rows = rows[:-1]
+        if not rows:
+            return
         # a row that was cancelled runs a token again; one whose prompt runs in pieces advances by one token
         at = [min(row.filled, row.position) for row in rows]
         ready = [row.ready for row in rows]

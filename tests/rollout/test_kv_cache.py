@@ -1,9 +1,11 @@
 """Rows keep their keys when they move, and every layer sees what its window allows."""
 
+import random
+
 import pytest
 import torch
 
-from lightning_rlhf.rollout.kv_cache import SlotCache, slot_attention
+from lightning_rlhf.rollout.kv_cache import SlotCache, cut_rows, slot_attention
 
 
 def filled(rows=4, columns=6):
@@ -84,6 +86,18 @@ def test_attention_equals_attention_written_out(window, softcap, sinks, heads):
         out, _ = slot_attention(module, query.take_along_dim(at, 2), k, v, None, **options)
     for row, position in [(0, 5), (1, 2)]:
         torch.testing.assert_close(out[row, 0], by_hand(row, position), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_cut_where_the_fewest_columns_are_read():
+    draw = random.Random(0)
+    for _ in range(200):
+        positions = [draw.randrange(50) for _ in range(draw.randrange(1, 9))]
+        read = [sum(len(part) * max(part) for part in (positions[:cut], positions[cut:]) if part)
+                for cut in range(1, len(positions))]  # fmt: skip
+        whole = len(positions) * max(positions)
+        cut, saved = cut_rows(positions)
+        assert saved == whole - min(read, default=whole)
+        assert not read or read[cut - 1] == min(read)
 
 
 def test_attention_outside_a_cache_is_an_error():

@@ -473,12 +473,40 @@ def test_several_active_adapters_are_for_all_rows_alike(adapted, tiny_tokenizer)
     assert [future.result(0).input_ids] == want
 
 
+def test_a_long_prompt_does_not_widen_the_steps_of_short_rows(policy, tiny_tokenizer, monkeypatch):
+    """Neither while it runs in pieces, nor when its row has joined, if that saves more than a pass costs."""
+    monkeypatch.setattr(scheduler, "_GRAIN", 8)
+    monkeypatch.setattr(Decoder, "pass_bytes", 0)
+    widths, decoding = [[]], SlotCache.decoding  # of each step
+
+    def watched(self, positions, width, first=0):
+        widths[-1].append((len(positions), width))
+        return decoding(self, positions, width, first)
+
+    monkeypatch.setattr(SlotCache, "decoding", watched)
+    long = [5 + i % 90 for i in range(60)]
+    with CachedEngine(prefill_chunk=8, max_rows=8).session(policy, tiny_tokenizer) as session:
+        for key in range(3):
+            session.submit(Request([7, 8], [key]), Sampling(40, min_new_tokens=40), [1])
+        session.step()
+        widths.clear()
+        [joined] = session.submit(Request(long, [0]), Sampling(4, min_new_tokens=4), [1])
+        while not joined.done():
+            widths.append([])
+            session.step()
+    assert all(width < 30 for step in widths for count, width in step if count == 3)
+    assert [step[-1] for step in widths[-4:]] == [(1, 60), (1, 61), (1, 62), (1, 63)]
+    assert len(widths) > 8 and {sum(count for count, _ in step) for step in widths[1:8]} == {3}
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tiny_tokenizer, monkeypatch):
     """Random limits, settings, arrivals, prompts that share beginnings, cancellations and failures."""
     draw = random.Random(seed)
     monkeypatch.setattr(scheduler, "_GRAIN", 8)
     monkeypatch.setattr(scheduler, "_SHARED", 2)
+    if seed % 2:
+        monkeypatch.setattr(Decoder, "pass_bytes", 0)  # long rows and short ones run apart
     stems = [[draw.randrange(300) for _ in range(draw.choice([1, 4, 20]))] for _ in range(3)]
 
     def ask():
