@@ -452,10 +452,7 @@ def work(options: argparse.Namespace) -> None:
             (Path(empty) / "pairs.jsonl").write_text(pairs)
             options.cache = empty
         task = make_task(options)
-        run = (
-            run_scoring if options.worker in SCORING else run_ours if options.worker == OURS else PEERS[options.worker]
-        )
-        run(task)
+        {OURS: run_ours, **PEERS, **SCORING}[options.worker](task)
     task.meter.finish()
     common.report(task.meter)
 
