@@ -24,8 +24,8 @@ README = ROOT / "README.md"
 TEXTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 SHORT = 'max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False'
-#: Text of a Python block, and what takes its place: {model}, {rows}, {pairs} and {answers} are the small
-#: ones.
+#: Text of a Python block, and what takes its place: {model}, {rows}, {pairs}, {answers} and
+#: {completions} are the small ones.
 IN_PYTHON = {
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"{model}"',
     '"my.jsonl"': '"{rows}"',
@@ -37,6 +37,7 @@ IN_PYTHON = {
     'PromptDataModule("bundled"': 'PromptDataModule("{rows}"',
     '"runs/start/ppo/hf/last"': '"{model}"',
     "max_steps=40": SHORT,
+    "max_steps=20": SHORT,
     "batch_size=32": "batch_size=4",
     "max_epochs=2": SHORT,
     "max_epochs=1": SHORT,
@@ -49,6 +50,7 @@ IN_COMMANDS = {
     "my_prompts.jsonl": "{rows}",
     "my_pairs.jsonl": "{pairs}",
     "my_answers.jsonl": "{answers}",
+    "completions.jsonl": "{completions}",
     "configs/": "{root}/configs/",
     "runs/ppo_smollm2/hf/last": "{model}",
     "--out runs/collect --dry-run": "--out runs/collect --dry-run --languages '{{en: 5}}'",
@@ -75,6 +77,7 @@ SMALL = {
     "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
     "collect": "--generator scripted.Scripted",
     "data": "",
+    "verify": "",
     "export": "--out made",
     "report": "",
     "serve": "--reward lightning_rlhf.rewards.functions.length_window",
@@ -89,14 +92,14 @@ TRAIN = {
     "configs/kto/": "{answers}",
     "configs/online_dpo/": "{rows}",
     "configs/ppo/": "{rows}",
+    "configs/grpo/": "{rows}",
 }
 #: What else makes them small: PPO's start from what the stages before left.
-ALSO = {
-    "configs/online_dpo/": "--model.reward lightning_rlhf.rewards.functions.length_window "
-    "--model.rollout.sampling.max_new_tokens 8 --data.batch_size 4",
-    "configs/ppo/": "--model.reward lightning_rlhf.rewards.functions.length_window "
-    "--model.rollout.sampling.max_new_tokens 8 --data.batch_size 4",
-}
+ALSO = dict.fromkeys(
+    ("configs/online_dpo/", "configs/ppo/", "configs/grpo/"),
+    "--model.reward lightning_rlhf.rewards.functions.length_window --model.rollout.sampling.max_new_tokens 8 "
+    "--data.batch_size 4",
+)
 
 
 def blocks(path, language):
@@ -129,7 +132,8 @@ RUN = [entry for entry in COMMANDS if entry.values[0].startswith("lightning-rlhf
 @pytest.fixture
 def small(tiny_model_dir, tmp_path, monkeypatch):
     """Fills the places of a text; the working directory is a fresh one."""
-    rows, pairs, single = (tmp_path / f"small{name}.jsonl" for name in ("", "_pairs", "_answers"))
+    names = ("", "_pairs", "_answers", "_completions")
+    rows, pairs, single, completions = (tmp_path / f"small{name}.jsonl" for name in names)
     answers = ("fox", "dog", "the lazy dog")
     lines = [{"instruction": f"question {i}", "output": answers[i % 3]} for i in range(24)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -137,9 +141,11 @@ def small(tiny_model_dir, tmp_path, monkeypatch):
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     lines = [{"prompt": f"question {i}", "completion": answers[i % 3], "label": i % 2 == 0} for i in range(24)]
     single.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    completions.write_text('{"prompt": "3 + 4?", "completion": "It is 7.", "answer": 7}\n')
+    files = {"rows": rows, "pairs": pairs, "answers": single, "completions": completions}
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    return lambda text: text.format(model=tiny_model_dir, rows=rows, pairs=pairs, answers=single, root=ROOT)
+    return lambda text: text.format(model=tiny_model_dir, root=ROOT, **files)
 
 
 def skip_without_needs(text):
