@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from lightning_rlhf.functional import LOSSES
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PREFIX = "LIGHTNING_RLHF_NOTEBOOK_"
@@ -24,6 +26,9 @@ def settings(tiny_model_dir, tmp_path_factory):
         "reward": [
             {"prompt": f"question {i}", "chosen": text[: 3 + i % 9], "rejected": text[: 4 + i % 7], "lang": "en"}
             for i in range(24)
+        ],
+        "dpo": [
+            {"prompt": f"question {i}", "chosen": text[: 3 + i % 9], "rejected": text[: 4 + i % 7]} for i in range(24)
         ],
         "ppo": [{"prompt": f"question {i}"} for i in range(24)],
         "quantize": [{"instruction": f"question {i}", "output": text[: 3 + i % 9]} for i in range(40)],
@@ -158,6 +163,29 @@ def test_reward_notebook_shows_what_it_says(run):
     assert won / held_out == pytest.approx(float(above), abs=1e-3)
     [marked] = [shown for shown in displayed(notebook, "text/html") if "<mark>" in shown]
     assert marked.count("<mark>&lt;|im_end|&gt;</mark>") == 2, "each answer is scored at the token that ends it"
+
+
+def test_dpo_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "dpo.ipynb")
+    four = ["sigmoid", "ipo", "simpo", "apo_zero"]
+    rows, pairs = map(
+        int, re.search(r"^(\d+) pairs, (\d+) of them held out$", printed(notebook), re.MULTILINE).groups()
+    )
+    assert rows == 24 and 0 < pairs < 24
+    [curves] = [shown for shown in displayed(notebook, "text/html") if "<svg" in shown]
+    assert curves.count("<polyline") == len(LOSSES)
+    assert "no finite value" not in curves
+    pulls, held_out, answers = (table.splitlines()[2:] for table in displayed(notebook, "text/markdown"))
+    for name, *pairs_of in map(cells_of, pulls):
+        start, far, fell = ([float(number) for number in one.split(",")] for one in pairs_of)
+        assert start[0] == start[1] > 0 and (far[0] == far[1])
+        assert (far == fell) == (fell[0] == fell[1]) == (name != "apo_zero")
+    found = {name: values for name, *values in map(cells_of, held_out)}
+    assert list(found) == ["start", *four]
+    assert found["start"][0] == "0.500" and found["start"][2:] == ["+0.00"] * 2
+    assert [len(cells_of(line)) for line in answers] == [6] * 3
+    exports = [folder / "runs" / "notebook" / "dpo" / name / "hf" / "last" / "model.safetensors" for name in four]
+    assert len({export.read_bytes() for export in exports}) == 4, "each loss moves the model elsewhere"
 
 
 def test_ppo_notebook_shows_what_it_says(run):
