@@ -26,7 +26,7 @@ from lightning_rlhf.data import (
 )
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.formats import Conversation
-from lightning_rlhf.data.packed import unpack
+from lightning_rlhf.data.packed import Size, unpack
 from lightning_rlhf.data.planner import Planner
 from lightning_rlhf.data.sources import BadRowError
 from lightning_rlhf.data.token_cache import TokenCache, batched, map_in_order
@@ -378,10 +378,10 @@ def test_streaming_holds_few_rows(num_proc, tiny_tokenizer, tmp_path, monkeypatc
 
 
 def test_a_plan_in_windows_holds_a_window(tmp_path):
-    """Of half a million rows, whose sizes alone are 16 MB, less than 1 MB is held."""
-    rows, window = 500_000, 4096
-    np.random.default_rng(0).integers(1, 9, (rows, 4)).astype(np.float64).tofile(tmp_path / "sizes")
-    sizes = np.memmap(tmp_path / "sizes", np.float64, mode="r").reshape(-1, 4)
+    """Of half a million rows, whose sizes alone are 24 MB, less than 1 MB is held."""
+    rows, window, numbers = 500_000, 4096, len(Size.NAMES)
+    np.random.default_rng(0).integers(1, 9, (rows, numbers)).astype(np.float64).tofile(tmp_path / "sizes")
+    sizes = np.memmap(tmp_path / "sizes", np.float64, mode="r").reshape(-1, numbers)
 
     def peak(window):
         planner = Planner(sizes, 64, window=window)

@@ -491,9 +491,18 @@ def reward_of(value):
     return lambda prompts, completions: [value if i == 1 else float(i) for i in range(len(completions))]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, None])
+def test_a_reward_that_does_not_apply_to_a_completion_leaves_it_out(tiny_model_dir, tmp_path):
+    """None is no bad score: the run goes on, and the completion is counted."""
+    module = PPOModule(tiny_model_dir, reward_of(None), **grouped(lora=LoRA(r=2), sampling=Sampling(max_new_tokens=3)))
+    data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, cache_dir=tmp_path / "cache")
+    trainer = quiet(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["train/dropped_samples"] == 1 and module.trainer.global_step == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39])
 def test_a_bad_score_stops_the_run_and_names_its_sample(tiny_model_dir, tmp_path, value):
-    own = value not in (None, 1e39)
+    own = value != 1e39
     for reward in (reward_of(value), *([Constant(value)] if own else []), [WeightedReward(reward_of(value))]):
         module = PPOModule(tiny_model_dir, reward, **grouped(lora=LoRA(r=2), sampling=Sampling(max_new_tokens=3)))
         data = PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0, cache_dir=tmp_path / "cache")
