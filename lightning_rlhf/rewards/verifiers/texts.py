@@ -6,8 +6,13 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
+import regex as expressions  # its searches can have a time limit
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_rlhf.rewards.functions import marked_answer
 
+#: Seconds that a search may take.
+_SECONDS = 1
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])")
 
 
@@ -89,7 +94,7 @@ def regex(prompts: Sequence[object], completions: Sequence[str], pattern: Sequen
         pattern: (S,) expressions; a dot matches line breaks too.
 
     Returns:
-        (S,) scores; None where there is no pattern.
+        (S,) scores; None where there is no pattern. 0, with a warning, where the search takes more than a second.
 
     Raises:
         ValueError: An expression is none.
@@ -101,9 +106,16 @@ def regex(prompts: Sequence[object], completions: Sequence[str], pattern: Sequen
     scores: list[float | None] = []
     for text, wanted in zip(completions, pattern, strict=True):
         try:
-            scores.append(None if wanted is None else float(re.search(wanted, text, re.DOTALL) is not None))
-        except re.error as error:
+            found = wanted is not None and expressions.search(wanted, text, expressions.DOTALL, timeout=_SECONDS)
+        except expressions.error as error:
             raise ValueError(f"regex: the column pattern has {wanted!r}, which is no expression: {error}.") from None
+        except TimeoutError:
+            rank_zero_warn(
+                f"regex: searching {wanted!r} took more than {_SECONDS} s in a completion, which scores 0. Rewrite the "
+                "expression: repeats within repeats try every way to divide a text."
+            )
+            found = None
+        scores.append(None if wanted is None else float(bool(found)))
     return scores
 
 

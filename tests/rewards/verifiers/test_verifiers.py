@@ -42,6 +42,12 @@ def test_a_tolerance_is_relative():
     assert one(number, "101", 100, tolerance=0.01) == 1.0 and one(number, "101.1", 100, tolerance=0.01) == 0.0
 
 
+def test_an_expression_that_takes_for_ever_scores_0_with_a_warning(monkeypatch):
+    monkeypatch.setattr("lightning_rlhf.rewards.verifiers.texts._SECONDS", 0.05)
+    with pytest.warns(UserWarning, match=r"regex: searching '\(a\|aa\)\+\$' took more than 0.05 s"):
+        assert regex([""] * 2, ["a" * 60 + "b", "aaa"], ["(a|aa)+$"] * 2) == [0.0, 1.0]
+
+
 def test_exact_and_regex():
     assert [one(exact, " a b\n", v) for v in ("a b", "a  b", None)] == [1.0, 0.0, None]
     assert [one(regex, "a\nb", v) for v in ("a.b", "^b$", None)] == [1.0, 0.0, None]
