@@ -110,6 +110,8 @@ ALGORITHMS = {
 
 def make_algorithm(given: str | Algorithm) -> Algorithm:
     """Returns the algorithm of a name, or the given one; raises a ValueError that has the nearest name."""
+    if not isinstance(given, str | Algorithm):
+        raise ValueError(f"algorithm is {given!r}: give a name ({', '.join(ALGORITHMS)}) or an Algorithm.")
     if isinstance(given, str) and given not in ALGORITHMS:
         near = max(ALGORITHMS, key=lambda name: SequenceMatcher(None, name, given.lower()).ratio())
         raise ValueError(f"algorithm {given!r} is unknown; did you mean {near}? All: {', '.join(ALGORITHMS)}.")

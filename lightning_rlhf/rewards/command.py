@@ -43,6 +43,9 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, part_names
     from lightning_rlhf.utils.text import one_line
 
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        why = "is there already" if out.exists() else f"can't be written: there is no folder {out.parent}"
+        raise ValueError(f"{out} {why}. Give --out another path.")
     rows = list(read_rows(file, BadRows()))
     for row in rows:
         if not isinstance(row.value.get(column), str):

@@ -106,7 +106,9 @@ _OR = r"(?:\band/or\b|\bor\b|\band\b|或者?|还是|和)"
 _BESIDE = re.compile(rf"[\s,;，；]*{_OR}[\s,:]*(?:maybe|perhaps|possibly)?\s*|[ \t,;/、，；]*", re.IGNORECASE)
 #: How LaTeX and Markdown dress it.
 _DRESS = re.compile(r"\\text|\\q?quad|\\[,;! ]|[{}$*()]")
-_MARKED = re.compile(rf"(?:####|\banswer:|答案：)[ \t]*([^\n]+?)(?=[ \t]*{_OR}?[ \t]*$)", re.IGNORECASE | re.MULTILINE)
+_MARKED = re.compile(
+    rf"(?:####|\banswer:|答案[：:])[ \t]*([^\n]+?)(?=[ \t]*{_OR}?[ \t]*$)", re.IGNORECASE | re.MULTILINE
+)
 
 
 def marked_answer(text: str) -> str:

@@ -98,6 +98,8 @@ def constant_scores(names: Sequence[str], scores: Scores) -> str:
     mine = {name: column[column.isfinite()].unique()[:2].tolist() for name, column in columns.items()}
     every = gather_objects(mine)
     values = {name: {v for found in every for v in found[name]} for name in columns}
+    if not any(values.values()):
+        return "no completion had a score, because the reward applied to none or its scores were dropped"
     constant = [f"{name} is {next(iter(v)):g} for all" for name, v in values.items() if len(v) == 1]
     return ", ".join(constant) or "scores differ between prompts, not within one"
 

@@ -55,7 +55,8 @@ def import_object(path: str, what: str) -> Any:
             f"{os.getcwd()}{_near(error.name, _beside(error.name))} Put its folder on PYTHONPATH."
         ) from error
     if not hasattr(found, name):
-        own = sorted(n for n, value in vars(found).items() if _is_own(value, module) and not n.startswith("_"))
+        defined = (n for n, value in vars(found).items() if _is_own(value, module) and not n.startswith("_"))
+        own = sorted(getattr(found, "__all__", defined))
         raise ImportError(
             f"Can't import the {what} {path!r}: {module} has no {name}{_near(name, own)} It has: "
             f"{', '.join(own) or 'nothing'}."

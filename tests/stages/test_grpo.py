@@ -311,6 +311,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path, nam
     ("options", "message"),
     [
         (dict(algorithm="grppo"), "algorithm 'grppo' is unknown; did you mean grpo?"),
+        (dict(algorithm=None), "algorithm is None: give a name (grpo, "),
         (dict(rollout=Rollout(1)), "rollout.samples_per_prompt is 1: set it to 2 or more, or choose algorithm reinf"),
         (dict(algorithm="reinforce++", groups=Groups("drop")), "flat_groups drop is for algorithms that compare"),
         (dict(shaping=Shaping(whiten=True)), "shaping.whiten is for a critic"),
@@ -358,6 +359,12 @@ def test_a_reward_that_says_nothing_ends_the_run_and_is_named(tiny_model_dir, tm
     assert trainer.global_step == 7 and module.skipped == 0
     if flat_groups == "drop":  # no update at all, weight decay neither
         assert_equal(dict(module.policy.model.named_parameters()), dict(start.named_parameters()))
+
+
+def test_a_reward_that_never_applies_ends_the_run_and_says_so(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"last 2 iterations are flat.*: no completion had a score, because the"):
+        run(tiny_model_dir, tmp_path, reward=lambda prompts, completions: [None] * len(completions), max_steps=5,
+            groups=dict(max_flat=2))  # fmt: skip
 
 
 def shortness(prompts, completions):

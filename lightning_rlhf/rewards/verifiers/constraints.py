@@ -50,6 +50,39 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
 }
 
 
+#: What a value must be, if it is no word that the constraint knows.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("min_words", "max_words", "min_characters", "max_characters", "sentences", "paragraphs"),
+        ("a whole number, 0 or more", lambda value: type(value) is int and value >= 0),
+    ),
+    **dict.fromkeys(
+        ("contains", "excludes"),
+        ("a list of texts", lambda value: isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)),
+    ),
+    **dict.fromkeys(("starts_with", "ends_with"), ("a text", lambda value: isinstance(value, str))),
+}
+
+
+def _read(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    """The constraints of a row, checked."""
+    try:
+        wanted = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        wanted = None
+    if not isinstance(wanted, Mapping):
+        raise ValueError(
+            f"constraints: the column constraints has {str(given)[:60]!r}: give an object, or JSON of one."
+        )
+    for name, value in wanted.items():
+        if name not in CONSTRAINTS:
+            near = did_you_mean(name, CONSTRAINTS)
+            raise ValueError(f"constraints: {name!r} is unknown{near} All: {', '.join(CONSTRAINTS)}.")
+        if name in _KINDS and not _KINDS[name][1](value):
+            raise ValueError(f"constraints: {name} is {value!r}: give {_KINDS[name][0]}.")
+    return wanted
+
+
 def constraints(
     prompts: Sequence[object], completions: Sequence[str], constraints: Sequence[Mapping[str, Any] | str | None]
 ) -> list[float | None]:
@@ -72,18 +105,10 @@ def constraints(
     """
     scores: list[float | None] = []
     for text, given in zip(completions, constraints, strict=True):
-        wanted = json.loads(given) if isinstance(given, str) else given
+        wanted = {} if given is None else _read(given)
         if not wanted:
             scores.append(None)
             continue
-        kept = 0
-        for name, value in wanted.items():
-            if name not in CONSTRAINTS:
-                near = did_you_mean(name, CONSTRAINTS)
-                raise ValueError(f"constraints: {name!r} is unknown{near} All: {', '.join(CONSTRAINTS)}.")
-            try:
-                kept += CONSTRAINTS[name](text.strip(), value)
-            except (TypeError, AttributeError) as error:
-                raise ValueError(f"constraints: {name} can't be {value!r}: {error}.") from None
+        kept = sum(CONSTRAINTS[name](text.strip(), value) for name, value in wanted.items())
         scores.append(kept / len(wanted))
     return scores

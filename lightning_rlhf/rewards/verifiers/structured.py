@@ -10,6 +10,8 @@ from typing import Any
 from lightning_rlhf.utils.imports import require
 from lightning_rlhf.utils.text import one_line
 
+#: jsonschema and what it resolves references by.
+_NEEDS = ("jsonschema", "referencing")
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
@@ -30,25 +32,32 @@ def json_schema(
         ImportError: The package jsonschema is missing.
         ValueError: A schema is none.
     """
-    jsonschema: Any = require("jsonschema", "The verifier json_schema", "verify")
+    jsonschema, referencing = (require(name, "The verifier json_schema", "verify") for name in _NEEDS)
     scores: list[float | None] = []
     for text, given in zip(completions, schema, strict=True):
         if given is None:
             scores.append(None)
             continue
         try:
-            wanted = json.loads(given) if isinstance(given, str) else dict(given)
+            wanted = json.loads(given) if isinstance(given, str) else given
+            if not isinstance(wanted, Mapping):
+                raise ValueError("a schema is an object, or JSON of one")
             jsonschema.validators.validator_for(wanted).check_schema(wanted)
         except (ValueError, jsonschema.SchemaError) as error:
-            raise ValueError(
-                f"json_schema: the column schema has {str(given)[:60]!r}: {one_line(str(error), 80)}."
-            ) from None
+            raise _no_schema(given, error) from None
         fenced = _FENCED.search(text)
         try:
             value = json.loads(fenced[1] if fenced else text)
         except (ValueError, RecursionError):
             scores.append(0.0)
             continue
-        follows = jsonschema.validators.validator_for(wanted)(wanted).is_valid(value)
+        try:
+            follows = jsonschema.validators.validator_for(wanted)(wanted).is_valid(value)
+        except (RecursionError, referencing.exceptions.Unresolvable) as error:
+            raise _no_schema(given, error) from None
         scores.append(1.0 if follows else 0.5)
     return scores
+
+
+def _no_schema(given: object, error: Exception) -> ValueError:
+    return ValueError(f"json_schema: the column schema has {str(given)[:60]!r}: {one_line(str(error), 80)}.")

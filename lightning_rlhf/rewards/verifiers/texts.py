@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow, localcontext
 
-import regex as expressions  # its searches can have a time limit
+import regex as expressions  # type: ignore[import-untyped]  # its searches can have a time limit
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rlhf.rewards.functions import marked_answer
 
+#: Full-width forms, as Chinese texts have them, and the minus sign.
+_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
 #: Seconds that a search may take.
 _SECONDS = 1
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w)", re.ASCII)
 
 
 def read_number(text: str) -> str:
     r"""Reads what :func:`number` compares: the last number of the marked answer, otherwise of the text; "" if none.
 
-    An answer is marked by ``\boxed{...}``, ``####`` or ``Answer:``.
+    An answer is marked by ``\boxed{...}``, ``####``, ``Answer:`` or ``答案：``. Full-width digits and signs are read
+    too. A number may touch Chinese characters, but no Latin letters.
 
     Example:
         >>> read_number("2 and 3 make\n#### 1,005"), read_number("It is 4, not 5. So 4.0!"), read_number("?")
         ('1,005', '4.0', '')
+        >>> read_number("一共有7个苹果。"), read_number("等于１，000元")
+        ('7', '1,000')
     """
-    found = _NUMBER.findall(marked_answer(text))
+    found = _NUMBER.findall(marked_answer(text).translate(_ASCII))
     return found[-1] if found else ""
 
 
@@ -58,7 +63,9 @@ def number(
         want, found = _decimal(read_number(str(given))), _decimal(read_number(text))
         if want is None:
             raise ValueError(f"number: the column answer has {str(given)[:60]!r}, in which there is no number.")
-        near = found is not None and abs(found - want) <= Decimal(str(tolerance)) * abs(want)
+        with localcontext() as context:
+            context.traps[Overflow] = False  # a completion may write 1e999999999
+            near = found is not None and abs(found - want) <= Decimal(str(tolerance)) * abs(want)
         scores.append(float(near))
     return scores
 
@@ -105,6 +112,8 @@ def regex(prompts: Sequence[object], completions: Sequence[str], pattern: Sequen
     """
     scores: list[float | None] = []
     for text, wanted in zip(completions, pattern, strict=True):
+        if not isinstance(wanted, str | None):
+            raise ValueError(f"regex: the column pattern has {wanted!r}: give a regular expression, as a text.")
         try:
             found = wanted is not None and expressions.search(wanted, text, expressions.DOTALL, timeout=_SECONDS)
         except expressions.error as error:

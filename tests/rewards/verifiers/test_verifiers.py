@@ -1,6 +1,7 @@
 """Verifiers: what they read, what does not apply, and rows that are wrong."""
 
 import json
+import math
 
 import pytest
 
@@ -61,15 +62,46 @@ def test_exact_and_regex():
         (json_schema, "{", "json_schema: the column schema has"),
         (json_schema, {"type": "thing"}, "json_schema: the column schema has"),
         (constraints, {"max_word": 3}, "'max_word' is unknown; did you mean max_words?"),
-        (constraints, {"max_words": "3"}, "max_words can't be '3'"),
+        (regex, 7, "the column pattern has 7: give a regular expression"),
+        (json_schema, 7, "a schema is an object"),
+        (json_schema, {"$ref": "#"}, "json_schema: the column schema has"),
+        (json_schema, {"$ref": "#/definitions/q"}, "does not exist"),
+        (constraints, {"max_words": "3"}, "max_words is '3': give a whole number, 0 or more"),
+        (constraints, {"max_words": math.nan}, "max_words is nan: give a whole number, 0 or more"),
+        (constraints, {"max_words": True}, "max_words is True: give a whole number, 0 or more"),
+        (constraints, {"contains": "moon"}, "contains is 'moon': give a list of texts"),
+        (constraints, {"contains": [1]}, "contains is [1]: give a list of texts"),
+        (constraints, {"ends_with": 1}, "ends_with is 1: give a text"),
+        (constraints, 7, "the column constraints has '7': give an object"),
+        (constraints, "not json", "the column constraints has 'not json': give an object"),
         (constraints, {"language": "fr"}, "Choose zh or en"),
         (constraints, {"case": "title"}, "Choose lower or upper"),
     ],
 )
 def test_a_column_that_is_wrong_is_an_error_in_a_line(verifier, value, message):
     with pytest.raises(ValueError) as error:
-        one(verifier, "x", value)
+        one(verifier, "7", value)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "score"),
+    [
+        ("是7", 7, 1.0),
+        ("一共有7个苹果。", 7, 1.0),
+        ("第3题:12元", 12, 1.0),
+        ("答案是７。", 7, 1.0),
+        ("答案:8\n验算 9", 8, 1.0),
+        ("是1，000元", 1000, 1.0),
+        ("\u22127", -7, 1.0),
+        ("5²", 52, 0.0),
+        ("x7", 7, 0.0),
+        ("1e999999999", 1, 0.0),
+        ("1e-999999999", 1, 0.0),
+    ],
+)
+def test_numbers_in_chinese_and_out_of_all_bounds(text, value, score):
+    assert one(number, text, value) == score
 
 
 @pytest.mark.parametrize(
@@ -158,6 +190,9 @@ def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
     ("options", "message"),
     [
         (["--reward", "lightning_rlhf.rewards.verifiers.digit"], "verifiers has no digit"),
+        (["--reward", "lightning_rlhf.rewards.verifiers.numbr"], "did you mean number?"),
+        (["--reward", NUMBER, "--out", "no/where.jsonl"], "no/where.jsonl can't be written: there is no folder no"),
+        (["--reward", NUMBER, "--out", __file__], "is there already. Give --out another path"),
         (["--reward", NUMBER, "--completion", "text"], "the column 'text' is no text; the row has prompt, completion"),
         (["--reward", "lightning_rlhf.rewards.verifiers.regex"], "needs the column pattern"),
     ],
