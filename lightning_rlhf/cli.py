@@ -100,6 +100,7 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_rlhf.data.errors import DataError
+    from lightning_rlhf.rewards.base import RewardError
     from lightning_rlhf.utils import CheckpointError
 
     if of_settings and isinstance(error, (OSError, ValueError)):
@@ -108,7 +109,7 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
         return error.errno is None  # with a number it comes from the system
     if isinstance(error, ImportError):
         return error.name is None  # with a name it comes from Python
-    return isinstance(error, (DataError, CheckpointError, MisconfigurationException))
+    return isinstance(error, (DataError, RewardError, CheckpointError, MisconfigurationException))
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -186,7 +186,7 @@ def _label(row: Mapping[str, Any], column: str | None, threshold: float | None) 
     for name in LABELS:
         word = str(row.get(name)).strip().lower()
         if has_columns(row, name) and (not isinstance(row[name], (bool, str)) or word not in ("true", "false")):
-            reason = f"the column {name!r} is {str(row[name])[:40]!r}. Make it true or false"
+            reason = f"the column {name!r} is {repr(row[name])[:40]}. Make it true or false"
             raise FormatError("label", f"{reason}; a number goes into a column 'rating', with a threshold")
         if has_columns(row, name):
             said[name] = word == "true"

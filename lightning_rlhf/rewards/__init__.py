@@ -1,6 +1,6 @@
 """Where rewards come from: reward models, Python functions, weighted sums of both, judges."""
 
-from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
+from lightning_rlhf.rewards.base import BadScores, Reward, RewardError, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward
 from lightning_rlhf.rewards.judges import JudgedReward
 from lightning_rlhf.rewards.model import RewardModelReward, render
@@ -12,6 +12,7 @@ __all__ = [
     "FunctionReward",
     "JudgedReward",
     "Reward",
+    "RewardError",
     "RewardModelReward",
     "Samples",
     "Scores",

@@ -71,7 +71,11 @@ class Scores(NamedTuple):
     absent: Tensor | None = None
 
 
-class BadScores(ValueError):
+class RewardError(ValueError):
+    """A reward can't score, or its scores teach nothing; the message is for people."""
+
+
+class BadScores(RewardError):
     """Some scores are not finite numbers; the message names the sample of the first one.
 
     Attributes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
 from lightning_rlhf.data.packed import unpack
-from lightning_rlhf.rewards.base import Reward, Samples, Scores, check_scores
+from lightning_rlhf.rewards.base import Reward, RewardError, Samples, Scores, check_scores
 from lightning_rlhf.utils.imports import import_object
 from lightning_rlhf.utils.text import show
 
@@ -64,12 +65,13 @@ class FunctionReward(Reward):
             Scores.
 
         Raises:
-            ValueError: The data lack a column that the function needs, or it returns another number of scores.
+            RewardError: The data lack a column that the function needs, or the function fails or returns another number
+                of scores.
             BadScores: Some scores are not finite numbers.
         """
         given: dict[str, list[Any]] = {"prompts": samples.prompts, "completions": samples.completions}
         if clash := sorted(given.keys() & samples.columns.keys()):
-            raise ValueError(f"Rename the column {clash[0]} of the prompt data: the argument of that name is ours.")
+            raise RewardError(f"Rename the column {clash[0]} of the prompt data: the argument of that name is ours.")
         wanted = self.accepts & _OF_SAMPLES - samples.columns.keys()
         if "truncated" in wanted:
             given["truncated"] = samples.truncated
@@ -77,21 +79,29 @@ class FunctionReward(Reward):
             given["completion_ids"] = [b.input_ids for tree in unpack(samples.batch) for b in tree.branches]
         given |= samples.columns
         if missing := sorted(self.needs - given.keys()):
-            raise ValueError(
+            raise RewardError(
                 f"The reward function {self.name} needs the column {', '.join(missing)}; the prompts' rows have "
                 f"{', '.join(sorted(samples.columns)) or 'no further columns'}."
             )
         passed = {name: list(v) for name, v in given.items() if self.takes_all or name in self.accepts}
-        result, size = self.function(**passed), len(samples.completions)
+        size = len(samples.completions)
+        try:
+            result = self.function(**passed)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(
+                f"The reward function {self.name} failed on {size} completions: {type(error).__name__}: {error} "
+                f"({where.filename}:{where.lineno})"
+            ) from error
         try:
             scores = list(result.tolist() if hasattr(result, "tolist") else result)
         except TypeError:
-            raise ValueError(
+            raise RewardError(
                 f"The reward function {self.name} returned {show(result)}; return a list of {size} numbers, one a "
                 "completion."
             ) from None
         if len(scores) != size:
-            raise ValueError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
+            raise RewardError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
         device = samples.batch.input_ids.device
         numbers = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float().to(device)
         absent = torch.tensor([score is None for score in scores], device=device)

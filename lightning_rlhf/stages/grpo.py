@@ -29,7 +29,7 @@ from lightning_rlhf.functional import (
 )
 from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA
-from lightning_rlhf.rewards import Reward, Samples, Scores, WeightedReward, WeightedSum
+from lightning_rlhf.rewards import Reward, RewardError, Samples, Scores, WeightedReward, WeightedSum
 from lightning_rlhf.rl import KL, Experience, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
 from lightning_rlhf.rl.groups import Refill, check_groups, check_spare, constant_scores, group_metrics
 from lightning_rlhf.rl.settings import check_kind
@@ -170,7 +170,7 @@ class GRPOModule(RLStage):
         """Scores an experience, and counts its groups; all ranks must call.
 
         Raises:
-            ValueError: All groups were flat for ``groups.max_flat`` iterations.
+            RewardError: All groups were flat for ``groups.max_flat`` iterations.
         """
         super().score_experience(experience, samples)
         if "flat_groups" not in experience.metrics:  # otherwise the refill has counted all that it sampled
@@ -178,7 +178,7 @@ class GRPOModule(RLStage):
         self.flat_iterations = self.flat_iterations + 1 if experience.metrics["flat_groups"] == 1 else 0
         if self.groups.max_flat is not None and self.flat_iterations >= self.groups.max_flat:
             assert experience.scored is not None
-            raise ValueError(
+            raise RewardError(
                 f"All groups of the last {self.flat_iterations} iterations are flat, so nothing is learned: "
                 f"{constant_scores(self.reward.names, experience.scored)}. Look at completions (SampleCompletions), "
                 "choose prompts that are neither too easy nor too hard or a finer reward, or set groups.max_flat: null."
@@ -234,9 +234,9 @@ class GRPOModule(RLStage):
 
     # ------------------------------------------------------------------------------------------------- hooks
 
-    def on_fit_start(self) -> None:
-        """Refuses a refill that holds back whole batches."""
-        super().on_fit_start()
+    def check_fit(self) -> None:
+        """As the base; refuses a refill that holds back whole batches."""
+        super().check_fit()
         check_spare(self.groups, getattr(self.trainer, "datamodule", None))
 
     def on_empty_minibatch(self) -> None:

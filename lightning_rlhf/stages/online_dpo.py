@@ -158,13 +158,13 @@ class OnlineDPOModule(RLStage):
         super().forget()
         self._iterations, self._delta, self.without_pairs = 0, 0.0, 0
 
-    def on_fit_start(self) -> None:
+    def check_fit(self) -> None:
         """As the base; refuses pairs that could be too long for a micro-batch.
 
         Raises:
             ValueError: There are such prompts.
         """
-        super().on_fit_start()
+        super().check_fit()
         data, limit = getattr(self.trainer, "datamodule", None), self.updates.micro_batch_tokens
         longest = data.longest("train") if isinstance(data, KnowsLengths) else 0
         if limit is not None and (whole := longest + 2 * self.sampling.max_new_tokens) > limit:

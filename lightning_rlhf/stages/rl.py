@@ -41,7 +41,7 @@ from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy
 from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.roles import Role
-from lightning_rlhf.rewards import Reward, Samples, Scores, WeightedReward, make_reward
+from lightning_rlhf.rewards import Reward, RewardError, Samples, Scores, WeightedReward, make_reward
 from lightning_rlhf.rl import (
     KL,
     Critic,
@@ -66,7 +66,7 @@ from lightning_rlhf.rl.checks import (
 from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
 from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
-from lightning_rlhf.stages.base import LOAD, Stage
+from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
 from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
 from lightning_rlhf.strategies.gradients import sharding
@@ -340,9 +340,26 @@ class RLStage(Stage):
         """Refuses, before the first rollout, what would end the run in its middle or do nothing.
 
         Raises:
-            ValueError: The message says what, and what to set instead.
+            SettingsError: The message says what, and what to set instead.
         """
         super().on_fit_start()
+        try:
+            self.check_fit()
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        # Its advice is for one optimizer step per batch; here a checkpoint after the iteration is what resumes exactly.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+        warn_of_biased_sampling(self.sampling)
+        self.actors.cast_reference()
+        with self.actors.on_device(self.device, "reward", "reference"):
+            pass  # leaves them off the device
+
+    def check_fit(self) -> None:
+        """Checks settings against strategy, models and data, which are known by now.
+
+        Raises:
+            ValueError: They do not fit.
+        """
         if not isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
                 f"{type(self).__name__} runs on one device, under DDP and under colossalai_..., not under "
@@ -353,16 +370,10 @@ class RLStage(Stage):
                 f"{type(self).__name__} samples before its first training step, which Gemini's placement='auto' does "
                 "not allow: set the strategy's placement to static."
             )
-        # Its advice is for one optimizer step per batch; here a checkpoint after the iteration is what resumes exactly.
-        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_lengths("train", "val")
         check_beside(self.beside, self.beside_weight, self.updates.micro_batch_tokens, data)
         check_adaptive_kl(self.kl, self.rollout.samples_per_prompt, data)
-        warn_of_biased_sampling(self.sampling)
-        self.actors.cast_reference()
-        with self.actors.on_device(self.device, "reward", "reference"):
-            pass  # leaves them off the device
 
     def on_validation_start(self) -> None:
         """Refuses lengths that no model can read."""
@@ -499,13 +510,13 @@ class RLStage(Stage):
         """(S,) scores of this rank's samples, NaN where one is dropped; all ranks must call, also without samples.
 
         Raises:
-            ValueError: A score on any rank is not finite, and ``shaping.bad_scores`` is ``stop``.
+            RewardError: A score on any rank is not finite, and ``shaping.bad_scores`` is ``stop``.
         """
         with whole_weights(self.strategy, self.policy), self.actors.on_device(self.device, "reward"):
             scores, why = (Scores(torch.zeros(0)), "") if samples is None else self.actors.score(samples)
         why = next(filter(None, gather_objects(why)), "")
         if why and self.shaping.bad_scores == "stop":
-            raise ValueError(
+            raise RewardError(
                 f"{why} Mend the reward, or set model.shaping.bad_scores to drop, which leaves such samples out."
             )
         if why:

@@ -91,9 +91,9 @@ GOOD = {"prompt": "q", "completion": "a", "label": True}
 @pytest.mark.parametrize(
     ("kind", "words", "row"),
     [
-        ("label", "the column 'label' is '1'. Make it true or false", {**GOOD, "label": 1}),
+        ("label", "the column 'label' is 1. Make it true or false", {**GOOD, "label": 1}),
         ("label", "the column 'label' is 'good'", {**GOOD, "label": "good"}),
-        ("label", "the column 'kto_tag' is 'nan'", {**GOOD, "kto_tag": math.nan}),
+        ("label", "the column 'kto_tag' is nan", {**GOOD, "kto_tag": math.nan}),
         ("two labels", "'label' and 'kto_tag' differ", {**GOOD, "kto_tag": False}),
         ("no threshold", "'rating' is a number, and nothing says", {"prompt": "q", "completion": "a", "rating": 4}),
         ("empty turn", r"with the answer, turn 2 \(assistant\) is empty", {**GOOD, "completion": " "}),

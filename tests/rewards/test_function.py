@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
-from lightning_rlhf.rewards import BadScores, FunctionReward, Samples, WeightedReward, make_reward
+from lightning_rlhf.rewards import BadScores, FunctionReward, RewardError, Samples, WeightedReward, make_reward
 
 
 def samples(prompts=("a", "b"), completions=("x", "yy"), **columns):
@@ -135,3 +135,11 @@ def test_a_bad_score_names_the_prompts_row_and_how_many_more_there_are():
                     ["x", "y" * 500, "z"], [False] * 3, {})  # fmt: skip
     with pytest.raises(BadScores, match=r"completion 1 \(row 31 of the prompts\) \(and 1 more\).*'yyy.*yy…\.$"):
         FunctionReward(f)(given)
+
+
+def test_a_function_that_fails_is_named_with_the_place():
+    def broken(prompts, completions):
+        raise KeyError("boom")
+
+    with pytest.raises(RewardError, match=r"broken failed on 2 completions: KeyError: .boom. \(.*:\d+\)"):
+        FunctionReward(broken)(samples())
