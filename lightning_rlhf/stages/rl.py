@@ -77,6 +77,8 @@ from lightning_rlhf.utils.random import generator, sample_key
 VALIDATION = -1
 #: By which argument of the constructor a model comes.
 _GIVEN_AS = {"policy": "pretrained", "reference": "pretrained", "critic": "critic=Critic(model)", "reward": "reward"}
+#: What the progress bar shows.
+_IN_BAR = ("train/score", "train/kl", "train/length_mean")
 #: What is not logged where no reference is asked.
 _KL_NAMES = ("kl", "kl_k3")
 ROLLOUT, KL_PENALTY, SHAPING, LOSS, UPDATES = Rollout(), KL(), Shaping(), Loss(), Updates()
@@ -417,9 +419,9 @@ class RLStage(Stage):
         found["tokens_per_second"] = found.pop("tokens") / (clock[-1] - clock[0])
         metrics = {f"train/{name}": value for name, value in found.items()}
         self.updater.step_schedules(metrics)
-        for name, value in metrics.items():
-            bar = name in ("train/score", "train/kl", "train/length_mean")
-            self.log(name, value, prog_bar=bar, batch_size=1)
+        shown = [name for name in _IN_BAR if name in metrics]  # first, so that the bar has them in this order
+        for name in dict.fromkeys([*shown, *metrics]):
+            self.log(name, metrics[name], prog_bar=name in shown, batch_size=1)
 
     def run_rollout(self, prompts: PromptBatch, iteration: int) -> tuple[Experience, Samples | None]:
         """Samples completions of this rank's prompts.

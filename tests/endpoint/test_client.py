@@ -291,7 +291,13 @@ def test_an_interrupt_waits_for_what_is_paid(tmp_path):
     asked = questions(40)
     with FakeEndpoint(delay=(0.3, 0.3)) as server, Ledger(tmp_path / "l.db") as ledger:
         main = threading.main_thread().ident
-        threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+
+        def interrupt():
+            while len(server.bill) < 4:
+                time.sleep(0.01)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             ask(server, asked, ledger, concurrency=4)
         totals = ledger.totals()

@@ -14,6 +14,8 @@ from lightning_rlhf.cli import cli, main
 from lightning_rlhf.inspection.command import InspectCLI
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+#: Folders of configs of stages that sample.
+ONLINE = ("ppo", "online_dpo", "grpo")
 STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("parallel", "collect"))
 
 
@@ -31,16 +33,18 @@ def no_weights(tiny_model_dir, tmp_path):
 
 
 def small(path, model):
+    reward = "lightning_rlhf.rewards.functions.length_window"
+    rewards = json.dumps([{"source": reward}])  # GDPO wants a list
     few = [
         "--model.rollout.sampling.max_new_tokens",
         "8",
         "--model.reward",
-        "lightning_rlhf.rewards.functions.length_window",
+        rewards if path.stem.endswith("gdpo") else reward,
     ]
     return [
         "inspect", "--config", str(path), "--model.pretrained", str(model), "--model.chat_template", "chatml",
         "--data.max_length", "256", "--data.on_bad_row", "skip",
-        *(few if path.parent.name in ("ppo", "online_dpo") else []),
+        *(few if path.parent.name in ONLINE else []),
         *(["--data.train", "bundled"] if path.stem == "from_chat" else []),
     ]  # fmt: skip
 
@@ -52,8 +56,8 @@ def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_
     out = capsys.readouterr().out
     assert out.count("\nrow ") == 2 and "\nrow 0 · " in out and ".jsonl:" in out
     assert "<|im_start|>user⏎" in out and "padding avoided" in out and "too long; first" in out
-    assert ("generation starts here" in out) == (path.parent.name in ("ppo", "online_dpo"))
-    assert ("^~~~" in out) == (path.parent.name not in ("ppo", "online_dpo")) and ("rejected" in out) == (
+    assert ("generation starts here" in out) == (path.parent.name in ONLINE)
+    assert ("^~~~" in out) == (path.parent.name not in ONLINE) and ("rejected" in out) == (
         path.parent.name in ("reward", "dpo")
     )
     assert (" good, " in out) == (path.parent.name == "kto")
