@@ -190,7 +190,7 @@ def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
     ("options", "message"),
     [
         (["--reward", "lightning_rlhf.rewards.verifiers.digit"], "verifiers has no digit"),
-        (["--reward", "lightning_rlhf.rewards.verifiers.numbr"], "did you mean number?"),
+        (["--reward", "lightning_rlhf.rewards.verifiers.numbers"], "did you mean number?"),
         (["--reward", NUMBER, "--out", "no/where.jsonl"], "no/where.jsonl can't be written: there is no folder no"),
         (["--reward", NUMBER, "--out", __file__], "is there already. Give --out another path"),
         (["--reward", NUMBER, "--completion", "text"], "the column 'text' is no text; the row has prompt, completion"),
