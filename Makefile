@@ -69,7 +69,7 @@ $(VENV)/.test-installed: $(VENV)/.demo-installed
 	@touch $@
 
 $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt
-	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e . transformers==4.51.3 pytest pytest-timeout pytest-xdist hypothesis bitsandbytes $(COLOSSALAI_NEEDS))
+	$(call install,$(BRIDGE),constraints-4.51.txt,--quiet -e '.[verify]' transformers==4.51.3 pytest pytest-timeout pytest-xdist hypothesis bitsandbytes $(COLOSSALAI_NEEDS))
 	$(call timed,$(BRIDGE): ColossalAI,$(BRIDGE)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI))
 
 # The newest transformers that setup.cfg allows, with what it asks for, in a folder that goes before $(VENV)'s own.
