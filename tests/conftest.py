@@ -1,6 +1,8 @@
 """Fixtures: a tiny tokenizer and model made here, a small trained one, and the folder with real data."""
 
 import os
+import signal
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +13,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 ROOT = Path(__file__).resolve().parents[1]
+# a shell's background jobs, and their children, ignore Ctrl-C: tests of it would wait for nothing
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
