@@ -56,7 +56,7 @@ class Preference:
         scores: The graders' scores, one per answer, or None.
         source: Name of the row's source, or empty.
         lang: Its language, or empty.
-        options: What the chat template gets beside the messages.
+        options: Further arguments of the chat template.
         unread: Keys of the row and of its turns that nothing reads.
     """
 

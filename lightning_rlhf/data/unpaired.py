@@ -369,7 +369,7 @@ class UnpairedDataModule(TreeDataModule[Unpaired]):
         return rows
 
     def _mismatches(self) -> bool:
-        """Whether the module reads mismatched answers; without a module, batches have them."""
+        """Returns whether batches get mismatched answers: if the module reads them, or no module says."""
         return self._module.reads_mismatched if isinstance(self._module, ReadsMismatched) else True
 
     def every_mismatch(self, part: str, epoch: int) -> PlannedLoader | None:

@@ -53,7 +53,7 @@ class Unpaired:
         labels: For each answer, whether it is good; None if nobody says.
         source: Name of the row's source, or empty.
         lang: Its language, or empty.
-        options: What the chat template gets beside the messages.
+        options: Further arguments of the chat template.
         unread: Keys of the row and of its turns that nothing reads.
     """
 
@@ -128,7 +128,7 @@ def to_unpaired(
         system: System turn for rows that have none.
         threshold: The lowest rating of a good answer.
         take_apart: Read preferences too.
-        labeled: Whether labels are needed. Otherwise all conversations and preferences are read, and no labels.
+        labeled: Require labels. Otherwise read all conversations and preferences, without labels.
 
     Returns:
         The answers, checked.

@@ -197,7 +197,7 @@ class Endpoint:
 
 
 def _has_port(url: str) -> bool:
-    """Whether a URL's port is one, or left out."""
+    """Returns whether a URL has a valid port or none."""
     try:
         return urlsplit(url).port != 0
     except ValueError:

@@ -60,10 +60,11 @@ class Served:
         """
         param = "prompt" if isinstance(prompt, str) else "messages"
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        if self.context is not None and far_over(self.tokenizer, texts, self.context):
+        context = self.context
+        if context is not None and far_over(self.tokenizer, texts, context):
             raise ApiError(
                 400,
-                f"This model's context is {self.context} tokens, but the request has more than {2 * self.context} "
+                f"This model's context is {context} tokens, but the request has more than {2 * context} "
                 "tokens of the prompt. Shorten the prompt.",
                 param,
                 "context_length_exceeded",

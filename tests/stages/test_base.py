@@ -18,6 +18,7 @@ from grouping import grouped
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
+from runs import quiet
 
 from lightning_rlhf import (
     DPOModule,
@@ -414,12 +415,6 @@ def learn(stage, model_dir, tmp_path, broken=(), loss=False, lr=1e-3, plugins=No
     size = 4 if stage == "sft" else 8
     trainer.fit(module, data(rows, batch_size=size, val_fraction=0.0, cache_dir=tmp_path / "cache"))
     return module, watch
-
-
-def quiet(tmp_path, **options):
-    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    return L.Trainer(**{**settings, **options})
 
 
 def weights(module):

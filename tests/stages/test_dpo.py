@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import ROOT, assert_equal, load_script, spawn
+from runs import ROOT, assert_equal, difference, load_script, quiet, spawn
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
@@ -39,31 +39,6 @@ STEP = dict(max_steps=1, val_fraction=0.0, batch_size=16, real=True)
 
 def weights(module):
     return {k: v.detach().clone() for k, v in module.policy.named_parameters()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    flat = [torch.cat([x[k].flatten() for k in b]) for x in (a, b)]
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
-
-
-def quiet(tmp_path, **options):
-    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    return L.Trainer(**{**settings, **options})
-
-
-@pytest.fixture(scope="module")
-def other_model_dir(tiny_model_dir, tmp_path_factory):
-    """A model of the same family with other weights."""
-    path = tmp_path_factory.mktemp("other")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn(p.shape, generator=generator)
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(path)
-    return path
 
 
 # --------------------------------------------------------------------------------------- the same by plain transformers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_equal, load_script, spawn
+from runs import assert_equal, difference, load_script, spawn
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import (
@@ -28,12 +28,6 @@ reference, run_grpo = (load_script(HERE / f"{name}.py") for name in ("reference_
 run, letters, has, trained = run_grpo.run, run_grpo.letters, run_grpo.has, run_grpo.trained
 spawn = partial(spawn, HERE / "run_grpo.py")
 ONE_UPDATE = dict(epochs=1, minibatches=1, micro_batch_tokens=None)
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    flat = [torch.cat([x[k].flatten().double() for k in b]) for x in (a, b)]
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
 def logged(out_dir, name):

@@ -6,11 +6,10 @@ import math
 from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import assert_equal, load_script, spawn
+from runs import assert_equal, difference, load_script, quiet, spawn
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import (
@@ -33,18 +32,6 @@ LOSSES = [
     {"name": "sigmoid", "weight": 0.8, "settings": {"label_smoothing": 0.1}},
     {"name": "sft", "weight": 0.2},
 ]
-
-
-def quiet(tmp_path, **options):
-    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    return L.Trainer(**{**settings, **options})
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    flat = [torch.cat([x[k].flatten().double() for k in b]) for x in (a, b)]
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
 # ------------------------------------------------------------------------------------------------- the definition

@@ -22,7 +22,7 @@ from grouping import grouped
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reward_models import save_reward_adapter
-from runs import assert_equal, load_script, spawn
+from runs import assert_equal, difference, load_script, quiet, spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
@@ -41,18 +41,6 @@ HERE = Path(__file__).parent
 reference, run_ppo = (load_script(HERE / f"{name}.py") for name in ("reference_ppo", "run_ppo"))
 run, letters, trained = run_ppo.run, run_ppo.letters, run_ppo.trained
 spawn = partial(spawn, HERE / "run_ppo.py")
-
-
-def quiet(tmp_path, **options):
-    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    return L.Trainer(**{**settings, **options})
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    flat = [torch.cat([x[k].flatten().double() for k in b]) for x in (a, b)]
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
 def logged(out_dir, name):

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
-from runs import assert_equal, load_script, spawn
+from runs import assert_equal, difference, load_script, quiet, spawn
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -26,18 +26,6 @@ def weights(module):
 
 def metrics(out):
     return json.loads((out / "metrics.json").read_text())
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    flat = [torch.cat([x[k].flatten() for k in b]) for x in (a, b)]
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
-
-
-def quiet(tmp_path, **options):
-    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    return L.Trainer(**{**settings, **options})
 
 
 # --------------------------------------------------------------------------------------- the same by plain transformers

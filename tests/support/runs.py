@@ -56,6 +56,20 @@ def train(module, data, out_dir, weights, callbacks=(), devices=1, save_every=0,
     return trainer
 
 
+def quiet(tmp_path, **options):
+    """A Trainer that writes and shows nothing."""
+    settings = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                    enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    return L.Trainer(**{**settings, **options})
+
+
+def difference(a, b):
+    """The relative distance of two sets of tensors by name."""
+    assert a.keys() == b.keys()
+    flat = [torch.cat([x[k].flatten().double() for k in b]) for x in (a, b)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
 def spawn(script, model_dir, out, **options):
     """The run of a script in processes of its own; returns its weights."""
     out.mkdir(parents=True, exist_ok=True)

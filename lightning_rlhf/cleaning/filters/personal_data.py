@@ -175,7 +175,7 @@ def _phones(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def _unknown(regions: Sequence[str]) -> set[str]:
-    """Those of which no telephone numbers are known."""
+    """Returns the regions whose telephone numbers are not known."""
     numbers = require("phonenumbers", "Finding telephone numbers", "collect")
     return set(regions) - set(numbers.SUPPORTED_REGIONS)
 
