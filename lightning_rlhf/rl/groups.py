@@ -1,77 +1,27 @@
-"""Groups of completions: which prompts a refill samples, what is counted of groups, and what settings contradict."""
+"""Groups of completions: what is counted of them, when a run of flat groups ends, and what settings contradict."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_rlhf.functional import Algorithm
 from lightning_rlhf.protocols import GivesPrompts
-from lightning_rlhf.rewards import Reward, Scores, WeightedSum
+from lightning_rlhf.rewards import Reward, RewardError, Scores, WeightedSum
 from lightning_rlhf.rl.experience import Experience
 from lightning_rlhf.rl.settings import KL, Groups, Shaping
-from lightning_rlhf.utils.collectives import all_reduce, gather_objects, world_size
-
-_Group = TypeVar("_Group")
-
-
-class Refill(Generic[_Group]):
-    """Rounds of prompts until enough groups are kept: dynamic sampling (DAPO, Yu et al. 2025, sec. 3.2).
-
-    The prompts of all ranks stand in one order, so that what is sampled and kept does not depend on who holds them. The
-    first round takes ``wanted`` of them, each further one ``spare``.
-
-    Args:
-        order: Rank, and index on that rank, of each prompt of the batch.
-        settings: How many prompts are held back.
-        rank: This one, where there are several.
-
-    Attributes:
-        wanted: Number of groups to learn from.
-        found: Number of groups that all ranks kept.
-        rounds: Further rounds that were needed.
-        left_over: Prompts that were not sampled, and groups that were sampled and not needed.
-    """
-
-    def __init__(self, order: Sequence[tuple[int, int]], settings: Groups, rank: int) -> None:
-        self.order, self.settings, self.rank = order, settings, rank if world_size() > 1 else 0
-        self.wanted = max(1, len(order) - settings.spare * settings.rounds)  # the last batch of an epoch may be small
-        self.found = self.rounds = self.left_over = 0
-        self._kept: dict[int, tuple[int, _Group]] = {}
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """This rank's prompts of each round; all ranks make the same rounds."""
-        start, end = 0, self.wanted
-        while True:
-            self._places = [p for p in range(start, end) if self.order[p][0] == self.rank]
-            yield [self.order[p][1] for p in self._places]
-            self.found = sum(gather_objects(len(self._kept)))
-            if self.found >= self.wanted or self.rounds == self.settings.rounds or end == len(self.order):
-                self.left_over = max(0, self.found - self.wanted) + len(self.order) - end
-                return
-            start, end, self.rounds = end, min(end + self.settings.spare, len(self.order)), self.rounds + 1
-
-    def keep(self, number: int, group: _Group) -> None:
-        """Keeps a group of the current round, by its number in it."""
-        place = self._places[number]
-        self._kept[place] = (self.order[place][1], group)
-
-    def kept(self) -> list[tuple[int, _Group]]:
-        """This rank's prompts and groups among the first ``wanted`` that all ranks kept; all ranks must call."""
-        first = sorted(place for places in gather_objects(list(self._kept)) for place in places)[: self.wanted]
-        return sorted((self._kept[place] for place in first if place in self._kept), key=lambda kept: kept[0])
+from lightning_rlhf.utils.collectives import all_reduce, gather_objects
 
 
 def group_metrics(
-    seen: Sequence[tuple[Experience, Tensor, Tensor]], pass_score: float, device: torch.device
+    seen: Sequence[tuple[Experience, Tensor]], pass_score: float, device: torch.device
 ) -> dict[str, float]:
     """Computes shares of prompts over all ranks; all ranks must call.
 
     Args:
-        seen: Experiences, each with the (S,) scores of its completions and whether its (B,) groups are flat.
+        seen: Experiences with scores, each with whether its (B,) groups are flat.
         pass_score: A completion with at least this score passes.
         device: Where ranks exchange tensors.
 
@@ -79,12 +29,39 @@ def group_metrics(
         ``flat_groups``; ``solved``, of which all completions pass; and ``failed``, of which none does.
     """
     counts = torch.zeros(4)
-    for experience, scores, flat in seen:
+    for experience, flat in seen:
         size = torch.bincount(experience.group, minlength=len(experience.trees))
-        passed = torch.zeros(len(size)).index_add(0, experience.group, (scores >= pass_score).float())
+        passed = torch.zeros(len(size)).index_add(0, experience.group, (experience.scores >= pass_score).float())
         counts += torch.stack([c.float().sum() for c in (flat, passed == size, passed == 0, size > 0)])
     *found, every = all_reduce(counts, device).tolist()
     return {k: n / max(every, 1) for k, n in zip(("flat_groups", "solved", "failed"), found, strict=True)}
+
+
+def reward_parts(experience: Experience, reward: Reward, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, K) parts of a weighted reward, and last the penalty that shaping adds; (K,) their weights."""
+    assert isinstance(reward, WeightedSum) and experience.scored is not None
+    parts = [part.cpu().double() for part in experience.scored.parts.values()] or [penalty] * len(reward.names)
+    return torch.stack([*parts, penalty], 1), torch.tensor([*reward.weights, 1.0])
+
+
+def stop_at_flat(iterations: int, most: int | None, names: Sequence[str], scores: Scores) -> None:
+    """Ends a run whose groups have all been flat for too long; all ranks must call.
+
+    Args:
+        iterations: Number of iterations in a row in which all groups were flat.
+        most: From how many on the run ends; None for no bound.
+        names: The names of the reward's parts; none for a reward without parts.
+        scores: This rank's, of the last iteration.
+
+    Raises:
+        RewardError: It ends; the message names the part of the reward that is constant.
+    """
+    if most is not None and iterations >= most:
+        raise RewardError(
+            f"All groups of the last {iterations} iterations are flat, so nothing is learned: "
+            f"{constant_scores(names, scores)}. Look at completions (SampleCompletions), choose prompts that are "
+            "neither too easy nor too hard or a finer reward, or set groups.max_flat: null."
+        )
 
 
 def constant_scores(names: Sequence[str], scores: Scores) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -29,11 +29,12 @@ from lightning_rlhf.functional import (
 )
 from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA
-from lightning_rlhf.rewards import Reward, RewardError, Samples, Scores, WeightedReward, WeightedSum
+from lightning_rlhf.rewards import Reward, Samples, WeightedReward
 from lightning_rlhf.rl import KL, Experience, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
-from lightning_rlhf.rl.groups import Refill, check_groups, check_spare, constant_scores, group_metrics
+from lightning_rlhf.rl.groups import check_groups, check_spare, group_metrics, reward_parts, stop_at_flat
+from lightning_rlhf.rl.refill import Refill, Round
 from lightning_rlhf.rl.settings import check_kind
-from lightning_rlhf.rollout import Completion, RolloutEngine
+from lightning_rlhf.rollout import RolloutEngine
 from lightning_rlhf.stages.base import LOAD
 from lightning_rlhf.stages.optim import CosineWarmup, rl_optimizer
 from lightning_rlhf.stages.rl import SHAPING, VALIDATION, RLStage
@@ -137,7 +138,8 @@ class GRPOModule(RLStage):
             no_values, no_ends = torch.zeros_like(rewards), torch.zeros(len(experience.scores))
             advantages = gae(rewards, no_values, no_ends, sequence, gamma=1.0, lam=1.0).advantages
         elif self.algorithm.combine == "normalize":
-            sums = normalized_sum(*self._parts(experience), group).double()
+            penalty = self.penalized_scores(experience) - experience.scores
+            sums = normalized_sum(*reward_parts(experience, self.reward, penalty), group).double()
             advantages = standardize(sums, self.moments(sums, self._used(experience, sums)))[sequence].to(rewards)
         else:
             totals = experience.sum_by_sequence(rewards).double()
@@ -173,43 +175,38 @@ class GRPOModule(RLStage):
             RewardError: All groups were flat for ``groups.max_flat`` iterations.
         """
         super().score_experience(experience, samples)
+        assert experience.scored is not None
         if "flat_groups" not in experience.metrics:  # otherwise the refill has counted all that it sampled
-            experience.metrics |= self._count_groups([experience])
+            every = [(experience, self._flat(experience))]
+            experience.metrics |= group_metrics(every, self.groups.pass_score, self.device)
         self.flat_iterations = self.flat_iterations + 1 if experience.metrics["flat_groups"] == 1 else 0
-        if self.groups.max_flat is not None and self.flat_iterations >= self.groups.max_flat:
-            assert experience.scored is not None
-            raise RewardError(
-                f"All groups of the last {self.flat_iterations} iterations are flat, so nothing is learned: "
-                f"{constant_scores(self.reward.names, experience.scored)}. Look at completions (SampleCompletions), "
-                "choose prompts that are neither too easy nor too hard or a finer reward, or set groups.max_flat: null."
-            )
+        stop_at_flat(self.flat_iterations, self.groups.max_flat, self.reward.names, experience.scored)
 
     def run_rollout(self, prompts: PromptBatch, iteration: int) -> tuple[Experience, Samples | None]:
         """Samples completions; with ``refill``, of further prompts of the batch until enough groups are not flat."""
         if self.groups.flat_groups != "refill" or iteration == VALIDATION:
             return super().run_rollout(prompts, iteration)
-        copies, order = self.count_copies(prompts.rows, iteration), self.shuffle_prompts(prompts.rows, _REFILL)
-        refill: Refill[tuple[list[Completion], dict[str, Tensor]]] = Refill(order, self.groups, self.global_rank)
-        seen = []
-        for chosen in refill:
+        copies = self.count_copies(prompts.rows, iteration)
+
+        def sample(chosen: list[int]) -> Round:
             part = prompts.select(chosen)
             completions = self.sample_completions(part, iteration, [copies[i] for i in chosen])
             experience, samples = self.to_experience(part, completions)
-            scores = self.score(samples)
-            experience.scores = scores.total.cpu()
-            seen.append(experience)
-            columns = {"": experience.scores, **{name: column.cpu() for name, column in scores.parts.items()}}
-            for number in (~self._flat(experience)).nonzero()[:, 0].tolist():
-                own = {name: column[experience.group == number] for name, column in columns.items()}
-                refill.keep(number, (completions[number], own))
-        kept = refill.kept()
-        if refill.found:
-            experience, samples = self.to_experience(prompts.select([i for i, _ in kept]), [g for _, (g, _) in kept])
-        names = ("", *self.reward.names)
-        columns = {name: torch.cat([torch.zeros(0), *(own[name] for _, (_, own) in kept)]) for name in names}
+            experience.scored = self.score(samples)
+            experience.scores = experience.scored.total.cpu()
+            return Round(completions, experience, samples, self._flat(experience))
+
+        refill = Refill(self.shuffle_prompts(prompts.rows, _REFILL), self.groups, self.global_rank)
+        refill.run(sample)
+        chosen, completions, scores = refill.kept()
         # where all groups are flat, the last round stands for them: it is scored, and nothing of it counts
-        experience.scored = Scores(columns.pop(""), columns) if refill.found else scores
-        experience.metrics |= self._count_groups(seen) | {"rounds": refill.rounds, "left_over": refill.left_over}
+        experience, samples = refill.seen[-1].experience, refill.seen[-1].samples
+        if refill.found:
+            experience, samples = self.to_experience(prompts.select(chosen), completions)
+            experience.scored = scores
+        every = [(each.experience, each.flat) for each in refill.seen]
+        counts = {"rounds": refill.rounds, "left_over": refill.left_over}
+        experience.metrics |= group_metrics(every, self.groups.pass_score, self.device) | counts
         return experience, samples
 
     def _flat(self, experience: Experience) -> Tensor:
@@ -220,17 +217,6 @@ class GRPOModule(RLStage):
         """(S,) 1 for completions that count in statistics of the batch: not those of groups that were dropped."""
         dropped = self._flat(experience)[experience.group] & (self.groups.flat_groups != "keep")
         return (values.isfinite() & ~dropped).double()
-
-    def _parts(self, experience: Experience) -> tuple[Tensor, Tensor]:
-        """(S, K) parts of the reward, and what shaping takes off; (K,) their weights."""
-        assert isinstance(self.reward, WeightedSum) and experience.scored is not None
-        penalty = self.penalized_scores(experience) - experience.scores
-        parts = [part.cpu().double() for part in experience.scored.parts.values()] or [penalty] * len(self.reward.names)
-        return torch.stack([*parts, penalty], 1), torch.tensor([*self.reward.weights, 1.0])
-
-    def _count_groups(self, seen: Sequence[Experience]) -> dict[str, float]:
-        every = [(experience, experience.scores, self._flat(experience)) for experience in seen]
-        return group_metrics(every, self.groups.pass_score, self.device)
 
     # ------------------------------------------------------------------------------------------------- hooks
 
