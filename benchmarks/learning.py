@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -227,6 +227,24 @@ def ppo_stories260k(seed: int, max_steps: int = -1) -> dict[str, Any]:
     return {**found, "learning_curve": curve}
 
 
+def ppo_stories260k_head(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """The same, the critic being a head on the policy's hidden states."""
+    found, curve = _ppo_stories(seed, happiness, max_steps, kind="head")
+    return {**found, "learning_curve": curve}
+
+
+def ppo_stories260k_head_detached(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """The same, the critic's loss training its head alone."""
+    found, curve = _ppo_stories(seed, happiness, max_steps, kind="head", trunk_grad=0.0)
+    return {**found, "learning_curve": curve}
+
+
+def ppo_stories260k_adapter(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """The same with LoRA (r 16) at 10 times the rate, the critic being a second adapter."""
+    found, curve = _ppo_stories(seed, happiness, max_steps, lr=1.5e-3, kind="adapter", lora=LoRA(r=16))
+    return {**found, "learning_curve": curve}
+
+
 def ppo_stories260k_large_kl(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """Control: the same with kl_coef 10 leaves the policy where it was."""
     found, curve = _ppo_stories(seed, happiness, max_steps, kl_coef=10.0)
@@ -334,15 +352,19 @@ def _ppo_stories(
     lr: float = 1.5e-4,
     kl_coef: float = 0.03,
     scale_scores: bool = False,
+    kind: Literal["adapter", "head", "separate"] = "separate",
+    trunk_grad: float = 1.0,
+    lora: LoRA | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     module = PPOModule(
         STORIES,
         reward,
         chat_template="plain",
+        lora=lora,
         rollout=Rollout(sampling=Sampling(max_new_tokens=48), samples_per_prompt=2),
         updates=Updates(epochs=4, micro_batch_tokens=8192),
         kl=KL(coef=kl_coef),
-        critic=Critic(clip=None, lr=1e-3),
+        critic=Critic(kind=kind, trunk_grad=trunk_grad, clip=None, lr=1e-3),
         gae=GAE(lam=1.0),  # of a constant reward nothing is left, once its advantages are whitened
         shaping=Shaping(scale=scale_scores),
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
@@ -549,6 +571,9 @@ STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
         dpo_stories260k_shuffled,
         online_dpo_stories260k,
         ppo_stories260k,
+        ppo_stories260k_head,
+        ppo_stories260k_head_detached,
+        ppo_stories260k_adapter,
         ppo_stories260k_large_kl,
         ppo_stories260k_constant,
         ppo_stories260k_proxy,

@@ -17,6 +17,7 @@ with a token that its model can't sample. Completions differ, since each draws i
 Contestants:
     ours       Trainer.fit(PPOModule(...), PromptDataModule(...)): policy, critic, reference, reward model; trained in
                full, old log-probs computed anew in the packed pass
+    ours-head  the same, the critic being a head on the policy's hidden states, which begins at 0
     ours-lora  the same with adapters on one shared backbone, and the reward model
     trl        PPOTrainer as it comes, but in fp32 as the others (it would take bf16)
 """
@@ -31,7 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -125,12 +126,13 @@ class Watch(common.Watch):
         self.meter.step(round(tokens), found["train/score"])
 
 
-def run_ours(task: Task, lora: LoRA | None = None) -> None:
+def run_ours(task: Task, lora: LoRA | None = None, kind: Literal["adapter", "head", "separate"] = "separate") -> None:
     options, length = task.options, task.options.new
+    start = task.reward if kind == "separate" else None
     module = PPOModule(
         task.policy,
         str(task.reward),
-        critic=Critic(pretrained=None if lora else task.reward, clip=CLIP_VALUE, loss_coef=VALUE_COEF),
+        critic=Critic(start, kind, clip=CLIP_VALUE, loss_coef=VALUE_COEF),
         lora=lora,
         rollout=Rollout(task.case.samples, Sampling(max_new_tokens=length, min_new_tokens=length)),
         updates=Updates(epochs=task.case.epochs, max_grad_norm=None),
@@ -214,7 +216,8 @@ def run_trl(task: Task) -> None:
 
 CONTESTANTS: dict[str, Callable[[Task], None]] = {
     OURS: run_ours,
-    "ours-lora": lambda task: run_ours(task, LoRA(r=16, alpha=32)),
+    "ours-head": lambda task: run_ours(task, kind="head"),
+    "ours-lora": lambda task: run_ours(task, LoRA(r=16, alpha=32), "adapter"),
     "trl": run_trl,
 }
 
@@ -268,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     places = ("trl", "trl.experimental.ppo")
     if "trl" in options.contestants and not all(map(importlib.util.find_spec, places)):
-        sys.exit("There is no TRL with PPO here: pip install 'trl==1.12.0', or choose --contestants ours ours-lora.")
+        sys.exit("There is no TRL with PPO here: pip install 'trl==1.12.0', or choose other --contestants.")
     passed = ["steps", "warmup", "completions", "length", "new", "vocab_size", "width", "layers"]
     flags = common.flags(options, passed)
     lines = []

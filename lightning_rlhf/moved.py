@@ -50,7 +50,7 @@ MOVED: dict[str, dict[str, str]] = {
     "RLStage": RL,
     "PPOModule": {
         **RL,
-        "shared_backbone": "critic.shared_backbone",
+        "shared_backbone": "critic.kind",
         "critic_lr": "critic.lr",
         "clip_value": "critic.clip",
         "value_coef": "critic.loss_coef",

@@ -35,6 +35,8 @@ class ScoredTokens(NamedTuple):
         correct: (N,) bool, whether the token is the most probable one; no gradient.
         loss: Scalar weighted sum of ``-logprobs`` plus z-loss, or None without weights.
         z_loss: (N,) each token's z-loss, or None without z-loss; no gradient.
+        values: (N,) a value head's values before each token, in at least fp32, or None without such a head.
+        last_values: (S,) its values after each sequence's last token, or None.
     """
 
     logprobs: Tensor
@@ -42,6 +44,8 @@ class ScoredTokens(NamedTuple):
     correct: Tensor
     loss: Tensor | None = None
     z_loss: Tensor | None = None
+    values: Tensor | None = None
+    last_values: Tensor | None = None
 
 
 class _Head(NamedTuple):

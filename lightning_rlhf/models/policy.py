@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from lightning_rlhf.data import PackedBatch, pad
 from lightning_rlhf.functional import ScoredTokens, linear_logprobs, linear_nll
 from lightning_rlhf.functional.logprobs import CHUNK
-from lightning_rlhf.models.backbone import Backbone, LayoutChoice, probe, tolerance
+from lightning_rlhf.models.backbone import Backbone, Hidden, LayoutChoice, probe, tolerance
+from lightning_rlhf.models.value import read_values
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +31,26 @@ class Policy(Backbone):
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
         chunk: Number of logits in memory at once. A larger value takes more memory.
         z_loss: Weight of the z-loss in ``loss``; see :func:`~lightning_rlhf.functional.logprobs.linear_nll`.
+        trunk_grad: Adds a value head of zeros on the hidden states, and scales the gradient of its loss into the model.
+            None: no value head.
 
     Raises:
         ValueError: The model does not support ``layout="tree"``, or it changes logits after the head in an unknown way.
     """
 
     def __init__(
-        self, model: nn.Module, layout: LayoutChoice = "auto", chunk: int = CHUNK, z_loss: float = 0.0
+        self,
+        model: nn.Module,
+        layout: LayoutChoice = "auto",
+        chunk: int = CHUNK,
+        z_loss: float = 0.0,
+        trunk_grad: float | None = None,
     ) -> None:
         super().__init__(model, layout)
-        self.chunk, self.z_loss = chunk, z_loss
+        self.chunk, self.z_loss, self.trunk_grad = chunk, z_loss, trunk_grad
         self._check_head()
+        if trunk_grad is not None:
+            self.add_value_head()
         if getattr(self.transformer.config, "output_router_logits", False):
             log.warning("output_router_logits has no effect: the router's load-balancing loss is not added.")
 
@@ -62,15 +72,40 @@ class Policy(Backbone):
                 its gradient in one pass; the other fields then have no gradient.
 
         Returns:
-            (N,) log-probs, entropies or None, whether each token is the arg max; the loss and the z-loss, or None.
+            (N,) log-probs, entropies or None, whether each token is the arg max; the loss and the z-loss, or None; and
+            without ``weights`` the values of a value head, or None.
         """
-        states, predictor, _ = self.hidden(batch)
+        states, predictor, last = self.hidden(batch)
         hidden = states[predictor]
         weight, bias = head_weight(self.transformer)
         head = dict(bias=bias, temperature=temperature, entropy=entropy, chunk=self.chunk, **head_arguments(self.model))
         if weights is None:
-            return linear_logprobs(hidden, weight, batch.target, **head)
+            found = linear_logprobs(hidden, weight, batch.target, **head)
+            return found if self.trunk_grad is None else found._replace(**self._values(states, predictor, last))
         return linear_nll(hidden, weight, batch.target, weights, z_loss=self.z_loss, **head)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Returns the trained parameters without those of the value head."""
+        head = {id(p) for p in self.critic_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in head]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of the value head."""
+        return [] if self.trunk_grad is None else list(self.value_head.parameters())
+
+    def add_value_head(self) -> None:
+        """Adds a linear head with one output, of zeros: all values are 0 at first."""
+        width = head_weight(self.transformer)[0].shape[1]  # OPT may project its hidden states
+        device = next(self.model.parameters()).device
+        self.value_head = nn.Linear(width, 1, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def _values(self, states: Tensor, predictor: Tensor, last: Tensor) -> dict[str, Tensor]:
+        assert self.trunk_grad is not None
+        if self.trunk_grad != 1:  # the same values, and a share of the gradient
+            states = states.detach() + self.trunk_grad * (states - states.detach())
+        return read_values(self.value_head, Hidden(states, predictor, last))._asdict()
 
     @contextmanager
     def noisy_embeddings(self, batch: PackedBatch, alpha: float | None) -> Iterator[None]:

@@ -17,7 +17,7 @@ from lightning_rlhf.data import PackedBatch
 from lightning_rlhf.functional import ScoredTokens
 from lightning_rlhf.functional.logprobs import CHUNK
 from lightning_rlhf.models.backbone import LayoutChoice
-from lightning_rlhf.models.policy import Policy, head_weight
+from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reward import read_head
 from lightning_rlhf.models.saving import ADAPTED
 from lightning_rlhf.models.value import Values, read_values
@@ -40,6 +40,8 @@ class RoleModel(Policy):
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
         chunk: Elements of logits alive at once in the scored head.
         critic: Adds a critic, with adapters like the policy's and a head of zeros.
+        trunk_grad: See :class:`~lightning_rlhf.models.policy.Policy`: a critic as a head on the policy's hidden states,
+            in place of ``critic``.
         critic_init: Directory of a reward model's adapter, from which the critic starts.
         reward: Directory of a reward model's adapter for the role ``reward``.
 
@@ -58,9 +60,10 @@ class RoleModel(Policy):
         critic: bool = True,
         critic_init: str | os.PathLike[str] | None = None,
         reward: str | os.PathLike[str] | None = None,
+        trunk_grad: float | None = None,
     ) -> None:
         if not hasattr(model, "peft_config"):
-            raise ValueError("A shared backbone needs adapters: set lora, or critic.shared_backbone to false.")
+            raise ValueError("A shared backbone needs adapters: set lora, or critic.kind to separate.")
         peft: Any = model
         own = peft.active_adapter
         config = peft.peft_config[own]
@@ -69,14 +72,10 @@ class RoleModel(Policy):
                 f"lora.init={config.init_lora_weights!r} moves weights out of the backbone, which is the reference "
                 "here: set lora.init to true or gaussian."
             )
-        super().__init__(model, layout, chunk)
+        super().__init__(model, layout, chunk, trunk_grad=trunk_grad)
         self.adapters: dict[str, str] = {"policy": own}
-        width = head_weight(self.transformer)[0].shape[1]  # OPT may project its hidden states
-        device = next(model.parameters()).device
         if critic:
-            self.value_head = nn.Linear(width, 1, device=device, dtype=torch.float32)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            self.add_value_head()
             if critic_init is None:
                 self._add("critic", config)
             else:
@@ -87,8 +86,9 @@ class RoleModel(Policy):
         self.score_offset = 0.0
         if reward is not None:
             head, self.score_offset = self._add_reward("reward", reward)
-            self.score_head = nn.Linear(width, 1, bias=False, device=device, dtype=torch.float32)
-            self.score_head.weight = nn.Parameter(head.to(device, torch.float32), requires_grad=False)
+            head = head.to(next(model.parameters()).device, torch.float32)
+            self.score_head = nn.Linear(head.shape[1], 1, bias=False, device=head.device, dtype=torch.float32)
+            self.score_head.weight = nn.Parameter(head, requires_grad=False)
         self._states = {role: self._state(role) for role in ("reference", *self.adapters)}
         peft.set_adapter(own)  # freezes all but the policy's
         critics = {id(p) for p in self.critic_parameters()}
@@ -194,14 +194,14 @@ class RoleModel(Policy):
         return again
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that the policy's optimizer trains."""
+        """Returns the trained parameters without those of the critic."""
         critic = {id(p) for p in self.critic_parameters()}
         return [p for p in self._trainable if id(p) not in critic]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that the critic's optimizer trains: its adapter and its head."""
+        """Returns the parameters of the critic: its head, and its adapter where it has one."""
         if "critic" not in self.adapters:
-            return []
+            return super().critic_parameters()
         embeddings: Any = self.transformer.get_input_embeddings()
         head: Any = self.transformer.get_output_embeddings()  # with rows of the critic's own that nothing reads
         unread = set(map(id, head.parameters())) - set(map(id, embeddings.parameters()))
@@ -224,7 +224,7 @@ class RoleModel(Policy):
         if not rows.keys() <= policy.keys():
             raise ValueError(
                 "A reward model's adapter has rows for new tokens, which the policy's adapter lacks: set "
-                "critic.shared_backbone to false."
+                "critic.kind to separate."
             )
         config.trainable_token_indices = {**policy, **rows} or None
         while role in peft.peft_config:  # the user's own adapter has that name
@@ -239,7 +239,7 @@ class RoleModel(Policy):
         if not is_adapter(directory):
             raise ValueError(
                 f"{directory} holds no adapters, so it cannot share the policy's backbone: train the reward model on "
-                "the same weights and export it with adapter_only: true, or set critic.shared_backbone to false."
+                "the same weights and export it with adapter_only: true, or set critic.kind to separate."
             )
         weights = load_peft_weights(os.fspath(directory), device="cpu")
         heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]

@@ -103,15 +103,13 @@ class Actors:
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that the policy's optimizer trains."""
-        if isinstance(self.policy, RoleModel):
-            return self.policy.policy_parameters()
-        return [p for p in self.policy.parameters() if p.requires_grad]
+        return self.policy.policy_parameters()
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that the critic's optimizer trains."""
         if self.critic is not None:
             return [p for p in self.critic.parameters() if p.requires_grad]
-        return self.policy.critic_parameters() if isinstance(self.policy, RoleModel) else []
+        return self.policy.critic_parameters()
 
 
 def load_actors(
@@ -145,14 +143,16 @@ def load_actors(
         OSError: Nothing is at one of the names.
         ValueError: A critic with another tokenizer, or an adapter that does not fit the backbone.
     """
-    shares = lora is not None and (critic is None or critic.shared_backbone)
+    kind = None if critic is None else critic.kind_for(lora)
+    shares = lora is not None and kind != "separate"
+    trunk_grad = critic.trunk_grad if critic is not None and kind == "head" else None
     trained = load.options(lora, tokenizer, new_token_ids)
     value_model = reference = None
     if critic is not None:
         advice = "Give a critic of the policy's family, or null to start from the policy's weights."
         if critic.pretrained is not None:
             refuse_other_tokenizer("critic.pretrained", critic.pretrained, tokenizer, load.trust_remote_code, advice)
-    if critic is not None and not shares:  # before adapters are put into a model that was given
+    if critic is not None and kind == "separate":  # before adapters are put into a model that was given
         start = copied(pretrained) if critic.pretrained is None else critic.pretrained
         refuse_full_training(start, lora, load.trust_remote_code)
         value_model = ValueModel(load_value_model(start, **trained), load.layout)
@@ -161,16 +161,17 @@ def load_actors(
     model = load_causal_lm(pretrained, **trained)
     policy: Policy
     if lora is None:
-        policy = Policy(model, load.layout)
+        policy = Policy(model, load.layout, trunk_grad=trunk_grad)
     else:
         found = (r for r in reward.modules() if isinstance(r, RewardModelReward) and _same_weights(r, pretrained))
         shared = next(found, None) if shares else None
         policy = RoleModel(
             model,
             load.layout,
-            critic=critic is not None and shares,
+            critic=kind == "adapter",
             critic_init=None if critic is None else critic.pretrained,  # type: ignore[arg-type]
             reward=None if shared is None else shared.pretrained,
+            trunk_grad=trunk_grad,
         )
         if shared is not None:
             shared.share(policy)

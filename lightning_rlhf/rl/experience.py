@@ -45,6 +45,7 @@ class Experience:
         old_logprobs: (N,) log-probs of the policy before the updates of this iteration.
         reference_logprobs: (N,) log-probs of the reference.
         values: (N,) values of the critic before the updates.
+        last_values: (S,) those after each completion's last token.
         returns: (N,) what the values are trained towards.
         advantages: (N,) how much better each token was than expected.
         weight: (N,) how much each token counts in the losses; 0 where its completion was dropped.
@@ -63,6 +64,7 @@ class Experience:
     old_logprobs: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     reference_logprobs: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     values: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
+    last_values: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
     returns: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     advantages: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     weight: Tensor = field(default_factory=_unknown, metadata=_TOKEN)

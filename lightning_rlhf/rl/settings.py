@@ -121,10 +121,15 @@ class Critic:
 
     Args:
         pretrained: Where the critic starts: a reward model keeps its head, another model begins with values of 0; None
-            takes the policy's ``pretrained``. On a shared backbone: the directory of a reward model's adapter, or None.
-        shared_backbone: With ``lora``: one backbone serves policy, reference and critic, and the reward model where it
-            is an adapter of the same weights. False gives the critic a model of its own.
-        lr: Learning rate of the critic; None takes the optimizer's.
+            takes the policy's ``pretrained``. For an ``adapter``: the directory of a reward model's adapter, or None.
+            For a ``head``: None.
+        kind: ``separate``: a model of its own. ``adapter``: with ``lora``, an adapter and a head on the policy's
+            backbone, which then serves policy, reference and critic, and the reward model where it is an adapter of the
+            same weights. ``head``: a linear head on the policy's own hidden states, so that one pass computes log-probs
+            and values. None: ``adapter`` with ``lora``, otherwise ``separate``.
+        trunk_grad: For a ``head``: scale of the gradient of the critic's loss into the policy's weights. 1: the whole
+            of it; 0: the critic's loss trains the head alone.
+        lr: Learning rate of the critic, or of its head; None takes the optimizer's.
         clip: How far a value may move from its old value in an iteration; None for no bound.
         loss_coef: Weight of the critic's loss, where policy and critic share a gradient norm and an optimizer.
 
@@ -133,13 +138,15 @@ class Critic:
     """
 
     pretrained: str | os.PathLike[str] | PreTrainedModel | None = None
-    shared_backbone: bool = True
+    kind: Literal["adapter", "head", "separate"] | None = None
+    trunk_grad: float = 1.0
     lr: float | None = None
     clip: float | None = 0.2
     loss_coef: float = 0.1
 
     def __post_init__(self) -> None:
-        check_arguments(Critic, vars(self), "critic.", lr=Range(0), clip=_POSITIVE, loss_coef=Range(0))
+        ranges = dict(trunk_grad=Range(0), lr=Range(0), clip=_POSITIVE, loss_coef=Range(0))
+        check_arguments(Critic, vars(self), "critic.", **ranges)
         if not isinstance(self.pretrained, (str, os.PathLike, PreTrainedModel, type(None))):
             raise ValueError(
                 f"critic.pretrained is a {type(self.pretrained).__name__}. Give the directory or hub id of a reward "
@@ -147,6 +154,26 @@ class Critic:
             )
         if isinstance(self.pretrained, os.PathLike):
             object.__setattr__(self, "pretrained", os.fspath(self.pretrained))  # a checkpoint holds it as text
+        if self.kind == "head" and self.pretrained is not None:
+            raise ValueError(
+                "critic.pretrained is for a critic with weights of its own, and critic.kind: head reads the policy's "
+                "hidden states: set critic.pretrained to null, or critic.kind to separate."
+            )
+        if self.kind != "head" and self.trunk_grad != 1:
+            raise ValueError(
+                f"critic.trunk_grad={self.trunk_grad:g} is for critic.kind: head; other critics have weights of their "
+                "own. Leave it out."
+            )
+
+    def kind_for(self, lora: object | None) -> Literal["adapter", "head", "separate"]:
+        """The kind, with or without adapters.
+
+        Raises:
+            ValueError: An adapter is asked for without ``lora``.
+        """
+        if self.kind == "adapter" and lora is None:
+            raise ValueError("critic.kind: adapter needs adapters: set lora, or critic.kind to head or separate.")
+        return self.kind or ("separate" if lora is None else "adapter")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class PPOModule(RLStage):
         reward: Directory or hub id of a reward model; a function ``f(prompts, completions, **columns) -> scores`` or
             its import path; or a list of both with weights. A reward model's ``score_offset`` is subtracted from its
             scores.
-        critic: The critic: where it starts, whether it shares the policy's backbone, its loss.
+        critic: The critic: its kind, where it starts, its loss.
         tokenizer: Directory, hub id or tokenizer; None takes that of ``pretrained``.
         chat_template: Preset name, path of a Jinja file, or None for the tokenizer's own.
         lora: Adapters; None trains all weights, and keeps a frozen copy as the reference.
@@ -108,15 +108,18 @@ class PPOModule(RLStage):
             seed,
             critic,
         )
-        self.gae = gae
+        self.gae, self.critic_kind = gae, critic.kind_for(lora)
 
     def compute_advantages(self, experience: Experience, rewards: Tensor) -> Tensor:
         """(N,) generalized advantage estimates; sets the values and returns that the critic learns from."""
-        values, last_values = self.forward_all(experience, lambda batch: self.forward_for_scoring("critic", batch))
+        if self.critic_kind != "head":  # otherwise the policy's pass has computed them
+            found = self.forward_all(experience, lambda batch: self.forward_for_scoring("critic", batch))
+            experience.values, experience.last_values = found
+        values, last_values = experience.values, experience.last_values
         bootstrap = experience.truncated & self.gae.bootstrap_truncated
         ends = torch.where(bootstrap, last_values, 0.0)
         advantages, returns = gae(rewards, values, ends, experience.sequence, self.gae.gamma, self.gae.lam)
-        experience.values, experience.returns = values, returns
+        experience.returns = returns
         spread = self.moments(advantages, experience.counts)
         explained = variance_explained(
             self.moments(returns - values, experience.counts), self.moments(returns, experience.counts)
@@ -129,20 +132,31 @@ class PPOModule(RLStage):
         return whiten(advantages, spread) if self.gae.whiten else advantages
 
     def compute_losses(self, batch: Experience, weight: Tensor, stats: UpdateStats) -> Iterator[Tensor]:
-        """The policy's loss, then the critic's."""
-        yield from super().compute_losses(batch, weight, stats)
-        values = self.forward_role("critic", batch).values
+        """The policy's loss, then the critic's; as one where the critic is a head, which shares its pass."""
+        if self.critic_kind == "head":
+            out = self.forward_policy(batch)
+            assert out.values is not None
+            loss = self.policy_term(out, batch, weight, stats)
+            yield loss + self.value_term(out.values, batch, weight, stats)
+        else:
+            yield from super().compute_losses(batch, weight, stats)
+            yield self.value_term(self.forward_role("critic", batch).values, batch, weight, stats)
+
+    def value_term(self, values: Tensor, batch: Experience, weight: Tensor, stats: UpdateStats) -> Tensor:
+        """The critic's loss on a micro-batch, of its (N,) values."""
         found = value_loss(values, batch.values, batch.returns, self.critic_settings.clip)
         stats.add(weight, value_loss=found.loss, value_clip_fraction=found.clipped)
-        yield self.critic_settings.loss_coef * (weight * found.loss).sum()
+        return self.critic_settings.loss_coef * (weight * found.loss).sum()
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Those of policy and critic."""
-        return {**super().trainable_parameters(), "value": self.actors.critic_parameters()}
+        """Those of policy and critic, each clipped by its own norm; by one norm where the critic is a head."""
+        policy, critic = self.actors.policy_parameters(), self.actors.critic_parameters()
+        return {"policy": policy + critic} if self.critic_kind == "head" else {"policy": policy, "value": critic}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer with groups for policy and critic on a shared backbone, otherwise one for each."""
-        policy, critic = (parameter_groups(parameters) for parameters in self.trainable_parameters().values())
+        """One optimizer with groups for policy and critic where they share weights, otherwise one for each."""
+        parameters = (self.actors.policy_parameters(), self.actors.critic_parameters())
+        policy, critic = map(parameter_groups, parameters)
         if self.critic_settings.lr is not None:
             critic = [{**group, "lr": self.critic_settings.lr} for group in critic]
         groups = [policy + critic] if self.actors.critic is None else [policy, critic]

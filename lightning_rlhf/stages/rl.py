@@ -27,6 +27,7 @@ from lightning_rlhf.data import PackedBatch, PromptBatch, split
 from lightning_rlhf.functional import (
     PolicyLoss,
     RunningMoments,
+    ScoredTokens,
     adapt_kl_coef,
     k1,
     k3,
@@ -234,20 +235,29 @@ class RLStage(Stage):
         Yields:
             Scalars.
         """
+        yield self.policy_term(self.forward_policy(batch), batch, weight, stats)
+
+    def forward_policy(self, batch: Experience) -> ScoredTokens:
+        """Runs the policy on a micro-batch in an update."""
         options = {"temperature": self.sampling.temperature, "entropy": self.loss.entropy_coef != 0}
-        out = self.forward_role("policy", batch, **options)
+        found: ScoredTokens = self.forward_role("policy", batch, **options)
+        return found
+
+    def policy_term(self, out: ScoredTokens, batch: Experience, weight: Tensor, stats: UpdateStats) -> Tensor:
+        """The loss of a micro-batch that :meth:`compute_losses` yields, of what the policy returned."""
         found = self.compute_policy_loss(out.logprobs, batch)
         loss = found.loss
         if self.kl.where == "loss" and self.needs_reference:
             loss = loss + self.kl_coef * kl_loss(out.logprobs - batch.reference_logprobs, self.kl.loss_estimator)
         if self.loss.entropy_coef:
+            assert out.entropies is not None
             loss = loss - self.loss.entropy_coef * out.entropies
         approx_kl = k3(batch.old_logprobs - out.logprobs.detach())
         stats.add(weight, policy_loss=found.loss)
         stats.add(batch.share, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio)
         ratio = found.ratio[weight > 0]
         stats.peak(ratio_max=ratio, ratio_error=(ratio - 1).abs())
-        yield (weight * loss).sum()
+        return (weight * loss).sum()
 
     # ------------------------------------------------------------------------------------------------- models
 
@@ -482,9 +492,9 @@ class RLStage(Stage):
                 (experience.reference_logprobs,) = self.forward_all(
                     experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
                 )
-        logprobs, entropies = self.forward_all(
-            experience, lambda b: self.forward_for_scoring("policy", b, temperature=temperature, entropy=True)[:2]
-        )
+        logprobs, entropies, *values = self.forward_all(experience, self._score_tokens)
+        if values:
+            experience.values, experience.last_values = values
         recompute = self.loss.old_logprobs == "recompute"
         experience.old_logprobs = logprobs if recompute else experience.rollout_logprobs.to(logprobs)
         sequence = experience.sequence
@@ -499,6 +509,15 @@ class RLStage(Stage):
             rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
         experience.advantages = self.compute_advantages(experience, rewards)
         experience.metrics |= self.part_means(experience, scores)
+
+    def _score_tokens(self, batch: Experience) -> tuple[Tensor, ...]:
+        """Log-probs and entropies of a micro-batch, and where the policy has a value head its values."""
+        out: ScoredTokens = self.forward_for_scoring(
+            "policy", batch, temperature=self.sampling.temperature, entropy=True
+        )
+        return tuple(
+            column for column in (out.logprobs, out.entropies, out.values, out.last_values) if column is not None
+        )
 
     def part_means(self, experience: Experience, scores: Scores) -> dict[str, float]:
         """Mean scores of the parts of a reward, for logging; all ranks must call."""

@@ -31,7 +31,7 @@ VARIANTS = {
     "saved": dict(lora=dict(targets=["q_proj", "v_proj"], modules_to_save=["lm_head"])),
     "ema": dict(ema=0.5),
     "checkpointing": dict(checkpointing=True),
-    "separate": dict(shared_backbone=False),
+    "separate": dict(critic_kind="separate"),
     "kept": dict(reuse_passes=True, micro_batch_tokens=None),
 }
 NEEDS_BITSANDBYTES = {"nf4", "int8"}

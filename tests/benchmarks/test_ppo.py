@@ -35,7 +35,7 @@ def weights(ppo, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("contestant", ["ours", "ours-lora"])
+@pytest.mark.parametrize("contestant", ["ours", "ours-head", "ours-lora"])
 @pytest.mark.parametrize("case", ["four", "samples"])
 def test_ours_makes_whole_iterations(ppo, tmp_path, weights, contestant, case):
     task = ppo.make_task(ppo.parse([*SMALL, "--case", case]), tmp_path)
@@ -45,7 +45,7 @@ def test_ours_makes_whole_iterations(ppo, tmp_path, weights, contestant, case):
     assert task.meter.tokens == 2 * 4 * (6 + 4), "a completion ended early, or the warm-up was counted"
     ((module, before),) = weights
     trained = module.trainable_parameters()
-    starts = [before[: len(trained["policy"])], before[-1:]]
+    starts = [before[: len(trained["policy"])], *([before[-1:]] if "value" in trained else [])]
     for role, start in zip(trained.values(), starts, strict=True):
         assert any(not torch.equal(p, old) for p, old in zip(role[-len(start) :], start, strict=True))
     assert module.trainer.callback_metrics["train/updates"] == 4

@@ -136,7 +136,7 @@ def test_a_critic_with_another_tokenizer_is_refused(tiny_model_dir, stories_mode
     """It would read other words than the policy wrote, and learn values of those."""
     for lora in (None, LoRA(r=2)):
         module = PPOModule(tiny_model_dir, lambda prompts, completions: [0.0] * len(completions), **grouped(lora=lora,
-                           critic=str(stories_model_dir), shared_backbone=False))  # fmt: skip
+                           critic=str(stories_model_dir), critic_kind="separate"))  # fmt: skip
         with pytest.raises(ValueError, match=r"pretrained='.*stories260K' has another tokenizer than the policy"):
             module.configure_model()
         assert not hasattr(module, "critic")

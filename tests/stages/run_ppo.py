@@ -42,7 +42,7 @@ def trained(module):
     return {k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad}
 
 
-def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max_steps=4, ckpt=None, save_every=0,
+def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=4, ckpt=None, save_every=0,
         batch_size=4, ptx=False, callbacks=(), sampling=None, reward=letters, lr=3e-3, val_fraction=0.0, seed=0,
         precision="32-true", **options):  # fmt: skip
     """One run; returns the trainer and the module."""
@@ -52,7 +52,6 @@ def run(model_dir, out_dir, devices=1, lora=False, shared=True, dropout=0.0, max
         reward,
         **grouped(
             lora=LoRA(r=4, dropout=dropout) if lora else None,
-            shared_backbone=shared,
             sampling=Sampling(**(sampling or {"max_new_tokens": 10, "temperature": 0.7, "stop_strings": ["e", "o"]})),
             optimizer=lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5),
             ptx_coef=0.5 if ptx else 0.0,

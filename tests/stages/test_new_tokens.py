@@ -164,7 +164,7 @@ def test_exports_reload_with_the_trained_rows(name, tied, runs, folders, tmp_pat
 @pytest.mark.parametrize("lora", [False, True])
 def test_reference_and_critic_begin_with_the_rows_of_the_policy(lora, folders):
     """Their new rows were drawn anew for each, so that KL and values began wrong."""
-    module, _ = stage("ppo", folders[False], lora=lora, shared_backbone=False)
+    module, _ = stage("ppo", folders[False], lora=lora, critic_kind="separate")
     module.configure_model()
     batch = pack([Tree([5, *module.new_token_ids], [Branch([8, module.new_token_ids[-1]])])])
     with torch.no_grad():

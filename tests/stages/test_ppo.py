@@ -77,8 +77,11 @@ class Recorded(PPOModule):
 
 def plain_roles(module, start):
     """Policy, reference and critic as plain models, with the parameters of the two that are trained, by name."""
-    frozen, shared = copy.deepcopy(start), module.actors.critic is None
-    if not shared:
+    frozen, kind = copy.deepcopy(start), module.critic_kind
+    if kind == "head":
+        policy = value = copy.deepcopy(module.policy.model)
+        head, names = copy.deepcopy(module.policy.value_head), ("policy.model.", "policy.model.")
+    elif kind == "separate":
         policy, value = copy.deepcopy(module.policy.model), copy.deepcopy(module.critic.model)
         head, names = value.score, ("policy.model.", "critic.model.")
     else:
@@ -91,13 +94,20 @@ def plain_roles(module, start):
                 part.config._attn_implementation = "eager"
 
     def critic(ids, mask):
-        base = value.get_base_model() if shared else value
+        base = value.get_base_model() if hasattr(value, "get_base_model") else value
         states = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        if kind == "head":  # a hook is another way to scale a gradient than the policy's
+            scale = module.policy.trunk_grad
+            if scale == 0:
+                states = states.detach()
+            elif states.requires_grad:
+                states = states.clone()
+                states.register_hook(lambda gradient: scale * gradient)
         return head(states.to(head.weight.dtype))[..., 0].double()
 
     own = {names[0] + k: p for k, p in policy.named_parameters() if p.requires_grad}
-    others = {names[1] + k: p for k, p in value.named_parameters() if p.requires_grad}
-    if shared:
+    others = {} if kind == "head" else {names[1] + k: p for k, p in value.named_parameters() if p.requires_grad}
+    if kind != "separate":
         others |= {f"policy.value_head.{k}": p for k, p in head.named_parameters()}
     return policy, frozen, critic, own, others
 
@@ -118,10 +128,21 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["separate critic", "shared backbone"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tiny_tokenizer, tmp_path, variant, shared):
+CRITICS = {
+    "separate": dict(critic_kind="separate"),
+    "adapter": dict(lora=LoRA(r=4)),
+    "head": dict(critic_kind="head"),
+    "head, lora, a share of its gradient": dict(critic_kind="head", lora=LoRA(r=4), trunk_grad=0.25),
+    "head, detached": dict(critic_kind="head", trunk_grad=0.0),
+}
+PAIRS = [(v, c) for v in VARIANTS for c in CRITICS if c in ("separate", "adapter") or (v, c) == ("defaults", "head")]
+PAIRS += [("all", "head, lora, a share of its gradient"), ("no clip, no whitening", "head, detached")]
+
+
+@pytest.mark.parametrize(("variant", "critic"), PAIRS)
+def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tiny_tokenizer, tmp_path, variant, critic):
     options, settings = VARIANTS[variant]
+    options = options | CRITICS[critic]
     start = AutoModelForCausalLM.from_pretrained(tiny_model_dir).double()
     torch.manual_seed(0)
     module = Recorded(
@@ -129,7 +150,6 @@ def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tiny_tok
         letters,
         **grouped(
             tokenizer=tiny_tokenizer,
-            lora=LoRA(r=4) if shared else None,
             sampling=Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"]),
             samples_per_prompt=2,
             optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3, eps=1e-5, weight_decay=0.0),
@@ -142,6 +162,7 @@ def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tiny_tok
     )
     module.configure_model()
     policy, frozen, critic, own, others = plain_roles(module, start)
+    head = module.critic_kind == "head"
     trainer = quiet(tmp_path, max_steps=5)
     trainer.fit(module, PromptDataModule(run_ppo.prompts(), batch_size=4, val_fraction=0.0))
     settings = reference.Settings(temperature=0.7, **settings)
@@ -161,6 +182,7 @@ def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tiny_tok
         for chosen, found in updates:
             mine = [s for i in chosen for s in plain[2 * i : 2 * i + 2]]
             groups = [list(own.values()), list(others.values())]
+            groups = [groups[0] + groups[1]] if head else groups  # which shares weights, so one norm clips both
             policy_loss, value_loss, loss = reference.update(policy, critic, mine, settings, groups, optimizers)
             assert found["policy_loss"] == pytest.approx(policy_loss, rel=1e-4, abs=1e-6)
             assert found["value_loss"] == pytest.approx(value_loss, rel=1e-4)
@@ -278,9 +300,10 @@ class Played(PPOModule):
         dict(),
         dict(lora=True, entropy_coef=0.05, kl_penalty="k3", kl_coef=0.3, samples_per_prompt=2),
         dict(lora=True, precision="bf16-mixed"),
-        dict(lora=True, shared=False, epochs=1, ptx=True, old_logprobs="rollout"),
+        dict(lora=True, critic_kind="separate", epochs=1, ptx=True, old_logprobs="rollout"),
+        dict(critic_kind="head"),
     ],
-    ids=["separate", "shared", "bf16", "one epoch, ptx"],
+    ids=["separate", "shared", "bf16", "one epoch, ptx", "head"],
 )
 def test_the_first_update_goes_back_through_the_passes_that_scored(tiny_model_dir, tmp_path, monkeypatch, options):
     monkeypatch.setattr(run_ppo, "PPOModule", Played)
@@ -292,7 +315,8 @@ def test_the_first_update_goes_back_through_the_passes_that_scored(tiny_model_di
     ptx = 3 if options.get("ptx") else 0
     for module, without, graphs in ((reused, 0, 3 * epochs), (anew, 3, 3 * epochs)):
         assert (module.passes["policy", False], module.passes["policy", True]) == (without, graphs + ptx)
-        assert (module.passes["critic", False], module.passes["critic", True]) == (without, graphs)
+        critic = (0, 0) if module.critic_kind == "head" else (without, graphs)  # a head shares the policy's pass
+        assert (module.passes["critic", False], module.passes["critic", True]) == critic
         assert module.passes["reference", False] == 3 and not module.passes["reference", True]
 
 
@@ -317,10 +341,17 @@ def test_passes_that_an_update_does_not_make_again_are_not_kept(tiny_model_dir, 
     "options",
     [
         dict(lora=True, kl_target=0.01, kl_horizon=50, scale_scores=True, whiten_rewards=True),
-        dict(lora=True, shared=False, batch_size=5, loss_mean="sequence", minibatches=1, micro_batch_tokens=None),
-        dict(ptx=True, kl_penalty="k3", target_kl=1e-3),
+        dict(
+            lora=True,
+            critic_kind="separate",
+            batch_size=5,
+            loss_mean="sequence",
+            minibatches=1,
+            micro_batch_tokens=None,
+        ),
+        dict(ptx=True, kl_penalty="k3", target_kl=1e-3, critic_kind="head"),
     ],
-    ids=["shared", "separate, odd batch", "full, ptx, early stop"],
+    ids=["shared", "separate, odd batch", "head, ptx, early stop"],
 )
 def test_two_processes_equal_one(tiny_model_dir, tmp_path, options):
     options = {"lr": 1e-3, "max_steps": 3, **options}
@@ -343,8 +374,9 @@ def test_a_rank_without_prompts_goes_along(tiny_model_dir, tmp_path):
 
 RESUMED = {
     "shared": dict(lora=True, dropout=0.2, kl_target=0.01, kl_horizon=50, scale_scores=True),
-    "separate": dict(lora=True, shared=False, ptx=True),
+    "separate": dict(lora=True, critic_kind="separate", ptx=True),
     "full": dict(ptx=True, batch_size=6),
+    "head": dict(critic_kind="head", trunk_grad=0.5),
 }
 
 
@@ -516,7 +548,7 @@ class Without(PPOModule):
     [
         dict(scale_scores=True, whiten_rewards=True),
         dict(loss_mean="sequence", whiten_advantages=False, clip_scores=2.0, samples_per_prompt=2),
-        dict(reward=[WeightedReward(run_ppo.patchy, 1.0), WeightedReward(happy, 0.5)], shared=False),
+        dict(reward=[WeightedReward(run_ppo.patchy, 1.0), WeightedReward(happy, 0.5)], critic_kind="separate"),
     ],
     ids=["scaled, whitened", "sequence mean", "weighted list"],
 )
@@ -615,7 +647,8 @@ class Scales(PPOModule):
 def scaled(model_dir, tmp_path, plugin, max_steps=2, overflows=(), shared=False, **options):
     torch.manual_seed(0)
     module = Scales(model_dir, letters, **grouped(
-        lora=LoRA(r=4), shared_backbone=shared, epochs=2, minibatches=1, sampling=Sampling(max_new_tokens=6),
+        lora=LoRA(r=4), critic_kind="adapter" if shared else "separate", epochs=2, minibatches=1,
+        sampling=Sampling(max_new_tokens=6),
         optimizer=lambda p: torch.optim.SGD(p, lr=1.0), reuse_passes=False, **options,
     ))  # fmt: skip
     module.overflows = overflows
@@ -709,7 +742,7 @@ def test_a_plateau_schedule_steps_on_a_metric_that_is_logged(tiny_model_dir, tmp
 
     validates = dict(val_fraction=0.3) if name.startswith("val/") else {}
     run(tiny_model_dir, tmp_path, lora=True, max_steps=3, callbacks=[stepped, Logged()], lr_scheduler=schedule,
-        shared=False, batch_size=20, **validates)  # fmt: skip
+        critic_kind="separate", batch_size=20, **validates)  # fmt: skip
     assert len(stepped.values) == 2 * 3  # policy's and critic's
     assert stepped.values[::2] == stepped.values[1::2] == pytest.approx([value.item() for value in values])
 
@@ -769,7 +802,8 @@ class Order(L.Callback):
 def test_hooks_see_gradients_before_they_are_clipped(tiny_model_dir, tmp_path, shared, plugin):
     """As in all of Lightning; the norms of policy and critic are bounded apart, whatever hooks made of them."""
     for factor in (1.0, 1e-7):
-        options = dict(lora=LoRA(r=4), shared_backbone=shared, sampling=Sampling(max_new_tokens=6), max_norm=1e-3)
+        options = dict(lora=LoRA(r=4), critic_kind="adapter" if shared else "separate", max_norm=1e-3,
+                       sampling=Sampling(max_new_tokens=6))  # fmt: skip
         module = PPOModule(tiny_model_dir, letters, **grouped(**options, epochs=1))
         order = Order(module, factor)
         trainer = quiet(tmp_path, max_steps=1, callbacks=[order], plugins=[ScalesOnly(**plugin)] if plugin else None)
@@ -1022,6 +1056,12 @@ def test_what_is_refused(tiny_model_dir):
         PPOModule(tiny_model_dir, letters, **grouped(kl_penalty="k1"))
     with pytest.raises(ValueError, match=r"critic\.pretrained is a Linear"):
         PPOModule(tiny_model_dir, letters, **grouped(critic=torch.nn.Linear(2, 1)))
+    with pytest.raises(ValueError, match=r"set critic\.pretrained to null"):
+        PPOModule(tiny_model_dir, letters, **grouped(critic="a reward model", critic_kind="head"))
+    with pytest.raises(ValueError, match=r"critic\.trunk_grad=0 is for critic\.kind: head"):
+        PPOModule(tiny_model_dir, letters, **grouped(trunk_grad=0))
+    with pytest.raises(ValueError, match=r"critic\.kind: adapter needs adapters: set lora"):
+        PPOModule(tiny_model_dir, letters, **grouped(critic_kind="adapter"))
     with pytest.raises(ValueError, match="reward: an object of type int is none"):
         PPOModule(tiny_model_dir, 3)
     with pytest.raises(ValueError, match=r"pretrained is a Linear: .*merge_and_unload\(\)"):

@@ -128,7 +128,7 @@ def test_a_reward_adapter_shares_the_quantized_backbone(kind, wide_model_dir, tm
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_separate_critic_is_quantized_too(kind, wide_model_dir, tmp_path):
-    _, module = run("ppo", wide_model_dir, tmp_path, kind, max_steps=1, shared=False)
+    _, module = run("ppo", wide_model_dir, tmp_path, kind, max_steps=1, critic_kind="separate")
     assert is_quantized(module.policy) and is_quantized(module.critic)
 
 

@@ -51,6 +51,6 @@ if __name__ == "__main__":
     run.PPOModule = Overflowing
     trainer, module = run.run(
         sys.argv[1], sys.argv[2], "ppo", dict(plugin="zero2", initial_scale=2.0**8), precision="colossalai 16-mixed",
-        max_steps=1, lora=True, shared_backbone=False, micro_batch_tokens=None, max_dropped=1,
+        max_steps=1, lora=True, critic_kind="separate", micro_batch_tokens=None, max_dropped=1,
     )  # fmt: skip
     (Path(sys.argv[2]) / "seen.json").write_text(json.dumps([module.seen, trainer.global_step, module.skipped]))

@@ -34,6 +34,7 @@ RUNS = {
     "kto, LoRA": dict(stage="kto", lr=1e-3, lora=True, checkpointing=True),
     "ppo": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, max_norm=0.5),
     "ppo, shared backbone": dict(stage="ppo", max_steps=5, lr=3e-3, lora=True, max_norm=0.5, checkpointing=True),
+    "ppo, head": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, critic_kind="head"),
     "two optimizers": dict(stage="gan", max_steps=8),
     "value clipping": dict(stage="sft", clip=0.01, clip_by="value", max_steps=4),
 }  # fmt: skip

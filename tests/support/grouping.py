@@ -7,6 +7,7 @@ from lightning_rlhf.rl import GAE, KL, Critic, Loss, Rollout, Shaping, Updates
 GROUPS = dict(critic=Critic, rollout=Rollout, kl=KL, shaping=Shaping, gae=GAE, loss=Loss, updates=Updates, load=Load)
 #: Short names, and where their values go.
 PLACES = {name: place for table in MOVED.values() for name, place in table.items() if "." in place}
+PLACES |= {"critic_kind": "critic.kind", "trunk_grad": "critic.trunk_grad"}
 
 
 def grouped(**given):
