@@ -27,6 +27,8 @@ class Samples:
         completions: (S,) their texts.
         truncated: (S,) whether the length limit ended them.
         columns: Further columns of the prompts' rows, each (S,).
+        iteration: Number of the iteration in which they were sampled, from 0; None where nothing is learned from them:
+            in validation, in predictions, in ``lightning-rlhf verify``.
     """
 
     batch: PackedBatch
@@ -34,6 +36,7 @@ class Samples:
     completions: list[str]
     truncated: list[bool]
     columns: dict[str, list[Any]]
+    iteration: int | None = None
 
     def __post_init__(self) -> None:
         sizes: dict[str, list[Any]] = {
@@ -54,7 +57,12 @@ class Samples:
             completions=list(self.completions),
             truncated=list(self.truncated),
             columns={name: [copy.deepcopy(value) for value in values] for name, values in self.columns.items()},
+            iteration=self.iteration,
         )
+
+
+#: Entries of a score that say why a verifier could not judge a completion.
+FAULTS = ("timeout", "error")
 
 
 class Scores(NamedTuple):
@@ -64,11 +72,20 @@ class Scores(NamedTuple):
         total: (S,) scores in fp32.
         parts: (S,) scores by name of what they were summed from, for logging; empty for a reward without parts.
         absent: (S,) bool: where no reward applies, so that the score is NaN and no fault. Default: nowhere.
+        extras: (S,) further numbers by name, NaN where there is none: for the table of completions, and as means for
+            logging. In a sum a name is ``part/name``. Those called :data:`FAULTS` are 1 where a verifier could not
+            judge a completion; they are summed.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor] = MappingProxyType({})
     absent: Tensor | None = None
+    extras: Mapping[str, Tensor] = MappingProxyType({})
+
+    def faults(self, kind: str) -> int:
+        """Returns how many completions a verifier could not judge, by one of :data:`FAULTS`."""
+        columns = (column for name, column in self.extras.items() if name.rpartition("/")[2] == kind)
+        return int(sum(column.nan_to_num().sum() for column in columns))
 
 
 class RewardError(ValueError):
@@ -124,6 +141,7 @@ class Reward(nn.Module, ABC):
     """Base of the rewards. A reward is never trained, so it is always in eval mode.
 
     Attributes:
+        name: What its further numbers are logged under; empty for a sum, where each part has a name.
         names: Names of the parts of a sum; empty for other rewards.
         needs: Columns of the prompts' rows without which it cannot score.
         limits: Most tokens of a prompt with its completion, by what sets the limit; empty where it reads text. They
@@ -132,6 +150,7 @@ class Reward(nn.Module, ABC):
             nothing.
     """
 
+    name: str = ""
     names: Sequence[str] = ()
     needs: Set[str] = frozenset()
     limits: Mapping[str, int] = MappingProxyType({})

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import math
+import os
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from lightning_rlhf.arguments import did_you_mean
 from lightning_rlhf.data.packed import unpack
-from lightning_rlhf.rewards.base import Reward, RewardError, Samples, Scores, check_scores
+from lightning_rlhf.rewards.base import BadScores, Reward, RewardError, Samples, Scores, check_scores
 from lightning_rlhf.utils.imports import import_object
 from lightning_rlhf.utils.text import show
 
 #: What a function gets of the samples if it names them.
-_OF_SAMPLES = {"completion_ids", "truncated"}
+_OF_SAMPLES = {"completion_ids", "iteration", "truncated"}
 
 
 class FunctionReward(Reward):
@@ -25,22 +30,28 @@ class FunctionReward(Reward):
 
     Arguments are passed by their names: ``prompts``, each a text or a list of messages, ``completions``, texts, and of
     the further columns of the prompt data those that the function names, or all with ``**columns``; each has one entry
-    a completion. If it names them, and the data have no such columns, it also gets ``completion_ids``, lists of tokens,
-    and ``truncated``, whether the length limit ended each. It returns as many finite numbers, in a list, an array or a
-    tensor; None in a list says that it does not apply to that completion.
+    a completion. If it names them, and the data have no such columns, it also gets ``completion_ids``, lists of tokens;
+    ``truncated``, whether the length limit ended each; and ``iteration``, the number of the iteration that learns from
+    the scores, or None in validation and elsewhere. An ``async def`` is awaited, on an event loop that stays.
+
+    It returns a list, an array or a tensor, with a finite number per completion; None says that it does not apply to
+    that completion. A dict in place of a number is ``{"score": number or None, name: number, ...}``; its further
+    numbers are logged and stand in the table of completions.
 
     Args:
         function: The function, or its import path: ``package.module.function`` or ``package.module:function``.
+        options: Values of arguments that are the same for all completions.
 
     Raises:
         ImportError: Nothing is at the import path.
         TypeError: What is there can't be called so.
+        ValueError: An option is none of its arguments.
     """
 
-    def __init__(self, function: str | Callable[..., Any]) -> None:
+    def __init__(self, function: str | Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.function = import_function(function) if isinstance(function, str) else function
-        self.name = _name(self.function)
+        self.name, self.options = name_of(self.function), dict(options or {})
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError as error:  # some that are written in C
@@ -54,6 +65,13 @@ class FunctionReward(Reward):
                 f"The reward function {self.name} must have the arguments prompts and completions, and those columns "
                 f"of the data that it reads; it has {', '.join(sorted(self.accepts)) or 'none'}."
             )
+        known = sorted(self.accepts - {"prompts", "completions"})
+        if strange := [name for name in self.options if name not in known and not self.takes_all]:
+            raise ValueError(
+                f"reward: {self.name} has no option {strange[0]!r}{did_you_mean(strange[0], known)} "
+                f"All: {', '.join(known) or 'none'}."
+            )
+        self.needs -= self.options.keys()
 
     def forward(self, samples: Samples) -> Scores:
         """Calls the function, with lists of its own, and checks what it returns.
@@ -69,24 +87,13 @@ class FunctionReward(Reward):
                 of scores.
             BadScores: Some scores are not finite numbers.
         """
-        given: dict[str, list[Any]] = {"prompts": samples.prompts, "completions": samples.completions}
-        if clash := sorted(given.keys() & samples.columns.keys()):
-            raise RewardError(f"Rename the column {clash[0]} of the prompt data: the argument of that name is ours.")
-        wanted = self.accepts & _OF_SAMPLES - samples.columns.keys()
-        if "truncated" in wanted:
-            given["truncated"] = samples.truncated
-        if "completion_ids" in wanted:
-            given["completion_ids"] = [b.input_ids for tree in unpack(samples.batch) for b in tree.branches]
-        given |= samples.columns
-        if missing := sorted(self.needs - given.keys()):
-            raise RewardError(
-                f"The reward function {self.name} needs the column {', '.join(missing)}; the prompts' rows have "
-                f"{', '.join(sorted(samples.columns)) or 'no further columns'}."
-            )
-        passed = {name: list(v) for name, v in given.items() if self.takes_all or name in self.accepts}
         size = len(samples.completions)
         try:
-            result = self.function(**passed)
+            result = self.function(**self.arguments(samples))
+            if inspect.isawaitable(result):
+                result = wait_for(result)
+        except RewardError:
+            raise
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
@@ -103,10 +110,55 @@ class FunctionReward(Reward):
         if len(scores) != size:
             raise RewardError(f"The reward function {self.name} returned {len(scores)} scores for {size} completions.")
         device = samples.batch.input_ids.device
+        extras = {name: column.to(device) for name, column in self._extras(scores).items()}
+        scores = [score["score"] if isinstance(score, Mapping) else score for score in scores]
         numbers = torch.tensor(list(map(_number, scores)), dtype=torch.float64).float().to(device)
         absent = torch.tensor([score is None for score in scores], device=device)
-        name = f"The reward function {self.name}"
-        return Scores(check_scores(numbers, samples, name, scores, absent), absent=absent)
+        try:
+            check_scores(numbers, samples, f"The reward function {self.name}", scores, absent)
+        except BadScores as error:
+            raise BadScores(str(error), error.scores._replace(extras=extras)) from None
+        return Scores(numbers, absent=absent, extras=extras)
+
+    def arguments(self, samples: Samples) -> dict[str, Any]:
+        """Returns what the function gets of samples: lists of its own.
+
+        Raises:
+            RewardError: The data lack a column that the function needs.
+        """
+        given: dict[str, Any] = {"prompts": samples.prompts, "completions": samples.completions}
+        if clash := sorted(given.keys() & samples.columns.keys()):
+            raise RewardError(f"Rename the column {clash[0]} of the prompt data: the argument of that name is ours.")
+        wanted = self.accepts & _OF_SAMPLES - samples.columns.keys()
+        if "truncated" in wanted:
+            given["truncated"] = samples.truncated
+        if "completion_ids" in wanted:
+            given["completion_ids"] = [b.input_ids for tree in unpack(samples.batch) for b in tree.branches]
+        given |= samples.columns
+        if missing := sorted(self.needs - given.keys()):
+            raise RewardError(
+                f"The reward function {self.name} needs the column {', '.join(missing)}; the prompts' rows have "
+                f"{', '.join(sorted(samples.columns)) or 'no further columns'}."
+            )
+        passed = {name: list(v) for name, v in given.items() if self.takes_all or name in self.accepts}
+        return passed | ({"iteration": samples.iteration} if "iteration" in wanted else {}) | self.options
+
+    def _extras(self, scores: Sequence[Any]) -> dict[str, Tensor]:
+        """Further numbers of scores that are dicts, as columns."""
+        columns: dict[str, list[float]] = {}
+        for i, score in enumerate(scores):
+            if not isinstance(score, Mapping):
+                continue
+            who = f"The reward function {self.name} returned {show(score)} for completion {i}"
+            if "score" not in score:
+                raise RewardError(f"{who}: give it an entry score, the number that is learned from.")
+            for name, value in score.items():
+                if not isinstance(name, str) or (value is not None and name != "score" and not _is_number(value)):
+                    raise RewardError(f"{who}: {name!r} is {show(value, 40)}, and must be a number that has a name.")
+                if name != "score":
+                    column = columns.setdefault(name, [math.nan] * len(scores))
+                    column[i] = math.nan if value is None else float(value)
+        return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -128,10 +180,41 @@ def import_function(path: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], function)
 
 
-def _name(function: Callable[..., Any]) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
+def name_of(source: object) -> str:
+    """Returns the name of a function, also within partials, or of an object's class."""
+    while isinstance(source, functools.partial):
+        source = source.func
+    return str(getattr(source, "__name__", type(source).__name__))
+
+
+def wait_for(awaitable: Awaitable[Any]) -> Any:
+    """Waits for what an ``async def`` returns, on one event loop in a thread of its own.
+
+    The loop stays, so that sessions and clients that a function keeps work in the next batch too; and it runs where the
+    caller's thread has a loop already, as in a notebook.
+    """
+    loop = _loop(os.getpid())
+
+    async def main() -> Any:
+        return await awaitable
+
+    future = asyncio.run_coroutine_threadsafe(main(), loop)
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # Ctrl-C
+
+
+@functools.lru_cache(1)
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of a process; a fork has no threads, so it gets another."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, (str, bytes)) and hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
 
 
 def _number(score: Any) -> float:

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.models.runs import check_name
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
-from lightning_rlhf.rewards.function import FunctionReward, import_function
+from lightning_rlhf.rewards.function import FunctionReward, import_function, name_of
 from lightning_rlhf.rewards.model import RewardModelReward
 
 
@@ -31,11 +30,13 @@ class WeightedReward:
         source: Directory or hub id of a reward model, or a function or its import path.
         weight: Its share of the sum.
         name: What it is logged as; default the last part of ``source``, and as many before it as tell it from others.
+        options: Arguments of a function by name, such as ``{timeout: 5}``: settings, in place of columns of the data.
     """
 
     source: str | Callable[..., Any]
     weight: float = 1.0
     name: str | None = None
+    options: dict[str, Any] | None = None
 
 
 class WeightedSum(Reward):
@@ -76,6 +77,7 @@ class WeightedSum(Reward):
             BadScores: Some scores of a part whose weight is not 0 are not finite numbers.
         """
         found: dict[str, Tensor] = {}
+        extras: dict[str, Tensor] = {}
         absent: list[Tensor] = []
         errors: list[BadScores] = []
         for name, part, weight in zip(self.names, self.parts, self.weights, strict=True):
@@ -85,6 +87,7 @@ class WeightedSum(Reward):
                 scores = error.scores
                 errors += [error] if weight else []
             found[name] = scores.total
+            extras |= {f"{name}/{entry}": column for entry, column in scores.extras.items()}
             absent.append(torch.zeros_like(scores.total, dtype=torch.bool) if scores.absent is None else scores.absent)
         weights = torch.tensor(self.weights, dtype=torch.float32, device=samples.batch.last.device)
         left_out = torch.stack(absent, 1) | (weights == 0)
@@ -92,11 +95,11 @@ class WeightedSum(Reward):
         sums = torch.where(left_out, 0.0, torch.stack(list(found.values()), 1) * weights).sum(1)
         sums = sums.masked_fill(none, torch.nan)
         if errors:
-            raise BadScores(str(errors[0]), Scores(sums, found, none))
+            raise BadScores(str(errors[0]), Scores(sums, found, none, extras))
         try:
-            return Scores(check_scores(sums, samples, "The weighted sum of rewards", absent=none), found, none)
+            return Scores(check_scores(sums, samples, "The weighted sum of rewards", absent=none), found, none, extras)
         except BadScores as error:
-            raise BadScores(str(error), Scores(error.scores.total, found, none)) from None
+            raise BadScores(str(error), Scores(error.scores.total, found, none, extras)) from None
 
 
 def make_reward(
@@ -139,7 +142,7 @@ def make_reward(
         parts = [_part(part) for part in spec]
         if not parts:
             raise ValueError("reward: the list is empty. Give at least one {source: ..., weight: ...}.")
-        rewards = [make_reward(part.source, tokenizer, dtype, trust_remote_code) for part in parts]
+        rewards = [_make_part(part, tokenizer, dtype, trust_remote_code) for part in parts]
         return WeightedSum(dict(zip(part_names(parts), rewards, strict=True)), [part.weight for part in parts])
     if callable(spec) and not isinstance(spec, PreTrainedModel):
         return FunctionReward(spec)
@@ -148,6 +151,15 @@ def make_reward(
         "function f(prompts, completions, **columns) -> scores or its import path, or a list of "
         "{source: ..., weight: ...}."
     )
+
+
+def _make_part(part: WeightedReward, tokenizer: PreTrainedTokenizerBase, dtype: Dtype, trust: bool) -> Reward:
+    reward = make_reward(part.source, tokenizer, dtype, trust)
+    if part.options is None:
+        return reward
+    if not isinstance(reward, FunctionReward):
+        raise ValueError(f"reward: {_shown(part.source)} has options, which are for functions. Leave them out.")
+    return FunctionReward(reward.function, part.options)
 
 
 def names_model(name: str) -> bool:
@@ -166,8 +178,15 @@ def _part(given: Any) -> WeightedReward:
         given = WeightedReward(**given)
     part = given if isinstance(given, WeightedReward) else WeightedReward(given)
     if not isinstance(part.weight, (int, float)) or not math.isfinite(part.weight):
-        raise ValueError(f"reward: the weight of {part.source!r} is {part.weight!r}, and must be a finite number.")
+        raise ValueError(f"reward: the weight of {_shown(part.source)} is {part.weight!r}: give a finite number.")
+    if not isinstance(part.options, Mapping | None):
+        raise ValueError(f"reward: the options of {_shown(part.source)} are {part.options!r}: give {{name: value}}.")
     return part
+
+
+def _shown(source: object) -> str:
+    """A source in messages."""
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else name_of(source)
 
 
 def part_names(parts: Sequence[WeightedReward]) -> list[str]:
@@ -197,6 +216,4 @@ def _pieces(source: object) -> list[str]:
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source).rstrip("/")
         return re.split("(/)" if "/" in path or os.path.isdir(path) else r"([.:])", path)
-    while isinstance(source, partial):
-        source = source.func
-    return [getattr(source, "__name__", type(source).__name__)]
+    return [name_of(source)]

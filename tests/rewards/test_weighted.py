@@ -77,8 +77,8 @@ def test_dicts_as_in_a_config(tiny_tokenizer):
     ("spec", "words"),
     [(3, r"reward: an object of type int is none\. Give the directory"), ([3], "type int is none"),
      (torch.nn.Linear, "function"), ([{"sorce": long}], "has the key 'sorce'"), ([{"weight": 1.0}], "has no source"),
-     ([{"source": long, "weight": "much"}], "is 'much', and must be a finite number"),
-     ([WeightedReward(long, float("nan"))], "is nan, and must be a finite number")],
+     ([{"source": long, "weight": "much"}], "is 'much': give a finite number"),
+     ([WeightedReward(long, float("nan"))], "is nan: give a finite number")],
 )  # fmt: skip
 def test_what_can_be_no_reward_is_named(spec, words, tiny_tokenizer):
     with pytest.raises((TypeError, ValueError), match=words):
