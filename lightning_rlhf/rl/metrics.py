@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.functional import k1, k3, merge_moments, moments
+from lightning_rlhf.rewards import FAULTS, Scores
 from lightning_rlhf.rl.experience import Experience
 from lightning_rlhf.utils.collectives import gather_objects, gather_tensors
 
@@ -19,6 +20,30 @@ def moments_over_ranks(values: Tensor, weight: Tensor | None, device: torch.devi
         device: Where ranks exchange tensors.
     """
     return merge_moments(gather_tensors(moments(values, weight), device))
+
+
+def extra_means(scores: Scores, name: str) -> dict[str, float]:
+    """Computes the means of a reward's further numbers over all ranks. All ranks must call it.
+
+    Args:
+        scores: This rank's.
+        name: Put before the name of a number, unless it is empty.
+
+    Returns:
+        Means by ``reward/<name>/<entry>``, without :data:`~lightning_rlhf.rewards.base.FAULTS`; a completion without
+        the number does not count.
+    """
+    mine = {
+        f"reward/{name}/{entry}" if name else f"reward/{entry}": (column.nansum().item(), int((~column.isnan()).sum()))
+        for entry, column in scores.extras.items()
+        if entry.rpartition("/")[2] not in FAULTS
+    }
+    everyone = gather_objects(mine)
+    sums: dict[str, list[float]] = {}
+    for key, (total, count) in sorted(item for each in everyone for item in each.items()):
+        known = sums.setdefault(key, [0.0, 0.0])
+        known[0], known[1] = known[0] + total, known[1] + count
+    return {key: total / count for key, (total, count) in sums.items() if count}
 
 
 def sample_metrics(experience: Experience) -> dict[str, float]:

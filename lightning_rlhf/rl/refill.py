@@ -95,7 +95,8 @@ def _scores_of(found: Round, number: int) -> Scores:
     """The scores of a group's completions."""
     scored, own = found.experience.scored, found.experience.group == number
     assert scored is not None
-    return Scores(scored.total.cpu()[own], {name: part.cpu()[own] for name, part in scored.parts.items()})
+    parts, extras = ({name: c.cpu()[own] for name, c in each.items()} for each in (scored.parts, scored.extras))
+    return Scores(scored.total.cpu()[own], parts, extras=extras)
 
 
 def _join(groups: Sequence[Scores]) -> Scores:
@@ -104,4 +105,8 @@ def _join(groups: Sequence[Scores]) -> Scores:
     parts = {
         name: torch.cat([nothing, *(g.parts[name] for g in groups)]) for name in (groups[0].parts if groups else ())
     }
-    return Scores(torch.cat([nothing, *(g.total for g in groups)]), parts)
+    names = dict.fromkeys(name for g in groups for name in g.extras)
+    extras = {
+        name: torch.cat([g.extras.get(name, torch.full_like(g.total, torch.nan)) for g in groups]) for name in names
+    }
+    return Scores(torch.cat([nothing, *(g.total for g in groups)]), parts, extras=extras)

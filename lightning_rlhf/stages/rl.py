@@ -42,7 +42,16 @@ from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA, Policy
 from lightning_rlhf.models.backbone import is_checkpointing
 from lightning_rlhf.models.roles import Role
-from lightning_rlhf.rewards import Reward, RewardError, Samples, Scores, WeightedReward, make_reward
+from lightning_rlhf.rewards import (
+    FAULTS,
+    FunctionReward,
+    Reward,
+    RewardError,
+    Samples,
+    Scores,
+    WeightedReward,
+    make_reward,
+)
 from lightning_rlhf.rl import (
     KL,
     Critic,
@@ -64,7 +73,7 @@ from lightning_rlhf.rl.checks import (
     check_lengths,
     warn_of_biased_sampling,
 )
-from lightning_rlhf.rl.metrics import moments_over_ranks, rollout_metrics
+from lightning_rlhf.rl.metrics import extra_means, moments_over_ranks, rollout_metrics
 from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
 from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
@@ -174,6 +183,7 @@ class RLStage(Stage):
         self.engine, self.offload_frozen, self.seed = engine or self.engine, offload_frozen, seed
         self.critic_settings, self.updater = critic, Updater(self)
         self.kl_coef, self.running_scores = kl.coef, RunningMoments()
+        self._faults: Counter[str] = Counter()  # completions of the iteration that verifiers could not judge
         self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
         for stage in ("val", "test"):
             self.metrics.declare(stage, **({} if self.reward.relative else {"score": TokenMean()}), length=TokenMean())
@@ -520,11 +530,15 @@ class RLStage(Stage):
         )
 
     def part_means(self, experience: Experience, scores: Scores) -> dict[str, float]:
-        """Mean scores of the parts of a reward, for logging; all ranks must call."""
-        found, known = {}, experience.scores.isfinite()
+        """Means of the parts of a reward and of its further numbers, for logging; all ranks must call."""
+        found, known = extra_means(scores, self.reward.name), experience.scores.isfinite()
         for name in self.reward.names:
             part = scores.parts[name].cpu() if name in scores.parts else experience.scores
             found[f"score/{name}"] = self.moments(part, (known & part.isfinite()).float())[1].item()
+        if any(isinstance(part, FunctionReward) for part in self.reward.modules()):
+            faults = torch.tensor([float(self._faults.pop(kind, 0)) for kind in FAULTS])
+            for kind, count in zip(FAULTS, all_reduce(faults, self.device).tolist(), strict=True):
+                found[f"verifier_{kind}s"] = count
         return found
 
     def score(self, samples: Samples | None) -> Scores:
@@ -533,8 +547,13 @@ class RLStage(Stage):
         Raises:
             RewardError: A score on any rank is not finite, and ``shaping.bad_scores`` is ``stop``.
         """
+        learns = self.trainer.training
+        if samples is not None and learns:
+            samples.iteration = self.iteration
         with whole_weights(self.strategy, self.policy), self.actors.on_device(self.device, "reward"):
             scores, why = (Scores(torch.zeros(0)), "") if samples is None else self.actors.score(samples)
+        if learns:  # in each round of a refill too
+            self._faults.update({kind: scores.faults(kind) for kind in FAULTS})
         why = next(filter(None, gather_objects(why)), "")
         if why and self.shaping.bad_scores == "stop":
             raise RewardError(

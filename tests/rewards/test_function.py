@@ -1,5 +1,6 @@
 """Rewards by a function: what reaches it, and what of its answers is refused."""
 
+import asyncio
 import math
 
 import pytest
@@ -143,3 +144,72 @@ def test_a_function_that_fails_is_named_with_the_place():
 
     with pytest.raises(RewardError, match=r"broken failed on 2 completions: KeyError: .boom. \(.*:\d+\)"):
         FunctionReward(broken)(samples())
+
+
+def test_dicts_bring_further_numbers():
+    def f(prompts, completions):
+        return [{"score": 1.0, "words": 3, "clean": True}, {"score": None, "words": None}]
+
+    scores = FunctionReward(f)(samples())
+    assert scores.total[0] == 1 and scores.absent.tolist() == [False, True]
+    assert scores.extras["words"][0] == 3 and scores.extras["words"][1].isnan() and scores.extras["clean"][0] == 1
+    both = make_reward([WeightedReward(f, name="mine"), WeightedReward(by_length)], None)(samples())
+    assert list(both.extras) == ["mine/words", "mine/clean"] and both.total.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [({"scor": 1}, "give it an entry score"), ({"score": 1, "why": "so"}, "'why' is 'so', and must be a number"),
+     ({"score": 1, 2: 3}, "2 is 3, and must be a number that has a name")],
+)  # fmt: skip
+def test_a_dict_that_is_no_score_is_named(score, message):
+    with pytest.raises(RewardError, match=message):
+        FunctionReward(lambda prompts, completions: [1.0, score])(samples())
+
+
+def test_a_bad_score_keeps_the_further_numbers():
+    with pytest.raises(BadScores, match="returned nan for completion 1") as error:
+        FunctionReward(lambda prompts, completions: [1.0, {"score": math.nan, "n": 2}])(samples())
+    assert error.value.scores.extras["n"][1] == 2
+
+
+def test_async_functions_are_awaited_on_one_loop():
+    loops = []
+
+    async def f(prompts, completions, iteration):
+        loops.append(asyncio.get_running_loop())
+        assert iteration == 7
+        found = await asyncio.gather(*(asyncio.sleep(0, len(c)) for c in completions))
+        return list(map(float, found))
+
+    given = samples()
+    given.iteration = 7
+    reward = FunctionReward(f)
+    assert reward(given).total.tolist() == [1.0, 2.0]
+
+    async def notebook():  # a thread whose loop is running
+        return reward(given).total.tolist()
+
+    assert asyncio.run(notebook()) == [1.0, 2.0]
+    assert loops[0] is loops[1]
+
+    async def fails(prompts, completions):
+        await asyncio.sleep(0)
+        raise KeyError("a")
+
+    with pytest.raises(RewardError, match=r"fails failed on 2 completions: KeyError: 'a' \(.*test_function\.py:\d+\)"):
+        FunctionReward(fails)(samples())
+
+
+def test_options_are_settings():
+    def f(prompts, completions, factor, answer=None):
+        return [len(c) * factor for c in completions]
+
+    reward = make_reward([{"source": f, "options": {"factor": 3}}], None)
+    assert reward.needs == set() and reward(samples(factor=[1, 1])).total.tolist() == [3.0, 6.0]
+    with pytest.raises(ValueError, match=r"f has no option 'facto'; did you mean factor\? All: answer, factor"):
+        make_reward([{"source": f, "options": {"facto": 3}}], None)
+    with pytest.raises(ValueError, match=r"the options of f are 3: give \{name: value\}"):
+        make_reward([{"source": f, "options": 3}], None)
+    with pytest.raises(ValueError, match="the weight of f is nan: give a finite number"):
+        make_reward([{"source": f, "weight": math.nan}], None)
