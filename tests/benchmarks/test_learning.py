@@ -168,6 +168,24 @@ def test_reward_model_is_trained_once(learning, made, tmp_path, monkeypatch):
     assert first["samples"] == again["samples"], "it matters whether the reward model was trained now"
 
 
+def test_dpo_is_judged_by_a_model_of_other_rows(learning, monkeypatch):
+    read, trained = learning.PreferenceDataModule, []
+
+    def spy(rows, **settings):
+        trained.append((rows, settings["val"]))
+        return read(rows, **settings)
+
+    monkeypatch.setattr(learning, "PreferenceDataModule", spy)
+    found = learning.dpo_smollm2(0, max_steps=1)
+    (judges, _), (own, held_out) = trained
+    turns = [{learning._first_turn(row) for row in rows} for rows in (judges, own, held_out)]
+    assert all(turns) and sum(map(len, turns)) == len(TALKS) == len(set.union(*turns))
+    assert found["steps"] == found["judge steps"] == 1 and found["prompts"] == len(held_out)
+    assert {"win rate, error", "accuracy after", "length_accuracy after", "matched_accuracy after"} <= found.keys()
+    assert {row["prompt"] for row in found["samples"]} <= turns[2]
+    assert not (learning.RUNS / "dpo_smollm2_judge").exists(), "a judge that was cut short is kept"
+
+
 def test_turning_point(learning):
     gold = [0.0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     curve = [{"kl": float(i), "gold": value} for i, value in enumerate(gold)]
