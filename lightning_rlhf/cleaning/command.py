@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from lightning_rlhf.data.sources import BadRows
 
 _ABOUT = """\
-Looks at instruction, preference and prompt data, cleans it, or writes it in another format. It reads what the data
-modules read: JSON Lines, JSON, CSV, Parquet and text files, globs, directories, hub ids.
+Looks at instruction, preference and prompt data, and at single answers with labels (KTO), cleans it, or writes it in
+another format. It reads what the data modules read: JSON Lines, JSON, CSV, Parquet and text files, globs, directories,
+hub ids.
 
   stats    count rows by language, type and length; find duplicates; show where a row comes from
   clean    drop rows by filters, and mask personal data
   convert  write rows in another format, if it can hold them"""
-_KINDS = ("auto", "instruction", "preference", "prompt")
+_KINDS = ("auto", "instruction", "preference", "unpaired", "prompt")
 #: Rows between two signs of life.
 _TICK = 20_000
 
@@ -143,6 +144,8 @@ def convert(args: Sequence[str]) -> None:
 
     What a format can't hold (several turns in alpaca, ties in pairs) is refused with the row's line, or left out and
     counted with --on-bad-row skip, and then stands in NAME.dropped.jsonl. Columns that no format reads are kept.
+    --to unpaired takes preferences apart: better answers are good, worse ones bad. Answers in the middle of a ranking,
+    of which nothing says whether they are good, are left out and counted.
 
     Args:
         args: Arguments after ``data convert``.
@@ -150,25 +153,38 @@ def convert(args: Sequence[str]) -> None:
     parser = _parser("convert", convert.__doc__)
     parser.add_argument("--to", required=True, metavar="FORMAT", help="name of a format, as docs/data.md lists them")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=_OUT)
+    parser.add_argument("--threshold", type=float, help="lowest rating of a good answer, for single answers")
     options = parser.parse_args(args)
-    from lightning_rlhf.cleaning.convert import check_target
+    from lightning_rlhf.cleaning.convert import check_target, holds_labels, single_answers
     from lightning_rlhf.cleaning.convert import convert as write
     from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, json_line
     from lightning_rlhf.data.formats import FormatError
 
     check_target(options.to)
-    outputs = Outputs(options.out, options.path)
+    if options.threshold is not None and not holds_labels(options.to):
+        parser.error(
+            f"--threshold makes labels of ratings, and {options.to} has none. Add --to unpaired, or leave it out."
+        )
+    outputs, unlabeled = Outputs(options.out, options.path), 0
     with outputs as out:
         bad = NotedBadRows(options.on_bad_row or "raise", out.note)
         for example in _ticking(_read(options, bad), "read"):
+            apart = options.to == "unpaired" or example.kind == "unpaired"
             try:
-                row = write(example, options.to)
+                parts = single_answers(example, options.threshold) if apart else [example]
+                rows = [write(part, options.to) for part in parts]
             except FormatError as error:
                 bad.add(example.where, error.kind, str(error))
-            else:
+                continue
+            for row in rows:
                 out.keep(json_line(row))
-        out.report({"converted": out.kept, "bad_rows": bad.summary()})
+            if left := len(example.answers) - len(rows) if apart else 0:
+                unlabeled += left
+                out.note({"where": example.where, "filter": "no label", "reason": f"{left:,} in the middle"})
+        out.report({"converted": out.kept, "without_label": unlabeled, "bad_rows": bad.summary()})
     print(f"{out.kept:,} rows as {options.to}; {bad.total:,} left out{f': {bad.reasons}' if bad.total else ''}")
+    if unlabeled:
+        print(f"{unlabeled:,} answers in the middle of rankings are left out")
     print("\n".join(out.lines()))
 
 

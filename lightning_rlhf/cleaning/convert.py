@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_rlhf.arguments import did_you_mean
-from lightning_rlhf.cleaning.example import FORMATS_OF, Example, Kind, kind_of, make_example
-from lightning_rlhf.data.formats import SYSTEM, Conversation, FormatError, Message, to_conversation
+from lightning_rlhf.cleaning.example import FORMATS_OF, Example, Kind, Parsed, kind_of, make_example
+from lightning_rlhf.data.formats import SYSTEM, Conversation, FormatError, Message, parse_row, to_conversation
 from lightning_rlhf.data.preference_formats import Preference
 from lightning_rlhf.data.prompt_formats import Prompt
+from lightning_rlhf.data.sources import Row
+from lightning_rlhf.data.unpaired_formats import Unpaired, to_unpaired
 
 #: The names that a role has in ShareGPT's and in ColossalChat's rows.
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -41,16 +44,48 @@ def convert(example: Example, target: str) -> dict[str, Any]:
         raise FormatError("answer", "the row has an answer, which a prompt can't hold. Leave out --kind prompt")
     if example.format == target:
         return dict(example.row)
-    read = {*FORMATS_OF[example.kind][example.format].reads, *SYSTEM}
+    row = _written(example, _WRITERS[example.kind, target](example.parsed), target)
+    _check(example, row, target)
+    return row
+
+
+def single_answers(example: Example, threshold: float | None = None) -> list[Example]:
+    """Takes a preference apart into answers with labels, as ``UnpairedDataModule`` does; a rating becomes a label.
+
+    Args:
+        example: The example. One that has labels, or nothing to take apart, is returned as it is.
+        threshold: The lowest rating of a good answer. None: pairs decide, and ratings stay.
+
+    Returns:
+        The answers, best first, without those in the middle of a ranking: nothing says whether they are good.
+
+    Raises:
+        FormatError: The format of single answers can't hold one.
+    """
+    rated = isinstance(example.parsed, Unpaired) and example.parsed.labels == (None,) and threshold is not None
+    if not rated and example.kind != "preference":
+        return [example]
+    read = partial(to_unpaired, format=example.format, threshold=threshold, take_apart=True)
+    made = parse_row(Row(dict(example.row), example.where), read)
+    found = []
+    for answer in made.apart():
+        if answer.labels != (None,):
+            row = _written(example, _unpaired(answer), "unpaired")
+            found.append(make_example(row, example.where, "unpaired"))
+            if lost := _difference(answer, found[-1].parsed):
+                raise FormatError(lost, f"the format 'unpaired' can't hold the row's {lost}")
+    return found
+
+
+def _written(example: Example, written: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Columns of a format, beside those of the example that its own format does not read."""
+    read = {*FORMATS_OF[example.kind].choose(example.row, example.format).reads, *SYSTEM}
     own = {name: value for name, value in example.row.items() if name not in read}
-    written = _WRITERS[example.kind, target](example.parsed)
     if taken := [name for name in own if name in written]:
         raise FormatError(
             "column", f"the format {target!r} has a column {taken[0]!r}, as the row has. Rename the row's"
         )
-    row = {**own, **written}
-    _check(example, row, target)
-    return row
+    return {**own, **written}
 
 
 def check_target(target: str) -> None:
@@ -62,6 +97,11 @@ def check_target(target: str) -> None:
     names = sorted({name for _, name in _WRITERS})
     if target not in names:
         raise ValueError(f"There is no format {target} to write{did_you_mean(target, names)} All: {', '.join(names)}.")
+
+
+def holds_labels(target: str) -> bool:
+    """Whether a format may hold single answers with labels."""
+    return ("unpaired", target) in _WRITERS
 
 
 def _check(example: Example, row: Mapping[str, Any], target: str) -> None:
@@ -90,7 +130,7 @@ def _has_answer(row: Mapping[str, Any]) -> bool:
         return False
 
 
-def _difference(one: Conversation | Preference | Prompt, other: Conversation | Preference | Prompt) -> str:
+def _difference(one: Parsed, other: Parsed) -> str:
     """The first part in which two differ; empty if they are equal."""
     names = ("prompt",) if isinstance(one, Prompt) else tuple(vars(one))
     return next((name for name in names if name != "unread" and getattr(one, name) != getattr(other, name)), "")
@@ -199,6 +239,24 @@ def _ranking(made: Preference) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------------------ single answers
+
+
+def _unpaired(made: Unpaired) -> dict[str, Any]:
+    return {"prompt": _turns(made.prompt), "completion": _turns(made.answers[0]), **_label(made)}
+
+
+def _whole(write: Callable[[Conversation], dict[str, Any]]) -> Callable[[Unpaired], dict[str, Any]]:
+    """Writes prompt and answer as a conversation, with a label."""
+    return lambda made: {**write(Conversation((*made.prompt, *made.answers[0]))), **_label(made)}
+
+
+def _label(made: Unpaired) -> dict[str, Any]:
+    if made.labels[0] is None:
+        raise FormatError("no threshold", "the row has a rating, and nothing says which are good. Add --threshold")
+    return {"label": made.labels[0]}
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 
 
@@ -230,6 +288,10 @@ _WRITERS: dict[tuple[Kind, str], Callable[[Any], dict[str, Any]]] = {
     ("preference", "sharegpt_preference"): _pair("conversations", _sharegpt),
     ("preference", "transcripts"): _transcripts,
     ("preference", "ranking"): _ranking,
+    ("unpaired", "unpaired"): _unpaired,
+    ("unpaired", "messages"): _whole(lambda made: {"messages": _turns(_messages(made))}),
+    ("unpaired", "sharegpt"): _whole(lambda made: {"conversations": _sharegpt(_messages(made))}),
+    ("unpaired", "alpaca"): _whole(_alpaca),
     ("prompt", "prompt"): lambda made: {"prompt": _turns(_prompt_turns(made))},
     ("prompt", "messages"): lambda made: {"messages": _turns(_prompt_turns(made))},
     ("prompt", "colossalchat"): lambda made: {"messages": _colossalchat(_prompt_turns(made))},

@@ -10,11 +10,13 @@ from typing import Any, Literal, get_args
 from lightning_rlhf.cleaning.text import language_of, request, tokens
 from lightning_rlhf.data.formats import (
     FORMATS,
+    LABELS,
     SYSTEM,
     Conversation,
     Format,
     FormatError,
     FormatTable,
+    first_filled,
     parse_row,
     to_conversation,
 )
@@ -22,22 +24,27 @@ from lightning_rlhf.data.oasst import OASST, TreeRows, expand_trees, instruction
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS, Preference, read_name, to_preference
 from lightning_rlhf.data.prompt_formats import PROMPT_FORMATS, Prompt, to_prompt
 from lightning_rlhf.data.sources import BadRows, Row, Source, read_rows
+from lightning_rlhf.data.unpaired_formats import UNPAIRED_FORMATS, Unpaired, to_unpaired
 
-Kind = Literal["instruction", "preference", "prompt"]
+Kind = Literal["instruction", "preference", "unpaired", "prompt"]
+Parsed = Conversation | Preference | Unpaired | Prompt
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMATS_OF: Mapping[Kind, FormatTable[Any]] = {
     "preference": PREFERENCE_FORMATS,
+    "unpaired": UNPAIRED_FORMATS,
     "instruction": FORMATS,
     "prompt": PROMPT_FORMATS,
 }
 _TREES: Mapping[Kind, TreeRows] = {
     "instruction": instruction_rows,
     "preference": preference_rows,
+    "unpaired": preference_rows,
     "prompt": prompt_rows,
 }
 #: Columns and keys of turns whose strings are no texts.
 _NOT_TEXT = {
-    *("role", "from", "rank", "ranks", "scores", "label", "margin"),
+    *("role", "from", "rank", "ranks", "scores", "margin"),
+    *LABELS,
     *("chosen_score", "rejected_score", "score_chosen", "score_rejected"),
 }
 
@@ -49,9 +56,9 @@ class Example:
     Attributes:
         row: Its columns as they were read, or as :meth:`rewrite` changed them.
         where: Its place, as in :class:`~lightning_rlhf.data.sources.Row`.
-        kind: ``instruction``, ``preference`` or ``prompt``.
+        kind: ``instruction``, ``preference``, ``unpaired`` or ``prompt``.
         format: Name of its format.
-        parsed: The conversation, preference or prompt that the data modules read from it.
+        parsed: The conversation, preference, single answer or prompt that the data modules read from it.
         notes: Values that filters measured, such as ``{"novelty": 0.31}``.
         rewritten: How many times :meth:`rewrite` changed it.
     """
@@ -60,7 +67,7 @@ class Example:
     where: str
     kind: Kind
     format: str
-    parsed: Conversation | Preference | Prompt
+    parsed: Parsed
     notes: dict[str, float | str] = field(default_factory=dict)
     rewritten: int = 0
 
@@ -77,7 +84,7 @@ class Example:
     @cached_property
     def answers(self) -> tuple[str, ...]:
         """The assistant's texts: every turn of a conversation; of a preference each answer, the best first."""
-        if isinstance(self.parsed, Preference):
+        if isinstance(self.parsed, (Preference, Unpaired)):
             return tuple("\n\n".join(_said(turns, "assistant")) for turns in self.parsed.answers)
         if isinstance(self.parsed, Conversation):
             return tuple(_said(self.parsed.messages or (), "assistant"))
@@ -99,6 +106,11 @@ class Example:
     def answer_tokens(self) -> tuple[list[str], ...]:
         """The tokens of each answer."""
         return tuple(map(tokens, self.answers))
+
+    @property
+    def distinct_tokens(self) -> list[str]:
+        """What makes a row another than one before: its questions, and of a single answer the answer too."""
+        return [*self.instruction_tokens, *(self.answer_tokens[0] if self.kind == "unpaired" else ())]
 
     @cached_property
     def language(self) -> str:
@@ -163,13 +175,16 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def kind_of(row: Mapping[str, Any]) -> Kind:
-    """What a row is, by its columns: a preference, else an instruction, else a prompt.
+    """What a row is, by its columns: a preference, else a single answer with a label, an instruction, a prompt.
 
-    Rows of no known format count as instructions, whose error lists the formats.
+    Rows of no known format count as instructions, whose error lists the formats. A label is true or false: numbers and
+    names are columns of somebody's own, and a rating makes a single answer only if the kind is named.
     """
     for kind, table in FORMATS_OF.items():
         found = table.detect(row)
-        if found is not None and found.name != "unpaired":
+        if found is None or (kind == "preference" and found.name == "unpaired"):
+            continue
+        if kind != "unpaired" or any(str(row.get(name)).strip().lower() in ("true", "false") for name in LABELS):
             return kind
     return "instruction"
 
@@ -195,10 +210,15 @@ def make_example(
     return Example(read.value, read.where, chosen, name, parsed)
 
 
-def _parse(row: Mapping[str, Any], kind: Kind, format: str) -> tuple[Conversation | Preference | Prompt, str]:
+def _parse(row: Mapping[str, Any], kind: Kind, format: str) -> tuple[Parsed, str]:
+    if kind == "unpaired" and format == "auto" and kind_of(row) == "preference":
+        reason = "the row compares answers. Leave out --kind unpaired; convert --to unpaired takes it apart"
+        raise FormatError("pairs", reason)
     name = FORMATS_OF[kind].choose(row, format).name if format == "auto" else format
     if kind == "preference":
         return to_preference(row, name), name
+    if kind == "unpaired":  # a rating is no label yet
+        return to_unpaired(row, name, labeled=first_filled(row, *LABELS) is not None), name
     return (to_conversation(row, name) if kind == "instruction" else to_prompt(row, name)), name
 
 

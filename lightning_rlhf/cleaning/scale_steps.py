@@ -77,7 +77,7 @@ class CleanFiles(PipelineStep):
             for example in clean(examples, filters, tally, lambda *found: note(dropped_entry(*found))):
                 entry = {"where": example.where, "kind": example.kind, "format": example.format, "row": example.row}
                 kept.write(json_line(entry))
-                yield Document(text=" ".join(example.instruction_tokens), id=example.where)
+                yield Document(text=" ".join(example.distinct_tokens), id=example.where)
         found = {"tally": tally.to_json(), "bad_rows": bad.summary()}
         (folder / "tally" / f"{rank:05d}.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
@@ -195,7 +195,7 @@ class Finish(PipelineStep):
                 continue
             entry = json.loads(line)
             example = make_example(entry["row"], entry["where"], entry["kind"], entry["format"])
-            new = frozenset(shingles(example.instruction_tokens))
+            new = frozenset(shingles(example.distinct_tokens))
             best = max(((similarity(new, other), where) for where, other in first[cluster]), default=(0.0, ""))
             if best[0] >= self.threshold:
                 found[task, place] = f"{best[0]:.2f} of {best[1]}"

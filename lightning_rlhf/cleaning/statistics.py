@@ -15,6 +15,7 @@ from lightning_rlhf.cleaning.near_duplicates import NearDuplicates, sketch
 from lightning_rlhf.cleaning.pipeline import CHUNK
 from lightning_rlhf.cleaning.text import scripts
 from lightning_rlhf.data.preference_formats import read_name
+from lightning_rlhf.data.unpaired_formats import Unpaired
 
 #: Columns that name the type of a row, the first of which counts.
 _TYPES = ("category", "type", "task")
@@ -59,6 +60,7 @@ class Statistics:
         turns: Rows by number of user turns.
         letters: Letters of the instructions by script.
         other_language: Rows whose column ``lang`` says another language than their instruction is in.
+        labels: Single answers that are good, and bad; those with a rating have none.
         longer_won: Preferences whose best answer is longer than the worst, and shorter.
         instructions: Lengths of instructions.
         answers: Lengths of answers.
@@ -74,6 +76,7 @@ class Statistics:
     turns: Counter[int] = field(default_factory=Counter)
     letters: Counter[str] = field(default_factory=Counter)
     other_language: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
     longer_won: Counter[str] = field(default_factory=Counter)
     instructions: Lengths = field(default_factory=Lengths)
     answers: Lengths = field(default_factory=Lengths)
@@ -84,7 +87,7 @@ class Statistics:
         """The figures as JSON values; most frequent first."""
         counters = {
             name: {str(key): count for key, count in getattr(self, name).most_common()}
-            for name in ("kinds", "formats", "languages", "types", "turns", "letters", "longer_won")
+            for name in ("kinds", "formats", "languages", "types", "turns", "letters", "labels", "longer_won")
         }
         return {
             "rows": self.rows,
@@ -112,6 +115,8 @@ class Statistics:
         yield f"duplicates  {self.equal:,} rows ask what one before asks, {self.near:,} more nearly the same"
         if self.other_language:
             yield f"language    {self.other_language:,} rows are in another language than their column says"
+        if self.labels:
+            yield f"labels      {_counts(made['labels'])}"
         if self.longer_won:
             yield f"preferred   the answer that is {_shares(self.longer_won)}"
 
@@ -153,6 +158,8 @@ def _count(found: Statistics, example: Example) -> None:
     lengths = [len(tokens) for tokens in example.answer_tokens]
     for length in lengths:
         found.answers.add(length)
+    if isinstance(example.parsed, Unpaired):
+        found.labels.update({True: "good", False: "bad", None: "none"}[label] for label in example.parsed.labels)
     if example.kind == "preference":
         found.longer_won[_sign(lengths)] += 1
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_rlhf.cleaning import command
 from lightning_rlhf.cli import main
-from lightning_rlhf.data import InstructionDataModule
+from lightning_rlhf.data import InstructionDataModule, UnpairedDataModule
 
 pytest.importorskip("rensa")
 
@@ -297,3 +297,52 @@ def test_what_is_missing_is_said_with_its_command(file, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(SystemExit, match=r"needs rensa\. Install it: pip install 'lightning_rlhf\[collect\]'"):
         command.main(["clean", str(file), "--out", str(tmp_path / "a.jsonl")])
+
+
+@pytest.fixture
+def thumbs(tmp_path):
+    """Single answers, three of them to one prompt."""
+    path = tmp_path / "thumbs.jsonl"
+    answers = [("Paris is its capital.", True), ("It may be Lyon.", False), ("Paris is its capital!", True)]
+    lines = [
+        json.dumps({"prompt": "What is the capital of France?", "completion": text, "label": label})
+        for text, label in answers
+    ]
+    path.write_text("\n".join([*lines, '{"messages": [], "label": true}']), encoding="utf-8")
+    return path
+
+
+def test_stats_of_single_answers(thumbs, tmp_path, capsys):
+    run("stats", thumbs, "--json", tmp_path / "stats.json")
+    assert "labels      good 2, bad 1" in capsys.readouterr().out
+    found = json.loads((tmp_path / "stats.json").read_text(encoding="utf-8"))
+    assert found["kinds"] == {"unpaired": 3} and len(found["bad_rows"]) == 1
+
+
+def test_cleaning_keeps_the_different_answers_to_a_prompt(thumbs, tmp_path):
+    run("clean", thumbs, "--out", tmp_path / "clean.jsonl", "--filters", "NearDuplicate")
+    assert [row["completion"] for row in rows(tmp_path / "clean.jsonl")] == ["Paris is its capital.", "It may be Lyon."]
+
+
+def test_convert_takes_preferences_apart(tmp_path, tiny_tokenizer, capsys):
+    path, out = tmp_path / "ranked.jsonl", tmp_path / "single.jsonl"
+    pair = {"prompt": "Who?", "chosen": "me", "rejected": "you"}
+    lines = [json.dumps({"prompt": "Why?", "ranked": ["a b", "c", "d e f"]}), json.dumps(pair)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    run("convert", path, "--to", "unpaired", "--out", out)
+    assert "4 rows as unpaired; 0 left out\n1 answers in the middle" in capsys.readouterr().out
+    (dropped,) = rows(tmp_path / "single.dropped.jsonl")
+    assert dropped["where"].endswith("ranked.jsonl:1") and dropped["filter"] == "no label"
+    trees = []
+    for source in (path, out):
+        data = UnpairedDataModule(str(source), tokenizer=tiny_tokenizer, take_apart=True, val_fraction=0.0)
+        data.setup("fit")
+        found = data.train_dataloader().rows
+        trees.append([found(i) for i in range(len(found))])
+    assert repr(trees[0]) == repr(trees[1]) and len(trees[0]) == 2
+
+
+def test_a_threshold_is_for_single_answers(file, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("convert", file, "--to", "text", "--out", tmp_path / "out.jsonl", "--threshold", 3)
+    assert "--threshold makes labels of ratings, and text has none" in capsys.readouterr().err

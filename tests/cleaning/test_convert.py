@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 
 from lightning_rlhf.cleaning import make_example
-from lightning_rlhf.cleaning.convert import _WRITERS, convert
+from lightning_rlhf.cleaning.convert import _WRITERS, convert, single_answers
 from lightning_rlhf.data.formats import FORMATS, FormatError
 from lightning_rlhf.data.preference_formats import PREFERENCE_FORMATS
 from lightning_rlhf.data.prompt_formats import PROMPT_FORMATS
+from lightning_rlhf.data.unpaired_formats import UNPAIRED_FORMATS, to_unpaired
 
 SYSTEM = {"role": "system", "content": "Be short."}
 ASK = {"role": "user", "content": "2+2?"}
@@ -36,6 +37,7 @@ def targets(kind):
 def test_every_format_is_written_or_has_a_reason_not_to_be():
     assert set(targets("instruction")) == set(FORMATS)
     assert set(targets("preference")) == set(PREFERENCE_FORMATS) - {"unpaired"}  # no format of preferences
+    assert set(targets("unpaired")) == set(UNPAIRED_FORMATS)
     # a preference's columns need answers
     assert set(targets("prompt")) == set(PROMPT_FORMATS) - {"transcripts", "colossalchat_preference"}
 
@@ -174,3 +176,53 @@ def test_answers_are_not_cut_off_to_make_prompts():
 def test_unknown_formats_are_named():
     with pytest.raises(ValueError, match="no format alpacca to write; did you mean alpaca"):
         convert(instruction(ASK, ANSWER), "alpacca")
+
+
+@pytest.mark.parametrize(("first", "second"), [*product(UNPAIRED_FORMATS, UNPAIRED_FORMATS)])
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("label", [{"label": True}, {"kto_tag": "false"}])
+def test_single_answers_fit_everywhere(first, second, system, label):
+    prompt = [SYSTEM, ASK] if system else [ASK]
+    start = make_example({"prompt": prompt, "completion": [ANSWER], **label, **OTHER})
+    assert (start.kind, start.format) == ("unpaired", "unpaired")
+    middle = make_example(convert(start, first))
+    end = make_example(json.loads(json.dumps(convert(middle, second))))
+    assert (end.kind, end.format) == ("unpaired", second)
+    assert start.parsed == middle.parsed == end.parsed
+    assert end.parsed.labels == ("label" in label,)
+    assert {name: end.row[name] for name in OTHER} == OTHER
+
+
+@pytest.mark.parametrize("format", PAIRS)
+@pytest.mark.parametrize("columns", [{}, {"chosen_score": 2.0, "rejected_score": 1.0}])
+def test_preferences_are_taken_apart_as_for_training(format, columns):
+    start = make_example(convert(preference(**columns, **OTHER, source="us", system="Be short."), format))
+    good, bad = single_answers(start)
+    assert (good.kind, good.format, good.where) == ("unpaired", "unpaired", start.where)
+    assert [good.parsed, bad.parsed] == list(to_unpaired(start.row, take_apart=True).apart())
+    assert good.parsed.labels == (True,) and bad.parsed.labels == (False,)
+    assert {name: good.row[name] for name in (*OTHER, "source")} == {**OTHER, "source": "us"}
+    assert convert(good, "unpaired")["prompt"] == [SYSTEM, ASK]
+    both = [one.parsed.labels[0] for one in single_answers(start, threshold=0.5)]
+    assert both == ([True, True] if columns else [True, False]), "scores and a threshold decide"
+
+
+def test_an_answer_in_the_middle_has_no_label():
+    start = make_example({"prompt": "2+2?", "ranked": ["4", "5", "22"]})
+    assert [one.answer for one in single_answers(start)] == ["4", "22"]
+
+
+def test_ratings_need_a_threshold_to_become_labels():
+    start = make_example({"prompt": "2+2?", "response": "4", "rating": "7", "id": 3}, kind="unpaired")
+    assert start.parsed.labels == (None,) and single_answers(start) == [start]
+    with pytest.raises(FormatError, match="a rating, and nothing says which are good"):
+        convert(start, "alpaca")
+    (found,) = single_answers(start, threshold=7)
+    assert convert(found, "alpaca") == {"instruction": "2+2?", "input": "", "output": "4", "label": True, "id": 3}
+
+
+def test_columns_that_a_single_answer_has_are_not_written_over():
+    with pytest.raises(FormatError, match="'label', as the row has"):
+        single_answers(preference(label="math"))
+    with pytest.raises(FormatError, match="holds no instruction"):
+        convert(instruction(ASK, ANSWER), "unpaired")

@@ -146,3 +146,31 @@ def test_trees_become_their_rows():
         ("preference", ("So.", "No.")),
         ("prompt", ()),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "2+2?", "completion": "4", "label": True}, "unpaired"),
+        ({"instruction": "2+2?", "output": "5", "kto_tag": "false"}, "unpaired"),
+        ({"prompt": "2+2?", "completion": "4", "label": "math"}, "instruction"),
+        ({"prompt": "2+2?", "completion": "4", "label": 1}, "instruction"),
+        ({"prompt": "2+2?", "completion": "4", "score": 0.9}, "instruction"),
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "5", "label": True}, "preference"),
+    ],
+)
+def test_labels_of_true_and_false_make_single_answers(row, kind):
+    assert make_example(row).kind == kind
+
+
+def test_a_single_answer_and_its_texts():
+    example = make_example({"prompt": "Who is Ann?", "completion": "Ann Lee", "label": "false", "id": "Ann"})
+    assert (example.questions, example.answers, example.answer) == (("Who is Ann?",), ("Ann Lee",), "Ann Lee")
+    example.rewrite(lambda text: text.replace("Ann", "X").replace("false", "true"))
+    assert example.row == {"prompt": "Who is X?", "completion": "X Lee", "label": "false", "id": "Ann"}
+    assert example.parsed.labels == (False,)
+
+
+def test_pairs_are_no_single_answers():
+    with pytest.raises(FormatError, match="convert --to unpaired takes it apart"):
+        make_example({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, kind="unpaired")

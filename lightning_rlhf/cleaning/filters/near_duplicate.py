@@ -20,9 +20,11 @@ class Sketched(Measuring[Sketch]):
 class NearDuplicate(Sketched):
     """Drops rows whose user turns are nearly the same as those of a row before, which was kept.
 
+    Of a single answer with a label, the answer must be nearly the same too: a prompt may have several.
+
     Two texts are compared by their words (in Chinese: characters) and pairs of neighboring ones, without case, width,
     white space and punctuation. It drops no row that is like a dropped one but not like a kept one. System prompts and
-    answers don't count.
+    other answers don't count.
 
     Args:
         threshold: Least Jaccard similarity of near duplicates. A smaller value drops more.
@@ -34,6 +36,10 @@ class NearDuplicate(Sketched):
         super().__init__()
         self.threshold = threshold
         self._index = NearDuplicates(threshold)
+
+    def measure(self, examples: Sequence[Example]) -> list[Sketch]:
+        """Sketches the user turns; of single answers also these."""
+        return sketch([example.distinct_tokens for example in examples])
 
     def __call__(self, example: Example) -> str | None:
         """Looks for a near duplicate among the rows that were kept."""
