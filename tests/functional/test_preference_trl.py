@@ -194,8 +194,17 @@ def test_losses_without_a_reference(name, drawn):
     assert_same(want, LOSSES[name].function(own_pairs(policy, None), **settings).mean(), policy)
 
 
+class TwoRanks(Alone):
+    """An accelerator of two processes, of which the other gathers 5 nats wherever this one gathers a number."""
+
+    def gather_for_metrics(self, values):
+        return torch.cat([values.reshape(-1), torch.tensor([5.0])])
+
+
+@pytest.mark.parametrize("moved", [2.0, -2.0], ids=["z0 above 0", "z0 below 0"])
+@pytest.mark.parametrize("ranks", [Alone, TwoRanks])
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
-def test_losses_of_single_answers(name, drawn):
+def test_losses_of_single_answers(name, ranks, moved, drawn):
     from trl.trainer.kto_trainer import KTOTrainer
 
     policy, reference = drawn
@@ -207,10 +216,10 @@ def test_losses_of_single_answers(name, drawn):
     weights = dict(desirable_weight=1.3, undesirable_weight=0.6) if name == "kto" else {}
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
-        accelerator=Alone(),
+        accelerator=ranks(),
         aux_loss_enabled=False,
         calculate_KL=name == "kto",
-        _compute_kl_logps=lambda model, inputs: mismatched + 2.0,
+        _compute_kl_logps=lambda model, inputs: mismatched + moved,
         precompute_ref_logps=True,
         beta=0.3,
         loss_type=name,
@@ -229,8 +238,10 @@ def test_losses_of_single_answers(name, drawn):
         "ref_KL_logps": of_reference,
     }
     want = KTOTrainer._compute_loss(trainer, forward(padded(policy)), inputs, False)
-    point = kto_reference_point((mismatched + 2.0 - of_reference).sum(), 3)
-    assert point > 0
+    total = (mismatched + moved - of_reference).sum()
+    point = kto_reference_point(*((total, 3) if ranks is Alone else (total + 3 * 5.0, 6)))  # the mean over all ranks'
+    assert (point > 0) == (moved > 0 or ranks is TwoRanks)
+    assert name != "kto" or trainer._metrics["train"]["kl"] == [pytest.approx(point.item(), abs=1e-9)]
     ours = kto_loss(ratio, desirable, point, 0.3, **weights) if name == "kto" else None
     assert_same(want, (apo_zero_unpaired_loss(ratio, desirable, 0.3) if ours is None else ours).mean(), policy)
 
@@ -245,3 +256,33 @@ def test_orpo_but_for_its_fine_tuning(drawn):
     odds = ORPOTrainer.odds_ratio_loss(trainer, means[:N], means[N:])[0].double()
     ours = LOSSES["orpo"].function(own_pairs(policy, None), odds_weight=0.3)
     torch.testing.assert_close(ours, -means[:N] - odds, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own settings
+def test_what_single_answers_are_mismatched_with(tiny_model_dir, tmp_path):
+    """``docs/dpo.md`` says so: the batch's answers moved on by one in file order, once, also to their own prompt."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": prompt, "completion": f" {answer}", "label": answer in "ace"}
+        for prompt, answer in zip(["Why?"] * 3 + ["Who?"] * 3, "abcdef", strict=True)
+    ]
+
+    def trainer(**settings):
+        settings = dict(use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=3, **settings)
+        config = KTOConfig(str(tmp_path), desirable_weight=1.3, **settings)
+        return KTOTrainer(str(tiny_model_dir), args=config, train_dataset=Dataset.from_list(rows))
+
+    made = trainer(train_sampling_strategy="sequential")
+    answers, mismatched = made.train_dataset["completion_ids"], made.train_dataset["KL_completion_ids"]
+    assert mismatched == [answers[i] for i in (2, 0, 1, 5, 3, 4)]  # each to its own prompt again
+    assert isinstance(made._get_train_sampler(), SequentialSampler)
+    made.model.train()
+    three = next(iter(made.get_train_dataloader()))
+    with torch.no_grad():  # an answer counts as one in its own micro-batch's mean, good ones 1.3 times; R and z0 are 0
+        loss = made.compute_loss(made.model, three)
+    assert loss.item() == pytest.approx((1.3 + 1 + 1.3) / 3 / 2, abs=1e-6)
+    with pytest.raises(ValueError, match="requires `train_sampling_strategy='sequential'`"):
+        trainer(train_sampling_strategy="random")
