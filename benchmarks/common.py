@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +89,7 @@ class Meter:
         seconds: CPU seconds they took, of all threads of the process.
         losses: Of every step, the warm-up's too.
         extra_mib: Most resident memory during the steps, above that with model and optimizer made.
+        sampling: CPU seconds of the measured steps that went to rollouts, where these are timed apart.
     """
 
     warmup: int
@@ -94,6 +97,7 @@ class Meter:
     seconds: float = 0.0
     extra_mib: float = 0.0
     losses: list[float | Tensor] = field(default_factory=list)
+    sampling: float = 0.0
     started: float = field(default=0.0, init=False, repr=False)
     base_mib: float = field(default=0.0, init=False, repr=False)
 
@@ -111,6 +115,14 @@ class Meter:
         elif len(self.losses) > self.warmup:
             self.tokens += tokens
             self.seconds = time.process_time() - self.started
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """To be put around the rollout of a step."""
+        began = time.process_time()
+        yield
+        if len(self.losses) >= self.warmup:
+            self.sampling += time.process_time() - began
 
     def finish(self) -> None:
         """To be called after the last step."""
@@ -140,10 +152,16 @@ def _forget_peak() -> None:
 
 
 class Watch(L.Callback):
-    """Reads a meter from inside our Trainer."""
+    """Reads a meter from inside our Trainer.
 
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+    Args:
+        meter: What is read.
+        tokens: Of each step; None counts those of a packed batch.
+        metric: Name of what is logged and stands for a loss; None takes the loss of the step.
+    """
+
+    def __init__(self, meter: Meter, tokens: int | None = None, metric: str | None = None) -> None:
+        self.meter, self.tokens, self.metric = meter, tokens, metric
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Model and optimizer are made."""
@@ -153,7 +171,8 @@ class Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step is done."""
-        self.meter.step(batch.num_tokens, outputs["loss"])
+        tokens = batch.num_tokens if self.tokens is None else self.tokens
+        self.meter.step(tokens, outputs["loss"] if self.metric is None else trainer.callback_metrics[self.metric])
 
 
 def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -182,6 +201,42 @@ def fit_ours(
     make_trainer(steps, watch, accelerator="cpu", gradient_clip_val=clip).fit(module, data)
 
 
+# ---------------------------------------------------------------------------------------------- theirs
+
+
+def watched(trainer: type[Any], meter: Meter, tokens: Sequence[int]) -> type[Any]:
+    """A trainer of TRL that reads a meter: its losses, and so many tokens a step."""
+    from transformers import TrainerCallback
+
+    class Watched(trainer):
+        loss: Tensor
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            own = self
+
+            class Reader(TrainerCallback):
+                def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                    meter.ready()
+
+                def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                    meter.step(tokens[len(meter.losses)], own.loss)
+
+            self.add_callback(Reader())
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.loss = super().compute_loss(*args, **kwargs)
+            return self.loss
+
+    return Watched
+
+
+def require_trl(peers: Iterable[str], without: str) -> None:
+    """Ends the run where a peer is TRL's and there is none; ``without`` are the options of a run without it."""
+    if any(peer.startswith("trl") for peer in peers) and importlib.util.find_spec("trl") is None:
+        sys.exit(f"TRL is not installed: pip install 'lightning_rlhf[bench]', or choose {without}.")
+
+
 # ---------------------------------------------------------------------------------------------- taking turns
 
 
@@ -190,8 +245,8 @@ _MARK = "measured: "
 
 def report(meter: Meter) -> None:
     """Hands a finished measurement from a worker process to :func:`measure`."""
-    result = asdict(meter)
-    print(_MARK + json.dumps({k: result[k] for k in ("warmup", "tokens", "seconds", "extra_mib", "losses")}))
+    result = {name: value for name, value in asdict(meter).items() if name not in ("started", "base_mib")}
+    print(_MARK + json.dumps(result))
 
 
 #: Help of the options that several benchmarks have; all are whole numbers.
@@ -312,7 +367,7 @@ def rows(case: str, found: Mapping[str, list[Meter]], goals: Mapping[str, Goal])
                 f"{memory:,.0f}",
                 f"{memory_ratio:.2f}x" if other else "",
                 f"{loss_difference(ours[0], meters[0]):.1e}" if other else "",
-                _verdict(goals[name], speed_ratio, memory_ratio) if name in goals else "",
+                verdict(goals[name], speed_ratio, memory_ratio) if name in goals else "",
             ]
         )
     return lines
@@ -323,7 +378,7 @@ def loss_difference(a: Meter, b: Meter) -> float:
     return max(abs(float(x) - float(y)) for x, y in zip(a.losses, b.losses, strict=False))
 
 
-def _verdict(goal: Goal, speed: float, memory: float) -> str:
+def verdict(goal: Goal, speed: float, memory: float) -> str:
     parts = []
     if goal.speed is not None:
         parts.append(f"{goal.speed}x " + ("met" if speed >= goal.speed else f"short by {goal.speed - speed:.2f}x"))

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import json
 import random
@@ -295,25 +294,10 @@ def trl_trainer(algorithm: str) -> tuple[type[Any], type[Any], dict[str, Any]]:
 def run_trl(task: Task, **settings: Any) -> None:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
 
-    meter, algorithm = task.meter, task.algorithm
+    algorithm = task.algorithm
     steps = list(batches(task))
     base, config, own = trl_trainer(algorithm)
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            meter.ready()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            meter.step(steps[len(meter.losses)].tokens, trainer.loss)
-
-    class Watched(base):
-        loss: Tensor
-
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            self.loss = super().compute_loss(*args, **kwargs)
-            return self.loss
 
     def words(ids: list[int]) -> str:
         """A prompt, or an answer without its end, which TRL adds."""
@@ -357,12 +341,11 @@ def run_trl(task: Task, **settings: Any) -> None:
             **own,
             **settings,
         )
-        trainer = Watched(
+        trainer = common.watched(base, task.meter, [step.tokens for step in steps])(
             model=task.model,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=task.tokenizer,
-            callbacks=[Watch()],
             **more,
         )
         if algorithm == "lora":
@@ -463,8 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(options)
         return
-    if any(peer.startswith("trl") for peer in options.peers) and importlib.util.find_spec("trl") is None:
-        sys.exit("TRL is not installed: pip install 'lightning_rlhf[bench]', or choose --peers bare sft.")
+    common.require_trl(options.peers, "--peers bare sft")
     passed = ["steps", "warmup", "data", "tokenizer", "pairs", "length", "vocab_size", "width", "layers", "cache"]
     lines, scoring = [], []
     for name in CASES if options.case == "all" else [options.case]:

@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-import lightning.pytorch as L
 import torch
 from common import BenchmarkParser, Meter
 from sft import word_tokenizer
@@ -127,20 +126,6 @@ def make_task(options: argparse.Namespace, folder: Path, meter: Meter) -> Task:
 # ---------------------------------------------------------------------------------------------- contestants
 
 
-class Watch(common.Watch):
-    """Reads a meter from inside our Trainer; of an iteration the score stands for a loss."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task.meter)
-        self.tokens = len(task.rows) * (task.options.length + task.options.new)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """An iteration is done."""
-        self.meter.step(self.tokens, trainer.callback_metrics["train/score"])
-
-
 def run_sft(task: Task, quantization: Quantization | None = None) -> None:
     module = SFTModule(task.model, task.tokenizer, load=Load(quantization=quantization), **task.settings)
     common.fit_ours(module, task.texts(), task.options.steps, common.Watch(task.meter))
@@ -163,7 +148,8 @@ def run_ppo(task: Task, reward: Any, quantization: Quantization | None = None) -
         val_fraction=0.0,
         cache_dir=task.folder / "cache",
     )
-    common.fit_ours(module, data, options.steps, Watch(task), clip=None)
+    tokens = len(task.rows) * (options.length + options.new)
+    common.fit_ours(module, data, options.steps, common.Watch(task.meter, tokens, "train/score"), clip=None)
 
 
 def first_letters(prompts: list[Any], completions: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Draws what the studies of ``learning.py`` found.
+"""Draws what the studies of ``learning.py`` found, and what ``grpo.py --plot`` measured.
 
 pip install -e '.[bench]'
 python benchmarks/plots.py              # benchmarks/results/ to docs/images/
@@ -89,7 +89,28 @@ def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
     save(figure, image)
 
 
-PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve}
+def group_size(runs: Sequence[dict[str, Any]], image: Path) -> None:
+    """Cost of a completion's update by the size of its group: as a tree, and padded; a panel for each shape."""
+    points = runs[-1]["group_size"]
+    shapes = list(dict.fromkeys((point["prompt"], point["new"]) for point in points))
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=(8, 3.2), layout="constrained", squeeze=False)
+    for (prompt, new), panel in zip(shapes, panels[0], strict=True):
+        own = [point for point in points if (point["prompt"], point["new"]) == (prompt, new)]
+        for name, color in (("padded", "#8b949e"), ("tree", "#3465a4")):
+            values = [1000 * point[name] for point in own]
+            panel.plot([point["size"] for point in own], values, "o-", color=color, markersize=4, label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks([point["size"] for point in own], [str(point["size"]) for point in own])
+        panel.set_ylim(bottom=0)
+        panel.set_title(f"prompt of {prompt}, completions of {new} tokens", fontsize=11)
+        panel.set_xlabel("completions of the prompt")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("CPU ms of an update / completions")
+    panels[0][-1].legend(frameon=False)
+    save(figure, image)
+
+
+PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve, "group_size": group_size}
 
 
 def main(arguments: list[str] | None = None) -> None:

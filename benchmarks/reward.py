@@ -21,7 +21,6 @@ Contestants:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import statistics
 import sys
@@ -35,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import torch
 from common import OURS, BenchmarkParser, Goal, Meter
-from torch import Tensor
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from lightning_rlhf import PreferenceDataModule, RewardModule
@@ -147,29 +145,13 @@ def run_bare(task: Task) -> None:
 
 def run_trl(task: Task, **settings: Any) -> None:
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
-    meter = task.meter
     steps = list(batches(task.data, task.steps))
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            meter.ready()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            meter.step(steps[len(meter.losses)].tokens, trainer.loss)
-
-    class Watched(RewardTrainer):
-        loss: Tensor
-
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            self.loss = super().compute_loss(*args, **kwargs)
-            return self.loss
 
     pairs = [pair for step in steps for pair in zip(step.chosen, step.rejected, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Watched(
+        trainer = common.watched(RewardTrainer, task.meter, [step.tokens for step in steps])(
             model=task.model,
             args=RewardConfig(
                 folder,
@@ -189,7 +171,6 @@ def run_trl(task: Task, **settings: Any) -> None:
             train_dataset=Dataset.from_list([dict(chosen_ids=c, rejected_ids=r) for c, r in pairs]),
             processing_class=task.tokenizer,
             optimizers=(common.adamw(task.model.parameters()), None),
-            callbacks=[Watch()],
         )
         trainer.train()
 
@@ -248,8 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(options)
         return
-    if any(peer.startswith("trl") for peer in options.peers) and importlib.util.find_spec("trl") is None:
-        sys.exit("TRL is not installed: pip install 'lightning_rlhf[bench]', or choose --peers bare.")
+    common.require_trl(options.peers, "--peers bare")
     passed = ["steps", "warmup", "data", "tokenizer", "pairs", "length", "width", "layers", "cache"]
     with tempfile.TemporaryDirectory() as options.cache:  # tokenized here, once for all workers
         steps = list(batches(make_data(options), options.warmup + options.steps))

@@ -20,7 +20,6 @@ Contestants:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import random
 import sys
@@ -170,31 +169,12 @@ def run_bare(task: Task) -> None:
 
 def run_trl(task: Task, **settings: Any) -> None:
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    meter = task.meter
     steps = list(batches(task))
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            meter.ready()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            meter.step(trainer.tokens, trainer.loss)
-
-    class Watched(SFTTrainer):
-        tokens: int
-        loss: torch.Tensor
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            mask = inputs.get("attention_mask")
-            self.tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            self.loss = super().compute_loss(model, inputs, *args, **kwargs)
-            return self.loss
-
+    tokens = [sum(len(ids) for ids, _ in rows) for rows in steps]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Watched(
+        trainer = common.watched(SFTTrainer, task.meter, tokens)(
             model=task.model,
             args=SFTConfig(
                 folder,
@@ -215,7 +195,6 @@ def run_trl(task: Task, **settings: Any) -> None:
             train_dataset=Dataset.from_list([dict(input_ids=i, labels=j) for rows in steps for i, j in rows]),
             processing_class=task.tokenizer,
             optimizers=(common.adamw(task.model.parameters()), None),
-            callbacks=[Watch()],
         )
         trainer.train()
 
@@ -258,8 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(options)
         return
-    if any(peer.startswith("trl") for peer in options.peers) and importlib.util.find_spec("trl") is None:
-        sys.exit("TRL is not installed: pip install 'lightning_rlhf[bench]', or choose --peers bare.")
+    common.require_trl(options.peers, "--peers bare")
     passed = ["steps", "warmup", "tokenizer", "length", "vocab_size", "width", "layers"]
     flags = common.flags(options, passed)
     lines = []
