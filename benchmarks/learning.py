@@ -34,6 +34,7 @@ from lightning_rlhf import (
     KL,
     Critic,
     DPOModule,
+    Groups,
     GRPOModule,
     InstructionDataModule,
     KTOModule,
@@ -55,6 +56,7 @@ from lightning_rlhf.functional import ALGORITHMS
 from lightning_rlhf.models.pretrained import obtain
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import WeightedReward
+from lightning_rlhf.rewards.verifiers import constraints, number
 from lightning_rlhf.stages.alignment import AlignmentStage
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.utils.filesystem import COMPLETE
@@ -65,6 +67,8 @@ RUNS = ROOT / "runs" / "learning"
 QUIET: dict[str, Any] = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
 ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
 STORIES = ROOT / "tests" / "assets" / "stories260K"
+#: Learning rates of GRPO's studies: in full, and of adapters.
+GRPO_RATE, LORA_RATE = 1e-4, 7e-4
 
 
 def sft_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
@@ -377,22 +381,140 @@ def ppo_stories260k_proxy(seed: int, max_steps: int = -1) -> dict[str, Any]:
 def grpo_stories260k(seed: int, max_steps: int = -1, algorithm: str = "grpo") -> dict[str, Any]:
     """stories260K in full by GRPO, 4 completions of 48 tokens for each of 30 openings, by VADER; 10 iterations.
 
-    The KL penalty of 0.001 is there to measure the KL. A first run, with a rate of 3e-4, went to a KL of 13.
+    The KL penalty of 0.001 is there to measure the KL. GDPO, which wants several rewards, gets variety as a second one.
+    Runs with rates of 3e-4 and 1.5e-4 went to a KL above 8; the rate of 1e-4 was tried with RLOO and seed 7.
     """
+    both = [WeightedReward(happiness, 1.0, "happiness"), WeightedReward(variety, 0.2, "variety")]
+    return _grpo_stories(seed, both if algorithm == "gdpo" else happiness, max_steps, algorithm)
+
+
+def grpo_stories260k_large_kl(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """Control: the same with a KL coefficient of 10 leaves the policy where it was."""
+    return _grpo_stories(seed, happiness, max_steps, kl_coef=10.0)
+
+
+def grpo_stories260k_constant(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """Control: the same with a constant reward leaves the policy where it was; VADER's score is looked at alone."""
+    return _grpo_stories(seed, [WeightedReward(constant), WeightedReward(happiness, 0.0, "gold")], max_steps)
+
+
+def grpo_stories260k_length(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """Control: the same with a reward for short stories, of 200 tokens at most, moves their length."""
+    return _grpo_stories(seed, shortness, max_steps, new_tokens=200)
+
+
+def _grpo_stories(
+    seed: int,
+    reward: Callable[..., Sequence[float]] | list[WeightedReward],
+    max_steps: int,
+    algorithm: str = "grpo",
+    kl_coef: float = 0.001,
+    new_tokens: int = 48,
+) -> dict[str, Any]:
     module = GRPOModule(
         STORIES,
-        happiness,
+        reward,
         algorithm,
         chat_template="plain",
-        rollout=Rollout(sampling=Sampling(max_new_tokens=48), samples_per_prompt=4),
-        kl=KL(coef=0.001, where="loss"),
+        rollout=Rollout(sampling=Sampling(max_new_tokens=new_tokens), samples_per_prompt=4),
+        kl=KL(coef=kl_coef, where="loss"),
+        groups=Groups(max_flat=None),  # of a constant reward all are
         updates=Updates(epochs=1, minibatches=4, micro_batch_tokens=8192),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1.5e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=GRPO_RATE, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
         seed=seed,
     )
     rows = [{"prompt": opening} for opening in OPENINGS]
     data = PromptDataModule(rows, val=rows, as_text=True, batch_size=30, eval_batch_size=len(rows), seed=seed)
     return _ppo(module, data, 10 if max_steps < 0 else max_steps)[0]
+
+
+def grpo_smollm2_sentence(
+    seed: int, max_steps: int = -1, algorithm: str = "grpo", groups: Groups | None = None
+) -> dict[str, Any]:
+    """SmolLM2-135M-Instruct by LoRA and GRPO: one sentence with a word, ending in "!"; 8 iterations.
+
+    The score is the share of the three that an answer keeps. Six words are held out. An iteration has 4 prompts with 8
+    answers of 16 tokens at most, and 2 updates.
+    """
+    rows = [
+        {
+            "prompt": f"One sentence with the word {word}, ending in '!'",
+            "constraints": {"sentences": 1, "contains": [word], "ends_with": "!"},
+        }
+        for word in WORDS.split()
+    ]
+    return _grpo_smollm2(seed, constraints, rows, 6, 16, max_steps, algorithm, groups)
+
+
+def grpo_smollm2_sentence_refill(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """The same by DAPO with dynamic sampling: up to 2 further prompts take the place of those with equal scores."""
+    return grpo_smollm2_sentence(seed, max_steps, "dapo", Groups("refill", spare=1, rounds=2))
+
+
+def grpo_smollm2_sums(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """SmolLM2-135M-Instruct by LoRA and GRPO: sums of two digits; 12 of the 100 held out; 8 iterations."""
+    sums = [{"prompt": f"What is {a} + {b}?", "answer": a + b} for a in range(10) for b in range(10)]
+    order = torch.randperm(len(sums), generator=torch.Generator().manual_seed(0)).tolist()
+    return _grpo_smollm2(seed, number, [sums[i] for i in order], 12, 12, max_steps)
+
+
+def _grpo_smollm2(
+    seed: int,
+    reward: Callable[..., Sequence[float | None]],
+    rows: list[dict[str, Any]],
+    held_out: int,
+    new_tokens: int,
+    max_steps: int,
+    algorithm: str = "grpo",
+    groups: Groups | None = None,
+) -> dict[str, Any]:
+    """Trains on all rows but the first ones, which are held out and looked at before, in the middle and after."""
+    groups = groups or Groups()
+    module = GRPOModule(
+        obtain("smollm2-135m-instruct"),
+        reward,
+        algorithm,
+        lora=LoRA(r=16, alpha=32),
+        rollout=Rollout(sampling=Sampling(max_new_tokens=new_tokens), samples_per_prompt=8),
+        kl=KL(coef=0.001, where="loss"),
+        groups=groups,
+        updates=Updates(epochs=1, minibatches=2, micro_batch_tokens=1024),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=LORA_RATE, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        seed=seed,
+    )
+    data = PromptDataModule(
+        rows[held_out:],
+        val=rows[:held_out],
+        batch_size=4 + groups.spare * groups.rounds,
+        eval_batch_size=held_out,
+        seed=seed,
+    )
+    curve, looks = Curve(("score", "kl", "flat_groups", "updates", "length_mean")), Looks()
+    trainer = L.Trainer(
+        max_steps=8 if max_steps < 0 else max_steps,
+        val_check_interval=4 if max_steps < 0 else max_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        default_root_dir=RUNS,
+        callbacks=[curve, looks],
+        **QUIET,
+    )
+    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    start, *later = looks.points
+    found = {
+        "steps": len(curve.points),
+        "updates": looks.updates,
+        "score before": start["score"],
+        "score after": later[-1]["score"],
+        "updates to double": next((p["updates"] for p in later if p["score"] >= 2 * start["score"]), None),
+        "train score first": curve.points[0]["score"],
+        "train score last": curve.points[-1]["score"],
+        "train kl last": curve.points[-1]["kl"],
+        "CPU seconds of training": looks.seconds,
+    }
+    return {**found, "grpo_held_out": looks.points, "grpo_curve": curve.points}
 
 
 def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
@@ -480,6 +602,11 @@ def variety(prompts: list[str], completions: list[str]) -> list[float]:
     return [len(set(each)) / max(1, len(each)) for each in words]
 
 
+def shortness(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+    """Minus the number of a completion's tokens, in hundreds."""
+    return [-len(ids) / 100 for ids in completion_ids]
+
+
 def constant(prompts: list[str], completions: list[str]) -> list[float]:
     """The same score for all."""
     return [1.0] * len(completions)
@@ -522,6 +649,14 @@ OPENINGS = [
     )
 ]
 
+
+#: Of the sentences that are asked for; the first six are held out.
+WORDS = (
+    "moon river bread winter garden teacher music horse window summer apple street cloud doctor island forest kitchen "
+    "silver morning letter mountain chair flower train bridge coffee market castle pencil rabbit storm village candle "
+    "ocean basket dragon engine farmer glass hammer jacket kettle ladder mirror needle orange paper queen rocket "
+    "school table uncle violin water yellow zebra"
+)
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -603,6 +738,34 @@ def _ppo(module: RLStage, data: PromptDataModule, steps: int) -> tuple[dict[str,
     return found, curve.points
 
 
+class Looks(L.Callback):
+    """Keeps what validations find on the way, and what training up to them took.
+
+    Attributes:
+        points: One a validation; the first is before training.
+        updates: Optimizer steps so far.
+        seconds: CPU seconds of the iterations so far, without validations.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+        self.updates = self.seconds = self._began = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """An iteration begins."""
+        self._began = time.process_time()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """An iteration is done."""
+        self.seconds += time.process_time() - self._began
+        self.updates += trainer.callback_metrics["train/updates"].item()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Held-out prompts are answered."""
+        score = trainer.callback_metrics["val/score"].item()
+        self.points.append({"updates": self.updates, "score": score, "CPU seconds": self.seconds})
+
+
 class Curve(L.Callback):
     """Keeps what is logged of each iteration, and the mean scores of a reward's parts.
 
@@ -674,12 +837,17 @@ STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
         ppo_stories260k_proxy,
         ppo_smollm2,
         grpo_stories260k,
+        grpo_stories260k_large_kl,
+        grpo_stories260k_constant,
+        grpo_stories260k_length,
+        grpo_smollm2_sentence,
+        grpo_smollm2_sentence_refill,
+        grpo_smollm2_sums,
     )
 }
 #: The same by each other algorithm: ``grpo_stories260k_dapo``, ...
 STUDIES |= {
-    f"grpo_stories260k_{name}": partial(grpo_stories260k, algorithm=name)
-    for name in ALGORITHMS.keys() - {"grpo", "gdpo"}  # gdpo is grpo where there is one reward
+    f"grpo_stories260k_{name}": partial(grpo_stories260k, algorithm=name) for name in ALGORITHMS.keys() - {"grpo"}
 }
 
 

@@ -247,3 +247,64 @@ def test_kto_learns_from_the_same_pairs_taken_apart(few_pairs, monkeypatch):
     found = few_pairs.kto_stories260k(0, max_steps=2)
     assert found["steps"] == 2 and found["loss before"] == found["accuracy before"] == 0.5 and found["z0 before"] == 0.0
     assert {"score before", "score after", "accuracy after"} <= found.keys()
+
+
+@pytest.fixture
+def grpo(learning, monkeypatch):
+    """The GRPO modules of a study."""
+    found = []
+
+    class Kept(learning.GRPOModule):
+        def on_train_start(self):
+            super().on_train_start()
+            found.append(self)
+
+    monkeypatch.setattr(learning, "GRPOModule", Kept)
+    return found
+
+
+def test_each_algorithm_has_a_study(learning, grpo):
+    names = {"_".join(filter(None, ("grpo_stories260k", name))) for name in learning.ALGORITHMS if name != "grpo"}
+    assert names | {"grpo_stories260k"} <= learning.STUDIES.keys()
+    for name in ("maxrl", "gdpo"):
+        found = learning.STUDIES[f"grpo_stories260k_{name}"](0, max_steps=1)
+        assert found["train kl first"] == pytest.approx(0, abs=1e-4) and found["steps"] == 1
+    maxrl, gdpo = grpo
+    assert maxrl.algorithm == learning.ALGORITHMS["maxrl"] and list(gdpo.reward.names) == ["happiness", "variety"]
+
+
+def test_controls_of_grpo(learning, grpo):
+    learning.grpo_stories260k_large_kl(0, max_steps=1)
+    constant = learning.grpo_stories260k_constant(0, max_steps=1)
+    learning.grpo_stories260k_length(0, max_steps=1)
+    large, _, length = grpo
+    assert large.kl_coef == 10 and length.kl_coef == 0.001
+    assert constant["train score first"] == 1 and constant["train gold first"] > 1
+    assert learning.shortness([""] * 2, ["", ""], [[3, 4], [5]]) == [-0.02, -0.01]
+
+
+def test_sentences_are_asked_of_held_out_words(learning, grpo):
+    found = learning.grpo_smollm2_sentence(0, max_steps=2)
+    refill = learning.grpo_smollm2_sentence_refill(0, max_steps=1)
+    plain, dapo = grpo
+    assert plain.algorithm == learning.ALGORITHMS["grpo"] and plain.groups.flat_groups == "keep"
+    assert dapo.algorithm == learning.ALGORITHMS["dapo"] and dapo.groups.flat_groups == "refill"
+    assert found["steps"] == 2 and refill["steps"] == 1
+    assert 0 < found["updates"] <= 4, "two an iteration, unless its groups are flat"
+    start, *_, last = found["grpo_held_out"]
+    assert (start["updates"], start["CPU seconds"]) == (0, 0) and last["CPU seconds"] > 0
+    assert (start["score"], last["score"]) == (found["score before"], found["score after"])
+    assert [point["score"] for point in found["grpo_curve"]] == [found["train score first"], found["train score last"]]
+    columns = plain.trainer.datamodule.sample_columns(9)
+    assert [row["constraints"]["contains"] for row in columns] == [[word] for word in learning.WORDS.split()[:6]]
+
+
+def test_sums_are_of_two_digits(learning, grpo, monkeypatch):
+    seen = []
+    monkeypatch.setattr(learning, "_grpo_smollm2", lambda *given: seen.append(given) or {})
+    learning.grpo_smollm2_sums(0)
+    (_, reward, rows, held_out, *_) = seen[0]
+    assert len({row["prompt"] for row in rows}) == 100 and held_out == 12
+    assert reward([row["prompt"] for row in rows], [f"It is {row['answer']}." for row in rows], answer=[
+        sum(map(int, row["prompt"].rstrip("?").split()[2::2])) for row in rows
+    ]) == [1.0] * 100  # fmt: skip

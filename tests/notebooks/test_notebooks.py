@@ -39,6 +39,7 @@ def settings(tiny_model_dir, tmp_path_factory):
         train = folder / f"{name}.jsonl"
         train.write_text("".join(json.dumps(line) + "\n" for line in lines))
         small[name] = {"MODEL": str(tiny_model_dir), "TRAIN": str(train), "STEPS": "2", "BATCH_SIZE": "4"}
+    small["grpo"] = {"MODEL": str(tiny_model_dir), "STEPS": "2", "BATCH_SIZE": "4"}
     small["data"] = {"ROWS": "30"}
     small["colossalai"] = {**small["sft"], "STEPS": "3"}
     small["quantize"] = {**{name: small["quantize"][name] for name in ("MODEL", "TRAIN")}, "ROWS": "30", "GROUP": "32"}
@@ -209,6 +210,36 @@ def test_ppo_notebook_shows_what_it_says(run):
     assert kl["k2"][1] > 0 and kl["k3"][1] > 0
     [curves] = [shown for shown in displayed(notebook, "text/html") if "<svg" in shown]
     assert curves.count("<polyline") == 4
+
+
+def test_grpo_notebook_shows_what_it_says(run):
+    notebook, folder = run(ROOT / "notebooks" / "grpo.ipynb")
+    text = printed(notebook)
+    assert re.findall(r"^ ?([\d.]+)  (.*)$", text, re.MULTILINE) == [
+        ("1.00", "The moon is bright tonight!"),
+        ("0.67", "The moon is bright tonight."),
+        ("0.67", "It is bright! It is the moon!"),
+        ("0.00", "Sure! Here is a sentence."),
+        ("1.00", "moon moon moon!"),
+    ]
+    assert "Algorithm(baseline='leave_one_out', scale='none', " in text and "mean='prompt')" in text
+    first, formulas, held_out, last, answers, both = (
+        [cells_of(line) for line in table.splitlines() if line.startswith("|")][2:]
+        for table in displayed(notebook, "text/markdown")
+    )
+    for group in (first, last):
+        scores, advantages = ([float(line[i]) for line in group] for i in (0, 1))
+        assert len(group) == 8 and abs(sum(advantages)) < 0.1
+        best, worst = scores.index(max(scores)), scores.index(min(scores))
+        assert (advantages[best] > 0 > advantages[worst]) == (scores[best] > scores[worst])
+    assert [line[0] for line in formulas] == ["grpo", "dr_grpo", "rloo", "maxrl"]
+    assert [line[0] for line in held_out] == ["score", "pass@8", "tokens of an answer"]
+    assert [line[:3] for line in both] == held_out, "the first run is shown as it was"
+    assert len(answers) == 4
+    one, two = (shown for shown in displayed(notebook, "text/html") if "<svg" in shown)
+    assert (one.count("<polyline"), two.count("<polyline")) == (4, 8)
+    exports = [folder / "runs" / "notebook" / "grpo" / name / "hf" / "last" / "config.json" for name in ("grpo", "own")]
+    assert all(export.is_file() for export in exports)
 
 
 def test_data_notebook_shows_what_it_says(run):
