@@ -110,7 +110,7 @@ def group_size(runs: Sequence[dict[str, Any]], image: Path) -> None:
     save(figure, image)
 
 
-PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve, "group_size": group_size}
+PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve}
 
 
 def main(arguments: list[str] | None = None) -> None:
