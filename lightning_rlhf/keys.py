@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -16,7 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_rlhf.arguments import TOO_MANY, did_you_mean, nearest
+from lightning_rlhf.data.sources import not_utf8
 from lightning_rlhf.moved import MOVED
+from lightning_rlhf.utils.imports import import_object
 
 #: Base classes of objects that a config names by their class.
 BASES = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, LRScheduler)
@@ -35,6 +38,8 @@ _EXPECTED = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 _GROUP = re.compile(r'Unable to load config "([^"]*)"')
 _GIVEN = re.compile(r"Given value: (.*)")
+#: The import path in a value: alone, or as the first class that a mapping or an option names.
+_PATH = re.compile(r"^([A-Za-z_]\w*(?:\.\w+)+)$|class_path'(?:, val=|: )'([A-Za-z_]\w*(?:\.\w+)+)'")
 #: Words of other libraries for keys, which no letters tell.
 SYNONYMS = {"rank": "r", "learning_rate": "lr"}
 #: The message by which an inner parser reports an unknown key to the outer one.
@@ -63,6 +68,14 @@ class KeyParser(LightningArgumentParser):
         """Notes the file; jsonargparse calls this for each ``--config``."""
         self.reading = str(path), os.path.abspath(path)
         self.files.insert(0, self.reading)
+        try:
+            Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            self.exit(
+                2, f"{self.prog.replace(' [options]', '')}: {path}: {not_utf8(error.object, error.start, str(path))}\n"
+            )
+        except OSError:
+            pass  # jsonargparse says what is wrong
         found = super().parse_path(path, *args, **kwargs)
         self.reading = None
         return found
@@ -165,8 +178,28 @@ def _describe_value(body: list[str]) -> str:
     if found := _EXPECTED.search(text):
         given, subtypes = [found[2]], [found[1]]
     if subtypes and given:
-        return f"expected {_types(subtypes[0])}, got {given[0]}"
+        if fault := _class_fault(given[0]):
+            return fault
+        found = re.match(r"NestedArg\(key='class_path', val='(.*)'\)", given[0])
+        return f"expected {_types(subtypes[0])}, got {found[1] if found else given[0]}"
     return text
+
+
+def _class_fault(given: str) -> str | None:
+    """Says why a class that a value names can't be imported. jsonargparse has failed to import it before.
+
+    The module is the user's own, so importing it can raise anything.
+    """
+    if (found := _PATH.search(given)) is None:
+        return None
+    path = found[1] or found[2]
+    try:
+        import_object(path, "class")
+    except ImportError as error:
+        return str(error) if error.name is None else f"can't import {path}: {type(error).__name__}: {error}"
+    except Exception as error:
+        return f"can't import {path}: {type(error).__name__}: {error}"
+    return None
 
 
 def _types(text: str) -> str:

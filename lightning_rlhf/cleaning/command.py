@@ -124,7 +124,7 @@ def clean(args: Sequence[str]) -> None:
     if options.executor:
         _clean_at_scale(options)
         return
-    from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, dropped_entry, json_line
+    from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, dropped_entry, json_line, writable
     from lightning_rlhf.cleaning.pipeline import Tally
     from lightning_rlhf.cleaning.pipeline import clean as run
 
@@ -132,7 +132,7 @@ def clean(args: Sequence[str]) -> None:
     filters = _filters(options)
     with outputs as out:
         bad = NotedBadRows(options.on_bad_row or "skip", out.note)
-        examples = _ticking(_read(options, bad), "read")
+        examples = writable(_ticking(_read(options, bad), "read"), bad)
         for example in run(examples, filters, tally, lambda *dropped: out.note(dropped_entry(*dropped))):
             out.keep(json_line(example.row))
         out.report({"filters": tally.to_json(), "bad_rows": bad.summary()})
@@ -157,7 +157,7 @@ def convert(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     from lightning_rlhf.cleaning.convert import check_target, holds_labels, single_answers
     from lightning_rlhf.cleaning.convert import convert as write
-    from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, json_line
+    from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, json_line, writable
     from lightning_rlhf.data.formats import FormatError
 
     check_target(options.to)
@@ -168,7 +168,7 @@ def convert(args: Sequence[str]) -> None:
     outputs, unlabeled = Outputs(options.out, options.path), 0
     with outputs as out:
         bad = NotedBadRows(options.on_bad_row or "raise", out.note)
-        for example in _ticking(_read(options, bad), "read"):
+        for example in writable(_ticking(_read(options, bad), "read"), bad):
             apart = options.to == "unpaired" or example.kind == "unpaired"
             try:
                 parts = single_answers(example, options.threshold) if apart else [example]
@@ -228,9 +228,13 @@ def _specs(options: argparse.Namespace) -> list[Any]:
         return [*against, *(options.filters or DEFAULT)]
     import yaml
 
+    from lightning_rlhf.data.sources import not_utf8
+
     try:
         read = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.config}: {not_utf8(error.object, error.start, str(options.config))}") from error
+    except yaml.YAMLError as error:
         raise ValueError(f"{options.config} is no YAML: {error}") from error
     if not isinstance(read, Mapping) or not isinstance(read.get("filters"), list):
         raise ValueError(f"{options.config} has no list 'filters'. Write: filters: [Length, NearDuplicate]")

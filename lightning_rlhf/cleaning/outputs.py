@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -41,8 +41,39 @@ def dropped_entry(example: Example, name: str, reason: str) -> dict[str, Any]:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """A line of JSON; dates and decimals, as Parquet has them, become texts."""
-    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
+    """A line of JSON; dates and decimals, as Parquet has them, become texts.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON can't hold.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def writable(examples: Iterable[Example], bad: BadRows) -> Iterator[Example]:
+    """Passes on the examples whose rows JSON can hold; no stage reads some columns, so nothing has looked at them.
+
+    Args:
+        examples: The examples.
+        bad: Gets the others.
+    """
+    for example in examples:
+        try:
+            json_line(example.row)
+        except ValueError:
+            name, value = next((name, value) for name, value in example.row.items() if not _holds(value))
+            found = f"is {value}" if isinstance(value, float) else "holds NaN or an infinite number"
+            bad.add(example.where, "no JSON", f"the column {name!r} {found}, which JSON can't hold. Write null instead")
+        else:
+            yield example
+
+
+def _holds(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    try:
+        json_line({"": value})
+    except ValueError:
+        return False
+    return True
 
 
 def check_outputs(sources: Sequence[str], outputs: Sequence[Path]) -> None:
@@ -107,7 +138,7 @@ class Outputs:
 
     def report(self, found: Mapping[str, Any]) -> None:
         """Writes the report."""
-        self._files[2].write(json.dumps(found, ensure_ascii=False, indent=1, default=str) + "\n")
+        self._files[2].write(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1, default=str) + "\n")
 
     def lines(self) -> list[str]:
         """What was written, for people."""

@@ -20,7 +20,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from lightning_rlhf.cleaning.example import Kind, make_example, read_examples
 from lightning_rlhf.cleaning.filters.make import make_filters
 from lightning_rlhf.cleaning.near_duplicates import shingles, similarity
-from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, dropped_entry, json_line
+from lightning_rlhf.cleaning.outputs import NotedBadRows, Outputs, dropped_entry, json_line, writable
 from lightning_rlhf.cleaning.pipeline import FilterTally, Tally, clean
 from lightning_rlhf.data.sources import BadRows
 from lightning_rlhf.utils.imports import require
@@ -72,7 +72,7 @@ class CleanFiles(PipelineStep):
                 dropped.write(json_line(entry))
 
             bad = NotedBadRows("skip", note)
-            examples = read_examples(self.files[rank], bad, self.kind, self.format)
+            examples = writable(read_examples(self.files[rank], bad, self.kind, self.format), bad)
             filters = make_filters(self.filters)
             for example in clean(examples, filters, tally, lambda *found: note(dropped_entry(*found))):
                 entry = {"where": example.where, "kind": example.kind, "format": example.format, "row": example.row}

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -161,6 +161,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         self._items: dict[str, list[list[tuple[str, Item]]]] = {}
         self._rows: dict[str, TokenRows] = {}
         self._reported: set[tuple[str, int]] = set()
+        self._empty: defaultdict[tuple[str, int], list[str]] = defaultdict(list)  # files without rows, not told of yet
         self._usual: dict[str, str | None] = {}
 
     @property
@@ -348,7 +349,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
     def _rows_of(self, part: str, i: int) -> Iterator[tuple[str, Item]]:
         """(where, item) of a part's rows from one source. Bad rows of a stream are left out without a word."""
         origin, held_out = self._side(part)
-        rows = self._convert(origin, i, BadRows("skip")) if self.streaming else self._read(origin)[i]
+        rows = self._convert(origin, i, _Found("skip", [])) if self.streaming else self._read(origin)[i]
         return self._of_side(rows, origin, held_out)
 
     def _of_side(
@@ -379,7 +380,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     def _all_items(self, origin: str) -> Iterator[Item]:
         for i in range(len(self._weighted[origin])):
-            rows = self._convert(origin, i, BadRows(self.on_bad_row)) if self.streaming else self._read(origin)[i]
+            bad = _Found(self.on_bad_row, [])
+            rows = self._convert(origin, i, bad) if self.streaming else self._read(origin)[i]
             yield from (item for _, item in rows)
 
     def _read(self, origin: str) -> list[list[tuple[str, Item]]]:
@@ -387,7 +389,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         if origin not in self._items:
             found = []
             for i in range(len(self._weighted[origin])):
-                bad = BadRows(self.on_bad_row)
+                bad = _Found(self.on_bad_row, self._empty[origin, i])
                 found.append(list(self._convert(origin, i, bad)))
                 self._report(origin, i, bad, len(found[-1]))
             self._check_any(origin, sum(map(len, found)))
@@ -400,8 +402,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             self._reported.add((origin, i))
             self.bad_rows.setdefault(origin, []).append(bad)
             bad.report(good + bad.total, self._called(origin, i))
-            if not good and not bad.total:
-                rank_zero_warn(f"{self._called(origin, i)}: {self._weighted[origin][i].name} has no row.")
+            if not good and not bad.total and not self._empty[origin, i]:
+                self._empty[origin, i].append(self._weighted[origin][i].name)
 
     def _check_any(self, origin: str, good: int) -> None:
         if not good:
@@ -410,6 +412,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             reasons = ", ".join(b.reasons for b in bad if b.total)
             skipped = f"{sum(b.total for b in bad)} were skipped{f': {reasons}' if reasons else '.'}"
             raise DataError(f"No usable row in the {self._part(origin)} data ({sources}); {skipped}")
+        for i in range(len(self._weighted[origin])):  # only now: an error would tell of them a second time
+            for name in self._empty.pop((origin, i), []):
+                rank_zero_warn(f"{self._part(origin)}: {name} has no row.")
 
     def _part(self, part: str) -> str:
         """The name of a part in messages."""
@@ -593,7 +598,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 key = cache_key(self.tokenizer, type(self).__name__, options, texts)
             path = self.cache.folder / key
             if not path.exists():
-                bad = BadRows(self.on_bad_row)
+                bad = _Found(self.on_bad_row, self._empty[origin, i])
                 all_rows = _Counted(self._convert(origin, i, bad) if self.streaming else self._read(origin)[i])
                 rows = self._of_side(all_rows, origin, held_out)
                 records = self._records(rows, source.source != BUNDLED)
@@ -630,6 +635,23 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             unread = getattr(item, "unread", ()) if of_user else ()
             place = where.encode(errors="backslashreplace").decode()
             yield Record(place, json.dumps(self.dump(item), ensure_ascii=False), json.dumps(unread))
+
+
+class _Found(BadRows):
+    """Bad rows, and files without rows, which are not told of at once: a source is read several times.
+
+    Args:
+        policy: As of :class:`BadRows`.
+        empty: Gets the files.
+    """
+
+    def __init__(self, policy: OnBadRow, empty: list[str]) -> None:
+        super().__init__(policy)
+        self._empty = empty
+
+    def add_empty(self, path: str) -> None:
+        """Notes a file without rows."""
+        self._empty.append(path)
 
 
 def shared_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -82,6 +83,7 @@ else:
 _HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.+-]+))?")
 _BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
 _BOM = codecs.BOM_UTF8
+_HIGH = re.compile(rb"[\x80-\xff]+")
 #: First bytes of files that are read as what they are, or refused, whatever their names say.
 _GZIP, _PARQUET, _LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs.github.com/spec/"
 _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
@@ -182,6 +184,14 @@ class BadRows:
             raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
         self.counts[kind] += 1
         self.first.setdefault(kind, BadRowError(where, kind, reason))
+
+    def add_empty(self, path: str) -> None:
+        """Warn of a file without rows.
+
+        Args:
+            path: The file.
+        """
+        _warn(f"{path} has no row.")
 
     def summary(self) -> dict[str, list[Any]]:
         """For each kind of fault the number of rows, and the place and reason of the first, as JSON values."""
@@ -405,7 +415,7 @@ def _read_file(path: str, kind: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         for row in _READERS[kind](path, bad):
             yield row
     if row is None and bad.total == before:
-        _warn(f"{path} has no row.")
+        bad.add_empty(path)
 
 
 @contextmanager
@@ -437,8 +447,8 @@ def _check_kind(path: str, head: bytes) -> None:
         if head.startswith(start):
             reason = f"the file is {name} data. Unpack it, or compress it with gzip"
             raise BadRowError(path, "other kind of file", reason)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:2]:  # UTF-32 as well
-        raise BadRowError(f"{path}:1", "invalid UTF-8", "the file is UTF-16. Save it as UTF-8")
+    if (wide := _wide(head)) is not None:
+        raise BadRowError(f"{path}:1", "invalid UTF-8", f"the file is {wide}, not UTF-8. {_convert(path, wide)}")
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
@@ -449,12 +459,62 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
             try:
                 yield number, line.decode(), None
             except UnicodeDecodeError as error:
-                yield number, line.decode(errors="replace"), _not_utf8(line, error.start)
+                yield number, line.decode(errors="replace"), not_utf8(line, error.start, path)
 
 
-def _not_utf8(data: bytes, at: int) -> str:
+def not_utf8(data: bytes, at: int, path: str) -> str:
+    """What is wrong with bytes that are not UTF-8, and the command that converts their file.
+
+    Args:
+        data: A line, or a whole file.
+        at: Where the first wrong byte is.
+        path: The file.
+    """
     column = at - data.rfind(b"\n", 0, at)
-    return f"byte {column} of the line (0x{data[at]:02x}) is not UTF-8. Save the file as UTF-8"
+    end = data.find(b"\n", at)
+    found = _encoding(data[at - column + 1 : None if end < 0 else end])
+    looks = f"the line looks like {found}" if found else "the line is damaged"
+    return f"byte {column} of the line (0x{data[at]:02x}) is not UTF-8; {looks}. {_convert(path, found)}"
+
+
+def _convert(path: str, encoding: str | None) -> str:
+    """What to do with a file of another encoding."""
+    if encoding is None:
+        return "Save the file as UTF-8"
+    unzip, start = (f"gunzip -c {shlex.quote(path)} | ", "") if path.endswith(".gz") else ("", f" {shlex.quote(path)}")
+    return f"Convert it: {unzip}iconv -f {encoding} -t UTF-8{start} > NEW{PurePath(path.removesuffix('.gz')).suffix}"
+
+
+def _wide(head: bytes) -> str | None:
+    """The encoding of a file by its first bytes, if it is one with several bytes per letter."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if head[:3] == b"\0\0\0" or head[1:4] == b"\0\0\0":
+        return "UTF-32BE" if head[0] == 0 else "UTF-32LE"
+    if b"\0" in head[:2]:
+        return "UTF-16BE" if head[0] == 0 else "UTF-16LE"
+    ends = head.find(b"\0\n"), head.find(b"\n\0")  # Chinese letters have no zeros, but line ends do
+    if max(ends) >= 0:
+        return "UTF-16BE" if ends[0] >= 0 and ends[0] % 2 == 0 else "UTF-16LE"
+    return None
+
+
+def _encoding(line: bytes) -> str | None:
+    """What a line that isn't UTF-8 looks like; None if it is UTF-8 with damaged bytes, or nobody can tell."""
+    if b"\0" in line:
+        return "UTF-16"
+    high = sum(byte > 127 for byte in line)
+    whole = sum(len(letter.encode()) for letter in line.decode(errors="ignore") if ord(letter) > 127)
+    if whole > high / 2:
+        return None
+    pairs = sum(len(run) for run in _HIGH.findall(line) if len(run) > 1)  # Chinese letters have two bytes above 127
+    for name, fits in (("GB18030", pairs > high * 0.8), ("WINDOWS-1252", pairs <= high / 2)):
+        with suppress(UnicodeDecodeError):
+            if fits and line.decode(name):
+                return name
+    return None
 
 
 def _read_txt(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
@@ -516,7 +576,7 @@ def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
         document = decoder.decode(text)
     except UnicodeDecodeError as error:
         where = f"{path}:{data[: error.start].count(10) + 1}"
-        raise BadRowError(where, "invalid UTF-8", f"{_not_utf8(data, error.start)}.") from error
+        raise BadRowError(where, "invalid UTF-8", f"{not_utf8(data, error.start, path)}") from error
     except (ValueError, RecursionError) as error:
         where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         reason = f"malformed JSON: {_json_fault(error)}. Nothing of the file was read; correct it."

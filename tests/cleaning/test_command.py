@@ -137,7 +137,7 @@ def test_options_that_would_do_nothing_are_refused(file, tmp_path, arguments, me
 def test_a_config_in_another_encoding_is_named(file, tmp_path):
     config = tmp_path / "f.yaml"
     config.write_bytes("filters: [Length] # 过滤".encode("gbk"))
-    with pytest.raises(SystemExit, match=r"f\.yaml is no YAML: 'utf-8' codec can't decode"):
+    with pytest.raises(SystemExit, match=r"f\.yaml: byte \d+ of the line .* iconv -f GB18030 -t UTF-8"):
         run("clean", file, "--out", tmp_path / "a.jsonl", "--config", config)
 
 
@@ -198,6 +198,23 @@ def test_empty_files_mixed_formats_and_a_huge_row(tmp_path, capsys):
     assert rows(tmp_path / "out" / "x.jsonl") == [{"question": "What is fog?"}, *lines[1:]]
     (dropped,) = rows(tmp_path / "out" / "x.dropped.jsonl")
     assert dropped["filter"] == "Length" and dropped["row"] == huge
+
+
+def test_numbers_that_json_lacks_are_not_written(tmp_path, capsys):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    lines = ['{"prompt": "What is fog?", "x": {"y": [NaN]}}', '{"prompt": "What is rain?"}']
+    path.write_text("\n".join([*lines, '{"prompt": "What is snow?", "x": -1e999}']), encoding="utf-8")
+    for args in (["clean", path], ["convert", path, "--to", "prompt", "--on-bad-row", "skip"]):
+        run(*args, "--out", out)
+        assert [row["prompt"] for row in rows(out)] in (
+            ["What is rain?"],
+            [[{"role": "user", "content": "What is rain?"}]],
+        )
+        first, second = rows(tmp_path / "out.dropped.jsonl")
+        assert first["where"] == f"{path}:1" and "the column 'x' holds NaN" in first["reason"]
+        assert second["where"] == f"{path}:3" and "the column 'x' is -inf, which JSON can't hold" in second["reason"]
+    with pytest.raises(SystemExit, match=r"a\.jsonl:1: the column 'x' holds NaN"):
+        run("convert", path, "--to", "prompt", "--out", out)
 
 
 def test_convert(file, tmp_path, capsys):

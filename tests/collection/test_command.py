@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,37 @@ def test_errors_are_one_line(tmp_path, args, message, capsys):
         run("--out", tmp_path / "out", *SMALL, *args)
     said = str(stopped.value.code) if isinstance(stopped.value.code, str) else capsys.readouterr().err
     assert message in said and said.count("\n") <= 1 and said.startswith("lightning-rlhf collect: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x = (", "can't import my_own.G: SyntaxError: '(' was never closed (my_own.py, line 1)"),
+        ("import not_there_at_all", "can't import my_own.G: ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("raise RuntimeError('no key')", "can't import my_own.G: RuntimeError: no key"),
+        ("class H: pass", "Can't import the class 'my_own.G': my_own has no G"),
+        ("class G: pass", "expected Generator, list[Generator], got my_own.G"),
+    ],
+)
+def test_a_class_that_cannot_be_imported_says_why(tmp_path, monkeypatch, capsys, text, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_own", raising=False)
+    (tmp_path / "my_own.py").write_text(text, encoding="utf-8")
+    for given in (["--generator.class_path", "my_own.G"], ["--generator", "my_own.G"]):
+        with pytest.raises(SystemExit):
+            run("--out", tmp_path / "out", "--languages", "{en: 10}", *given)
+        said = capsys.readouterr().err
+        assert f"lightning-rlhf collect: generator: {reason}" in said and said.count("\n") == 1
+    sys.modules.pop("my_own", None)
+
+
+def test_a_config_of_another_encoding_is_one_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_bytes("seeds: 你好.jsonl".encode("gbk"))
+    with pytest.raises(SystemExit):
+        run("--config", tmp_path / "c.yaml", "--out", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "c.yaml: byte 8 of the line" in said and "iconv -f GB18030 -t UTF-8" in said and said.count("\n") == 1
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):

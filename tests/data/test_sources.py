@@ -355,7 +355,7 @@ def test_messages_say_where_what_and_what_to_do(here):
         read("a.jsonl")
     Path("b.txt").write_bytes("好\n好的".encode() + b" \xfe\n")
     with pytest.raises(
-        BadRowError, match=r"^b\.txt:2: byte 8 of the line \(0xfe\) is not UTF-8\. Save the file as UTF-8\."
+        BadRowError, match=r"^b\.txt:2: byte 8 of the line \(0xfe\) is not UTF-8; the line is damaged\. Save the file"
     ):
         read("b.txt")
     with pytest.raises(BadRowError, match=r"^list\[1\]: the row is a int, not an object\. "):
@@ -555,9 +555,21 @@ def test_other_encodings_are_named_with_their_line(here, encoding, name):
     word = "é" if encoding == "latin-1" else "你好"
     text = {"my.csv": f"text\n{word}\n", "my.jsonl": f'{{}}\n{{"text": "{word}"}}\n'}.get(name, f"\n{word}\n")
     Path(name).write_bytes(text.encode(encoding))
-    with pytest.raises(BadRowError, match=r"UTF-16\. Save it" if encoding == "utf-16" else r"is not UTF-8") as caught:
+    looks = {"utf-16": "UTF-16", "gbk": "GB18030", "latin-1": "WINDOWS-1252"}[encoding]
+    convert = rf"{looks}.* Convert it: iconv -f {looks} -t UTF-8 {name} > NEW\{name[2:]}"
+    with pytest.raises(BadRowError, match=convert) as caught:
         read(name)
     assert caught.value.where == f"{name}:{1 if encoding == 'utf-16' else 2}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_wide_encodings_are_named(here, encoding):
+    Path("my.jsonl").write_bytes('{"text": "你好"}\n'.encode(encoding))
+    with pytest.raises(BadRowError, match=f"the file is {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')},"):
+        read("my.jsonl")
+    Path("my.txt").write_bytes("你好吗\n世界\n".encode("utf-16-le"))  # its letters have no zeros
+    with pytest.raises(BadRowError, match="the file is UTF-16LE"):
+        read("my.txt")
 
 
 def test_nested_types_of_arrow(here):
