@@ -19,7 +19,7 @@ from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.protocols import stop_tokens_of
 from lightning_rlhf.strategies import whole_state_dict
-from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.collectives import all_ranks, gather_objects
 from lightning_rlhf.utils.filesystem import check_replaceable
 
 
@@ -119,7 +119,9 @@ class HFExport(L.Callback):
             return
         self._validated = True
         own = trainer.callback_metrics.get(self.monitor)  # type: ignore[arg-type]
-        found = [value for value in gather_objects(None if own is None else float(own)) if value is not None]
+        found = [
+            value for value in gather_objects(None if own is None else float(own), all_ranks()) if value is not None
+        ]
         if not found:
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"HFExport: monitor={self.monitor!r} was not logged. Logged: {known}.")
@@ -167,7 +169,7 @@ class HFExport(L.Callback):
                 self._write(trainer, pl_module, name, weights)
             except Exception as problem:  # the other ranks must know, or they would wait forever
                 error = problem
-        failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}", all_ranks())
         if error is not None:
             raise error
         if any(failures):

@@ -40,6 +40,7 @@ from lightning_rlhf.rollout import (
     sample_key,
 )
 from lightning_rlhf.strategies import runs_alone, whole_weights
+from lightning_rlhf.utils.collectives import data_rank
 
 
 class PromptCallback(L.Callback):
@@ -267,7 +268,7 @@ class SampleCompletions(PromptCallback):
         self._last_step = step
         strategy = trainer.strategy
         with averaged_weights(trainer), whole_weights(strategy, pl_module.model_to_export):
-            if trainer.is_global_zero or self._needs_all_ranks(trainer):
+            if data_rank() == 0 or self._needs_all_ranks(trainer):
                 rows = self._generate(trainer, pl_module, step)
                 if trainer.is_global_zero:
                     self._write(trainer, rows, step)

@@ -33,7 +33,7 @@ from lightning_rlhf.models import Load
 from lightning_rlhf.protocols import HasLoad, stop_tokens_of
 from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.strategies import whole_weights
-from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.collectives import data_rank, data_size, gather_objects, once_per_copy
 
 #: Number of answers that are generated together.
 _BATCH = 32
@@ -203,7 +203,7 @@ class MeasureWinRate(PromptCallback):
         if names_file(os.fspath(source)):
             self._baseline = read_answers(source, prompts)
             return
-        mine = {i: prompts[i] for i in self._share(trainer)}
+        mine = {i: prompts[i] for i in self._share()}
         options: dict[str, Any] = dict(
             tokenizer=tokenizer,
             stop_ids=stops,
@@ -213,13 +213,15 @@ class MeasureWinRate(PromptCallback):
             trust_remote_code=_load_of(module).trust_remote_code,
         )
         with torch.random.fork_rng(devices=()), trainer.precision_plugin.forward_context():
-            answers = dict(generate_answers(source, mine, self._sampling(module), self.seed, **options))
+            answers = once_per_copy(
+                lambda: dict(generate_answers(source, mine, self._sampling(module), self.seed, **options))
+            )
         found = {i: answer for part in gather_objects(answers) for i, answer in part.items()}
         self._baseline = [found[i] for i in range(len(prompts))]
 
     def _answers(self, trainer: L.Trainer, module: Any) -> Mapping[int, Answer]:
         """Returns the model's answers by prompt index, on all ranks. All ranks must call it."""
-        numbers = range(len(self._prompts.prompts)) if self._needs_all_ranks(trainer) else self._share(trainer)
+        numbers = range(len(self._prompts.prompts)) if self._needs_all_ranks(trainer) else self._share()
         batches = [numbers[start : start + _BATCH] for start in range(0, len(numbers), _BATCH)]
         with averaged_weights(trainer), whole_weights(trainer.strategy, module.model_to_export):
             found = self._complete(trainer, module, batches)
@@ -227,27 +229,21 @@ class MeasureWinRate(PromptCallback):
         mine = {i: Answer(c.text, c.truncated) for i, c in zip(numbers, found, strict=True)}
         return {i: answer for part in gather_objects(mine) for i, answer in part.items()}
 
-    def _share(self, trainer: L.Trainer) -> range:
+    def _share(self) -> range:
         """Returns the indices of this rank's prompts."""
-        return range(trainer.global_rank, len(self._prompts.prompts), trainer.world_size)
+        return range(data_rank(), len(self._prompts.prompts), data_size())
 
     # ------------------------------------------------------------------------------------------------- verdicts
 
     def _compare(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         """Generates answers, asks the judge, writes the pairs, and returns the metrics to log."""
         answers, columns = self._answers(trainer, module), self._prompts.columns
-        mine = list(self._share(trainer))
+        mine = list(self._share())
         pairs = [
             AnswerPair(self._prompts.messages[i], answers[i], self._baseline[i], {k: v[i] for k, v in columns.items()})
             for i in mine
         ]
-        assert self._judge is not None
-        judged: list[JudgedPair] = []
-        failure = ""
-        try:
-            judged = judge_pairs(self._judge, pairs)
-        except JudgeError as error:
-            failure = str(error)
+        judged, failure = once_per_copy(lambda: self._ask(pairs))
         everyone = gather_objects((list(zip(mine, judged, strict=False)), failure))
         if failure := next((text for _, text in everyone if text), ""):
             if not self._judged_before:
@@ -267,6 +263,14 @@ class MeasureWinRate(PromptCallback):
         }
         prefix = f"val/{self.name}/" if self.name else "val/"
         return {prefix + key: value for key, value in values.items()}
+
+    def _ask(self, pairs: Sequence[AnswerPair]) -> tuple[list[JudgedPair], str]:
+        """Returns the judge's verdicts, and why there are none."""
+        assert self._judge is not None
+        try:
+            return judge_pairs(self._judge, pairs), ""
+        except JudgeError as error:
+            return [], str(error)
 
     def _file(self, trainer: L.Trainer) -> Path:
         parts = ["win_rate", self.name, None if trainer.state.fn == TrainerFn.FITTING else "validate"]

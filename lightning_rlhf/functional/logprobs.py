@@ -7,7 +7,11 @@ share the arithmetic:
 * :func:`linear_nll`: the loss is a weighted sum (SFT), and gradients are computed together with the logits, so that
   nothing is computed twice.
 
-Shapes: N scored tokens, V vocabulary, D width.
+Tensor parallelism cuts the head's vocabulary over ranks. Each rank then has (n, V / tp) logits of a block, and ranks
+exchange two small tensors per block: the maximum, then the sums of the softmax. The backward pass exchanges only the
+gradient of the hidden states, once.
+
+Shapes: N scored tokens, V vocabulary (of this rank, where it is cut), D width.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,6 +53,24 @@ class ScoredTokens(NamedTuple):
     last_values: Tensor | None = None
 
 
+class VocabularySlice(NamedTuple):
+    """The part of a head's vocabulary that this rank holds under tensor parallelism.
+
+    Attributes:
+        start: Id of the part's first token.
+        widest: Number of tokens in the largest part. It decides how rows are split into blocks, of which all ranks must
+            make the same number.
+        group: Process group of the ranks that hold the parts.
+    """
+
+    start: int
+    widest: int
+    group: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabularySlice:
+        return self  # a process group cannot be copied, and the copy of a module has the same
+
+
 class _Head(NamedTuple):
     """The function from hidden states to logits, and its derivative."""
 
@@ -56,6 +79,7 @@ class _Head(NamedTuple):
     scale: float
     softcap: float | None
     temperature: float
+    part: VocabularySlice | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns (n, V) logits for the softmax, from (n, D) hidden states."""
@@ -82,6 +106,8 @@ class _Block(NamedTuple):
     log_p: Tensor  # (n, V)
     log_z: Tensor | None  # (n,) log of the softmax's denominator, for the z-loss
     slope: Tensor | float  # derivative of the logits with respect to the head's product, for gradients
+    target: Tensor  # (n,) index of each target in V
+    held: Tensor | None = None  # (n,) bool, whether V has the target; None if it always has
 
 
 def _blocks(
@@ -92,8 +118,15 @@ def _blocks(
     out: ScoredTokens | None,
     gradient: bool,
     log_z: bool = False,
+    known_log_z: Tensor | None = None,
 ) -> Iterator[_Block]:
-    """Computes the logits block by block, fills ``out``, and yields each block's log-probabilities."""
+    """Computes the logits block by block, fills ``out``, and yields each block's log-probabilities.
+
+    Where the vocabulary is cut, ``log_z`` is always computed, and nothing is exchanged if the caller knows it.
+    """
+    if head.part is not None:
+        yield from _blocks_of_part(hidden, target, head, head.part, chunk, out, gradient, known_log_z)
+        return
     rows = max(1, chunk // head.weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         s = slice(start, min(start + rows, hidden.shape[0]))
@@ -109,7 +142,46 @@ def _blocks(
             out.logprobs[s] = log_p.gather(-1, target[s, None])[:, 0]
             if out.entropies is not None:
                 out.entropies[s] = -(log_p.exp() * log_p).sum(-1)
-        yield _Block(s, log_p, top + total[:, 0] if log_z else None, slope)
+        yield _Block(s, log_p, top + total[:, 0] if log_z else None, slope, target[s])
+
+
+def _blocks_of_part(
+    hidden: Tensor,
+    target: Tensor,
+    head: _Head,
+    part: VocabularySlice,
+    chunk: int,
+    out: ScoredTokens | None,
+    gradient: bool,
+    known_log_z: Tensor | None,
+) -> Iterator[_Block]:
+    """As :func:`_blocks`, where other ranks hold the other logits of each row."""
+    rows, width = max(1, chunk // part.widest), head.weight.shape[0]
+    for start in range(0, hidden.shape[0], rows):
+        s = slice(start, min(start + rows, hidden.shape[0]))
+        at = target[s] - part.start
+        held = (at >= 0) & (at < width)
+        at = at.clamp(0, width - 1)
+        logits = head.logits(hidden[s])
+        slope = head.slope(logits) if gradient else 1.0
+        if known_log_z is not None:
+            yield _Block(s, logits.sub_(known_log_z[s, None]), known_log_z[s], slope, at, held)
+            continue
+        top = logits.amax(-1)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=part.group)
+        logits.sub_(top[:, None])
+        exp = logits.exp()
+        sums = [exp.sum(-1), logits.gather(-1, at[:, None])[:, 0].mul_(held)]
+        if out is not None and out.entropies is not None:
+            sums.append(exp.mul_(logits).sum(-1))
+        whole = torch.stack(sums)
+        dist.all_reduce(whole, group=part.group)
+        total = whole[0].log()
+        if out is not None:
+            out.logprobs[s], out.correct[s] = whole[1] - total, whole[1] >= 0
+            if out.entropies is not None:
+                out.entropies[s] = total - whole[2] / whole[0]
+        yield _Block(s, logits.sub_(total[:, None]), top + total, slope, at, held)
 
 
 def _empty(hidden: Tensor, entropy: bool) -> ScoredTokens:
@@ -120,13 +192,14 @@ def _empty(hidden: Tensor, entropy: bool) -> ScoredTokens:
     )
 
 
-def _product_gradient(block: _Block, d_log_p: Tensor, target: Tensor, d_log_z: Tensor | None = None) -> Tensor:
+def _product_gradient(block: _Block, d_log_p: Tensor, d_log_z: Tensor | None = None) -> Tensor:
     """Computes the (n, V) gradient of the head's product from (n,) gradients of each target's log-prob and of log Z.
 
     d log p[t] / d logits = onehot(t) - p, and d log Z / d logits = p. It overwrites ``block.log_p``.
     """
     gradient = block.log_p.exp_().mul_((-d_log_p if d_log_z is None else d_log_z - d_log_p)[:, None])
-    gradient.scatter_add_(-1, target[:, None], d_log_p[:, None])
+    d_target = d_log_p if block.held is None else d_log_p * block.held
+    gradient.scatter_add_(-1, block.target[:, None], d_target[:, None])
     return gradient.mul_(block.slope)
 
 
@@ -155,9 +228,17 @@ class _GradientSums:
 
     def cast(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         _, head = self.inputs
+        _sum_parts(head, self.hidden)
         weight = None if self.weight is None else self.weight.to(head.weight.dtype)
         bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
         return self.hidden, weight, bias
+
+
+def _sum_parts(head: _Head, *gradients: Tensor | None) -> None:
+    """Adds the gradients of hidden states in place that come from other parts of the vocabulary."""
+    for gradient in gradients if head.part is not None else ():
+        if gradient is not None:
+            dist.all_reduce(gradient, group=head.part.group)  # type: ignore[union-attr]
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -172,9 +253,10 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        scale, softcap, temperature, entropy, chunk, grad = options
-        head = _Head(weight, bias, scale, softcap, temperature)
+        scale, softcap, temperature, entropy, chunk, part, grad = options
+        head = _Head(weight, bias, scale, softcap, temperature, part)
         out = _empty(hidden, entropy)
+        log_z = torch.empty_like(out.logprobs) if part is not None else None
         ctx.set_materialize_grads(False)  # entropies without a gradient then take no time in the backward pass
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         jacobian = grad and frozen and hidden.requires_grad
@@ -182,41 +264,44 @@ class _LinearLogprobs(torch.autograd.Function):
         d_entropies = torch.empty_like(hidden) if jacobian and entropy else None
         for block in _blocks(hidden, target, head, chunk, out, gradient=jacobian):
             s = block.rows
+            if log_z is not None and block.log_z is not None:
+                log_z[s] = block.log_z
             if d_entropies is not None and out.entropies is not None:
                 d = _entropy_gradient(block, out.entropies[s])
                 d_entropies[s] = d.mul_(block.slope).to(hidden.dtype) @ weight
             if d_logprobs is not None:
-                d = _product_gradient(block, torch.ones_like(out.logprobs[s]), target[s])
+                d = _product_gradient(block, torch.ones_like(out.logprobs[s]))
                 d_logprobs[s] = d.to(hidden.dtype) @ weight
+        _sum_parts(head, d_logprobs, d_entropies)
         ctx.options, ctx.jacobian = options, jacobian
         if jacobian:
             ctx.save_for_backward(d_logprobs, d_entropies)
         else:
-            ctx.save_for_backward(hidden, weight, bias, target, out.entropies)
+            ctx.save_for_backward(hidden, weight, bias, target, out.entropies, log_z)
         ctx.mark_non_differentiable(out.correct)
         return out.logprobs, out.entropies, out.correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_logprob, d_entropy = grads[0], grads[1]
-        scale, softcap, temperature, _, chunk, _ = ctx.options
+        scale, softcap, temperature, _, chunk, part, _ = ctx.options
         if ctx.jacobian:
             by_logprob, by_entropy = ctx.saved_tensors
             d_hidden = by_logprob * d_logprob[:, None] if d_logprob is not None else torch.zeros_like(by_logprob)
             if by_entropy is not None and d_entropy is not None:
                 d_hidden = d_hidden + by_entropy * d_entropy[:, None]
             return d_hidden.to(by_logprob.dtype), None, None, None, None
-        hidden, weight, bias, target, entropies = ctx.saved_tensors
+        hidden, weight, bias, target, entropies, log_z = ctx.saved_tensors
         if d_logprob is None:
             d_logprob = torch.zeros_like(target, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        head = _Head(weight, bias, scale, softcap, temperature)
+        head = _Head(weight, bias, scale, softcap, temperature, part)
         sums = _GradientSums(hidden, head, ctx.needs_input_grad[:3])
-        for block in _blocks(hidden, target, head, chunk, None, gradient=True):
+        for block in _blocks(hidden, target, head, chunk, None, gradient=True, known_log_z=log_z):
             s = block.rows
             extra = None
             if entropies is not None and d_entropy is not None:
                 extra = _entropy_gradient(block, entropies[s]).mul_(block.slope).mul_(d_entropy[s, None])
-            gradient = _product_gradient(block, d_logprob[s], target[s])
+            gradient = _product_gradient(block, d_logprob[s])
             sums.add(s, gradient if extra is None else gradient.add_(extra))
         return (*sums.cast(), None, None)
 
@@ -239,8 +324,8 @@ class _LinearNLL(torch.autograd.Function):
         weights: Tensor,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-        scale, softcap, temperature, entropy, chunk, grad, z_loss = options
-        head = _Head(weight, bias, scale, softcap, temperature)
+        scale, softcap, temperature, entropy, chunk, part, grad, z_loss = options
+        head = _Head(weight, bias, scale, softcap, temperature, part)
         out = _empty(hidden, entropy)
         wanted = (grad and hidden.requires_grad, grad and weight.requires_grad, grad and ctx.needs_input_grad[2])
         sums = _GradientSums(hidden, head, wanted)
@@ -251,7 +336,7 @@ class _LinearNLL(torch.autograd.Function):
                 penalty[s] = z_loss * block.log_z.square()
                 d_log_z = 2 * z_loss * weights[s] * block.log_z
             if any(wanted):
-                sums.add(s, _product_gradient(block, -weights[s], target[s], d_log_z))
+                sums.add(s, _product_gradient(block, -weights[s], d_log_z))
         ctx.gradients = sums.cast()
         loss = -(weights * out.logprobs).sum()
         if penalty is not None:
@@ -297,6 +382,7 @@ def linear_logprobs(
     softcap: float | None = None,
     entropy: bool = False,
     chunk: int = CHUNK,
+    part: VocabularySlice | None = None,
 ) -> ScoredTokens:
     """Computes log-probs of ``target`` under ``softmax(f(hidden @ weight.T + bias) / temperature)``.
 
@@ -313,6 +399,8 @@ def linear_logprobs(
         softcap: Bound of soft-capped logits.
         entropy: Also return entropies.
         chunk: Number of logits in memory at once, but at least one row of V. A larger value takes more memory.
+        part: Under tensor parallelism, the part of the vocabulary that ``weight`` and ``bias`` hold. All ranks of its
+            group must call, with the same hidden states and targets; all get the results of the whole vocabulary.
 
     Returns:
         Log-probs, entropies (or None), and whether each target is the arg max.
@@ -326,7 +414,7 @@ def linear_logprobs(
         tensor([-0.3133, -1.3133])
     """
     hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
-    options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled())
+    options = (scale, softcap, temperature, entropy, chunk, part, torch.is_grad_enabled())
     logprobs, entropies, correct = _LinearLogprobs.apply(hidden, weight, bias, target, options)  # type: ignore[no-untyped-call]
     return ScoredTokens(logprobs, entropies, correct)
 
@@ -344,6 +432,7 @@ def linear_nll(
     softcap: float | None = None,
     entropy: bool = False,
     chunk: int = CHUNK,
+    part: VocabularySlice | None = None,
     z_loss: float = 0.0,
 ) -> ScoredTokens:
     """Computes the weighted negative log-likelihood ``-sum(weights * logprobs)`` and its gradient in one pass.
@@ -362,6 +451,7 @@ def linear_nll(
         softcap: Bound of soft-capped logits.
         entropy: Also return entropies.
         chunk: Number of logits in memory at once.
+        part: The part of a vocabulary that is cut over ranks.
         z_loss: Weight of the z-loss. A larger value keeps Z closer to 1; 0: no z-loss.
 
     Returns:
@@ -374,7 +464,7 @@ def linear_nll(
         raise ValueError(f"z_loss must not be negative, got {z_loss}.")
     hidden, weight, bias = _prepare(hidden, weight, bias, target, temperature)
     weights = weights.detach().to(torch.promote_types(hidden.dtype, torch.float32))
-    options = (scale, softcap, temperature, entropy, chunk, torch.is_grad_enabled(), z_loss)
+    options = (scale, softcap, temperature, entropy, chunk, part, torch.is_grad_enabled(), z_loss)
     out = _LinearNLL.apply(hidden, weight, bias, target, weights, options)  # type: ignore[no-untyped-call]
     loss, logprobs, entropies, correct, penalty = out
     return ScoredTokens(logprobs, entropies, correct, loss, penalty)

@@ -289,8 +289,7 @@ def _restore(constants: dict[str, Tensor], module: nn.Module, args: Any) -> None
 
 def probe(model: PreTrainedModel) -> PackedBatch:
     """Makes a small batch that shows differences of layouts: a tree with two branches and three other sequences."""
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary: int = embeddings.weight.shape[0]
+    vocabulary = vocabulary_size(model)
     ids = [(3 + 7 * i) % vocabulary for i in range(32)]
     rows: Sequence[Tree] = (
         Tree(ids[:5], [Branch(ids[5:9]), Branch(ids[9:12])]),
@@ -298,7 +297,13 @@ def probe(model: PreTrainedModel) -> PackedBatch:
         Tree(ids[19:21], [Branch(ids[21:26])]),
         Tree(ids[26:27], [Branch(ids[27:32])]),
     )
-    return pack(rows).to(embeddings.weight.device)
+    return pack(rows).to(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Returns the number of embeddings of a model. Its weights may be a part of them (tensor parallelism)."""
+    size: int = model.config.get_text_config().vocab_size
+    return size
 
 
 def reason_beyond_trial(model: PreTrainedModel, windows: Collection[int | None]) -> str | None:

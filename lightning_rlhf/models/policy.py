@@ -78,7 +78,14 @@ class Policy(Backbone):
         states, predictor, last = self.hidden(batch)
         hidden = states[predictor]
         weight, bias = head_weight(self.transformer)
-        head = dict(bias=bias, temperature=temperature, entropy=entropy, chunk=self.chunk, **head_arguments(self.model))
+        head = dict(
+            bias=bias,
+            temperature=temperature,
+            entropy=entropy,
+            chunk=self.chunk,
+            part=getattr(self.transformer.get_output_embeddings(), "vocabulary_slice", None),
+            **head_arguments(self.model),
+        )
         if weights is None:
             found = linear_logprobs(hidden, weight, batch.target, **head)
             return found if self.trunk_grad is None else found._replace(**self._values(states, predictor, last))

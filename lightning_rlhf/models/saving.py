@@ -334,8 +334,10 @@ def _save_generation_config(
 
 
 def _save_adapted(base: PreTrainedModel, folder: Path) -> None:
-    embeddings: Any = base.get_input_embeddings()
-    settings = {"vocab_size": embeddings.weight.shape[0], "pad_token_id": getattr(base.config, "pad_token_id", None)}
+    settings = {
+        "vocab_size": base.config.get_text_config().vocab_size,
+        "pad_token_id": getattr(base.config, "pad_token_id", None),
+    }
     if hasattr(base.config, "score_offset"):
         settings["score_offset"] = base.config.score_offset
     (folder / ADAPTED).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

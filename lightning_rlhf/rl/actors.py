@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.data import PackedBatch
@@ -28,6 +29,7 @@ from lightning_rlhf.models.roles import Role, RoleModel, is_adapter
 from lightning_rlhf.models.value import ValueModel, load_value_model
 from lightning_rlhf.rewards import BadScores, Reward, RewardModelReward, Samples, Scores, check_scores
 from lightning_rlhf.rl.settings import Critic
+from lightning_rlhf.utils.collectives import once_per_copy
 
 
 class Actors:
@@ -78,7 +80,23 @@ class Actors:
                 model.to("cpu")
 
     def score(self, samples: Samples) -> tuple[Scores, str]:
-        """Scores samples. Returns the scores, with NaN for those that are not finite, and a message about these."""
+        """Scores samples. Returns the scores, with NaN for those that are not finite, and a message about these.
+
+        Ranks that run one copy of the models together get the scores of the first: a function or a judge need not
+        answer each of them alike.
+        """
+        together = any(isinstance(m, (PreTrainedModel, RewardModelReward)) for m in self.reward.modules())
+
+        def compute() -> tuple[dict[str, Any], str]:
+            scores, why = self._score(samples)
+            plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in scores._asdict().items()}
+            return tree_map_only(Tensor, Tensor.cpu, plain), why
+
+        found, why = once_per_copy(compute, together)
+        device = samples.batch.input_ids.device
+        return Scores(**tree_map_only(Tensor, lambda t: t.to(device), found)), why
+
+    def _score(self, samples: Samples) -> tuple[Scores, str]:
         try:
             scores = self.reward(samples)
             check_scores(scores.total, samples, f"The reward {type(self.reward).__name__}", absent=scores.absent)

@@ -12,7 +12,7 @@ from lightning_rlhf.rewards import Samples, Scores
 from lightning_rlhf.rl.experience import Experience
 from lightning_rlhf.rl.settings import Groups
 from lightning_rlhf.rollout import Completion
-from lightning_rlhf.utils.collectives import gather_objects, world_size
+from lightning_rlhf.utils.collectives import data_rank, gather_objects
 
 
 class Round(NamedTuple):
@@ -40,7 +40,6 @@ class Refill:
     Args:
         order: Rank, and index on that rank, of each prompt of the batch.
         settings: How many prompts are held back.
-        rank: This one, where there are several.
 
     Attributes:
         wanted: Number of groups to learn from.
@@ -50,8 +49,8 @@ class Refill:
         seen: The rounds.
     """
 
-    def __init__(self, order: Sequence[tuple[int, int]], settings: Groups, rank: int) -> None:
-        self.order, self.settings, self.rank = order, settings, rank if world_size() > 1 else 0
+    def __init__(self, order: Sequence[tuple[int, int]], settings: Groups) -> None:
+        self.order, self.settings, self.rank = order, settings, data_rank()
         self.wanted = max(1, len(order) - settings.spare * settings.rounds)  # the last batch of an epoch may be small
         self.found = self.rounds = self.left_over = 0
         self.seen: list[Round] = []

@@ -24,7 +24,7 @@ from lightning_rlhf.strategies.gradients import (
     sharding,
     zero_grad,
 )
-from lightning_rlhf.utils.collectives import world_size
+from lightning_rlhf.utils.collectives import data_ranks, data_size
 
 
 class Step(NamedTuple):
@@ -78,7 +78,7 @@ class Updater:
     def backward(self, loss: Tensor) -> None:
         """A backward pass: adds a part of a minibatch's loss to its gradients."""
         self.module.manual_backward(
-            loss * world_size() if self.sharded else loss
+            loss * data_size() if self.sharded else loss
         )  # strategies that shard gradients average them
 
     def zero_grad(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
@@ -179,14 +179,14 @@ class Updater:
             scheduler.step(float(known[name]))
 
     def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        if world_size() == 1:
+        if data_size() == 1:
             return
         for p in parameters:  # ranks whose part was empty
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for dtype in dict.fromkeys(p.dtype for p in parameters):  # in the same order on all ranks
             gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
             flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=data_ranks().group)
             for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 

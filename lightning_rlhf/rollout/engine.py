@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.models.backbone import Backbone, reason_beyond_trial
+from lightning_rlhf.models.backbone import Backbone, reason_beyond_trial, vocabulary_size
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
 from lightning_rlhf.rollout.kv_cache import NAME, Decoder
 from lightning_rlhf.rollout.scheduler import Scheduler
@@ -167,10 +167,11 @@ def _by_trying(policy: Backbone) -> str | None:
     """Runs two rows of different lengths with the cache and without it, and compares their logits."""
     model = policy.transformer
     embeddings: Any = model.get_input_embeddings()
+    vocabulary = vocabulary_size(model)
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 16
     lengths, steps = (min(10, context - 3), min(4, context - 3)), 3
-    tokens = [[(3 + 7 * i + 5 * row) % embeddings.weight.shape[0] for i in range(length + steps)]
+    tokens = [[(3 + 7 * i + 5 * row) % vocabulary for i in range(length + steps)]
               for row, length in enumerate(lengths)]  # fmt: skip
     prompts = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.models.backbone import vocabulary_size
 from lightning_rlhf.rollout.detokenizer import Detokenizer, decode, tail
 from lightning_rlhf.rollout.types import Completion, Request, Sampling, Token
 from lightning_rlhf.utils.random import sample_key
@@ -194,8 +195,7 @@ def make_sequences(
     prompt = tuple(request.prompt)
     if not prompt:
         raise ValueError(f"{name}: the prompt has no tokens.")
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary: int = embeddings.weight.shape[0]
+    vocabulary = vocabulary_size(model)
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         strange = next(t for t in prompt if not 0 <= t < vocabulary)
         raise ValueError(

@@ -47,7 +47,7 @@ from lightning_rlhf.strategies.gradients import clip_grad_norm, loss_scale, para
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer
 from lightning_rlhf.utils import CheckpointError
 from lightning_rlhf.utils.checkpoint_io import check_is_checkpoint, explain_bad_checkpoint
-from lightning_rlhf.utils.collectives import gather_objects, world_size
+from lightning_rlhf.utils.collectives import data_rank, data_size, gather_objects
 from lightning_rlhf.utils.random import rng_state, set_rng_state
 
 #: The default of stages.
@@ -61,8 +61,9 @@ class SettingsError(MisconfigurationException, ValueError):
 class Stage(L.LightningModule):
     """Base of the stages: a :class:`~lightning.pytorch.LightningModule` that resumes bit for bit.
 
-    A checkpoint holds each rank's RNG states, restored before the first batch, and none of the frozen weights,
-    which come from ``pretrained`` again. The attribute ``tokenizer`` has the chat template that data modules render by.
+    A checkpoint holds each rank's RNG states (of ranks that run one copy of the model, those that they share), restored
+    before the first batch, and none of the frozen weights, which come from ``pretrained`` again. The attribute
+    ``tokenizer`` has the chat template that data modules render by.
 
     Args:
         pretrained: Hugging Face directory, hub id, or a model.
@@ -376,8 +377,7 @@ class Stage(L.LightningModule):
         A batch that no planner made does not know its rows. They are counted, over ranks as Lightning deals them.
         """
         trees = batch.forest.trees
-        ranks = world_size()
-        rows = batch.rows or tuple(self.global_rank + ranks * (self._counted + i) for i in range(len(trees)))
+        rows = batch.rows or tuple(data_rank() + data_size() * (self._counted + i) for i in range(len(trees)))
         self._counted += len(trees)
         fills = batch.num_scored > 0 and not batch.weight.any()  # a planner's empty bin
         return [] if fills else [(row, i) for row, (_, b) in zip(rows, trees, strict=True) for i in range(len(b))]
@@ -503,7 +503,7 @@ class Stage(L.LightningModule):
             raise RuntimeError(f"The run ends here. {self._diverged_run(trainer.global_step)}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds RNG states of all ranks; drops frozen weights."""
+        """Adds RNG states of ranks with different data; drops frozen weights."""
         if self._mid_step and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_warn(
                 "This checkpoint falls between two micro-batches of one optimizer step (a time-based ModelCheckpoint, "
@@ -536,8 +536,8 @@ class Stage(L.LightningModule):
             self._makers_to_match = {k: checkpoint["stage"][k] for k in ("optimizers", "schedules")}
             if trainer.optimizers:  # else there are some when fit starts
                 self._match_makers()
-        if trainer is not None and len(states) == trainer.world_size:
-            self._rng_to_restore = states[trainer.global_rank]
+        if trainer is not None and len(states) == data_size():
+            self._rng_to_restore = states[data_rank()]
         own = self.state_dict()
         saved = checkpoint["state_dict"]
         for name in self._frozen() - saved.keys():

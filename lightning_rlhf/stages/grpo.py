@@ -196,7 +196,7 @@ class GRPOModule(RLStage):
             experience.scores = experience.scored.total.cpu()
             return Round(completions, experience, samples, self._flat(experience))
 
-        refill = Refill(self.shuffle_prompts(prompts.rows, _REFILL), self.groups, self.global_rank)
+        refill = Refill(self.shuffle_prompts(prompts.rows, _REFILL), self.groups)
         refill.run(sample)
         chosen, completions, scores = refill.kept()
         # where all groups are flat, the last round stands for them: it is scored, and nothing of it counts

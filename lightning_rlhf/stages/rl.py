@@ -80,7 +80,7 @@ from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
 from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
 from lightning_rlhf.strategies.gradients import sharding
-from lightning_rlhf.utils.collectives import all_reduce, gather_objects, world_size
+from lightning_rlhf.utils.collectives import all_reduce, data_rank, gather_objects
 from lightning_rlhf.utils.random import generator, sample_key
 
 #: In place of an iteration in the keys of validation samples: validations can then be compared.
@@ -483,8 +483,8 @@ class RLStage(Stage):
     def count_copies(self, rows: Sequence[int], iteration: int) -> list[int]:
         """Counts earlier copies of each row on all ranks, so that copies get different samples."""
         everyone = gather_objects(tuple(rows)) if iteration != VALIDATION else [tuple(rows)]
-        rank = self.global_rank if len(everyone) > 1 else 0
-        seen = Counter(row for earlier in everyone[:rank] for row in earlier)
+        before = everyone[: data_rank()] if len(everyone) > 1 else []
+        seen = Counter(row for earlier in before for row in earlier)
         copies = []
         for row in rows:
             copies.append(seen[row])
@@ -667,10 +667,9 @@ class RLStage(Stage):
         """
         places, count = self.shuffle_prompts(experience.rows, epoch), self.updates.minibatches
         edges = [len(places) * i // count for i in range(count + 1)]
-        mine = self.global_rank if world_size() > 1 else 0
         dealt = [places[a:b] for a, b in pairwise(edges)]
         # in the order of the experience: then a single minibatch is split as `forward_all` splits, and rounds alike
-        return [sorted(i for rank, i in part if rank == mine) for part in dealt if part]
+        return [sorted(i for rank, i in part if rank == data_rank()) for part in dealt if part]
 
     def shuffle_prompts(self, rows: Sequence[int], key: int) -> list[tuple[int, int]]:
         """Shuffles the prompts of all ranks, by their rows and not by who holds them; all ranks must call.

@@ -1,4 +1,4 @@
-"""ColossalAI's data parallelism for Lightning's Trainer: DDP, ZeRO and Gemini.
+"""ColossalAI's data parallelism for Lightning's Trainer, and tensor parallelism: DDP, ZeRO, Gemini, ``tp``.
 
 Importing this package registers the names of :data:`~lightning_rlhf.strategies.colossalai.NAMES` with Lightning. It
 does not import ColossalAI.
@@ -34,6 +34,8 @@ ColossalAIStrategy.register_strategies(StrategyRegistry)
 def runs_alone(strategy: Strategy) -> bool:
     """Whether a rank can run a model without the other ranks, possibly within :func:`whole_weights`.
 
+    Under tensor parallelism it needs those ranks that hold the model with it, but none that have other data.
+
     Args:
         strategy: Any strategy.
     """
@@ -46,7 +48,8 @@ def holds_whole_models(strategy: Strategy) -> bool:
     Args:
         strategy: Any strategy.
     """
-    return runs_alone(strategy) and not (isinstance(strategy, ColossalAIStrategy) and strategy.sharded)
+    parts = isinstance(strategy, ColossalAIStrategy) and (strategy.sharded or strategy.tp > 1)
+    return runs_alone(strategy) and not parts
 
 
 def whole_weights(strategy: Strategy | None, child: nn.Module) -> AbstractContextManager[None]:

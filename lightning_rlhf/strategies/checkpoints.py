@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_rlhf.strategies.sharded import Boosted, LocalShard, Slot
-from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.collectives import all_ranks, gather_objects
 from lightning_rlhf.utils.filesystem import COMPLETE, atomic_directory, sync
 
 #: Name of the Lightning checkpoint in a sharded directory. The ranks' files hold the rest.
@@ -33,7 +33,7 @@ def group_settings(boosted: Boosted) -> dict[str, Any]:
 
 
 def optimizer_state(boosted: Boosted) -> dict[str, Any]:
-    """Gathers the state of a child's optimizer in the format of ``torch.optim``. Other ranks get no tensors."""
+    """Gathers the state of a child's optimizer in the format of ``torch.optim``. Only the first rank gets tensors."""
     held = [(slot, boosted.local_shard(slot)) for slot in boosted.slots]
     states = [{} if shard is None else boosted.state(shard.key) for _, shard in held]
     kinds: dict[str, bool] = {}
@@ -43,7 +43,7 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
         if shard is not None
         for name, value in state.items()
     }
-    for found in gather_objects(mine):
+    for found in gather_objects(mine, boosted.ranks):
         kinds |= found
     # -1: this rank does not have the state
     scalars = torch.full((len(kinds), len(held)), -1.0, dtype=torch.float64)
@@ -52,7 +52,7 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
             if name in state:
                 scalars[row, column] = 0.0 if kinds[name] else float(state[name])
     scalars = scalars.to(boosted.device)
-    dist.all_reduce(scalars, dist.ReduceOp.MAX)
+    dist.all_reduce(scalars, dist.ReduceOp.MAX, group=boosted.ranks.group)
     whole: dict[int, dict[str, Any]] = {}
     for column, (slot, _) in enumerate(held):
         entry: dict[str, Any] = {}
@@ -63,7 +63,15 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
                 entry[name] = boosted.gather(slot, part) if sharded else torch.tensor(value, dtype=torch.float32)
         if entry:
             whole[slot.number] = entry
-    return {**group_settings(boosted), "state": whole if dist.get_rank() == 0 else {}}
+    gathered: dict[str, Any] = {**group_settings(boosted), "state": whole if boosted.ranks.place == 0 else {}}
+    if boosted.tensor is not None:
+        gathered = boosted.tensor.whole_optimizer_state(gathered, parameters(boosted))
+    return {**gathered, "state": gathered["state"] if dist.get_rank() == 0 else {}}
+
+
+def parameters(boosted: Boosted) -> list[Tensor]:
+    """Returns all parameters of a child's optimizer, in the order of their numbers."""
+    return [p for group in boosted.group_parameters for p in group]
 
 
 def _fill_states(
@@ -117,6 +125,8 @@ def load_optimizer_state(boosted: Boosted, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: The state belongs to a different optimizer.
     """
+    if boosted.tensor is not None and not saved["state"].keys() - range(len(parameters(boosted))):
+        saved = boosted.tensor.slice_optimizer_state(saved, parameters(boosted))
 
     def read(slot: Slot, shard: LocalShard) -> dict[str, Any]:
         return {
@@ -171,7 +181,7 @@ def save_sharded(boosted: Sequence[Boosted], checkpoint: dict[str, Any], directo
 
 def _raise_on_all_ranks(error: Exception | None, target: str) -> None:
     """Raises an error on all ranks if one rank failed, so that no rank waits for it."""
-    every = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    every = gather_objects(None if error is None else f"{type(error).__name__}: {error}", all_ranks())
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text is not None]
     if failed:
         raise OSError(f"{target} was not written ({'; '.join(failed)}). An older one is still complete.") from error
@@ -326,6 +336,8 @@ def whole_weights(boosted: Boosted, exact: bool) -> dict[str, Tensor]:
     boosted.sync_master_weights()
     for slot in boosted.slots:
         value = boosted.gather(slot, lambda shard: shard.weight)
+        if value is not None and boosted.tensor is not None:
+            value = boosted.tensor.whole(slot.parameter, value)
         if value is not None:
             found |= dict.fromkeys(
                 names[slot.name], value if exact and boosted.master_weights else value.to(slot.dtype)

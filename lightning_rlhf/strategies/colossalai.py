@@ -26,9 +26,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lightning_rlhf.strategies import checkpoints
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer
+from lightning_rlhf.strategies.parallel import Mesh, TensorParallel, make_mesh
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
 from lightning_rlhf.strategies.sharded import (
     Boosted,
@@ -37,6 +39,7 @@ from lightning_rlhf.strategies.sharded import (
     is_persistent,
     named_buffers,
 )
+from lightning_rlhf.utils.collectives import set_copies
 
 #: Names that are registered with Lightning, and their arguments.
 NAMES: dict[str, dict[str, Any]] = {
@@ -48,6 +51,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "colossalai_zero2_offload": {"plugin": "zero2", "cpu_offload": True},
     "colossalai_gemini": {"plugin": "gemini"},
     "colossalai_gemini_offload": {"plugin": "gemini", "offload_optim_frac": 1.0, "offload_param_frac": 1.0},
+    "colossalai_hybrid": {"plugin": "zero1", "tp": 2},
     "colossalai_notebook": {"plugin": "zero2", "start_method": "fork"},
 }
 INSTALL = (
@@ -72,6 +76,9 @@ class ColossalAIStrategy(DDPStrategy):
 
     Args:
         plugin: What is sharded. ``docs/strategies.md`` explains how to choose.
+        tp: Tensor parallelism: number of ranks that hold one copy of a model together, each a slice of every layer, and
+            read the same data. A larger value takes less memory per rank and exchanges more; it must divide the
+            model's heads. The other plugins act between the copies. Not for Gemini. ``docs/parallel.md`` explains it.
         checkpoint: ``full``: one file, gathered on rank 0, that can be read without ColossalAI. ``sharded``: a
             directory with one file per rank, which takes no extra memory; any number of ranks can read it.
         cpu_offload: ZeRO: keep and update optimizer states and fp32 weights in CPU memory. This frees 12 bytes per
@@ -120,6 +127,7 @@ class ColossalAIStrategy(DDPStrategy):
     def __init__(
         self,
         plugin: Plugin = "zero2",
+        tp: int = 1,
         checkpoint: Literal["full", "sharded"] = "full",
         cpu_offload: bool = False,
         overlap_communication: bool = True,
@@ -145,8 +153,14 @@ class ColossalAIStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         if plugin not in get_args(Plugin):
-            later = " Tensor and pipeline parallelism are not supported yet." if str(plugin) == "hybrid" else ""
-            raise ValueError(f"plugin must be one of {', '.join(get_args(Plugin))}; got {plugin!r}.{later}")
+            hybrid = " Tensor parallelism is tp, an argument of the first three." if str(plugin) == "hybrid" else ""
+            raise ValueError(f"plugin must be one of {', '.join(get_args(Plugin))}; got {plugin!r}.{hybrid}")
+        if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
+            raise ValueError(f"tp must be a whole number from 1 on; got {tp!r}.")
+        if tp > 1 and plugin == "gemini":
+            raise ValueError("tp cuts layers, and Gemini's chunks hold whole ones. Use plugin zero1 or zero2 with tp.")
+        if tp > 1 and checkpoint == "sharded":
+            raise ValueError("checkpoint='sharded' is for whole layers, and tp cuts them. Use checkpoint='full'.")
         if checkpoint not in ("full", "sharded"):
             raise ValueError(f"checkpoint must be full or sharded; got {checkpoint!r}.")
         if checkpoint == "sharded" and plugin == "ddp":
@@ -164,7 +178,7 @@ class ColossalAIStrategy(DDPStrategy):
             raise ValueError(f"cpu_offload needs ZeRO; plugin={plugin!r} ignores it. Gemini has offload_optim_frac.")
         if plugin != "gemini" and (fractions != (1, 0, 0) or placement != "static"):
             raise ValueError(f"placement and the three fractions need plugin='gemini'; plugin={plugin!r} ignores them.")
-        self.plugin_name, self.checkpoint = plugin, checkpoint
+        self.plugin_name, self.checkpoint, self.tp = plugin, checkpoint, tp
         self.cpu_offload, self.overlap_communication = cpu_offload, overlap_communication
         self.bucket_elements, self.initial_scale = bucket_elements, initial_scale
         self.placement, self.shard_param_frac = placement, shard_param_frac
@@ -177,6 +191,9 @@ class ColossalAIStrategy(DDPStrategy):
         self.boosted: list[Boosted] = []
         self._last_used: list[Boosted] = []  # the children that the last backward pass reached
         self._failed = False
+        self.timeout = timeout
+        self._mesh: Mesh | None = None
+        self.tensor_parallel: TensorParallel | None = None
         self._sharded_checkpoint: checkpoints.ShardedCheckpoint | None = None
         super().__init__(
             accelerator=accelerator,
@@ -224,20 +241,57 @@ class ColossalAIStrategy(DDPStrategy):
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Whether a checkpoint is loaded after setup: shards exist only then."""
-        return self.sharded or super().restore_checkpoint_after_setup
+        return self.sharded or self.tp > 1 or super().restore_checkpoint_after_setup
 
     def setup_environment(self) -> None:
-        """Starts the process group.
+        """Starts the process group, and groups ranks that share a copy of a model.
 
         Raises:
             ModuleNotFoundError: The plugin needs ColossalAI, which is not installed.
+            ValueError: ``tp`` does not divide the number of processes.
         """
+        if (world := self.num_nodes * self.num_processes) % self.tp:
+            raise ValueError(
+                f"tp={self.tp} does not divide the {world} processes of the run (trainer.devices x trainer.num_nodes). "
+                f"Use a multiple of {self.tp} processes, or set tp to a divisor of {world}."
+            )
         if self.sharded and importlib.util.find_spec("colossalai") is None:
             raise ModuleNotFoundError(
                 f"strategy='colossalai_...' needs ColossalAI. Install it: {INSTALL} (see docs/strategies.md)",
                 name="colossalai",
             )
         super().setup_environment()
+        if self.tp > 1:
+            if self._mesh is None:
+                self._mesh = make_mesh(self.tp, self.timeout)
+            set_copies(self._mesh.data, self._mesh.tensor)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Number of ranks with different data, and the place of this one."""
+        if self._mesh is None:
+            return super().distributed_sampler_kwargs
+        return {"num_replicas": self._mesh.data.size, "rank": self._mesh.data.place}
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces a tensor over ranks with different data, or over the ranks of a group."""
+        return super().reduce(tensor, self._data_group if group is None else group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gathers a tensor from ranks with different data, or from the ranks of a group."""
+        return super().all_gather(tensor, self._data_group if group is None else group, sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks, or any, say yes."""
+        if self._mesh is None:
+            return super().reduce_boolean_decision(decision, all)
+        found = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(found, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(found)
+
+    @property
+    def _data_group(self) -> Any:
+        return None if self._mesh is None else self._mesh.data.group
 
     def setup(self, trainer: Trainer) -> None:
         """Builds the plugin and boosts the trained children. Outside ``fit`` it only moves the module to the device.
@@ -249,6 +303,15 @@ class ColossalAIStrategy(DDPStrategy):
         module = self.lightning_module
         assert self.accelerator is not None and module is not None
         self._failed = False
+        if self._mesh is not None:
+            self._cut_models(trainer, self._mesh)
+        if (
+            trainer.state.fn != TrainerFn.FITTING and self._mesh is not None
+        ):  # not the base's, which copies rank 0's weights
+            self.precision_plugin.convert_module(module)
+            self.model_to_device()
+            self.setup_precision_plugin()
+            return
         if trainer.state.fn != TrainerFn.FITTING or not self.sharded:
             super().setup(trainer)
             return
@@ -259,7 +322,8 @@ class ColossalAIStrategy(DDPStrategy):
         if self._layer_sync:  # Trainer(sync_batchnorm=True)
             self.model = self._layer_sync.apply(module)
         self.precision_plugin.convert_module(module)
-        self._broadcast_weights(module)
+        if self._mesh is None:
+            self._broadcast_weights(module)
         self.setup_optimizers(trainer)
         pairs = trained_children(module, self.optimizers)
         self._move_others(module, [child for _, child in pairs])
@@ -272,7 +336,47 @@ class ColossalAIStrategy(DDPStrategy):
         assert self.lightning_module is not None
         if not self.lightning_module.automatic_optimization:  # a loss may depend on one of several networks only
             self._ddp_kwargs["find_unused_parameters"] = True  # arguments of torch's DDP; there is no public way
+        if self._mesh is not None:
+            self._ddp_kwargs["process_group"] = self._mesh.data.group
         super().configure_ddp()
+
+    def _cut_models(self, trainer: Trainer, mesh: Mesh) -> None:
+        """Cuts the module's models over the ranks that share a copy of them.
+
+        Raises:
+            ValueError: They cannot be cut, or not with this precision.
+        """
+        module = self.lightning_module
+        assert self.accelerator is not None and module is not None
+        if not self.sharded and self.precision_plugin.precision == "16-mixed":
+            raise ValueError(
+                "tp under plugin='ddp' does not support trainer.precision='16-mixed': ranks would find overflows on "
+                "their own. Set trainer.precision to bf16-mixed, or plugin to zero1."
+            )
+        self.accelerator.setup(trainer)
+        self._broadcast_weights(module)
+        self.tensor_parallel = TensorParallel(mesh.tensor, self.root_device)
+        self.tensor_parallel.cut_models(module)
+        for part in module.modules():
+            if isinstance(part, Metric):
+                part.process_group = mesh.data.group
+        if not self.sharded:  # there is no hook for how a precision plugin clips
+            self.precision_plugin.clip_grad_by_norm = self._clip_optimizer  # type: ignore[method-assign]
+
+    def _clip_optimizer(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        self.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], clip_val)
+
+    def _join_models(self) -> None:
+        """Makes the module's models whole again. Optimizer states stay cut; checkpoints join them."""
+        if self.tensor_parallel is None or not self.tensor_parallel.active:
+            return
+        self.tensor_parallel.undo(weights=not self._failed)
+        assert self.lightning_module is not None
+        for part in self.lightning_module.modules():
+            if isinstance(part, Metric):
+                part.process_group = None
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        set_copies(None, None)
 
     def _refuse_callbacks(self, trainer: Trainer) -> None:
         """Refuses callbacks of Lightning that would fail later, during training.
@@ -341,7 +445,9 @@ class ColossalAIStrategy(DDPStrategy):
         kind = GeminiBoosted if self.plugin_name == "gemini" else ZeroBoosted
         precision: Any = self.precision_plugin
         for (path, child), optimizer in zip(pairs, self.optimizers, strict=True):
-            boosted = kind(path, child, optimizer, plugin, precision.dtype, precision.master_weights)
+            boosted = kind(
+                path, child, optimizer, plugin, precision.dtype, precision.master_weights, self.tensor_parallel
+            )
             self.boosted.append(boosted)
         precision.boosted = True
 
@@ -368,7 +474,7 @@ class ColossalAIStrategy(DDPStrategy):
                 enable_gradient_accumulation=True,
                 enable_async_reduce=self.pin_memory and not on_cpu,
             )
-        return LowLevelZeroPlugin(
+        plugin = LowLevelZeroPlugin(
             **common,
             stage=int(self.plugin_name[-1]),
             initial_scale=self.initial_scale,
@@ -377,6 +483,9 @@ class ColossalAIStrategy(DDPStrategy):
             reduce_bucket_size_in_m=self.bucket_elements / 2**20,
             cast_inputs=False,  # the boosted child casts its inputs
         )
+        if self._mesh is not None:  # the plugin has no argument for it
+            plugin.zero_optim_kwargs["dp_process_group"] = self._mesh.data.group
+        return plugin
 
     def teardown(self) -> None:
         """Makes the children ordinary modules again."""
@@ -386,6 +495,7 @@ class ColossalAIStrategy(DDPStrategy):
         for boosted in self.boosted:
             boosted.unboost(weights=not self._failed)
         self.boosted, self._last_used = [], []
+        self._join_models()
         if isinstance(self.precision_plugin, ColossalAIPrecision):
             self.precision_plugin.boosted = False
         super().teardown()
@@ -444,6 +554,8 @@ class ColossalAIStrategy(DDPStrategy):
         Returns:
             The scalar norm before clipping.
         """
+        if not self.sharded and self.tensor_parallel is not None:
+            return self.tensor_parallel.clip_grad_norm(parameters, max_norm)
         if not self.sharded:
             return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
         return clip_grad_norm(self.boosted, parameters, max_norm)
@@ -477,15 +589,19 @@ class ColossalAIStrategy(DDPStrategy):
         """
         module = self.lightning_module
         assert module is not None
-        if not self.boosted:
+        if not self.boosted and self.tensor_parallel is None:
             return module.state_dict()
         trained: dict[str, Tensor] = {}
+        state = module.state_dict()
         for boosted in self.boosted:
             found = checkpoints.whole_weights(boosted, exact)
-            if self.is_global_zero:
-                found |= boosted.frozen()
             trained |= {f"{boosted.path}.{name}": value for name, value in found.items()}
-        return {**module.state_dict(), **trained} if self.is_global_zero else {}
+            if self.is_global_zero or self.tensor_parallel is not None:
+                state |= {f"{boosted.path}.{name}": value for name, value in boosted.frozen().items()}
+        if self.tensor_parallel is not None:
+            rest = state.keys() - self._trained_names().keys()
+            state = self.tensor_parallel.whole_state_dict(module, {k: v for k, v in state.items() if k in rest})
+        return {**state, **trained} if self.is_global_zero else {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the state dict for a checkpoint, without weights that each rank writes to its own file."""
@@ -508,7 +624,11 @@ class ColossalAIStrategy(DDPStrategy):
         if self.checkpoint == "sharded" and self.boosted:
             assert isinstance(optimizer, ShardedOptimizer)
             return checkpoints.group_settings(optimizer.boosted)
-        return super().optimizer_state(optimizer)
+        state = super().optimizer_state(optimizer)
+        if self.tensor_parallel is None or isinstance(optimizer, ShardedOptimizer):
+            return state
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return self.tensor_parallel.whole_optimizer_state(state, parameters)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a file on rank 0, or a directory on all ranks.
@@ -544,6 +664,9 @@ class ColossalAIStrategy(DDPStrategy):
                 f"{self._sharded_checkpoint.directory} is a sharded checkpoint, which only fit under ColossalAI's "
                 "strategy reads. Convert it with lightning_rlhf.strategies.checkpoints.consolidate(directory, file)."
             )
+        if self.tensor_parallel is not None:
+            state = self.tensor_parallel.slice_state_dict(module, state)
+            checkpoint = {**checkpoint, "state_dict": state}
         if not self.boosted:
             super().load_model_state_dict(checkpoint, strict)
             return
@@ -580,6 +703,10 @@ class ColossalAIStrategy(DDPStrategy):
         elif self.sharded:
             for boosted, state in zip(self.boosted, checkpoint["optimizer_states"], strict=True):
                 checkpoints.load_optimizer_state(boosted, state)
+        elif self.tensor_parallel is not None:
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                optimizer.load_state_dict(self.tensor_parallel.slice_optimizer_state(state, parameters))
         else:
             super().load_optimizer_state_dict(checkpoint)
 

@@ -37,8 +37,8 @@ def clip_grad_norm(strategy: Strategy, parameters: Sequence[nn.Parameter], max_g
     Returns:
         Scalar norm before clipping.
     """
-    if (sharded := sharding(strategy)) is not None:
-        return sharded.clip_grad_norm(list(parameters), max_grad_norm)
+    if isinstance(strategy, ColossalAIStrategy) and (strategy.sharded or strategy.tp > 1):
+        return strategy.clip_grad_norm(list(parameters), max_grad_norm)
     if max_grad_norm is None:
         return grad_norm(parameters)
     return nn.utils.clip_grad_norm_(parameters, max_grad_norm)

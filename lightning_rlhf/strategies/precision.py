@@ -108,7 +108,7 @@ class ColossalAIPrecision(Precision):
         assert isinstance(whole, ShardedOptimizer)
         if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             bound = clip_val * whole.boosted.scale
-            for _, gradient in whole.boosted.gradients():
+            for _, _, gradient in whole.boosted.gradients():
                 gradient.clamp_(-bound, bound)
         else:
             clip_grad_norm([whole.boosted], None, clip_val)
@@ -133,6 +133,6 @@ def clip_grad_norm(
         shrink = min(1.0, max_norm / (norm.item() + 1e-6))
         if shrink < 1:
             for child in children:
-                for _, gradient in child.gradients(parameters):
+                for _, _, gradient in child.gradients(parameters):
                     gradient.mul_(shrink)
     return norm

@@ -25,6 +25,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from lightning_rlhf.functional.precision import without_subclass
+from lightning_rlhf.strategies.parallel import TensorParallel
+from lightning_rlhf.utils.collectives import data_ranks
 
 
 class Slot(NamedTuple):
@@ -35,7 +37,7 @@ class Slot(NamedTuple):
         number: Index among all parameters of the optimizer, which is its key in torch's optimizer states.
         group: Index of its parameter group.
         parameter: The child's parameter, which forward passes read.
-        shape: Shape of the whole parameter.
+        shape: Shape of the parameter, or of this rank's slice of it (tensor parallelism).
         dtype: Original data type, which exports keep.
     """
 
@@ -106,6 +108,7 @@ class Boosted(ABC):
         plugin: A ColossalAI plugin.
         dtype: Data type to which the plugin casts weights. None: weights are not cast.
         master_weights: Whether the optimizer updates fp32 copies of the weights.
+        tensor: What cuts parameters over ranks that share a copy of the model. None: nothing does.
     """
 
     can_freeze: ClassVar[bool] = True
@@ -119,9 +122,11 @@ class Boosted(ABC):
         plugin: Any,
         dtype: torch.dtype | None = None,
         master_weights: bool = False,
+        tensor: TensorParallel | None = None,
     ) -> None:
         from colossalai.booster import Booster
 
+        self.ranks, self.tensor = data_ranks(), tensor
         self.path, self.child, self.master_weights = path, child, master_weights
         self._dtype, self._running = dtype, False
         self.original = optimizer
@@ -286,23 +291,30 @@ class Boosted(ABC):
         mixin = getattr(self.wrapped, "mixed_precision_mixin", getattr(self.wrapped, "mix_precision_mixin", None))
         return float(getattr(mixin, "loss_scale", 1.0))
 
-    def gradients(self, parameters: Collection[nn.Parameter] | None = None) -> Iterator[tuple[LocalShard, Tensor]]:
-        """Yields this rank's shards with their gradients, for some parameters or for all."""
+    def gradients(
+        self, parameters: Collection[nn.Parameter] | None = None
+    ) -> Iterator[tuple[Slot, LocalShard, Tensor]]:
+        """Yields this rank's shards with their slots and gradients, for some parameters or for all."""
         wanted = None if parameters is None else {id(p) for p in parameters}
         for slot in self.slots:
             if wanted is None or id(slot.parameter) in wanted:
                 shard = self.local_shard(slot)
                 gradient = None if shard is None else self.gradient(slot, shard)
                 if shard is not None and gradient is not None:
-                    yield shard, gradient
+                    yield slot, shard, gradient
 
     def grad_squares(self, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """Returns the (1,) sum of squared gradients over all ranks, in fp64."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for shard, gradient in self.gradients(parameters):  # summed on the device, to wait for it only once
-            total[int(shard.replicated)] += gradient.float().norm().double().to(self.device) ** 2
-        dist.all_reduce(total[:1])
-        return (total[:1] + total[1:]).cpu() / self.scale**2
+        total = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        for slot, shard, gradient in self.gradients(parameters):  # summed on the device, to wait for it only once
+            cut = self.tensor is not None and self.tensor.is_cut(slot.parameter)
+            total[int(shard.replicated), int(cut)] += gradient.float().norm().double().to(self.device) ** 2
+        dist.all_reduce(total[0], group=self.ranks.group)
+        whole, parts = total.sum(0).split(1)
+        if self.tensor is not None:
+            dist.all_reduce(parts, group=self.tensor.ranks.group)
+        squares: Tensor = (whole + parts).cpu() / self.scale**2
+        return squares
 
     def state(self, key: Tensor) -> dict[str, Any]:
         """Returns the optimizer's state of a shard."""
@@ -335,23 +347,25 @@ class Boosted(ABC):
     # ------------------------------------------------------------------------------------------------- whole tensors
 
     def gather(self, slot: Slot, select: Callable[[LocalShard], Tensor], everywhere: bool = False) -> Tensor | None:
-        """Gathers a whole tensor from the shards of all ranks, in at least fp32.
+        """Gathers a tensor from the shards of all ranks with different data, in at least fp32.
+
+        Where tensor parallelism cuts the parameter, it is this rank's slice.
 
         Args:
             slot: The parameter.
             select: Returns a shard's (size or more,) tensor, such as the weight or a state.
-            everywhere: Gather on every rank. Otherwise only rank 0 gets the tensor, and the others get None.
+            everywhere: Gather on every rank. Otherwise only the first rank gets the tensor, and the others get None.
         """
         shard = self.local_shard(slot)
         flat = torch.zeros(slot.shape.numel(), dtype=torch.promote_types(slot.dtype, torch.float32))
-        if shard is not None and (dist.get_rank() == 0 or not shard.replicated):
+        if shard is not None and (self.ranks.place == 0 or not shard.replicated):
             flat[shard.start : shard.start + shard.size] = select(shard)[: shard.size].to(flat)
         flat = flat.to(self.device)
         if everywhere:
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self.ranks.group)
         else:
-            dist.reduce(flat, 0)
-        return flat.view(slot.shape).cpu() if everywhere or dist.get_rank() == 0 else None
+            dist.reduce(flat, self.ranks.members[0], group=self.ranks.group)
+        return flat.view(slot.shape).cpu() if everywhere or self.ranks.place == 0 else None
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -412,7 +426,7 @@ class ZeroBoosted(Boosted):
         master = self.wrapped.get_working_to_master_map().get(id(slot.parameter))
         if master is None:
             return None
-        start = dist.get_rank() * master.numel()
+        start = self.ranks.place * master.numel()
         return LocalShard(start, max(0, min(master.numel(), slot.shape.numel() - start)), master, master)
 
     def gradient(self, slot: Slot, shard: LocalShard) -> Tensor | None:

@@ -43,7 +43,7 @@ class Overflowing(PPOModule):
         found = super().backward_minibatch(experience, chosen, ptx)
         if len(self.seen) in (1, 2):
             critic = next(boosted for boosted in self.trainer.strategy.boosted if boosted.path == "critic")
-            next(gradient for _, gradient in critic.gradients())[0] = math.inf
+            next(gradient for _, _, gradient in critic.gradients())[0] = math.inf
         return found
 
 

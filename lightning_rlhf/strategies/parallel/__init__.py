@@ -1,0 +1,6 @@
+"""Parallelism within a copy of a model: which ranks hold it together, and what each of them keeps."""
+
+from lightning_rlhf.strategies.parallel.mesh import Mesh, make_mesh
+from lightning_rlhf.strategies.parallel.tensor import TensorParallel
+
+__all__ = ["Mesh", "TensorParallel", "make_mesh"]
