@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf import (
     DPOModule,
+    GRPOModule,
     HFExport,
     InstructionDataModule,
     KTOModule,
@@ -48,6 +49,7 @@ LOGGED = {
     "reward": ["train/loss", "train/chosen_score"],
     "dpo": ["train/loss", "train/chosen_logprob"],
     "kto": ["train/loss", "train/z0"],
+    "grpo": ["train/score", "train/kl", "train/loss", "train/entropy", "train/policy_grad_norm"],
     "ppo": ["train/score", "train/kl", "train/loss", "train/value_loss", "train/policy_grad_norm"],
     "gan": ["loss_a", "loss_b"],
 }
@@ -143,6 +145,12 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
     if stage == "kto":
         data = UnpairedDataModule(run.rows(each=2), val_fraction=0.3, batch_size=8, **files)
         return KTOModule(model_dir, **grouped(**common, **options)), data
+    if stage == "grpo":
+        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, **files)
+        sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
+        own = dict(samples_per_prompt=3, sampling=sampling, epochs=2, minibatches=2, micro_batch_tokens=90)
+        common["optimizer"] = lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5)
+        return GRPOModule(model_dir, run.letters, **grouped(**own, **common, **options)), data
     if stage == "ppo":
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}

@@ -215,7 +215,7 @@ class TensorParallel:
         self.on_undo(lambda: delattr(linear, "forward"))
 
     def _sum_parameter_gradients(self, layer: nn.Module) -> None:
-        """Sums the gradients of whole parameters, of which each rank has a part: norms of its own heads, for instance."""
+        """Sums gradients of whole parameters of which each rank computes a part, such as norms of its own heads."""
         ranks = self.ranks
 
         def summed(gradient: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from lightning_rlhf.strategies.parallel.functions import part_of
 from lightning_rlhf.utils.collectives import once_per_copy, set_copies
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
-from conftest import make_tokenizer
+from conftest import make_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 V = 97  # odd: two ranks cannot halve it
