@@ -19,6 +19,7 @@ from lightning_rlhf.inspection.page import write_page
 from lightning_rlhf.inspection.rows import Split, inspect_data
 from lightning_rlhf.inspection.terminal import as_text
 from lightning_rlhf.keys import StageCLI
+from lightning_rlhf.strategies.colossalai import NAMES
 
 #: The Trainer's options that a plan depends on; the others are parsed and ignored.
 _PLANNED = ("accelerator", "accumulate_grad_batches", "devices", "num_nodes")
@@ -47,13 +48,16 @@ class InspectCLI(StageCLI):
 
     def before_instantiate_classes(self) -> None:
         """Drops callbacks, loggers and strategies."""
+        self.tensor_ranks = _tensor_ranks(self.config.trainer.strategy)
         for name in set(vars(self.config.trainer)) - set(_PLANNED):
             self.config.trainer[name] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Only what a plan depends on: a real Trainer might look for devices that this machine lacks."""
         trainer = self.config.trainer
-        return SimpleNamespace(micro_batches=trainer.accumulate_grad_batches, ranks=_ranks(trainer))
+        return SimpleNamespace(
+            micro_batches=trainer.accumulate_grad_batches, ranks=max(1, _ranks(trainer) // self.tensor_ranks)
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -90,8 +94,15 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"The same as a web page: {config.html}")
 
 
+def _tensor_ranks(strategy: Any) -> int:
+    """Number of ranks that read the same data, from a strategy that is not made."""
+    if isinstance(strategy, str):
+        return int(NAMES.get(strategy, {}).get("tp", 1))
+    return int((getattr(strategy, "init_args", None) or {}).get("tp", 1))
+
+
 def _ranks(trainer: Any) -> int:
-    """Data-parallel size; ``auto`` means the devices of this machine."""
+    """Number of processes; ``auto`` means the devices of this machine."""
     devices = trainer.devices
     if isinstance(devices, str) and "," in devices:
         devices = [part for part in devices.split(",") if part]

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from lightning_rlhf.models.backbone import vocabulary_size
+
 NAME = "rollout"
 BASE = "__base__"
 """peft's name of the model without adapters."""
@@ -332,9 +334,16 @@ class Decoder:
 
     @cached_property
     def pass_bytes(self) -> int:
-        """What a pass costs before it reads the cache, as bytes: the weights, and what starting operations takes."""
+        """What a pass costs before it reads the cache, as bytes: the weights, and what starting operations takes.
+
+        It is the same on ranks that hold parts of one model, because they must decide alike: a head whose vocabulary is
+        cut counts whole. Embeddings are not read whole.
+        """
         layers: int = self.model.config.get_text_config().num_hidden_layers
-        return sum(p.nbytes for p in self.model.parameters()) + _LAYER_BYTES * layers
+        embeddings: Any = self.model.get_input_embeddings()
+        inner = sum(p.nbytes for p in self.model.base_model.parameters() if p is not embeddings.weight)
+        head: int = vocabulary_size(self.model) * embeddings.weight[:1].nbytes
+        return inner + head + _LAYER_BYTES * layers
 
     def adapter_names(self) -> tuple[str, tuple[str, ...]]:
         """Returns peft's names of the active adapter, and of all that a row may have: none if several are active."""

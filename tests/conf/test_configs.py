@@ -94,7 +94,8 @@ def test_parallel_config_wins_over_each_stage(path, tiny_model_dir, tmp_path):
 
 def test_parallel_configs_run_a_step(tiny_model_dir, tmp_path):
     # ColossalAI's CPU mode replaces parts of it, and a process group stays: all in one process that isn't this one
-    pairs = [("sft", path) for path in PARALLEL] + [("ppo", CONFIGS / "parallel" / "gemini_offload.yaml")]
+    alone = [path for path in PARALLEL if not path.name.startswith("tp")]
+    pairs = [("sft", path) for path in alone] + [("ppo", CONFIGS / "parallel" / "gemini_offload.yaml")]
     # generation in bf16 is slow on a CPU
     callbacks = [{"class_path": "HFExport"}]
     callbacks += [{"class_path": "SampleCompletions", "init_args": {"num_prompts": 1, "max_new_tokens": 4}}]
@@ -108,6 +109,18 @@ def test_parallel_configs_run_a_step(tiny_model_dir, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, json.dumps(runs)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert [out.name for out in outs if not list(out.rglob("config.json"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_mesh_file_runs_a_step_on_several_ranks(tiny_model_dir, tmp_path):
+    both = ["--config", str(CONFIGS / "ppo" / "smollm2_lora.yaml"), "--config", str(CONFIGS / "parallel" / "tp2.yaml")]
+    trainer = ("--trainer.precision", "32-true", "--trainer.callbacks", json.dumps([{"class_path": "HFExport"}]))
+    small = options(tiny_model_dir, tmp_path, "ppo", trainer=trainer)
+    command = [sys.executable, "-m", "lightning_rlhf", "fit", *both, *small, "--trainer.devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert list(tmp_path.rglob("config.json"))
 
 
 # ------------------------------------------------------------------------------------------------- printing

@@ -68,8 +68,16 @@ class TensorParallel:
         dropout on whole activations is the same.
 
         Raises:
-            ValueError: There is none, or one cannot be cut; the message says why.
+            ValueError: There is none, or one cannot be cut; the message says why. Then all are whole.
         """
+        try:
+            self._cut_models(module)
+        except ValueError:  # the same on all ranks
+            self.undo(weights=True)
+            raise
+        set_rng_state(gather_objects(rng_state(), self.ranks)[0])
+
+    def _cut_models(self, module: nn.Module) -> None:
         around = {id(m.transformer): m for m in module.modules() if isinstance(m, Backbone)}
         inside: set[int] = set()
         found = []
@@ -92,7 +100,6 @@ class TensorParallel:
                     f"{type(model).__name__} gives other results when it is cut over {self.ranks.size} ranks (relative "
                     f"difference {difference:.1e}): transformers' plan for it is incomplete. {_RUNS}. Leave out tp."
                 )
-        set_rng_state(gather_objects(rng_state(), self.ranks)[0])
 
     # ------------------------------------------------------------------------------------------------- cutting
 

@@ -174,7 +174,7 @@ def scored_head(mesh):
     return worst
 
 
-def rollout(engine, family, lora=None):
+def rollout(engine, family, lora=None, **changes):
     """Sampled tokens of one process, and of the ranks together."""
 
     def case(mesh):
@@ -185,7 +185,7 @@ def rollout(engine, family, lora=None):
             for i in range(3)
         ]
         settings = Sampling(max_new_tokens=12, temperature=0.9)
-        model = Policy(make(family, lora=lora, vocab_size=len(tokenizer)))
+        model = Policy(make(family, lora=lora, vocab_size=len(tokenizer), **changes))
 
         def sample():
             found = engine().generate(model, tokenizer, requests, settings, (4, len(tokenizer) - 1))
@@ -323,6 +323,12 @@ CASES = {
     "dora": refusal(lambda: make("llama", lora=LoRA(r=4, dora=True))),
     "no model": refusal(lambda: nn.Linear(3, 3)),
     "incomplete plan": incomplete_plan,
+}
+#: Of four ranks, each with one of four heads.
+ON_FOUR = {
+    "llama on four": policy("llama", num_key_value_heads=4),
+    "qwen3 on four": policy("qwen3", LoRA(r=4), num_key_value_heads=4),
+    "rollout on four": rollout(CachedEngine, "llama", num_key_value_heads=4),
 }  # fmt: skip
 
 
@@ -336,7 +342,7 @@ def main(out, names):
         for name in names or CASES:
             log.write(f"{name}\n")
             try:
-                found[name] = CASES[name](mesh)
+                found[name] = (CASES | ON_FOUR)[name](mesh)
             except Exception:
                 found[name] = traceback.format_exc()
                 log.write(found[name])
