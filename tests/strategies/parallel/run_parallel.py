@@ -86,7 +86,7 @@ def outputs(model, packed):
     """What a model gives, with a loss that has uneven gradients."""
     if isinstance(model, Policy):
         scored = model(packed, entropy=True)
-        values = [scored.logprobs, scored.entropies]
+        values = [v for v in (scored.logprobs, scored.entropies, scored.values, scored.last_values) if v is not None]
         nll = model(packed, weights=packed.weight / packed.num_scored).loss
     else:
         values = model(packed)
@@ -125,12 +125,14 @@ def compare(make_backbone, mesh, packed=None):
 # ------------------------------------------------------------------------------------------------- models
 
 
-def policy(family, lora=None, checkpointing=False, layout="auto", dtype=None, **changes):
+def policy(family, lora=None, checkpointing=False, layout="auto", dtype=None, trunk_grad=None, **changes):
     def build():
         model = make(family, lora=lora, **changes)
         if checkpointing:
             enable_checkpointing(model)
-        model = Policy(model.to(dtype) if dtype else model, layout).train()
+        model = Policy(model.to(dtype) if dtype else model, layout, trunk_grad=trunk_grad).train()
+        for p in model.value_head.parameters() if trunk_grad is not None else ():
+            nn.init.normal_(p, std=0.3)
         return model
 
     return lambda mesh: compare(build, mesh)
@@ -303,6 +305,7 @@ CASES = {
     **{f"{family} lora": policy(family, LoRA(r=4)) for family in FAMILIES},
     "checkpointing": policy("qwen2", LoRA(r=4, modules_to_save=["k_proj"]), checkpointing=True),
     "lora on the head": policy("llama", LoRA(r=4, targets=["lm_head", "q_proj", "o_proj"])),
+    "value head": policy("llama", trunk_grad=0.5),
     "padded": policy("llama", layout="padded"),
     "bf16": policy("llama", dtype=torch.bfloat16),
     "reward": head(RewardModel),

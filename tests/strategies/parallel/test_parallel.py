@@ -21,7 +21,7 @@ RUN = HERE.parent / "run.py"
 cases = load_script(HERE / "run_parallel.py")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 FAMILIES = [name for family in cases.FAMILIES for name in (family, f"{family} lora")]
-OTHERS = ["checkpointing", "lora on the head", "padded", "reward", "reward lora", "critic", "new tokens"]
+OTHERS = ["checkpointing", "lora on the head", "value head", "padded", "reward", "reward lora", "critic", "new tokens"]
 RUNS_HERE = "Llama, Mistral, Qwen 2, Qwen 3, Gemma, Gemma 2, GPT-NeoX, Phi, Granite and Cohere run, for instance."
 REFUSALS = {
     "no plan": f"GPT2LMHeadModel cannot be cut: transformers has no tensor-parallel plan for it. {RUNS_HERE}",
