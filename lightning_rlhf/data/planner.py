@@ -5,6 +5,7 @@ A bin is one micro-batch of one rank.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,8 @@ class Planner:
         window: Number of trees to shuffle and plan at a time, about; None for all. A window joins runs of neighboring
             trees, which are fast to read, from 64 random places.
         overhead: Tokens that every tree costs besides its own.
+        keys: (trees,) numbers by which each epoch is sorted, the smallest first, in place of the shuffle, which orders
+            equal ones; not with ``window``. None: no such order.
         content: A hash of the trees and their order, which checkpoints keep; empty if unknown.
     """
 
@@ -77,6 +80,7 @@ class Planner:
     sources: Sequence[tuple[int, float]] | None = None
     window: int | None = None
     overhead: int = 0
+    keys: NDArray[np.float64] | None = None
     content: str = ""
 
     def steps(self, epoch: int) -> list[list[Bin]]:
@@ -177,6 +181,8 @@ class Planner:
             rows = np.arange(ends[-1]) + np.repeat(starts[i : i + each] - (ends - n), n)
             if self.shuffle and not whole:
                 rows = rows[_permutation(len(rows), self.seed, epoch, i)]
+            if self.keys is not None:
+                rows = rows[np.argsort(self.keys[rows], kind="stable")]
             yield rows, i + each >= len(starts)
 
     def _stretches(self, epoch: int, stretch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -240,6 +246,8 @@ class Planner:
         }
         if self.content:
             found["content"] = self.content
+        if self.keys is not None:
+            found["order"] = hashlib.sha256(np.ascontiguousarray(self.keys).tobytes()).hexdigest()[:16]
         if self.sources and any(weight != 1 for _, weight in self.sources):
             found["sources"] = [[count, float(weight)] for count, weight in self.sources]
         return found if self.window is None else {**found, "window": self.window}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import Range, check_arguments
@@ -25,6 +28,7 @@ from lightning_rlhf.data.prompt_formats import Prompt, to_prompt
 from lightning_rlhf.data.sources import BadRows, OnBadRow, Row, Source
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.protocols import LimitsPrompts, SamplePrompt
+from lightning_rlhf.utils.text import show
 
 
 @dataclass(eq=False)
@@ -217,6 +221,10 @@ class PromptDataModule(TreeDataModule[Prompt]):
             room for a completion in the model's context.
         batch_size: Prompts per iteration, over all ranks.
         drop_last: Leave out the last batch of an epoch if it is smaller.
+        order_by: Column of numbers by which each epoch of training is sorted, the smallest first: with a column of
+            difficulties, easy prompts come before hard ones. Prompts with the same number are shuffled. Default: all
+            prompts are shuffled.
+        descending: The largest number first.
         eval_batch_size: Prompts per evaluation batch on each rank. A larger value needs more memory.
         ptx: Texts for a language-model loss beside PPO's (PPO-ptx, Ouyang et al. 2022).
         pairs: Pairs for online DPO beside those that it samples.
@@ -247,6 +255,8 @@ class PromptDataModule(TreeDataModule[Prompt]):
         on_bad_row: OnBadRow = "raise",
         batch_size: int = 64,
         drop_last: bool = False,
+        order_by: str | None = None,
+        descending: bool = False,
         eval_batch_size: int = 16,
         ptx: Ptx = _NO_PTX,
         pairs: DataPairs = _NO_PAIRS,
@@ -268,7 +278,12 @@ class PromptDataModule(TreeDataModule[Prompt]):
             raise ValueError(
                 "as_text makes prompts plain texts, which have no system prompt. Leave out as_text or system."
             )
+        if descending and order_by is None:
+            raise ValueError("descending turns the order of a column around: set order_by, or leave out descending.")
+        if order_by is not None and streaming_window is not None:
+            raise ValueError("order_by sorts all prompts, and streaming_window reads some at a time: leave out one.")
         self.as_text, self.drop_last = as_text, drop_last
+        self.order_by, self.descending = order_by, descending
         self.beside: dict[str, InstructionDataModule | PreferenceDataModule] = {}
         for name, group, maker in (("ptx", ptx, InstructionDataModule), ("pairs", pairs, PreferenceDataModule)):
             if group.source is not None:
@@ -378,7 +393,9 @@ class PromptDataModule(TreeDataModule[Prompt]):
         loader = super()._loader(part, batch_size, micro_batches, shuffle)
         # Completions cost more than prompts, and each about the same: balance the number of prompts, then of tokens.
         drops = self.drop_last and part == "train"
-        loader.planner = planner = replace(loader.planner, overhead=self.longest(part), drop_last=drops)
+        keys = self._keys() if part == "train" and self.order_by is not None else None
+        planner = replace(loader.planner, overhead=self.longest(part), drop_last=drops, keys=keys)
+        loader.planner = planner
         loader.pin_memory = False  # it has no tensors
         loader.collate = partial(collate_prompts, names=self._names.get(part, ()))
         if drops and planner.num_trees < batch_size:
@@ -387,6 +404,26 @@ class PromptDataModule(TreeDataModule[Prompt]):
                 "Lower batch_size."
             )
         return loader
+
+    def _keys(self) -> NDArray[np.float64]:
+        """(rows,) what training rows are sorted by.
+
+        Raises:
+            DataError: A row has no number in that column.
+        """
+        found = []
+        for i, text in enumerate(self._rows["train"].column("further")):
+            columns = json.loads(text)
+            value = columns.get(self.order_by)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                what = f"is {show(value)}" if self.order_by in columns else "is missing"
+                near = f" (columns: {', '.join(map(str, columns))})" if columns and self.order_by not in columns else ""
+                raise DataError(
+                    f"{self.where('train', i)}: the column {self.order_by!r} of order_by {what}{near}: each row needs "
+                    "a number there."
+                )
+            found.append(-float(value) if self.descending else float(value))
+        return np.asarray(found)
 
 
 def _opening(row: Mapping[str, Any], as_text: bool) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from lightning_rlhf.functional.policy_gradient import (
     reinforce_loss,
     sapo_loss,
     sequence_policy_loss,
+    top_entropy_threshold,
 )
 from lightning_rlhf.functional.ppo import (
     PolicyLoss,
@@ -103,6 +104,7 @@ __all__ = [
     "standardize",
     "sum_sequences",
     "token_rewards",
+    "top_entropy_threshold",
     "value_loss",
     "variance",
     "variance_explained",

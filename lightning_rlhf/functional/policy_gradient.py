@@ -221,3 +221,25 @@ def off_policy_mask(
     moved, length = _by_sequence((wide(rollout_logprobs) - wide(logprobs)).detach(), sequence)
     worse = _by_sequence(wide(advantages), sequence)[0] < 0
     return 1 - (worse & (moved / length > threshold)).to(moved)
+
+
+def top_entropy_threshold(entropies: Tensor, share: float) -> Tensor:
+    """Computes the entropy that this share of tokens has or exceeds (Wang et al. 2025, "Beyond the 80/20 rule", eq. 5).
+
+    Args:
+        entropies: (N,) entropies of all tokens that count: of the whole minibatch, on all ranks.
+        share: Share of tokens to learn from, from 0 to 1.
+
+    Returns:
+        A scalar, the quantile ``1 - share``, between two entropies where it falls there; inf without tokens.
+
+    Example:
+        >>> top_entropy_threshold(torch.tensor([0.1, 0.4, 3.0, 0.2, 1.0]), 0.4)
+        tensor(0.6400)
+    """
+    if not len(entropies):
+        return entropies.new_full((), torch.inf)
+    ranked = entropies.sort().values  # torch.quantile takes 16 million values at most
+    place = (1 - share) * (len(ranked) - 1)
+    low = min(int(place), len(ranked) - 1)
+    return torch.lerp(ranked[low], ranked[min(low + 1, len(ranked) - 1)], place - low)

@@ -44,12 +44,14 @@ class Experience:
         rollout_logprobs: (N,) log-probs that the engine kept while it sampled.
         old_logprobs: (N,) log-probs of the policy before the updates of this iteration.
         reference_logprobs: (N,) log-probs of the reference.
+        entropies: (N,) entropies of the policy before the updates, in nats.
         values: (N,) values of the critic before the updates.
         last_values: (S,) those after each completion's last token.
         returns: (N,) what the values are trained towards.
         advantages: (N,) how much better each token was than expected.
         weight: (N,) how much each token counts in the losses; 0 where its completion was dropped.
         share: (N,) how much each token counts in the denominator of their mean.
+        factor: (N,) what the policy's loss of each token is multiplied by.
         scores: (S,) scores of the reward; NaN where a completion was dropped.
         truncated: (S,) whether the length limit ended the completion.
         scored: What the reward found, once it was asked.
@@ -63,12 +65,14 @@ class Experience:
     rollout_logprobs: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     old_logprobs: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     reference_logprobs: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
+    entropies: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     values: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     last_values: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
     returns: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     advantages: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     weight: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     share: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
+    factor: Tensor = field(default_factory=_unknown, metadata=_TOKEN)
     scores: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
     truncated: Tensor = field(default_factory=_unknown, metadata=_SEQUENCE)
     scored: Scores | None = None
@@ -290,6 +294,7 @@ class UpdateStats:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.peaks: dict[str, Tensor] = {}
+        self.lows: dict[str, Tensor] = {}
 
     def add(self, weight: Tensor, **columns: Tensor) -> None:
         """Adds weighted sums.
@@ -311,10 +316,17 @@ class UpdateStats:
         for name, value in values.items():
             self.peaks[name] = torch.cat([value.detach().cpu(), self.peaks.get(name, torch.zeros(()))[None]]).max()
 
+    def low(self, **values: Tensor) -> None:
+        """Keeps the smallest of some values, and inf."""
+        for name, value in values.items():
+            before = self.lows.get(name, torch.tensor(torch.inf))
+            self.lows[name] = torch.cat([value.detach().cpu().to(before), before[None]]).min()
+
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Sums and maxima over all ranks, by name; all ranks must call."""
+        """Sums, maxima and minima over all ranks, by name; all ranks must call."""
         found: dict[str, float] = {}
-        for part, operation in ((self.sums, dist.ReduceOp.SUM), (self.peaks, dist.ReduceOp.MAX)):
+        kinds = dist.ReduceOp
+        for part, operation in ((self.sums, kinds.SUM), (self.peaks, kinds.MAX), (self.lows, kinds.MIN)):
             if part:
                 whole = all_reduce(torch.stack(list(part.values())), device, operation)
                 found |= dict(zip(part, whole.tolist(), strict=True))

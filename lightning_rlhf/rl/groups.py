@@ -15,6 +15,14 @@ from lightning_rlhf.rl.settings import KL, Groups, Shaping
 from lightning_rlhf.utils.collectives import all_reduce, gather_objects
 
 
+def solved_groups(experience: Experience, pass_score: float) -> tuple[Tensor, Tensor]:
+    """(B,) bool of which groups all completions pass, and of which none does."""
+    size = torch.bincount(experience.group, minlength=len(experience.trees))
+    passes = (experience.scores >= pass_score).float()
+    passed = torch.zeros(len(size)).index_add(0, experience.group, passes)
+    return passed == size, passed == 0
+
+
 def group_metrics(
     seen: Sequence[tuple[Experience, Tensor]], pass_score: float, device: torch.device
 ) -> dict[str, float]:
@@ -30,11 +38,10 @@ def group_metrics(
     """
     counts = torch.zeros(4)
     for experience, flat in seen:
-        size = torch.bincount(experience.group, minlength=len(experience.trees))
-        passed = torch.zeros(len(size)).index_add(0, experience.group, (experience.scores >= pass_score).float())
-        counts += torch.stack([c.float().sum() for c in (flat, passed == size, passed == 0, size > 0)])
-    *found, every = all_reduce(counts, device).tolist()
-    return {k: n / max(every, 1) for k, n in zip(("flat_groups", "solved", "failed"), found, strict=True)}
+        every = (flat, *solved_groups(experience, pass_score), torch.ones_like(flat))
+        counts += torch.stack([column.float().sum() for column in every])
+    *found, every_group = all_reduce(counts, device).tolist()
+    return {k: n / max(every_group, 1) for k, n in zip(("flat_groups", "solved", "failed"), found, strict=True)}
 
 
 def reward_parts(experience: Experience, reward: Reward, penalty: Tensor) -> tuple[Tensor, Tensor]:

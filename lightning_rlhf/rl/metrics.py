@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,14 @@ def extra_means(scores: Scores, name: str) -> dict[str, float]:
     return {key: total / count for key, (total, count) in sums.items() if count}
 
 
+def spread_over_ranks(values: Tensor, weight: Tensor, device: torch.device) -> dict[str, float]:
+    """Computes ``mean``, ``min`` and ``max`` of the values whose weight is not 0, over all ranks. All must call it."""
+    kept = values[weight > 0]
+    mean = moments_over_ranks(kept, None, device)[1].item()
+    ends = [end for each in gather_objects([kept.min().item(), kept.max().item()] if len(kept) else []) for end in each]
+    return {"mean": mean, "min": min(ends, default=math.nan), "max": max(ends, default=math.nan)}
+
+
 def sample_metrics(experience: Experience) -> dict[str, float]:
     """Computes what is logged about scores and lengths of an iteration, over all ranks. All ranks must call it.
 
@@ -69,21 +79,22 @@ def sample_metrics(experience: Experience) -> dict[str, float]:
         "length_mean": lengths.mean(),
         "length_min": lengths.min(),
         "length_max": lengths.max(),
+        "length_stopped": (lengths * (1 - truncated)).sum() / (1 - truncated).sum().clamp(min=1),  # 0: there is none
+        "length_truncated": (lengths * truncated).sum() / truncated.sum().clamp(min=1),
         "stopped": 1 - truncated.mean(),
         "tokens": lengths.sum(),
     }
     return {name: value.item() for name, value in found.items()}
 
 
-def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, entropies: Tensor) -> dict[str, float]:
+def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor) -> dict[str, float]:
     """Computes what is logged about the completions of an iteration, over all ranks. All ranks must call it.
 
     Args:
-        experience: With scores; a dropped completion counts in neither scores nor rewards. Without reference log-probs
-            there is no KL.
+        experience: With scores and entropies; a dropped completion counts in neither scores nor rewards. Without
+            reference log-probs there is no KL.
         rewards: (N,) rewards of tokens, KL penalty included.
         logprobs: (N,) log-probs of the policy, computed anew.
-        entropies: (N,) entropies of the policy in nats.
 
     Returns:
         Means, spreads and extremes by name.
@@ -91,7 +102,7 @@ def rollout_metrics(experience: Experience, rewards: Tensor, logprobs: Tensor, e
     sequence, count = experience.sequence, len(experience.scores)
     referred = len(experience.reference_logprobs) == len(logprobs)
     log_ratio = logprobs - experience.reference_logprobs if referred else torch.zeros_like(logprobs)
-    by_token = torch.stack([k1(log_ratio), k3(log_ratio), entropies, torch.ones_like(entropies)], 1)
+    by_token = torch.stack([k1(log_ratio), k3(log_ratio), experience.entropies, torch.ones_like(logprobs)], 1)
     by_sequence = torch.zeros(count, 4).to(by_token).index_add(0, sequence, by_token)
     drift = (logprobs - experience.rollout_logprobs.to(logprobs)).abs()
     error = torch.zeros(count).to(drift).scatter_reduce(0, sequence, drift, "amax")

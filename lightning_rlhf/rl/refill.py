@@ -38,7 +38,8 @@ class Refill:
     first round takes ``wanted`` of them, each further one ``spare``.
 
     Args:
-        order: Rank, and index on that rank, of each prompt of the batch.
+        order: Rank, and index on that rank, of each prompt of the batch that may be sampled.
+        resting: Further prompts of the batch, which may not.
         settings: How many prompts are held back.
 
     Attributes:
@@ -49,9 +50,10 @@ class Refill:
         seen: The rounds.
     """
 
-    def __init__(self, order: Sequence[tuple[int, int]], settings: Groups) -> None:
+    def __init__(self, order: Sequence[tuple[int, int]], resting: int, settings: Groups) -> None:
         self.order, self.settings, self.rank = order, settings, data_rank()
-        self.wanted = max(1, len(order) - settings.spare * settings.rounds)  # the last batch of an epoch may be small
+        # the last batch of an epoch may be small
+        self.wanted = max(1, len(order) + resting - settings.spare * settings.rounds)
         self.found = self.rounds = self.left_over = 0
         self.seen: list[Round] = []
         self._kept: dict[int, tuple[int, int]] = {}  # by place in the order: round, and number in it
@@ -69,7 +71,7 @@ class Refill:
 
     def _rounds(self) -> Iterator[list[int]]:
         """This rank's places in the order, of each round; all ranks make the same rounds."""
-        start, end = 0, self.wanted
+        start, end = 0, min(self.wanted, len(self.order))
         while True:
             yield [p for p in range(start, end) if self.order[p][0] == self.rank]
             self.found = sum(gather_objects(len(self._kept)))

@@ -248,6 +248,8 @@ class GroupLoss:
         correction_max: The bound. A larger value has less bias and more variance.
         off_policy_threshold: Leaves out completions with a negative advantage whose mean ``log p_rollout - log p`` is
             above it, in nats per token (DeepSeek-V3.2). A smaller value leaves out more; None leaves out none.
+        top_entropy: Share of tokens that the policy's loss has: those at which the policy was least certain, of the
+            whole minibatch (Wang et al. 2025 take 0.2). The others still count in its mean; 1 takes all.
 
     Raises:
         ValueError: A value is out of range, or a correction of log-probs that are the engine's own.
@@ -259,9 +261,11 @@ class GroupLoss:
     correction: Correction = "none"
     correction_max: float = 2.0
     off_policy_threshold: float | None = None
+    top_entropy: float = 1.0
 
     def __post_init__(self) -> None:
         ranges = dict.fromkeys(("entropy_coef", "ptx_coef", "off_policy_threshold"), Range(0))
+        ranges["top_entropy"] = Range(0, 1, above=True)
         check_arguments(GroupLoss, vars(self), "loss.", correction_max=_POSITIVE, **ranges)
         if self.correction != "none" and self.old_logprobs == "rollout":
             raise ValueError(
@@ -282,6 +286,10 @@ class Groups:
         rounds: Most further rounds. With more of them, fewer updates are short of prompts.
         pass_score: A completion with at least this score solves its prompt: for ``pass@k``, ``solved`` and ``failed``.
         max_flat: Iterations in a row in which all groups are flat, before the run ends; None for no bound.
+        rest_after: A prompt that is solved so many times in a row rests; None: none does. A larger value samples easy
+            prompts for longer.
+        rest_for: Iterations of its rest, in which it is left out of its batch. A prompt comes once an epoch, so this
+            should be the iterations of several epochs.
 
     Raises:
         ValueError: A value is out of range, ``refill`` without ``spare``, or ``spare`` without ``refill``.
@@ -292,9 +300,12 @@ class Groups:
     rounds: int = 1
     pass_score: float = 1.0
     max_flat: int | None = 10
+    rest_after: int | None = None
+    rest_for: int = 100
 
     def __post_init__(self) -> None:
-        check_arguments(Groups, vars(self), "groups.", spare=Range(0), rounds=Range(1), max_flat=Range(1))
+        ranges = dict.fromkeys(("rounds", "max_flat", "rest_after", "rest_for"), Range(1))
+        check_arguments(Groups, vars(self), "groups.", spare=Range(0), **ranges)
         if (self.flat_groups == "refill") != (self.spare > 0):
             raise ValueError(
                 f"groups.spare is {self.spare} with flat_groups {self.flat_groups}: refill samples so many further "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,11 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
-from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.functional import (
     Algorithm,
     PolicyLoss,
-    flat_groups,
     gae,
     group_advantages,
     importance_weights,
@@ -24,27 +23,27 @@ from lightning_rlhf.functional import (
     normalized_sum,
     off_policy_mask,
     standardize,
+    top_entropy_threshold,
     variance,
     whiten,
 )
-from lightning_rlhf.metrics import TokenMean
 from lightning_rlhf.models import Load, LoRA
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward
 from lightning_rlhf.rl import KL, Experience, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
-from lightning_rlhf.rl.groups import check_groups, check_spare, group_metrics, reward_parts, stop_at_flat
-from lightning_rlhf.rl.refill import Refill, Round
+from lightning_rlhf.rl.groups import check_groups, reward_parts
+from lightning_rlhf.rl.metrics import spread_over_ranks
 from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import RolloutEngine
 from lightning_rlhf.stages.base import LOAD
+from lightning_rlhf.stages.groups import GroupStage
 from lightning_rlhf.stages.optim import CosineWarmup, rl_optimizer
-from lightning_rlhf.stages.rl import SHAPING, VALIDATION, RLStage
+from lightning_rlhf.stages.rl import SHAPING
+from lightning_rlhf.utils.collectives import gather_objects
 
 ROLLOUT, NO_KL, GROUPS, LOSS, UPDATES = Rollout(samples_per_prompt=8), KL(coef=0.0), Groups(), GroupLoss(), Updates(1)
-#: Key of the order in which prompts are sampled with ``refill``; epochs have the keys from 0.
-_REFILL = -1
 
 
-class GRPOModule(RLStage):
+class GRPOModule(GroupStage):
     """Group relative policy optimization (Shao et al. 2024) and its family, without a critic.
 
     One ``training_step`` is one iteration: ``rollout.samples_per_prompt`` completions of each prompt are sampled and
@@ -76,15 +75,13 @@ class GRPOModule(RLStage):
 
     Attributes:
         flat_iterations: Iterations in a row in which all groups were flat.
+        curriculum: How often prompts were solved, and which of them rest.
 
     Logged: see ``docs/grpo.md``.
 
     Raises:
         ValueError: An argument is out of its range, or two contradict each other.
     """
-
-    entries: ClassVar[Mapping[str, Any]] = {**RLStage.entries, "rl": (*RLStage.entries["rl"], "flat_iterations")}
-    flat_iterations: int = 0
 
     def __init__(
         self,
@@ -114,20 +111,14 @@ class GRPOModule(RLStage):
         terms = Loss(0.0, 0.0, loss.entropy_coef, loss.ptx_coef, found.mean, loss.old_logprobs)  # clipping is found's
         given = (rollout, kl, shaping, terms, updates, load, offload_frozen, optimizer, lr_scheduler, seed)
         super().__init__(pretrained, reward, tokenizer, chat_template, lora, engine, *given)
-        self.algorithm, self.groups, self.correction = found, groups, loss
+        self.algorithm, self.correction = found, loss
+        self.use_groups(groups)
         check_groups(self.algorithm, groups, rollout.samples_per_prompt, self.reward, kl, shaping)
-        for stage in ("val", "test"):
-            self.metrics.declare(stage, **{self.pass_at: TokenMean()})
 
     @property
     def needs_reference(self) -> bool:
         """Whether there is a KL penalty."""
         return self.kl.coef > 0
-
-    @property
-    def pass_at(self) -> str:
-        """Name of the metric: ``pass@8`` for 8 completions per prompt."""
-        return f"pass@{self.samples_per_prompt}"
 
     # ------------------------------------------------------------------------------------------------- the algorithm
 
@@ -151,85 +142,33 @@ class GRPOModule(RLStage):
         experience.metrics |= {"advantage_mean": spread[1].item(), "advantage_std": variance(spread).sqrt().item()}
         return whiten(advantages, spread) if self.algorithm.whiten else advantages
 
+    def score_experience(self, experience: Experience, samples: Samples | None) -> None:
+        """As the base, and weighs tokens of another engine, alike in all updates of an iteration."""
+        super().score_experience(experience, samples)
+        probs, terms = (experience.old_logprobs, experience.rollout_logprobs), self.correction
+        experience.factor = importance_weights(*probs, experience.sequence, terms.correction, terms.correction_max)
+        if terms.correction != "none":
+            found = spread_over_ranks(experience.factor, experience.weight, self.device)
+            experience.metrics |= {f"importance_weight_{name}": value for name, value in found.items()}
+
     def compute_policy_loss(self, logprobs: Tensor, batch: Experience) -> PolicyLoss:
         """The algorithm's loss, weighed where completions come from another policy than the loss assumes."""
-        old, rollout, advantages = batch.old_logprobs, batch.rollout_logprobs, batch.advantages
-        sequence, terms = batch.batch.sequence, self.correction
-        found = self.algorithm.policy_loss(logprobs, old, advantages, sequence)
-        factor = importance_weights(old, rollout, sequence, terms.correction, terms.correction_max)
-        if terms.off_policy_threshold is not None:
-            factor = factor * off_policy_mask(logprobs, rollout, advantages, sequence, terms.off_policy_threshold)
+        sequence, advantages, threshold = batch.batch.sequence, batch.advantages, self.correction.off_policy_threshold
+        found = self.algorithm.policy_loss(logprobs, batch.old_logprobs, advantages, sequence)
+        factor = batch.factor
+        if threshold is not None:
+            factor = factor * off_policy_mask(logprobs, batch.rollout_logprobs, advantages, sequence, threshold)
         return found._replace(loss=found.loss * factor)
 
-    # ------------------------------------------------------------------------------------------------- groups
+    def backward_minibatch(self, experience: Experience, chosen: list[int], beside: Any) -> dict[str, float]:
+        """As the base, on the tokens of the minibatch at which the policy was least certain."""
+        if self.correction.top_entropy < 1:
+            experience = self._pick_tokens(experience, chosen)
+        return super().backward_minibatch(experience, chosen, beside)
 
-    def counted_completions(self, experience: Experience) -> Tensor:
-        """(S,) bool: completions with a score, without those of flat groups unless these are kept."""
-        counted, flat = super().counted_completions(experience), self._flat(experience)
-        return counted if self.groups.flat_groups == "keep" else counted & ~flat[experience.group]
-
-    def score_experience(self, experience: Experience, samples: Samples | None) -> None:
-        """Scores an experience, and counts its groups; all ranks must call.
-
-        Raises:
-            RewardError: All groups were flat for ``groups.max_flat`` iterations.
-        """
-        super().score_experience(experience, samples)
-        assert experience.scored is not None
-        if "flat_groups" not in experience.metrics:  # otherwise the refill has counted all that it sampled
-            every = [(experience, self._flat(experience))]
-            experience.metrics |= group_metrics(every, self.groups.pass_score, self.device)
-        self.flat_iterations = self.flat_iterations + 1 if experience.metrics["flat_groups"] == 1 else 0
-        stop_at_flat(self.flat_iterations, self.groups.max_flat, self.reward.names, experience.scored)
-
-    def run_rollout(self, prompts: PromptBatch, iteration: int) -> tuple[Experience, Samples | None]:
-        """Samples completions; with ``refill``, of further prompts of the batch until enough groups are not flat."""
-        if self.groups.flat_groups != "refill" or iteration == VALIDATION:
-            return super().run_rollout(prompts, iteration)
-        copies = self.count_copies(prompts.rows, iteration)
-
-        def sample(chosen: list[int]) -> Round:
-            part = prompts.select(chosen)
-            completions = self.sample_completions(part, iteration, [copies[i] for i in chosen])
-            experience, samples = self.to_experience(part, completions)
-            experience.scored = self.score(samples)
-            experience.scores = experience.scored.total.cpu()
-            return Round(completions, experience, samples, self._flat(experience))
-
-        refill = Refill(self.shuffle_prompts(prompts.rows, _REFILL), self.groups)
-        refill.run(sample)
-        chosen, completions, scores = refill.kept()
-        # where all groups are flat, the last round stands for them: it is scored, and nothing of it counts
-        experience, samples = refill.seen[-1].experience, refill.seen[-1].samples
-        if refill.found:
-            experience, samples = self.to_experience(prompts.select(chosen), completions)
-            experience.scored = scores
-        every = [(each.experience, each.flat) for each in refill.seen]
-        counts = {"rounds": refill.rounds, "left_over": refill.left_over}
-        experience.metrics |= group_metrics(every, self.groups.pass_score, self.device) | counts
-        return experience, samples
-
-    def _flat(self, experience: Experience) -> Tensor:
-        """(B,) bool: which groups have one score, penalties included."""
-        return flat_groups(self.penalized_scores(experience), experience.group)
-
-    def _used(self, experience: Experience, values: Tensor) -> Tensor:
-        """(S,) 1 for completions that count in statistics of the batch: not those of groups that were dropped."""
-        dropped = self._flat(experience)[experience.group] & (self.groups.flat_groups != "keep")
-        return (values.isfinite() & ~dropped).double()
-
-    # ------------------------------------------------------------------------------------------------- hooks
-
-    def check_fit(self) -> None:
-        """As the base; refuses a refill that holds back whole batches."""
-        super().check_fit()
-        check_spare(self.groups, getattr(self.trainer, "datamodule", None))
-
-    def on_empty_minibatch(self) -> None:
-        """No completion of a minibatch counts: its groups are flat, which is no fault."""
-
-    def update_metrics(self, stage: str, experience: Experience, scores: Tensor) -> None:
-        """Updates pass@k: the share of prompts of which at least one completion passes."""
-        passed = (scores.cpu() >= self.groups.pass_score).float()
-        solved = torch.zeros(len(experience.trees)).scatter_reduce(0, experience.group, passed, "amax")
-        self.metrics.update(stage, torch.ones_like(solved).to(self.device), **{self.pass_at: solved.to(self.device)})
+    def _pick_tokens(self, experience: Experience, chosen: list[int]) -> Experience:
+        """An experience whose tokens below the minibatch's threshold of entropy have no policy loss."""
+        own = torch.isin(experience.group[experience.sequence], torch.tensor(chosen)) & (experience.weight > 0)
+        counted = torch.cat(gather_objects(experience.entropies[own]))
+        threshold = top_entropy_threshold(counted, self.correction.top_entropy)
+        return replace(experience, factor=experience.factor * (experience.entropies >= threshold))

@@ -146,6 +146,7 @@ class RLStage(Stage):
     policy: Policy
     iteration: int = 0
     _not_finite: int = -1
+    _reward_seconds: float = 0.0
 
     def __init__(
         self,
@@ -265,7 +266,10 @@ class RLStage(Stage):
         approx_kl = k3(batch.old_logprobs - out.logprobs.detach())
         stats.add(weight, policy_loss=found.loss)
         stats.add(batch.share, approx_kl=approx_kl, clip_fraction=found.clipped, ratio_mean=found.ratio)
+        low, high = (found.clipped & side for side in (found.ratio < 1, found.ratio > 1))
+        stats.add(batch.share, clip_fraction_low=low, clip_fraction_high=high)
         ratio = found.ratio[weight > 0]
+        stats.low(ratio_min=ratio)
         stats.peak(ratio_max=ratio, ratio_error=(ratio - 1).abs())
         return (weight * loss).sum()
 
@@ -420,28 +424,34 @@ class RLStage(Stage):
 
     def training_step(self, batch: PromptBatch | dict[str, Any], batch_idx: int) -> None:
         """One iteration: sample, score, compute advantages, update."""
-        clock = [time.perf_counter()]
+        self._reward_seconds = 0.0  # validation asks rewards too
+        clock = [self._clock()]
         prompts, beside = (batch["prompts"], batch.get(self.beside.name)) if isinstance(batch, dict) else (batch, None)
         check_beside(self.beside, self.beside_weight, None, given=beside is not None)
         experience, samples = self.run_rollout(prompts, self.iteration)
-        clock.append(time.perf_counter())
+        clock.append(self._clock())
         experience.cached_outputs = {} if self._can_reuse_forward(experience) else None
         self.score_experience(experience, samples)
-        clock.append(time.perf_counter())
+        clock.append(self._clock())
         found = experience.metrics | self.update_policy(experience, beside)
-        clock.append(time.perf_counter())
+        clock.append(self._clock())
         if self.kl.target is not None:
             completions = prompts.total * self.samples_per_prompt
             self.kl_coef = adapt_kl_coef(self.kl_coef, found["kl"], self.kl.target, self.kl.horizon, completions)
         self.iteration += 1
         for name, start, end in zip(("rollout", "scoring", "learning"), clock, clock[1:], strict=False):
             found[f"{name}_seconds"] = end - start
-        found["tokens_per_second"] = found.pop("tokens") / (clock[-1] - clock[0])
+        found["reward_seconds"] = self._reward_seconds
+        found["tokens_per_second"] = found.pop("tokens") / (clock[-1] - clock[0] + found["reward_seconds"])
         metrics = {f"train/{name}": value for name, value in found.items()}
         self.updater.step_schedules(metrics)
         shown = [name for name in _IN_BAR if name in metrics]  # first, so that the bar has them in this order
         for name in dict.fromkeys([*shown, *metrics]):
             self.log(name, metrics[name], prog_bar=name in shown, batch_size=1)
+
+    def _clock(self) -> float:
+        """Seconds, without those of rewards, which a rollout may ask too."""
+        return time.perf_counter() - self._reward_seconds
 
     def run_rollout(self, prompts: PromptBatch, iteration: int) -> tuple[Experience, Samples | None]:
         """Samples completions of this rank's prompts.
@@ -502,7 +512,7 @@ class RLStage(Stage):
                 (experience.reference_logprobs,) = self.forward_all(
                     experience, lambda b: self.actors.forward("reference", b.batch, temperature=temperature)[:1]
                 )
-        logprobs, entropies, *values = self.forward_all(experience, self._score_tokens)
+        logprobs, experience.entropies, *values = self.forward_all(experience, self._score_tokens)
         if values:
             experience.values, experience.last_values = values
         recompute = self.loss.old_logprobs == "recompute"
@@ -513,7 +523,7 @@ class RLStage(Stage):
             self.loss.aggregation, counts, sequence, experience.group, self.sampling.max_new_tokens
         )
         rewards = self._token_rewards(experience, logprobs)
-        found = rollout_metrics(experience, rewards, logprobs, entropies) | {"kl_coef": self.kl_coef}
+        found = rollout_metrics(experience, rewards, logprobs) | {"kl_coef": self.kl_coef}
         experience.metrics |= found if self.needs_reference else {k: v for k, v in found.items() if k not in _KL_NAMES}
         if self.shaping.whiten:
             rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
@@ -550,11 +560,13 @@ class RLStage(Stage):
         learns = self.trainer.training
         if samples is not None and learns:
             samples.iteration = self.iteration
+        start = time.perf_counter()
         with whole_weights(self.strategy, self.policy), self.actors.on_device(self.device, "reward"):
             scores, why = (Scores(torch.zeros(0)), "") if samples is None else self.actors.score(samples)
         if learns:  # in each round of a refill too
             self._faults.update({kind: scores.faults(kind) for kind in FAULTS})
         why = next(filter(None, gather_objects(why)), "")
+        self._reward_seconds += time.perf_counter() - start
         if why and self.shaping.bad_scores == "stop":
             raise RewardError(
                 f"{why} Mend the reward, or set model.shaping.bad_scores to drop, which leaves such samples out."
@@ -723,6 +735,7 @@ class RLStage(Stage):
         means = {k: sum(t[k] for t in taken) / len(taken) for k in (taken[0] if taken else ())}
         if "ratio_max" in means:
             means["ratio_max"] = max(t["ratio_max"] for t in taken)
+            means["ratio_min"] = min(t["ratio_min"] for t in taken)
             means["first_ratio_error"] = taken[0]["ratio_error"]
             del means["ratio_error"]
         return {**means, "updates": float(len(taken)), "skipped_updates": float(skipped)}
@@ -846,12 +859,14 @@ class RLStage(Stage):
         """Adds the iteration, the KL coefficient, the running scale of scores, and what an algorithm counts."""
         super().on_save_checkpoint(checkpoint)
         state = {name: getattr(self, name) for name in self.entries["rl"]}
-        checkpoint["rl"] = state | {"running_scores": self.running_scores.state_dict()}
+        checkpoint["rl"] = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""
         super().on_load_checkpoint(checkpoint)
-        state = dict(checkpoint["rl"])
-        self.running_scores.load_state_dict(state.pop("running_scores"))
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name, value in checkpoint["rl"].items():
+            own = getattr(self, name)
+            if hasattr(own, "load_state_dict"):
+                own.load_state_dict(value)
+            else:
+                setattr(self, name, value)

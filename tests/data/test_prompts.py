@@ -479,3 +479,57 @@ def test_what_is_no_group_of_pairs_is_named():
         PromptDataModule(pairs=PAIRS)
     with pytest.raises(ValueError, match=r"pairs\.batch_size must be at least 1"):
         DataPairs(PAIRS, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def numbers(batches):
+    return [sorted(batch.columns["number"]) for batch in batches]
+
+
+def test_prompts_in_the_order_of_a_column(tiny_tokenizer):
+    rows = [{"prompt": f"question {i}", "number": 7 * i % 23, "level": i % 2} for i in range(23)]
+    loader = ready(tiny_tokenizer, rows, batch_size=5, order_by="number").train_dataloader()
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        assert numbers(loader) == [list(range(a, min(23, a + 5))) for a in range(0, 23, 5)]
+    last = ready(tiny_tokenizer, rows, batch_size=5, order_by="number", descending=True).train_dataloader()
+    assert numbers(last)[0] == list(range(18, 23))
+    first, second = on_ranks(tiny_tokenizer, 2, source=rows, batch_size=5, order_by="number")
+    assert [sorted(a + b) for a, b in zip(*map(numbers, (first, second)), strict=True)] == numbers(loader)
+    # equal ones in an order of the seed and the epoch
+    level = ready(tiny_tokenizer, rows, batch_size=5, order_by="level").train_dataloader()
+    orders = []
+    for epoch in (0, 1, 0):
+        level.set_epoch(epoch)
+        assert [n for b in level for n in b.columns["level"]] == [0] * 12 + [1] * 11
+        orders.append(numbers(level))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_resumed_run_goes_on_in_the_same_order_alone(tiny_tokenizer):
+    options = dict(batch_size=5, order_by="number")
+    loader = ready(tiny_tokenizer, **options).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    state, rest = loader.state_dict(), numbers(batches)
+    again = ready(tiny_tokenizer, **options).train_dataloader()
+    again.load_state_dict(state)
+    assert numbers(again) == rest and len(rest) == 4
+    other = ready(tiny_tokenizer, **options, descending=True).train_dataloader()
+    with pytest.raises(DataError, match="another plan: 'order'"):
+        other.load_state_dict(state)
+
+
+def test_an_order_that_there_is_not(tiny_tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "level": 1}\n{"prompt": "b", "level": "hard"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl.*2: the column 'level' of order_by is 'hard': each row needs a"):
+        ready(tiny_tokenizer, str(file), order_by="level").train_dataloader()
+    with pytest.raises(DataError, match=r"'lvel' of order_by is missing \(columns: level\)"):
+        ready(tiny_tokenizer, str(file), order_by="lvel").train_dataloader()
+    with pytest.raises(ValueError, match="set order_by, or leave out descending"):
+        PromptDataModule(ROWS, descending=True)
+    with pytest.raises(ValueError, match="order_by sorts all prompts, and streaming_window reads some"):
+        PromptDataModule(ROWS, order_by="number", streaming_window=64)

@@ -3,9 +3,11 @@
 import copy
 import csv
 import json
+import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import assert_equal, difference, load_script, spawn
@@ -161,6 +163,34 @@ def test_the_gradient_depends_neither_on_micro_batches_nor_on_order(tiny_model_d
     assert difference(cut, module.gradient) < 2e-6
 
 
+def test_the_loss_of_uncertain_tokens_alone(tiny_model_dir, tmp_path):
+    """Against a brute-force choice over the whole minibatch, of which a micro-batch has a part."""
+
+    class Picked(Recorded):
+        def _pick_tokens(self, experience, chosen):
+            picked = super()._pick_tokens(experience, chosen)
+            ends = torch.tensor([0, *(tree.num_scored for tree in experience.trees)]).cumsum(0).tolist()
+            own = [token for i in chosen for token in range(ends[i], ends[i + 1])]
+            entropies, counted = experience.entropies[own], experience.weight[own] > 0
+            edge = np.quantile(entropies[counted].double().numpy(), 0.7)
+            want = entropies.double() >= edge - 1e-7
+            assert picked.factor[own].bool().equal(want) and 0.2 < want[counted].double().mean() < 0.4
+            self.picks = getattr(self, "picks", 0) + 1
+            return picked
+
+    options = dict(algorithm="dapo", loss=dict(top_entropy=0.3), shaping=dict(mask_truncated=True))
+    whole, parts = (
+        run(tiny_model_dir, tmp_path / str(tokens), kind=Picked, max_steps=1, **options,
+            updates={**ONE_UPDATE, "micro_batch_tokens": tokens})[1]
+        for tokens in (None, 60)
+    )  # fmt: skip
+    assert difference(parts.gradient, whole.gradient) < 2e-6
+    plain = gradient(tiny_model_dir, tmp_path / "c", **{**options, "loss": {}})
+    assert difference(whole.gradient, plain) > 1e-2
+    _, dealt = run(tiny_model_dir, tmp_path / "d", kind=Picked, max_steps=2, **options)
+    assert (whole.picks, dealt.picks) == (1, 8)
+
+
 def test_the_gradient_does_not_depend_on_the_order_of_rows(tiny_model_dir, tmp_path):
     class Reversed(Recorded):
         def run_rollout(self, prompts, iteration):
@@ -196,7 +226,14 @@ def test_flat_groups_beside_it_change_nothing_once_dropped(tiny_model_dir, tmp_p
 @pytest.mark.parametrize(
     "options",
     [
-        dict(algorithm="dapo", groups=dict(flat_groups="refill", spare=2, rounds=2), reward="has", batch_size=8),
+        dict(
+            algorithm="dapo",
+            reward="has",
+            batch_size=8,
+            rows=run_grpo.prompts(12),
+            max_steps=4,
+            groups=dict(flat_groups="refill", spare=2, rounds=2, rest_after=1, rest_for=2, pass_score=0.0),
+        ),
         dict(algorithm="reinforce++", lora=True, kl=dict(coef=0.1), batch_size=5),
     ],
     ids=["refill", "reinforce++, lora, odd batch"],
@@ -207,6 +244,8 @@ def test_two_processes_equal_one(tiny_model_dir, tmp_path, options):
     assert difference(two, one) < 1e-5
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
     assert a.keys() == b.keys()
+    if "groups" in options:
+        assert sum(logged(tmp_path / "one", "resting")) > 0
     for name in a.keys() - {"train/tokens_per_second", "train/first_ratio_error", "train/rollout_error"}:
         if "seconds" not in name:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
@@ -253,6 +292,27 @@ def test_scores_of_a_refill_are_those_of_its_completions(tiny_model_dir, tmp_pat
         assert found <= float(letter in text)  # the text that is scored lacks the stop string
 
 
+def test_prompts_that_are_solved_rest(tiny_model_dir, tmp_path):
+    """Eight prompts, four an iteration: one that is solved in two epochs in a row is left out of the next two."""
+
+    def easy(prompts, completions, wanted):
+        return [1.0 if w in "ae" else len(c) / 1000 for c, w in zip(completions, wanted, strict=True)]
+
+    easy_rows = {i for i, row in enumerate(run_grpo.prompts(8)) if row["wanted"] in "ae"}
+    options = dict(rows=run_grpo.prompts(8), reward=easy, kind=Recorded, max_steps=10, samples=2,
+                   groups=dict(rest_after=2, rest_for=4))  # fmt: skip
+    _, module = run(tiny_model_dir, tmp_path / "a", **options)
+    sampled = [set(experience.rows) for experience, *_ in module.iterations]
+    epochs = [a | b for a, b in zip(sampled[::2], sampled[1::2], strict=True)]
+    every = set(range(8))
+    assert epochs[0] == epochs[1] == every and epochs[4] >= every - easy_rows
+    resting = [every - epoch for epoch in epochs]
+    assert resting[2] == easy_rows
+    assert logged(tmp_path / "a", "resting") == [4 - len(rows) for rows in sampled]
+    with pytest.warns(UserWarning, match="groups.rest_for=1 is less than an epoch, which has 2 iterations"):
+        run(tiny_model_dir, tmp_path / "b", **{**options, "max_steps": 1, "groups": dict(rest_after=1, rest_for=1)})
+
+
 def test_validation_has_pass_at_k_and_the_mean_score(tiny_model_dir, tmp_path):
     trainer, module = run(tiny_model_dir, tmp_path, reward="has", val_fraction=0.5, max_steps=1)
     found = trainer.validate(module, trainer.datamodule, verbose=False)[0]
@@ -264,6 +324,25 @@ def test_validation_has_pass_at_k_and_the_mean_score(tiny_model_dir, tmp_path):
     assert found["val/pass@3"] == pytest.approx(sum(1.0 in s for s in by_row.values()) / len(by_row))
     assert found["val/score"] == pytest.approx(sum(r["score"] for r in records) / len(records))
     assert 0 < found["val/score"] < found["val/pass@3"] <= 1
+
+
+def test_what_is_logged_of_updates_lengths_and_seconds(tiny_model_dir, tmp_path):
+    def slow(prompts, completions, wanted):
+        time.sleep(0.2)
+        return letters(prompts, completions, wanted)
+
+    _, module = run(tiny_model_dir, tmp_path, reward=slow, kind=Recorded, lr=3e-2, max_steps=1, batch_size=8,
+                    updates=dict(epochs=3, minibatches=1))  # fmt: skip
+    [(experience, updates, _)] = module.iterations
+    names = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "ratio_min", "ratio_mean", "ratio_max")
+    fraction, low, high, *ratios = (logged(tmp_path, name)[0] for name in names)
+    assert fraction == pytest.approx(low + high) and low > 0 and high > 0
+    assert ratios == sorted(ratios) and 0 < ratios[0] < 0.8 and ratios[2] > 1.2
+    assert ratios[0] == pytest.approx(min(found["ratio_min"] for _, found in updates))
+    lengths = torch.tensor(experience.lengths).double()
+    for name, own in (("stopped", ~experience.truncated), ("truncated", experience.truncated)):
+        assert logged(tmp_path, f"length_{name}") == [pytest.approx(lengths[own].mean().item())]
+    assert logged(tmp_path, "reward_seconds")[0] > 0.19 and logged(tmp_path, "scoring_seconds")[0] > 0
 
 
 def test_what_is_counted_of_groups(tiny_model_dir, tmp_path):
@@ -279,7 +358,13 @@ def test_what_is_counted_of_groups(tiny_model_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------- resume
 
 RESUMED = {
-    "dapo": dict(algorithm="dapo", reward="has", batch_size=6, groups=dict(flat_groups="refill", spare=1, rounds=2)),
+    "dapo": dict(
+        algorithm="dapo",
+        reward="has",
+        batch_size=6,
+        rows=run_grpo.prompts(12),
+        groups=dict(flat_groups="refill", spare=1, rounds=2, rest_after=1, rest_for=3, pass_score=0.0),
+    ),
     "reinforce++": dict(algorithm="reinforce++", lora=True, dropout=0.2, kl=dict(coef=0.1, target=0.01, horizon=50)),
 }
 
@@ -404,6 +489,8 @@ def test_corrections_for_another_engine(tiny_model_dir, tmp_path):
     plain = gradient(tiny_model_dir, tmp_path / "a")
     near = gradient(tiny_model_dir, tmp_path / "b", loss=dict(correction="token_truncate"))
     assert difference(near, plain) < 1e-4
+    weights = [logged(tmp_path / "b", f"importance_weight_{name}")[0] for name in ("min", "mean", "max")]
+    assert weights == sorted(weights) and weights == pytest.approx([1, 1, 1], abs=1e-4)
     half = gradient(tiny_model_dir, tmp_path / "c", loss=dict(correction="sequence_truncate", correction_max=0.5))
     assert difference({k: 2 * g for k, g in half.items()}, plain) < 1e-4
     far = gradient(tiny_model_dir, tmp_path / "d", loss=dict(off_policy_threshold=5.0))
