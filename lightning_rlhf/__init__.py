@@ -13,6 +13,7 @@ from lightning_rlhf.utils.lazy import loader
 if TYPE_CHECKING:
     from lightning_rlhf.callbacks import (
         EMA,
+        CompletionsTable,
         HFExport,
         Interrupted,
         MeasureWinRate,
@@ -50,6 +51,7 @@ _HOMES = {
     "DPOModule": "stages",
     "DataPairs": "data.prompts",
     "GRPOModule": "stages",
+    "CompletionsTable": "callbacks",
     "EMA": "callbacks",
     "HFExport": "callbacks",
     "Interrupted": "callbacks",
@@ -83,6 +85,7 @@ __all__ = [
     "KL",
     "Algorithm",
     "ColossalAIStrategy",
+    "CompletionsTable",
     "Critic",
     "DPOModule",
     "DataPairs",

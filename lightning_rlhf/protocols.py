@@ -87,6 +87,15 @@ class ScoresCompletions(Protocol):
 
 
 @runtime_checkable
+class RecordsCompletions(Protocol):
+    """``completion_records`` gives this rank's completions of the last of ``iteration`` iterations."""
+
+    iteration: int
+
+    def completion_records(self) -> list[dict[str, Any]]: ...  # noqa: D102
+
+
+@runtime_checkable
 class ReadsTexts(Protocol):
     """``as_text`` says that prompts are plain texts that no chat template touches."""
 

@@ -1,4 +1,4 @@
-"""Callbacks for exports, averaged weights, sample answers, win rates, reports, interrupts and predictions.
+"""Callbacks for exports, averaged weights, answers, completions, win rates, reports, interrupts and predictions.
 
 Names load when they are used: the callbacks that stages need use neither evaluation nor report.
 """
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_rlhf.utils.lazy import loader
 
 if TYPE_CHECKING:
+    from lightning_rlhf.callbacks.completions import CompletionsTable
     from lightning_rlhf.callbacks.ema import EMA, averaged_weights
     from lightning_rlhf.callbacks.export import HFExport
     from lightning_rlhf.callbacks.interrupt import Interrupted, SaveOnInterrupt
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(("EMA", "averaged_weights"), "ema"),
+    "CompletionsTable": "completions",
     "HFExport": "export",
     **dict.fromkeys(("Interrupted", "SaveOnInterrupt"), "interrupt"),
     "MeasureWinRate": "win_rate",
@@ -27,6 +29,7 @@ _HOMES = {
 }
 __all__ = [
     "EMA",
+    "CompletionsTable",
     "HFExport",
     "Interrupted",
     "MeasureWinRate",

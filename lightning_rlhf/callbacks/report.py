@@ -13,8 +13,10 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.interrupt import Interrupted
 from lightning_rlhf.report import Curve, StageReport, read_report, write_report
+from lightning_rlhf.report.groups import choose_groups
 from lightning_rlhf.report.settings import describe, describe_trainer
 
 _EVALUATION = ("val", "eval", "test")
@@ -25,7 +27,8 @@ class Report(L.Callback):
 
     The file needs no network and no scripts. It is written when training ends, is interrupted or fails, and again after
     a later ``trainer.validate`` or ``trainer.test``. Metrics that these log before training appear at step 0. The
-    answers come from :class:`~lightning_rlhf.callbacks.SampleCompletions`. Checkpoints hold the report's data, so the
+    answers come from :class:`~lightning_rlhf.callbacks.SampleCompletions`, the groups of completions from
+    :class:`~lightning_rlhf.callbacks.CompletionsTable`. Checkpoints hold the report's data, so the
     report of a resumed run is complete. With ``fast_dev_run`` nothing is written.
 
     Args:
@@ -154,7 +157,7 @@ class Report(L.Callback):
     # ------------------------------------------------------------------------------------------------- collecting
 
     def _note(self, trainer: L.Trainer, step: int, only_new: bool = False, evaluation: bool = False) -> None:
-        """Adds the values of training or of evaluation: all of them, or only those that have changed."""
+        """Adds values of training or of evaluation (all, or those that have changed), and groups of the last table."""
         # on all ranks, because computing a metric may need all of them
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         for name, value in values.items():
@@ -162,6 +165,9 @@ class Report(L.Callback):
                 curve = self.report.curves.setdefault(name, Curve())
                 if not (only_new and curve.last and curve.last[1] == float(f"{value:.6g}")):
                     curve.add(step, value)
+        tables = (each for each in trainer.callbacks if isinstance(each, CompletionsTable))  # type: ignore[attr-defined]
+        for table in tables:
+            self.report.groups = choose_groups(table.last) or self.report.groups
 
     def _add_missing_values(self, trainer: L.Trainer) -> None:
         """Reads from the file the values of the checkpoint's step that were logged after the checkpoint was saved."""

@@ -314,18 +314,7 @@ class SampleCompletions(PromptCallback):
         text = "\n".join(["", title, *lines, *([f"Latest metrics: {metrics}"] if metrics else [])])
         encoding = sys.stdout.encoding or "utf-8"  # a character that the terminal lacks must not end the run
         print_above_bar(trainer, text.encode(encoding, "replace").decode(encoding))
-        data = [[str(row[name]) for name in names] for row in rows]
-        for logger in trainer.loggers:
-            log: Any = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)
-            experiment: Any = getattr(logger, "experiment", None)
-            if log is not None:
-                log(key="samples", columns=names, data=data, step=step)
-            elif hasattr(experiment, "add_text"):  # TensorBoard
-                experiment.add_text("samples", markdown(names, data), step)
-            elif isinstance(logger, MLFlowLogger):
-                experiment.log_text(logger.run_id, markdown(names, data), f"samples/step_{step}.md")
-            elif isinstance(logger, CometLogger):
-                experiment.log_text(markdown(names, data), step=step)
+        log_table(trainer, "samples", names, [[str(row[name]) for name in names] for row in rows], step)
 
 
 def _parse_prompt(prompt: Any, where: str, as_text: bool) -> list[Message] | str:
@@ -344,6 +333,29 @@ def _parse_prompt(prompt: Any, where: str, as_text: bool) -> list[Message] | str
 
 
 # ------------------------------------------------------------------------------------------------- text tables
+
+
+def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], data: Sequence[Sequence[str]], step: int) -> None:
+    """Hands a table of texts to all loggers that can take one.
+
+    Args:
+        trainer: It has the loggers.
+        name: Name of the table.
+        columns: Names of the columns.
+        data: The cells of each row.
+        step: Its step.
+    """
+    for logger in trainer.loggers:
+        log: Any = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)
+        experiment: Any = getattr(logger, "experiment", None)
+        if log is not None:
+            log(key=name, columns=list(columns), data=[list(row) for row in data], step=step)
+        elif hasattr(experiment, "add_text"):  # TensorBoard
+            experiment.add_text(name, markdown(columns, data), step)
+        elif isinstance(logger, MLFlowLogger):
+            experiment.log_text(logger.run_id, markdown(columns, data), f"{name}/step_{step}.md")
+        elif isinstance(logger, CometLogger):
+            experiment.log_text(markdown(columns, data), step=step)
 
 
 def table(rows: Sequence[tuple[str, str]], width: int) -> str:

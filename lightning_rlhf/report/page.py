@@ -77,6 +77,7 @@ def _stage(stage: StageReport) -> str:
     return f"""<p class="when">{escape(stage.status)} · {escape(stage.started)} to {escape(stage.ended)}</p>
 {_cards(stage.curves)}
 {_answers(stage.samples)}
+{_groups(stage.groups)}
 {curves(stage.curves, lambda name: [Line(stage.curves[name].all())])}
 {_values(stage.curves)}
 {_settings(stage.settings)}
@@ -95,6 +96,16 @@ def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for prompt, answers in samples.items()
     ]
     return f"<h3>Answers</h3>{''.join(articles)}" if articles else ""
+
+
+def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
+    articles = []
+    for group in groups:
+        ends = ("best", "worst") if len(group["answers"]) > 1 else ("all with one score, such as",)
+        cells = [answer(each, f"<b>{end}</b>") for each, end in zip(group["answers"], ends, strict=True)]
+        size = f"{group['size']} completions, mean score {number(group['mean'])}"
+        articles.append(article(group["prompt"], cells, f'<p class="note">{size}</p>'))
+    return f"<h3>Groups of iteration {escape(groups[0]['iteration'])}</h3>{''.join(articles)}" if articles else ""
 
 
 def _values(curves: Mapping[str, Curve]) -> str:

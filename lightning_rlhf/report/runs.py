@@ -68,6 +68,7 @@ class StageReport:
         settings: Sections of settings: name, value, and whether the value differs from its default.
         curves: Logged metrics by name.
         samples: For each prompt the first and the latest answer, as :class:`SampleCompletions` writes them.
+        groups: Groups of completions of an iteration, as ``choose_groups`` makes them.
     """
 
     name: str
@@ -78,6 +79,7 @@ class StageReport:
     settings: dict[str, list[tuple[str, str, bool]]] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Restores types that JSON lacks: curves from objects, tuples from lists."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_rlhf.rewards import Samples, Scores
 from lightning_rlhf.rl.experience import Experience
+from lightning_rlhf.rl.records import Sampled
 from lightning_rlhf.rl.settings import Groups
 from lightning_rlhf.rollout import Completion
 from lightning_rlhf.utils.collectives import data_rank, gather_objects
@@ -57,6 +58,7 @@ class Refill:
         self.found = self.rounds = self.left_over = 0
         self.seen: list[Round] = []
         self._kept: dict[int, tuple[int, int]] = {}  # by place in the order: round, and number in it
+        self._learned: set[tuple[int, int]] = set()
 
     def run(self, sample: Callable[[list[int]], Round]) -> None:
         """Samples rounds until enough groups are kept; all ranks must call.
@@ -88,8 +90,18 @@ class Refill:
         """
         first = sorted(place for places in gather_objects(list(self._kept)) for place in places)[: self.wanted]
         mine = sorted((self.order[p][1], *self._kept[p]) for p in first if p in self._kept)
+        self._learned = {(r, i) for _, r, i in mine}
         completions = [self.seen[r].completions[i] for _, r, i in mine]
         return [prompt for prompt, _, _ in mine], completions, _join([_scores_of(self.seen[r], i) for _, r, i in mine])
+
+    def left_out(self) -> list[Sampled]:
+        """This rank's groups that are not learned from, after :meth:`kept`."""
+        rounds = self.seen if self.found else self.seen[:-1]  # where all are flat, the last round stands for them
+        return [
+            Sampled(e, each.samples, [i for i in range(len(e.trees)) if (r, i) not in self._learned])
+            for r, each in enumerate(rounds)
+            for e in [each.experience]
+        ]
 
 
 def _scores_of(found: Round, number: int) -> Scores:

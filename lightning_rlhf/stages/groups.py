@@ -82,6 +82,7 @@ class GroupStage(RLStage):
         refill = Refill(order, resting, self.groups)
         refill.run(sample)
         chosen, completions, scores = refill.kept()
+        self.sampled = refill.left_out()
         # where all groups are flat, the last round stands for them: it is scored, and nothing of it counts
         experience, samples = refill.seen[-1].experience, refill.seen[-1].samples
         if refill.found:

@@ -29,6 +29,7 @@ from lightning_rlhf.functional import (
     RunningMoments,
     ScoredTokens,
     adapt_kl_coef,
+    flat_groups,
     k1,
     k3,
     kl_loss,
@@ -74,6 +75,7 @@ from lightning_rlhf.rl.checks import (
     warn_of_biased_sampling,
 )
 from lightning_rlhf.rl.metrics import extra_means, moments_over_ranks, rollout_metrics
+from lightning_rlhf.rl.records import Sampled, completion_records
 from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
 from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
@@ -130,6 +132,7 @@ class RLStage(Stage):
         kl_coef: The current KL coefficient; it differs from ``kl.coef`` if ``kl.target`` adapts it.
         iteration: Number of iterations done.
         skipped: Iterations in a row that took no update because something in them was not finite.
+        sampled: What the last iteration sampled: first what it learned from.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -147,6 +150,7 @@ class RLStage(Stage):
     iteration: int = 0
     _not_finite: int = -1
     _reward_seconds: float = 0.0
+    sampled: Sequence[Sampled] = ()
 
     def __init__(
         self,
@@ -424,7 +428,7 @@ class RLStage(Stage):
 
     def training_step(self, batch: PromptBatch | dict[str, Any], batch_idx: int) -> None:
         """One iteration: sample, score, compute advantages, update."""
-        self._reward_seconds = 0.0  # validation asks rewards too
+        self._reward_seconds, self.sampled = 0.0, ()  # validation asks rewards too
         clock = [self._clock()]
         prompts, beside = (batch["prompts"], batch.get(self.beside.name)) if isinstance(batch, dict) else (batch, None)
         check_beside(self.beside, self.beside_weight, None, given=beside is not None)
@@ -434,6 +438,8 @@ class RLStage(Stage):
         self.score_experience(experience, samples)
         clock.append(self._clock())
         found = experience.metrics | self.update_policy(experience, beside)
+        experience.cached_outputs = None  # those of an update that was skipped
+        self.sampled = (Sampled(experience, samples, range(len(experience.trees))), *self.sampled)
         clock.append(self._clock())
         if self.kl.target is not None:
             completions = prompts.total * self.samples_per_prompt
@@ -579,6 +585,13 @@ class RLStage(Stage):
         """(S,) bool: which completions count in the losses."""
         cut = experience.truncated & self.shaping.mask_truncated
         return experience.scores.isfinite() & ~cut
+
+    def completion_records(self) -> list[dict[str, Any]]:
+        """This rank's completions of the last iteration, for ``CompletionsTable``."""
+        every = ((each, flat_groups(self.penalized_scores(e := each.experience), e.group)) for each in self.sampled)
+        return [
+            {"iteration": self.iteration, **record} for each, flat in every for record in completion_records(each, flat)
+        ]
 
     def penalized_scores(self, experience: Experience) -> Tensor:
         """(S,) scores minus the penalties on length; NaN where there is no score."""

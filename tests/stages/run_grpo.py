@@ -14,6 +14,7 @@ import torch
 
 from lightning_rlhf import (
     KL,
+    CompletionsTable,
     GroupLoss,
     Groups,
     GRPOModule,
@@ -52,7 +53,7 @@ def trained(module):
 
 def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckpt=None, save_every=0, batch_size=4,
         rows=None, reward="letters", lr=3e-3, seed=0, samples=3, kl=None, shaping=None, groups=None, loss=None,
-        updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, **options):  # fmt: skip
+        updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, callbacks=(), table=0, **options):  # fmt: skip
     """One run; returns the trainer and the module."""
     L.seed_everything(seed, verbose=False)
     module = kind(
@@ -72,8 +73,9 @@ def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckp
     data = PromptDataModule(
         rows or prompts(), batch_size=batch_size, val_fraction=val_fraction, cache_dir=Path(out_dir) / "cache"
     )
+    callbacks = [*callbacks, *([CompletionsTable(table)] if table else [])]
     trainer = train(
-        module, data, out_dir, lambda m: trained(m).items(), (), devices, save_every, ckpt, max_steps=max_steps
+        module, data, out_dir, lambda m: trained(m).items(), callbacks, devices, save_every, ckpt, max_steps=max_steps
     )
     return trainer, module
 
