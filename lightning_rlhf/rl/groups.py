@@ -51,7 +51,9 @@ def reward_parts(experience: Experience, reward: Reward, penalty: Tensor) -> tup
     return torch.stack([*parts, penalty], 1), torch.tensor([*reward.weights, 1.0])
 
 
-def stop_at_flat(iterations: int, most: int | None, names: Sequence[str], scores: Scores) -> None:
+def stop_at_flat(
+    iterations: int, most: int | None, names: Sequence[str], scores: Scores, setting: str = "groups.max_flat"
+) -> None:
     """Ends a run whose groups have all been flat for too long; all ranks must call.
 
     Args:
@@ -59,6 +61,7 @@ def stop_at_flat(iterations: int, most: int | None, names: Sequence[str], scores
         most: From how many on the run ends; None for no bound.
         names: The names of the reward's parts; none for a reward without parts.
         scores: This rank's, of the last iteration.
+        setting: Where ``most`` was given.
 
     Raises:
         RewardError: It ends; the message names the part of the reward that is constant.
@@ -67,7 +70,7 @@ def stop_at_flat(iterations: int, most: int | None, names: Sequence[str], scores
         raise RewardError(
             f"All groups of the last {iterations} iterations are flat, so nothing is learned: "
             f"{constant_scores(names, scores)}. Look at completions (SampleCompletions), choose prompts that are "
-            "neither too easy nor too hard or a finer reward, or set groups.max_flat: null."
+            f"neither too easy nor too hard or a finer reward, or set {setting}: null."
         )
 
 

@@ -22,6 +22,7 @@ from lightning_rlhf.rewards import JudgedReward, Reward, Samples, WeightedReward
 from lightning_rlhf.rewards.judges import Judge
 from lightning_rlhf.rl import KL, Experience, Rollout, Shaping, Updates, UpdateStats
 from lightning_rlhf.rl.checks import PAIRS
+from lightning_rlhf.rl.groups import stop_at_flat
 from lightning_rlhf.rl.metrics import sample_metrics
 from lightning_rlhf.rl.pairs import Choice, choose_pairs, cut_pairs, pair_weight, pairs_of_data
 from lightning_rlhf.rollout import RolloutEngine
@@ -62,6 +63,7 @@ class OnlineDPOModule(RLStage):
         shaping: Length penalties and the divergence, and how cut completions and bad scores count.
         mixture: Share of the data's pairs in the loss: it is ``(1 - mixture)`` times the mean over sampled pairs, plus
             ``mixture`` times the mean over those of ``data.pairs``.
+        max_flat: Iterations in a row without a pair, before the run ends; None for no bound.
         updates: The optimizer steps of an iteration: epochs, minibatches, micro-batches, gradient norm.
         load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
         offload_frozen: Keep reference and reward model in CPU memory while they are not asked.
@@ -72,6 +74,7 @@ class OnlineDPOModule(RLStage):
     Attributes:
         policy: The policy, from ``configure_model`` on.
         without_pairs: Iterations that left no pair, and so took no update.
+        flat_iterations: How many of them were the last ones in a row.
 
     Logged: see ``docs/dpo.md``.
 
@@ -83,7 +86,7 @@ class OnlineDPOModule(RLStage):
     beside = PAIRS
     entries: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **RLStage.entries,
-        "online_dpo": ("iterations", "delta", "without_pairs"),
+        "online_dpo": ("iterations", "delta", "without_pairs", "flat_iterations"),
     }
 
     def __init__(
@@ -102,6 +105,7 @@ class OnlineDPOModule(RLStage):
         beta: float | None = None,
         shaping: OnlinePairShaping = SHAPING,
         mixture: float = 0.0,
+        max_flat: int | None = 10,
         updates: Updates = UPDATES,
         load: Load = LOAD,
         offload_frozen: bool = False,
@@ -110,7 +114,8 @@ class OnlineDPOModule(RLStage):
         seed: int = 0,
     ) -> None:
         beta_, margin_, mixture_ = Range(0, above=True), Range(0), Range(0, 1, below=True)
-        check_arguments(OnlineDPOModule.__init__, locals(), beta=beta_, margin=margin_, mixture=mixture_)
+        ranges = dict(beta=beta_, margin=margin_, mixture=mixture_, max_flat=Range(1))
+        check_arguments(OnlineDPOModule.__init__, locals(), "", **ranges)
         if (reward is None) == (judge is None):
             given = "neither reward nor judge" if reward is None else "both reward and judge"
             raise ValueError(f"There is {given}: give one of them, which ranks the completions of a prompt.")
@@ -138,10 +143,10 @@ class OnlineDPOModule(RLStage):
         )
         if rollout.samples_per_prompt < 2:
             raise ValueError("rollout.samples_per_prompt is 1, and a pair needs two completions: set it to 2 or more.")
-        self.pairs, self.margin, self.mixture = pairs, margin, mixture
+        self.pairs, self.margin, self.mixture, self.max_flat = pairs, margin, mixture, max_flat
         self.pair_loss, self.pair_shaping = LossSum(loss, beta), shaping
         self.pair_loss.check_shaping(shaping)
-        self._iterations, self._delta, self.without_pairs = 0, 0.0, 0
+        self._iterations, self._delta, self.without_pairs, self.flat_iterations = 0, 0.0, 0, 0
 
     @property
     def needs_reference(self) -> bool:
@@ -156,7 +161,7 @@ class OnlineDPOModule(RLStage):
     def forget(self) -> None:
         """As the base, and the running mean of implicit rewards."""
         super().forget()
-        self._iterations, self._delta, self.without_pairs = 0, 0.0, 0
+        self._iterations, self._delta, self.without_pairs, self.flat_iterations = 0, 0.0, 0, 0
 
     def check_fit(self) -> None:
         """As the base; refuses pairs that could be too long for a micro-batch.
@@ -179,7 +184,7 @@ class OnlineDPOModule(RLStage):
     @torch.no_grad()
     def score_experience(self, experience: Experience, samples: Samples | None) -> None:
         """Sets scores and metrics of an experience; all ranks must call."""
-        scores = self.score(samples)
+        experience.scored = scores = self.score(samples)
         experience.scores = scores.total.cpu()
         experience.metrics |= sample_metrics(experience) | self.part_means(experience, scores)
 
@@ -188,6 +193,9 @@ class OnlineDPOModule(RLStage):
 
         Returns:
             Means over the updates that were taken, by name, and what became of the completions.
+
+        Raises:
+            RewardError: There was no pair for ``max_flat`` iterations.
         """
         scores = experience.scores - self.shaping.missing_eos_penalty * experience.truncated
         chosen = choose_pairs(experience, scores.tolist(), self.pairs, self.margin)
@@ -195,12 +203,16 @@ class OnlineDPOModule(RLStage):
         pairs, ties, flat = all_reduce(counts, self.device).tolist()
         data = None
         if not pairs:
-            self.without_pairs += 1
-            rank_zero_warn(
-                f"Iteration {self.iteration} takes no update: no prompt has two completions whose scores differ by "
-                f"more than margin={self.margin:g} ({self.without_pairs} such iterations so far)."
-            )
+            self.without_pairs, self.flat_iterations = self.without_pairs + 1, self.flat_iterations + 1
+            if self.without_pairs == 1:
+                rank_zero_warn(
+                    f"Iteration {self.iteration} takes no update: no prompt has two completions whose scores differ by "
+                    f"more than margin={self.margin:g}. Further ones are counted (train/without_pairs)."
+                )
+            assert experience.scored is not None
+            stop_at_flat(self.flat_iterations, self.max_flat, self.reward.names, experience.scored, "max_flat")
         else:
+            self.flat_iterations = 0
             data = pairs_of_data(beside) if beside is not None and self.mixture else None
             for one in (chosen.experience, *([] if data is None else [data])):
                 self._read_reference(one)
@@ -276,6 +288,7 @@ class OnlineDPOModule(RLStage):
         """Adds the running mean of implicit rewards, and the count of iterations without pairs."""
         super().on_save_checkpoint(checkpoint)
         state = {"iterations": self._iterations, "delta": self._delta, "without_pairs": self.without_pairs}
+        state["flat_iterations"] = self.flat_iterations
         checkpoint["online_dpo"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -283,3 +296,4 @@ class OnlineDPOModule(RLStage):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["online_dpo"]
         self._iterations, self._delta, self.without_pairs = state["iterations"], state["delta"], state["without_pairs"]
+        self.flat_iterations = state["flat_iterations"]

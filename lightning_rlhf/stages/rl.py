@@ -150,6 +150,7 @@ class RLStage(Stage):
     iteration: int = 0
     _not_finite: int = -1
     _reward_seconds: float = 0.0
+    _left_out: int = 0
     sampled: Sequence[Sampled] = ()
 
     def __init__(
@@ -578,8 +579,16 @@ class RLStage(Stage):
                 f"{why} Mend the reward, or set model.shaping.bad_scores to drop, which leaves such samples out."
             )
         if why:
-            rank_zero_warn(f"A sample is left out: {why}")
+            self._left_out += 1
+            if self._left_out == 1:
+                rank_zero_warn(f"A sample is left out: {why} Further ones are counted (train/dropped_samples).")
         return scores
+
+    def on_train_end(self) -> None:
+        """Says how often scores were not finite; the first time was warned of."""
+        super().on_train_end()
+        if self._left_out > 1:
+            rank_zero_warn(f"Samples were left out {self._left_out} times, since their scores were not finite numbers.")
 
     def counted_completions(self, experience: Experience) -> Tensor:
         """(S,) bool: which completions count in the losses."""

@@ -25,6 +25,8 @@ from lightning_rlhf import (
     Shaping,
     Updates,
 )
+from lightning_rlhf.data import PromptBatch
+from lightning_rlhf.utils.collectives import gather_objects
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from runs import train
@@ -51,12 +53,27 @@ def trained(module):
     return {k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad}
 
 
+class Uneven(GRPOModule):
+    """All prompts are rank 0's; the others have none."""
+
+    def training_step(self, batch, batch_idx):
+        parts = gather_objects(batch)
+        rows = [(row, part, i) for part in parts for i, row in enumerate(part.rows)] if self.global_rank == 0 else []
+        every = [part.select([i]) for _, part, i in sorted(rows, key=lambda each: each[0])]
+        names = ("prompts", "messages", "rows")
+        whole = {name: [x for one in every for x in getattr(one, name)] for name in names}
+        columns = {name: [x for one in every for x in one.columns[name]] for name in batch.columns}
+        whole = {**whole, "rows": tuple(whole["rows"])}
+        super().training_step(PromptBatch(**whole, columns=columns, total=batch.total), batch_idx)
+
+
 def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckpt=None, save_every=0, batch_size=4,
         rows=None, reward="letters", lr=3e-3, seed=0, samples=3, kl=None, shaping=None, groups=None, loss=None,
-        updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, callbacks=(), table=0, **options):  # fmt: skip
-    """One run; returns the trainer and the module."""
+        updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, callbacks=(), table=0,
+        uneven=False, data=None, **options):  # fmt: skip
+    """One run; returns the trainer and the module. With ``uneven``, rank 0 has all prompts of a batch."""
     L.seed_everything(seed, verbose=False)
-    module = kind(
+    module = (Uneven if uneven else kind)(
         model_dir,
         {"letters": letters, "has": has}.get(reward, reward) if isinstance(reward, str) else reward,
         lora=LoRA(r=4, dropout=dropout) if lora else None,
@@ -70,9 +87,8 @@ def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckp
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5),
         **options,
     )  # fmt: skip
-    data = PromptDataModule(
-        rows or prompts(), batch_size=batch_size, val_fraction=val_fraction, cache_dir=Path(out_dir) / "cache"
-    )
+    data = PromptDataModule(rows or prompts(), batch_size=batch_size, val_fraction=val_fraction,
+                            cache_dir=Path(out_dir) / "cache", **(data or {}))  # fmt: skip
     callbacks = [*callbacks, *([CompletionsTable(table)] if table else [])]
     trainer = train(
         module, data, out_dir, lambda m: trained(m).items(), callbacks, devices, save_every, ckpt, max_steps=max_steps

@@ -1,10 +1,11 @@
-"""A PPO run that is killed with SIGKILL at random moments, and resumed from its last checkpoint each time.
+"""A run of PPO or GRPO that is killed with SIGKILL at random moments, and resumed from its last checkpoint each time.
 
-    python run_killed.py MODEL_DIR OUT_DIR KILLS '{"lora": true, ...}'
+    python run_killed.py run_ppo MODEL_DIR OUT_DIR KILLS '{"lora": true, ...}'
 
 What takes long to import is imported once; each life of the run is a fork of this process. Prints how many were killed.
 """
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -14,8 +15,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-from run_ppo import run
 
 
 def last(out):
@@ -28,7 +27,8 @@ def step(path):
     return 0 if path is None else int(path.stem[4:])
 
 
-def main(model_dir, out, kills, options):
+def main(script, model_dir, out, kills, options):
+    run = importlib.import_module(script).run
     draw, killed = random.Random(0), 0
     while not (out / "weights.pt").exists():
         begun = last(out)
@@ -52,4 +52,5 @@ def main(model_dir, out, kills, options):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    script, model, folder, number, given = sys.argv[1:]
+    main(script, model, Path(folder), int(number), json.loads(given))

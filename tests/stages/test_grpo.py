@@ -3,6 +3,9 @@
 import copy
 import csv
 import json
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import assert_equal, difference, load_script, spawn
+from runs import ROOT, assert_equal, difference, load_script, spawn
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import (
@@ -253,8 +256,9 @@ def test_two_processes_equal_one(tiny_model_dir, tmp_path, options):
 
 @pytest.mark.distributed
 def test_a_rank_without_prompts_goes_along(tiny_model_dir, tmp_path):
-    options = dict(batch_size=1, max_steps=2, updates=ONE_UPDATE, lr=1e-4)
-    two, one = (spawn(tiny_model_dir, tmp_path / str(n), devices=n, **options) for n in (2, 1))
+    """Three prompts on one rank, none on the other."""
+    options = dict(batch_size=3, max_steps=2, updates=ONE_UPDATE, lr=1e-4, loss=dict(top_entropy=0.5))
+    two, one = (spawn(tiny_model_dir, tmp_path / str(n), devices=n, uneven=n == 2, **options) for n in (2, 1))
     assert difference(two, one) < 2e-6
 
 
@@ -381,6 +385,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path, nam
         for key, value in trainer.callback_metrics.items():
             if "second" not in key:
                 assert torch.equal(again.callback_metrics[key], value), key
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
+    """kill -9, ten times, with a refill, a sorted plan and prompts that rest."""
+    groups = dict(flat_groups="refill", spare=1, rounds=2, rest_after=1, rest_for=3, pass_score=0.0)
+    options = dict(max_steps=25, save_every=1, algorithm="dapo", reward="has", batch_size=6, samples=2, groups=groups,
+                   rows=[{**row, "level": i % 4} for i, row in enumerate(run_grpo.prompts(12))],
+                   data=dict(order_by="level"))  # fmt: skip
+    whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
+    out = tmp_path / "killed"
+    out.mkdir()
+    command = [sys.executable, str(HERE / "run_killed.py"), "run_grpo", str(tiny_model_dir), str(out), "10"]
+    done = subprocess.run([*command, json.dumps(options)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=500)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "10"
+    assert_equal(torch.load(out / "weights.pt"), whole)
 
 
 # ------------------------------------------------------------------------------------------------- what it refuses

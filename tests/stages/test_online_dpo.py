@@ -237,9 +237,13 @@ def test_ties_and_flat_groups_are_dropped_and_counted(scores, options, want, tin
     assert moved == bool(want["pairs"])
 
 
-def test_iterations_without_a_pair_are_told_and_end_no_run(tiny_model_dir, tmp_path):
-    with pytest.warns(UserWarning, match=r"Iteration 6 takes no update: no prompt .* \(7 such iterations so far\)"):
-        trainer, module = run(tiny_model_dir, tmp_path, max_steps=7, reward="even", data_pairs=True, mixture=0.5)
+def test_iterations_without_a_pair_are_told_once_and_end_the_run(tiny_model_dir, tmp_path):
+    options = dict(max_steps=7, reward="even", data_pairs=True, mixture=0.5)
+    with pytest.raises(ValueError, match=r"last 3 iterations are flat.*: the score is .* for all\. .*max_flat: null"):
+        run(tiny_model_dir, tmp_path / "ends", **options, max_flat=3)
+    with pytest.warns(UserWarning) as told:
+        trainer, module = run(tiny_model_dir, tmp_path, **options)
+    assert sum("takes no update: no prompt" in str(each.message) for each in told) == 1
     assert trainer.global_step == module.iteration == module.without_pairs == 7 and not module.skipped
 
 

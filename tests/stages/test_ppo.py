@@ -424,7 +424,8 @@ def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
     whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
     out = tmp_path / "killed"
     out.mkdir()
-    command = [sys.executable, str(HERE / "run_killed.py"), str(tiny_model_dir), str(out), "20", json.dumps(options)]
+    script = [sys.executable, str(HERE / "run_killed.py"), "run_ppo"]
+    command = [*script, str(tiny_model_dir), str(out), "20", json.dumps(options)]
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
