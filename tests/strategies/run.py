@@ -25,7 +25,6 @@ from lightning_rlhf import (
     HFExport,
     InstructionDataModule,
     KTOModule,
-    Load,
     LoRA,
     MeasureWinRate,
     PPOModule,
@@ -33,11 +32,9 @@ from lightning_rlhf import (
     PromptDataModule,
     Ptx,
     RewardModule,
-    Rollout,
     Sampling,
     SFTModule,
     UnpairedDataModule,
-    Updates,
 )
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 
@@ -54,7 +51,6 @@ LOGGED = {
     "kto": ["train/loss", "train/z0"],
     "grpo": ["train/score", "train/kl", "train/loss", "train/entropy", "train/policy_grad_norm"],
     "ppo": ["train/score", "train/kl", "train/loss", "train/value_loss", "train/policy_grad_norm"],
-    "grpo": ["train/score", "train/loss", "train/policy_grad_norm"],
     "gan": ["loss_a", "loss_b"],
 }
 
@@ -163,12 +159,6 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
         return PPOModule(
             model_dir, options.pop("reward", run.letters), **grouped(sampling=sampling, **common, **options)
         ), data
-    if stage == "grpo":
-        sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
-        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, **files)
-        held = dict(lora=common["lora"], load=Load(dtype, gradient_checkpointing=checkpointing))
-        held |= dict(rollout=Rollout(3, sampling), updates=Updates(2, 2, 90), optimizer=common["optimizer"])
-        return GRPOModule(model_dir, run.letters, **held, **options), data
     return TwoOptimizers(lr=lr), None
 
 
