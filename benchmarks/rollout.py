@@ -67,9 +67,11 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "smollm2": Case(SMOLLM2, 8, 16, 130, 4, 48, 16, False, 1.7),
-    "llama": Case(None, 8, 4, 60, 8, 64, 32, False, 1.4),
-    "stories": Case("stories260K", 16, 4, 60, 8, 400, 128, True, 1.8),
+    "smollm2": Case(SMOLLM2, 8, 16, 130, 4, 48, 16, False, 1.75),
+    "llama": Case(None, 8, 4, 60, 8, 64, 32, False, 2.2),
+    "stories": Case("stories260K", 16, 4, 60, 8, 400, 128, True, 2.5),
+    "group": Case(None, 4, 384, 384, 16, 64, 64, False, 2.2),
+    "many": Case(None, 1, 384, 384, 64, 64, 64, False, 4.0),
 }
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.backbone import Backbone, reason_beyond_trial, vocabulary_size
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
-from lightning_rlhf.rollout.kv_cache import NAME, Decoder
+from lightning_rlhf.rollout.kv_cache import NAME, Decoder, SharedPrompts
 from lightning_rlhf.rollout.scheduler import Scheduler
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
@@ -32,7 +32,8 @@ class CachedEngine:
 
     Args:
         max_live_tokens: Maximum size of the cache in tokens: rows times the longest row's prompt and
-            ``max_new_tokens``. A larger value decodes more completions together and takes more memory. None: no limit.
+            ``max_new_tokens``, where a prompt with several completions counts once. A larger value decodes more
+            completions together and takes more memory. None: no limit.
         max_rows: Maximum number of completions that are decoded together. A larger value is faster while memory lasts.
             None: no limit.
         prefill_tokens: Maximum number of prompt tokens, padding included, in one forward pass; a longer prompt runs
@@ -183,14 +184,19 @@ def _by_trying(policy: Backbone) -> str | None:
                     for ids, length in zip(tokens, lengths, strict=True)
                 ])  # fmt: skip
             with policy.native_attention(NAME):
-                decoder = Decoder(model)
-                decoder.cache.arrange([None, None], slots=2, columns=max(map(len, tokens)), width=0)
-                got = [decoder.prefill(prompts, [[0], [1]])]
-                for step in range(steps):
-                    positions = [length + step for length in lengths]
-                    got.append(decoder.decode([ids[p] for ids, p in zip(tokens, positions, strict=True)], positions))
-        half = got[0].dtype not in (torch.float32, torch.float64)
-        difference = _difference(torch.stack(got, 1).float(), want)
+                found = []
+                for shared in (None, SharedPrompts(lengths)):
+                    decoder = Decoder(model)
+                    decoder.cache.arrange([None, None], slots=2, columns=max(map(len, tokens)), width=0)
+                    got = [decoder.prefill(prompts, [[0], [1]] if shared is None else [[], []], shared=shared)]
+                    places = () if shared is None else [(shared, 0), (shared, 1)]
+                    for step in range(steps):
+                        positions = [length + step for length in lengths]
+                        inputs = [ids[p] for ids, p in zip(tokens, positions, strict=True)]
+                        got.append(decoder.decode(inputs, positions, shared=places))
+                    found.append(torch.stack(got, 1))
+        half = found[0].dtype not in (torch.float32, torch.float64)
+        difference = max(_difference(got.float(), want) for got in found)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not difference < (0.05 if half else 1e-4):

@@ -3,6 +3,9 @@
 Rows are aligned on the left: column p holds the key of position p. So a new prompt can take a free row at any time,
 rows of different lengths share a batch without padding, and one copy moves a row.
 
+Rows that continue one prompt may share its keys, which :class:`SharedPrompts` holds once: such a row's own columns
+begin after the prompt, and its attention merges both parts.
+
 Shapes: R rows, C columns, H query heads, K key / value heads, E head size, L tokens of a prompt.
 """
 
@@ -16,7 +19,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,52 @@ Adapters = Sequence[str] | None
 #: About as many bytes are read in the time that the operations of a layer take to start.
 _LAYER_BYTES = 3 * 2**20
 _ACTIVE: ContextVar[SlotCache] = ContextVar("the cache that a model is being run with")
+
+
+class SharedPrompts:
+    """Keys and values of B prompts that ran in one pass, each held once for all rows that continue it.
+
+    Args:
+        lengths: Their lengths, in tokens.
+
+    Attributes:
+        keys: For each layer (B, K, L, E), padded on the right to the longest prompt's L.
+        values: Likewise.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def select(self, which: Sequence[int]) -> SharedPrompts:
+        """Returns some of the prompts, in memory of their own."""
+        found = SharedPrompts([self.lengths[i] for i in which])
+        longest = max(found.lengths)
+        found.keys, found.values = ([t[list(which), :, :longest] for t in store] for store in (self.keys, self.values))
+        return found
+
+
+Shared = tuple[SharedPrompts, int]
+"""The prompt that a row continues: those of its pass, and its number among them."""
+
+
+class _Continued(NamedTuple):
+    """Rows of a pass that continue prompts of one :class:`SharedPrompts`, dealt into B times G places.
+
+    Attributes:
+        prompts: The prompts.
+        rows: (M,) the rows.
+        places: (M,) their places.
+        order: (B G) the row at each place; any row where there is none.
+        masks: By window: (B, 1, G, 1, L) to add to the logits, or None.
+    """
+
+    prompts: SharedPrompts
+    rows: Tensor
+    places: Tensor
+    order: Tensor
+    masks: dict[int | None, Tensor | None]
 
 
 class SlotCache(Cache):
@@ -58,7 +107,12 @@ class SlotCache(Cache):
         self.windows: set[int | None] = set()
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._rows = self._from = self._positions = self._places = torch.empty(0, dtype=torch.long)
+        self._rows = self._from = self._positions = self._places = self._columns = torch.empty(0, dtype=torch.long)
+        self._length = 0  # positions before the longest row's token
+        self._fresh: SharedPrompts | None = None  # takes the prompts of a pass
+        self._layer = 0  # the layer that runs
+        self._shared: list[Shared | None] = []  # the prompt of each row of the last pass
+        self._continued: list[_Continued] = []  # the same by prompt
         self._first = 0  # the first row that is read
         self._width = 0  # columns that are read
         self._prefill = False
@@ -74,6 +128,7 @@ class SlotCache(Cache):
             columns: Number of columns to allocate.
             width: Number of columns that are in use.
         """
+        self._shared, self._continued = [], []
         same = (slots, columns) == (self.slots, self.columns)
         moves = [(i, source) for i, source in enumerate(sources) if source is not None and not (same and i == source)]
         self.slots, self.columns = slots, columns
@@ -95,15 +150,23 @@ class SlotCache(Cache):
 
     def free(self) -> None:
         """Frees the memory."""
-        self._keys, self._values = [], []
+        self._keys, self._values, self._shared, self._continued = [], [], [], []
         self.slots = self.columns = self.column_bytes = 0
 
     @contextmanager
-    def prefilling(self, rows: Tensor, prompts: Tensor, longest: int) -> Iterator[None]:
-        """Within it, the model runs on whole prompts, padded on the right: ``rows[i]`` takes prompt ``prompts[i]``."""
-        self._rows, self._from, self._width, self._prefill = rows, prompts, longest, True
-        with self._active():
-            yield
+    def prefilling(
+        self, rows: Tensor, prompts: Tensor, longest: int, shared: SharedPrompts | None = None
+    ) -> Iterator[None]:
+        """Within it, the model runs on whole prompts, padded on the right: ``rows[i]`` takes prompt ``prompts[i]``.
+
+        If ``shared`` is given, it takes them all, and no row does.
+        """
+        self._rows, self._from, self._width, self._prefill, self._fresh = rows, prompts, longest, True, shared
+        try:
+            with self._active():
+                yield
+        finally:
+            self._fresh = None
 
     @contextmanager
     def extending(self, row: int, positions: Tensor, width: int) -> Iterator[None]:
@@ -112,7 +175,7 @@ class SlotCache(Cache):
         The columns before them must have their keys and values.
         """
         self._positions, self._width, self._prefill, self._first = positions, width, False, row
-        self._extending = True
+        self._columns, self._length, self._extending = positions, width - len(positions), True
         try:
             with self._active():
                 yield
@@ -120,11 +183,34 @@ class SlotCache(Cache):
             self._extending = False
 
     @contextmanager
-    def decoding(self, positions: Tensor, width: int, first: int = 0) -> Iterator[None]:
-        """Within it, the model runs on one token of each row from ``first`` on, at (R,) positions below ``width``."""
-        self._positions, self._width, self._prefill, self._first = positions, width, False, first
+    def decoding(
+        self, positions: Sequence[int], device: torch.device, first: int = 0, shared: Sequence[Shared | None] = ()
+    ) -> Iterator[Tensor]:
+        """Within it, the model runs on one token of each row from ``first`` on.
+
+        Args:
+            positions: Position of each row's token.
+            device: The model's.
+            first: The first row.
+            shared: The prompt that each row continues, or None for rows with all their keys in the cache. Default: None
+                for all.
+
+        Yields:
+            (R,) positions.
+        """
+        bases = [0 if place is None else place[0].lengths[place[1]] for place in shared] or [0] * len(positions)
+        columns = [p - base for p, base in zip(positions, bases, strict=True)]
+        both = torch.tensor([positions, columns], dtype=torch.long, device=device)
+        self._positions, self._columns = both
+        self._width, self._length = max(columns) + 1, max(positions)
+        self._prefill, self._first = False, first
+        if self._shared != (given := list(shared)):
+            self._shared, self._continued = given, _deal(given, device)
+        for part in self._continued:  # windows move with the positions
+            for window in part.masks.keys() - {None}:
+                del part.masks[window]
         with self._active():
-            yield
+            yield self._positions
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -137,9 +223,9 @@ class SlotCache(Cache):
 
     def _place(self, heads: int) -> Tensor:
         """Returns (R K) indices of the new keys in the flat (R K C) cache: copying whole vectors is fastest."""
-        if len(self._places) != len(self._positions) * heads:
-            lines = torch.arange(len(self._positions) * heads, device=self._positions.device) + self._first * heads
-            self._places = lines * self.columns + self._positions.repeat_interleave(heads)
+        if len(self._places) != len(self._columns) * heads:
+            lines = torch.arange(len(self._columns) * heads, device=self._columns.device) + self._first * heads
+            self._places = lines * self.columns + self._columns.repeat_interleave(heads)
         return self._places
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
@@ -155,7 +241,7 @@ class SlotCache(Cache):
         if window not in self._masks:
             columns = torch.arange(self._width, device=like.device)
             # the causal mask hides padding on the right of a prompt, and decoding overwrites it
-            queries = columns[:, None] if self._prefill else self._positions[:, None]
+            queries = columns[:, None] if self._prefill else self._columns[:, None]
             if not self._prefill and not self._extending:
                 queries = queries[:, None, None]
             seen = columns <= queries
@@ -166,18 +252,53 @@ class SlotCache(Cache):
             self._masks[window] = mask
         return self._masks[window]
 
+    @property
+    def continued(self) -> list[_Continued]:
+        """Rows that continue prompts, in the pass of now."""
+        return [] if self._prefill or self._extending else self._continued
+
+    def prompts_of(self, part: _Continued) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values of prompts in the layer that runs, (B, K, L, E)."""
+        return part.prompts.keys[self._layer], part.prompts.values[self._layer]
+
+    def mask_prompts(self, window: int | None, part: _Continued, like: Tensor) -> Tensor | None:
+        """Returns the mask to add to the logits of rows over the prompts that they continue, (B, 1, G, 1, L), or None.
+
+        Args:
+            window: Number of tokens that a query sees, itself included. None: all.
+            part: The rows and prompts.
+            like: A tensor of the dtype and the device that the mask gets.
+        """
+        if window is not None and window > self._length:
+            window = None
+        if window not in part.masks:
+            lengths, longest = part.prompts.lengths, max(part.prompts.lengths)
+            columns = torch.arange(longest, device=like.device)
+            seen = (columns < torch.tensor(lengths, device=like.device)[:, None])[:, None, None, None]
+            if window is not None:
+                queries = self._positions[part.order].view(len(lengths), 1, -1, 1, 1)
+                seen = seen & (columns > queries - window)
+            plain = window is None and min(lengths) == longest
+            part.masks[window] = (
+                None if plain else torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+            )
+        return part.masks[window]
+
     # ------------------------------------------------------------------------------------------- called by transformers
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values, (R, K, 1 or L, E), and returns what its queries see."""
+        self._layer = layer_idx
         for store, new in ((self._keys, key_states), (self._values, value_states)):
             if layer_idx == len(store):
                 # zeros, because a masked column has no effect unless it holds a NaN
                 store.append(_zeros(new, self.slots, new.shape[1], self.columns, new.shape[3]))
                 self.column_bytes += new.shape[1] * new.shape[3] * new.element_size()
-            if self._prefill:
+            if self._prefill and self._fresh is not None:
+                (self._fresh.keys if store is self._keys else self._fresh.values).append(new.contiguous())
+            elif self._prefill:
                 store[layer_idx][self._rows, :, : self._width] = new[self._from]
             elif self._extending:
                 store[layer_idx][self._first, :, self._width - new.shape[2] : self._width] = new[0]
@@ -190,13 +311,30 @@ class SlotCache(Cache):
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Returns the number of columns before the new ones."""
-        if self._prefill:
-            return 0
-        return self._width - (len(self._positions) if self._extending else 1)
+        return 0 if self._prefill else self._length
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
         """Returns None: the cache grows when needed."""
         return None
+
+
+def _deal(shared: Sequence[Shared | None], device: torch.device) -> list[_Continued]:
+    """Deals the rows that continue prompts into places, G for each prompt of a :class:`SharedPrompts`."""
+    rows: dict[SharedPrompts, list[list[int]]] = {}
+    for i, place in enumerate(shared):
+        if place is not None:
+            prompts, number = place
+            rows.setdefault(prompts, [[] for _ in prompts.lengths])[number].append(i)
+    found = []
+    for prompts, groups in rows.items():
+        most = max(map(len, groups))
+        order = torch.tensor([[*group, *[0] * (most - len(group))] for group in groups], device=device).flatten()
+        own = torch.tensor([row for group in groups for row in group], device=device)
+        places = torch.tensor(
+            [b * most + i for b, group in enumerate(groups) for i in range(len(group))], device=device
+        )
+        found.append(_Continued(prompts, own, places, order, {}))
+    return found
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
@@ -249,10 +387,15 @@ def slot_attention(
     Returns:
         (R, 1 or L, H, E) outputs, and None in place of attention weights.
     """
-    mask = _ACTIVE.get().mask(sliding_window or None, query)
+    cache = _ACTIVE.get()
+    mask = cache.mask(sliding_window or None, query)
     rows, heads, length, _ = query.shape
     shared = key.shape[1]
-    if softcap is not None or s_aux is not None:
+    if cache.continued:
+        split = query.reshape(rows, shared, heads // shared, -1)
+        out = _continue_prompts(cache, split, key, value, mask, sliding_window or None, scaling, softcap, s_aux)
+        out = out.reshape(rows, heads, 1, -1)
+    elif softcap is not None or s_aux is not None:
         split = query.unflatten(1, (shared, -1))
         out = _eager_attention(split, key[:, :, None], value[:, :, None], mask, scaling, softcap, s_aux).flatten(1, 2)
     elif length == 1 and mask is not None:
@@ -289,6 +432,92 @@ def _eager_attention(
         sink = sinks.view(1, key.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits)
         logits = torch.cat([logits, sink], -1)
     return logits.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value
+
+
+def _continue_prompts(
+    cache: SlotCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of one token per row over its own columns and over the prompt that it continues.
+
+    A prompt's keys are read once for all of its rows. The two softmaxes are merged by their log-sum-exps.
+
+    Args:
+        cache: The cache.
+        query: (R, K, H / K, E).
+        key: (R, K, C, E) own keys.
+        value: (R, K, C, E) own values.
+        mask: (R, 1, 1, C) over own columns.
+        window: Number of tokens that a query sees, itself included. None: all.
+        scaling: Factor on the logits. None: ``E ** -0.5``.
+        softcap: Bound of soft-capped logits.
+        sinks: (H,) attention sinks.
+
+    Returns:
+        (R, K, H / K, E) outputs.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, lse = _part(query, key, value, mask, scale, softcap, sinks)
+    for part in cache.continued:
+        count, most = len(part.prompts.lengths), len(part.order) // len(part.prompts.lengths)
+        asked = query[part.order].unflatten(0, (count, most)).transpose(1, 2)  # (B, K, G, H / K, E)
+        seen = cache.mask_prompts(window, part, query)
+        found, weight = _part(asked.flatten(2, 3), *cache.prompts_of(part), seen, scale, softcap, None, groups=most)
+        found, weight = (t.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1)[part.places] for t in (found, weight))
+        share = torch.sigmoid(weight - lse[part.rows])
+        out[part.rows] = out[part.rows].lerp(found, share.to(out))
+    return out
+
+
+def _part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys.
+
+    Args:
+        query: (R, K, M, E), where M is ``groups`` times the number of heads that share keys.
+        key: (R, K, C, E).
+        value: (R, K, C, E).
+        mask: Added to the logits as (R, 1, 1, C), or (R, 1, G or 1, 1, C).
+        scale: Factor on the logits.
+        softcap: Bound of soft-capped logits.
+        sinks: (H,) attention sinks.
+        groups: G, the number of rows that ask the same keys.
+
+    Returns:
+        (R, K, M, E) outputs, and (R, K, M, 1) log-sum-exps of the logits, in at least fp32.
+    """
+    logits = (query * scale) @ key.mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is not None:
+        logits = (logits.unflatten(2, (groups, -1)) + (mask if mask.ndim == 5 else mask[:, :, None])).flatten(2, 3)
+    least = torch.finfo(logits.dtype)
+    highest = logits.amax(-1, keepdim=True).clamp_min(least.min)  # a window may hide all keys of a part
+    if sinks is not None:  # a sink is a key without a value: it takes probability and adds nothing
+        sink = sinks.view(1, key.shape[1], -1, 1).to(logits)
+        highest = torch.maximum(highest, sink)
+    weights = (logits - highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sink - highest).exp()
+    total = total.clamp_min(least.tiny)
+    return (weights.to(value.dtype) @ value) / total.to(value.dtype), highest + total.log()
 
 
 AttentionInterface.register(NAME, slot_attention)
@@ -357,7 +586,11 @@ class Decoder:
         return next(iter(active), BASE), (BASE, *peft.peft_config)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], adapters: Adapters = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+        adapters: Adapters = None,
+        shared: SharedPrompts | None = None,
     ) -> Tensor:
         """Runs each prompt once.
 
@@ -365,6 +598,7 @@ class Decoder:
             prompts: B lists of token ids.
             rows: For each prompt, the cache rows that get its keys and values.
             adapters: For each prompt, the name of its adapter. None: the model as it is set.
+            shared: Takes the keys and values in place of the rows.
 
         Returns:
             (B, V) logits of each prompt's next token.
@@ -382,7 +616,7 @@ class Decoder:
         # logits of whole prompts would not fit, and logits_to_keep takes the same positions for all prompts
         hook = self.model.get_output_embeddings().register_forward_pre_hook(only_last)
         try:
-            with self.cache.prefilling(target, prompt_of, longest):
+            with self.cache.prefilling(target, prompt_of, longest, shared):
                 return self._run(ids, positions, adapters)[:, -1]
         finally:
             hook.remove()
@@ -411,7 +645,13 @@ class Decoder:
         finally:
             hook.remove()
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int], adapters: Adapters = None) -> Tensor:
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        adapters: Adapters = None,
+        shared: Sequence[Shared | None] = (),
+    ) -> Tensor:
         """Runs one token per cache row, from the first row on.
 
         All rows of a pass read as many columns as the longest. Where that is more memory than the model itself, long
@@ -421,10 +661,13 @@ class Decoder:
             tokens: Token ids, one per row.
             positions: Their positions.
             adapters: The name of each row's adapter. None: the model as it is set.
+            shared: The prompt that each row continues, or None. Default: None for all.
 
         Returns:
             (R, V) logits of each row's next token.
         """
+        if shared:  # then long prompts are no part of the rows
+            return self._decode(0, tokens, positions, adapters, shared)
         if len(positions) * (max(positions) - min(positions)) * self.cache.column_bytes > self.pass_bytes:
             cut, saved = cut_rows(positions)
             if saved * self.cache.column_bytes > self.pass_bytes:
@@ -433,9 +676,15 @@ class Decoder:
                 return torch.cat([*run])
         return self._decode(0, tokens, positions, adapters)
 
-    def _decode(self, first: int, tokens: Sequence[int], positions: Sequence[int], adapters: Adapters) -> Tensor:
-        at = self._tensor(positions)
-        with self.cache.decoding(at, max(positions) + 1, first):
+    def _decode(
+        self,
+        first: int,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        adapters: Adapters,
+        shared: Sequence[Shared | None] = (),
+    ) -> Tensor:
+        with self.cache.decoding(positions, self.device, first, shared) as at:
             return self._run(self._tensor(tokens)[:, None], at[:, None], adapters)[:, -1]
 
     def _run(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:

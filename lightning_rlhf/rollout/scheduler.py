@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.rollout.kv_cache import Adapters, Decoder
+from lightning_rlhf.rollout.kv_cache import Adapters, Decoder, SharedPrompts
 from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, Start, make_sequences
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
@@ -27,6 +27,8 @@ _PATIENCE = 32
 """Number of steps in which shorter requests may pass one that does not fit yet."""
 _SHARED = 16
 """Number of tokens from which it is worth copying another row's keys."""
+_SHARED_PROMPT = 64
+"""Number of tokens from which a prompt's keys are held once for its rows: to read them apart takes more operations."""
 _LOOK_AHEAD = 64
 """Number of waiting prompts that are tried in a step."""
 _T = TypeVar("_T")
@@ -49,12 +51,14 @@ class _PromptGroup:
     Attributes:
         rows: The rows, in the order of arrival.
         logits: (V,) logits of the next token while some rows of the prompt are running.
+        shares: Whether its rows share the prompt's keys.
         blocked: Number of steps in which a row did not fit.
     """
 
     def __init__(self) -> None:
         self.rows: deque[ActiveSequence] = deque()
         self.logits: Tensor | None = None
+        self.shares = False
         self.blocked = 0
 
 
@@ -91,6 +95,8 @@ class Scheduler:
         self._decoder, self._tokenizer, self._limits = decoder, tokenizer, limits
         self._budget, self._max_rows = limits.max_live_tokens or sys.maxsize, limits.max_rows or sys.maxsize
         self._chunk = limits.prefill_chunk or sys.maxsize
+        # a server's rows take each other's keys by columns, so each has all of its own
+        self._may_share = limits.prefill_chunk is None and not limits.keep_prefixes
         self._waiting: dict[Start, _PromptGroup] = {}  # in the order of arrival
         self._aside: deque[ActiveSequence] = deque()  # rows that lost their place in the cache, oldest first
         self._rows: list[ActiveSequence] = []  # in the order of the cache's rows
@@ -202,6 +208,8 @@ class Scheduler:
             self._rows, self._waiting, self._kept = [], {}, []
             self._aside.clear()
         for row in rows:
+            row.shared = None
+        for row in rows:
             row.future.cancel()
         self._decoder.cache.free()
 
@@ -218,7 +226,7 @@ class Scheduler:
             active.sort(key=lambda row: row.arrival)
             active.pop().fail(error)
             for row in active:
-                row.filled = 0
+                row.leave_cache()
             self._aside.extendleft(reversed(active))
         self._rows, self._kept = [], []
         for group in self._waiting.values():
@@ -251,7 +259,8 @@ class Scheduler:
         at = [min(row.filled, row.position) for row in rows]
         ready = [row.ready for row in rows]
         tokens = [row.token(p) for row, p in zip(rows, at, strict=True)]
-        logits = self._decoder.decode(tokens, at, self._adapters(rows))
+        shared = [row.shared for row in rows] if any(row.base for row in rows) else ()
+        logits = self._decoder.decode(tokens, at, self._adapters(rows), shared)
         for row, p in zip(rows, at, strict=True):
             row.filled = max(row.filled, p + 1)
         if all(ready):
@@ -300,20 +309,36 @@ class Scheduler:
             members.setdefault(group, []).append(row)
         first = {group: group.logits for group in members if group.logits is not None}
         unseen = sorted((g for g in members if g not in first), key=lambda g: len(members[g][0].prompt))
-        lengths = [len(members[group][0].prompt) for group in unseen]
-        for batch in (unseen[part] for part in _prefill_batches(lengths, self._limits.prefill_tokens)):
+        for batch in self._prefill_batches(unseen, members):
             rows = [members[group] for group in batch]
+            shared = SharedPrompts([len(group[0].prompt) for group in rows]) if batch[0].shares else None
             logits = self._decoder.prefill(
                 [group[0].prompt for group in rows],
-                [[slot[row] for row in group] for group in rows],
+                [[] if shared else [slot[row] for row in group] for group in rows],
                 self._adapters([group[0] for group in rows]),
+                shared,
             )
+            if shared is not None:
+                apart = self._limits.max_live_tokens is not None  # then no padding, and none is kept beyond its rows
+                for i, group_rows in enumerate(rows):
+                    place = (shared.select([i]), 0) if apart else (shared, i)
+                    for row in group_rows:
+                        row.shared = place
             for group, next_logits in zip(batch, logits, strict=True):
                 first[group] = next_logits
                 group.logits = next_logits.clone() if group.rows else None  # for the rows that still wait
         for row, _ in new:
             row.filled = len(row.prompt)
         self._sample([row for row, _ in new], torch.stack([first[group] for _, group in new]))
+
+    def _prefill_batches(
+        self, groups: Sequence[_PromptGroup], members: Mapping[_PromptGroup, Sequence[ActiveSequence]]
+    ) -> Iterator[list[_PromptGroup]]:
+        """Splits groups, sorted by length, into those of one pass: all share their prompts' keys, or none does."""
+        for shares in (True, False):
+            found = [group for group in groups if group.shares == shares]
+            lengths = [len(members[group][0].prompt) for group in found]
+            yield from (found[part] for part in _prefill_batches(lengths, self._limits.prefill_tokens))
 
     # ------------------------------------------------------------------------------------------------- admission
 
@@ -326,17 +351,34 @@ class Scheduler:
         self._clear_failed()
         active = self._staying()
         new = self._take_waiting(list(active.values()))
-        grows = any(row.position >= self._decoder.cache.columns for row in self._rows)
+        grows = any(row.column >= self._decoder.cache.columns for row in self._rows)
         if len(active) == len(self._rows) and not new and not grows:
             return False
         rows = _place(0, active, [(a.row, a.source) for a in new])
         prefixes = _place(len(rows), self._prefixes([row for row, _ in rows]), [])
+        self._drop_prompts([row for row, _ in rows])
         self._rows, self._kept = [row for row, _ in rows], [tokens for tokens, _ in prefixes]
         before = self._decoder.cache.columns
         self._fit_cache([source for _, source in [*rows, *prefixes]])
         if at_once := [(a.row, a.group) for a in new if a.group is not None]:
             self._start(at_once)
         return self._decoder.cache.columns > before > 0
+
+    def _drop_prompts(self, staying: Sequence[ActiveSequence]) -> None:
+        """Frees shared prompts that no row continues any longer, once they are half of those of a pass."""
+        for row in {*self._rows} - {*staying}:
+            row.shared = None
+        rows: dict[SharedPrompts, list[ActiveSequence]] = {}
+        for row in staying:
+            if row.shared is not None:
+                rows.setdefault(row.shared[0], []).append(row)
+        for prompts, group in rows.items():
+            used = sorted({row.shared[1] for row in group if row.shared is not None})
+            if 2 * len(used) <= len(prompts.lengths):
+                fewer, place = prompts.select(used), {old: new for new, old in enumerate(used)}
+                for row in group:
+                    if row.shared is not None:
+                        row.shared = fewer, place[row.shared[1]]
 
     def _clear_failed(self) -> None:
         """Removes the keys of rows without an answer: they may be NaN, which a mask hides from no later row."""
@@ -350,9 +392,9 @@ class Scheduler:
         active = {i: row for i, row in enumerate(self._rows) if not row.done}
         if self._limits.reserve:
             return active
-        while len(active) > 1 and len(active) * _next_columns([*active.values()]) > self._budget:
+        while len(active) > 1 and self._tokens([*active.values()]) > self._budget:
             newest = max(active, key=lambda i: active[i].arrival)
-            active[newest].filled = 0
+            active[newest].leave_cache()
             self._aside.appendleft(active.pop(newest))
         return active
 
@@ -375,6 +417,10 @@ class Scheduler:
             return max([*(row.columns for row in rows), *kept], default=0)
         return _next_columns(rows, kept)
 
+    def _tokens(self, rows: Sequence[ActiveSequence]) -> int:
+        """Returns the number of tokens that rows take of the budget, with the prompts that they share."""
+        return len(rows) * self._need(rows) + _shared_tokens(rows)
+
     def _take_waiting(self, running: list[ActiveSequence]) -> list[_Admission]:
         """Removes and returns the waiting rows that fit beside the running ones: first come, first served.
 
@@ -388,8 +434,7 @@ class Scheduler:
         chunk = self._chunk  # prompt tokens that may still run at once in this step
 
         def fits(row: ActiveSequence) -> bool:
-            rows = len(running) + 1
-            return rows <= self._max_rows and rows * self._need([*running, row]) <= self._budget
+            return len(running) < self._max_rows and self._tokens([*running, row]) <= self._budget
 
         def take(admission: _Admission) -> None:
             if admission.group is None:
@@ -407,15 +452,20 @@ class Scheduler:
                 if source is None:
                     group.logits = None  # all its running rows may have ended while a longer one waited for room
                 new = source is None
+                if new:
+                    group.shares = self._may_share and len(group.rows) > 1 and length >= _SHARED_PROMPT
                 while group.rows:
                     row = group.rows[0]
                     if row.done:
                         group.rows.popleft()
                         continue
+                    row.base = length if group.shares else 0
                     if not fits(row):
                         group.blocked += 1
                         break
                     admission = _Admission(row, group, source)
+                    if source is not None and group.shares:
+                        row.shared, admission = self._rows[source].shared, _Admission(row, group)
                     if new:
                         if start in filling or (chunk < length <= self._chunk and chunk < self._chunk):
                             break  # it will copy that row's keys, or its turn comes in the next step
@@ -451,8 +501,8 @@ class Scheduler:
         """Moves rows within the cache, and enlarges it if the rows with one more token each do not fit."""
         cache, rows = self._decoder.cache, self._rows
         kept = [len(tokens) for _, tokens in self._kept]
-        lengths = [*(row.position + 1 for row in rows), *kept]
-        slots, columns = len(lengths), max([*(row.position + 2 for row in rows), *kept], default=0)
+        lengths = [*(row.column + 1 for row in rows), *kept]
+        slots, columns = len(lengths), max([*(row.column + 2 for row in rows), *kept], default=0)
         if slots > cache.slots or columns > cache.columns:
             most = max([*(row.columns for row in rows), *kept])
             columns = _next_columns(rows, kept)
@@ -461,6 +511,8 @@ class Scheduler:
                 slots = max(slots, min(2 * cache.slots, self._max_rows, room))
         else:
             slots, columns = cache.slots, cache.columns
+        if slots * columns + _shared_tokens(rows) > self._budget:  # earlier rows had longer columns of their own
+            slots, columns = len(lengths), _next_columns(rows, kept)
         in_use = [length for length, source in zip(lengths, sources, strict=True) if source is not None]
         cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
 
@@ -470,9 +522,14 @@ def _run(row: ActiveSequence) -> Start:
     return row.adapter, tuple(row.tokens(0, row.filled))
 
 
+def _shared_tokens(rows: Sequence[ActiveSequence]) -> int:
+    """Returns the number of tokens of the prompts that rows share."""
+    return sum(len(prompt) for _, prompt in {row.start for row in rows if row.base})
+
+
 def _next_columns(rows: Sequence[ActiveSequence], kept: Sequence[int] = ()) -> int:
     """Returns the number of columns that rows take for their next tokens, beside finished ones of some lengths."""
-    columns = max([*(row.position + 2 for row in rows), *kept], default=0)
+    columns = max([*(row.column + 2 for row in rows), *kept], default=0)
     most = max([*(row.columns for row in rows), *kept], default=0)
     return min(-(-columns // _GRAIN) * _GRAIN, most)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.models.backbone import vocabulary_size
 from lightning_rlhf.rollout.detokenizer import Detokenizer, decode, tail
+from lightning_rlhf.rollout.kv_cache import Shared
 from lightning_rlhf.rollout.types import Completion, Request, Sampling, Token
 from lightning_rlhf.utils.random import sample_key
 
@@ -40,6 +41,8 @@ class ActiveSequence:
         logprobs: Their log-probs.
         arrival: Number of rows that were submitted before.
         filled: Number of tokens, prompt included, whose keys and values the engine's cache has.
+        base: Number of first tokens whose keys it shares with other rows, so that its own begin after them.
+        shared: The prompt that it then continues.
         done: The completion has finished, failed or been cancelled.
         error: Why it failed.
         future: Gets the completion or an error. Cancelling it ends the row.
@@ -60,7 +63,8 @@ class ActiveSequence:
         self.alternatives, self.adapter = alternatives, adapter
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.arrival = self.filled = 0
+        self.arrival = self.filled = self.base = 0
+        self.shared: Shared | None = None
         self.error: BaseException | None = None
         self._likeliest: list[Sequence[tuple[int, float]]] = []
         self.future: Future[Completion] = Future()
@@ -79,6 +83,15 @@ class ActiveSequence:
     def position(self) -> int:
         """Position of the last token."""
         return len(self.prompt) + len(self.ids) - 1
+
+    @property
+    def column(self) -> int:
+        """Column of the last token among the row's own."""
+        return self.position - self.base
+
+    def leave_cache(self) -> None:
+        """The row loses its keys: all its tokens run again, into columns of its own."""
+        self.filled, self.base, self.shared = 0, 0, None
 
     @property
     def succeeded(self) -> bool:
@@ -102,8 +115,8 @@ class ActiveSequence:
 
     @property
     def columns(self) -> int:
-        """Maximum number of positions that the row can fill."""
-        return len(self.prompt) + self.sampling.max_new_tokens
+        """Maximum number of its own columns that the row can fill."""
+        return len(self.prompt) + self.sampling.max_new_tokens - self.base
 
     @property
     def noise_key(self) -> int:

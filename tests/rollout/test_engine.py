@@ -4,7 +4,9 @@ import functools
 import itertools
 import logging
 import random
+import weakref
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from lightning_rlhf.models import Policy
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request, Sampling, sample_key, scheduler
 from lightning_rlhf.rollout import engine as module
-from lightning_rlhf.rollout.kv_cache import Decoder, SlotCache
+from lightning_rlhf.rollout.kv_cache import Decoder, SharedPrompts, SlotCache
 
 OLD = transformers.__version__.startswith("4.")
 FAMILIES = {
@@ -35,6 +37,12 @@ FAMILIES = {
     "Mamba": ("Mamba", {}),
 }
 UNCACHED = {"Bloom", "Mamba"} | ({"GPT2"} if OLD else set())
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_are_shared(monkeypatch):
+    """Rows of one prompt share its keys, though it is short here; prompts with one row have all their own."""
+    monkeypatch.setattr(scheduler, "_SHARED_PROMPT", 1)
 
 
 def ids(groups):
@@ -154,11 +162,24 @@ def test_whole_completions_have_the_exact_distribution(make_model, tiny_tokenize
 # ------------------------------------------------------------------------------------------------- the work it does
 
 
+def watch_shared_prompts(monkeypatch):
+    """A function that counts the positions that are held for several rows."""
+    made, init = weakref.WeakSet(), SharedPrompts.__init__
+
+    def note_init(self, *args):
+        made.add(self)
+        init(self, *args)
+
+    monkeypatch.setattr(SharedPrompts, "__init__", note_init)
+    return lambda: sum(keys[0].shape[0] * keys[0].shape[2] for keys in (prompts.keys for prompts in made) if keys)
+
+
 @pytest.fixture
 def work(monkeypatch):
     """Prompts that were run, rows of each step, and the cache's sizes."""
     seen = dict(prompts=[], batches=[], steps=[], sizes=[])
     prefill, decode, arrange = Decoder.prefill, Decoder.decode, SlotCache.arrange
+    held_once = watch_shared_prompts(monkeypatch)
 
     def note_prefill(self, prompts, *others):
         seen["prompts"] += map(tuple, prompts)
@@ -167,13 +188,17 @@ def work(monkeypatch):
 
     def note_decode(self, tokens, positions, *others):
         seen["steps"].append(len(tokens))
-        assert max(positions) < self.cache.columns
+        shared = others[1] if len(others) > 1 and others[1] else [None] * len(positions)
+        bases = [0 if place is None else place[0].lengths[place[1]] for place in shared]
+        assert max(p - base for p, base in zip(positions, bases, strict=True)) < self.cache.columns
+        seen["shared"] = seen.get("shared", 0) + sum(place is not None for place in shared)
+        seen["sizes"].append(self.cache.slots * self.cache.columns + held_once())
         return decode(self, tokens, positions, *others)
 
     def note_arrange(self, sources, slots, columns, width):
         arrange(self, sources, slots, columns, width)
         held = max((keys.shape[0] * keys.shape[2] for keys in self._keys), default=0)
-        seen["sizes"].append(max(held, slots * columns))
+        seen["sizes"].append(max(held, slots * columns) + held_once())
 
     monkeypatch.setattr(Decoder, "prefill", note_prefill)
     monkeypatch.setattr(Decoder, "decode", note_decode)
@@ -210,6 +235,7 @@ def test_the_budget_is_never_exceeded(budget, ready, prompts, tiny_tokenizer, wo
     CachedEngine(max_live_tokens=budget).generate(ready, tiny_tokenizer, requests(prompts, 4), Sampling(16), [1, 2, 3])
     assert 0 < max(work["sizes"]) <= budget
     assert max(work["steps"]) >= budget // (14 + 16)
+    assert work["shared"] > 0 or budget < 64
 
 
 @pytest.mark.parametrize("limits", [dict(), dict(max_rows=4), dict(max_live_tokens=150)], ids=str)
@@ -260,6 +286,24 @@ def test_memory_is_given_back(ready, prompts, tiny_tokenizer):
         while session.busy:
             session.step()
         assert cache.slots * cache.columns == 0 and not cache._keys  # although the session is still open
+
+
+def test_prompts_are_given_back_when_their_rows_end(ready, tiny_tokenizer, work, monkeypatch):
+    """Half of the prompts of a pass at the latest; and all of them where memory has a limit."""
+    count = watch_shared_prompts(monkeypatch)
+    asked = [Request([3 + (i + 5 * k) % 90 for i in range(40)], [k, k + 50]) for k in range(6)]
+    for limit in (None, 5000):
+        held = []
+        with CachedEngine(max_live_tokens=limit).session(ready, tiny_tokenizer) as session:
+            for k, request in enumerate(asked):
+                session.submit(request, Sampling(4 * k + 2, min_new_tokens=4 * k + 2), [1])
+            while session.busy:
+                session.step()
+                running = len({row.prompt for row in session._rows if not row.done})
+                held.append((count() / 40, running))
+        assert max(held)[0] == 6 and count() == 0
+        for (_, before), (n, _) in pairwise(held):  # a step removes rows that ended in the one before
+            assert n <= (2 * before if limit is None else before), held
 
 
 # ------------------------------------------------------------------------------------------------- stops

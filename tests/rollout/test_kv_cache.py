@@ -1,11 +1,12 @@
 """Rows keep their keys when they move, and every layer sees what its window allows."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
-from lightning_rlhf.rollout.kv_cache import SlotCache, cut_rows, slot_attention
+from lightning_rlhf.rollout.kv_cache import SharedPrompts, SlotCache, cut_rows, slot_attention
 
 
 def filled(rows=4, columns=6):
@@ -20,7 +21,7 @@ def filled(rows=4, columns=6):
 
 
 def held(cache, rows, column=0):
-    with cache.decoding(torch.full((rows,), cache.columns - 1), cache.columns):
+    with cache.decoding([cache.columns - 1] * rows, torch.device("cpu")):
         keys, values = cache.update(torch.zeros(rows, 2, 1, 3), torch.zeros(rows, 2, 1, 2), 1)
     assert torch.equal(keys[:, 0, column, 0], -values[:, 1, column, 1])
     return keys[:, 0, column, 0].tolist()
@@ -81,11 +82,51 @@ def test_attention_equals_attention_written_out(window, softcap, sinks, heads):
         torch.testing.assert_close(out[row, position], by_hand(row, position), atol=1e-5, rtol=1e-5)
     positions = torch.tensor([5, 2])  # the second prompt's padding lies behind, and is overwritten
     at = positions[:, None, None, None]
-    with cache.decoding(positions, 6):
+    with cache.decoding(positions.tolist(), positions.device):
         k, v = cache.update(key.take_along_dim(at, 2), value.take_along_dim(at, 2), 0)
         out, _ = slot_attention(module, query.take_along_dim(at, 2), k, v, None, **options)
     for row, position in [(0, 5), (1, 2)]:
         torch.testing.assert_close(out[row, 0], by_hand(row, position), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_share_a_prompt_attend_to_it_and_to_their_own(window, softcap, sinks):
+    """Rows continue prompts of two passes, and one has all of its keys; heads are grouped. By hand, in float64."""
+    torch.manual_seed(0)
+    lengths, of_row, own = {"a": [5, 2], "b": [4]}, [("a", 0), ("b", 0), ("a", 1), ("a", 0), None], [1, 3, 2, 1, 4]
+    draw = partial(torch.randn, dtype=torch.float64)
+    passes = {name: (draw(len(n), 2, max(n), 8), draw(len(n), 2, max(n), 8)) for name, n in lengths.items()}
+    keys, values, query = draw(5, 2, 4, 8), draw(5, 2, 4, 8), draw(5, 4, 1, 8)
+    sink = draw(4) if sinks else None
+    cache, module = SlotCache(), torch.nn.Module()
+    cache.arrange([None] * 5, 5, 4, 0)
+    prompts = {name: SharedPrompts(n) for name, n in lengths.items()}
+    for name, (k, v) in passes.items():
+        none = torch.zeros(0, dtype=torch.long)
+        with cache.prefilling(none, none, max(lengths[name]), prompts[name]):
+            cache.update(k, v, 0)
+    bases = [0 if place is None else lengths[place[0]][place[1]] for place in of_row]
+    shared = [None if place is None else (prompts[place[0]], place[1]) for place in of_row]
+    for step in range(4):  # earlier tokens first; a row that has less runs its last one again
+        at = [min(step, n - 1) for n in own]
+        where = torch.tensor(at)[:, None, None, None]
+        with cache.decoding([b + c for b, c in zip(bases, at, strict=True)], keys.device, shared=shared):
+            k, v = cache.update(keys.take_along_dim(where, 2), values.take_along_dim(where, 2), 0)
+            options = dict(scaling=0.3, sliding_window=window, softcap=softcap, s_aux=sink)
+            out, _ = slot_attention(module, query, k, v, None, **options)
+    for row, (place, base, n) in enumerate(zip(of_row, bases, own, strict=True)):
+        k, v = keys[row, :, :n], values[row, :, :n]
+        if place is not None:
+            name, i = place
+            k, v = (torch.cat([t[i, :, :base], mine], 1) for t, mine in zip(passes[name], (k, v), strict=True))
+        first = 0 if window is None else max(0, base + n - window)
+        k, v = (t[:, first:].repeat_interleave(2, 0) for t in (k, v))
+        logits = (k @ query[row, :, 0, :, None])[..., 0] * 0.3
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        weights = (torch.cat([logits, sink[:, None]], -1) if sinks else logits).softmax(-1)[:, : k.shape[1]]
+        torch.testing.assert_close(out[row, 0], (weights[..., None] * v).sum(1), atol=1e-12, rtol=1e-12)
 
 
 def test_rows_are_cut_where_the_fewest_columns_are_read():

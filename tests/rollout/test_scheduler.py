@@ -256,9 +256,9 @@ def passes(monkeypatch):
     def watch(name, count):
         real = getattr(Decoder, name)
 
-        def counted(self, *args):
+        def counted(self, *args, **options):
             seen.append((name, count(*args)))
-            return real(self, *args)
+            return real(self, *args, **options)
 
         monkeypatch.setattr(Decoder, name, counted)
 
@@ -479,9 +479,9 @@ def test_a_long_prompt_does_not_widen_the_steps_of_short_rows(policy, tiny_token
     monkeypatch.setattr(Decoder, "pass_bytes", 0)
     widths, decoding = [[]], SlotCache.decoding  # of each step
 
-    def watched(self, positions, width, first=0):
-        widths[-1].append((len(positions), width))
-        return decoding(self, positions, width, first)
+    def watched(self, positions, device, first, shared):
+        widths[-1].append((len(positions), max(positions) + 1))
+        return decoding(self, positions, device, first, shared)
 
     monkeypatch.setattr(SlotCache, "decoding", watched)
     long = [5 + i % 90 for i in range(60)]
@@ -505,6 +505,7 @@ def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tin
     draw = random.Random(seed)
     monkeypatch.setattr(scheduler, "_GRAIN", 8)
     monkeypatch.setattr(scheduler, "_SHARED", 2)
+    monkeypatch.setattr(scheduler, "_SHARED_PROMPT", draw.choice([1, 4, 1000]))
     if seed % 2:
         monkeypatch.setattr(Decoder, "pass_bytes", 0)  # long rows and short ones run apart
     stems = [[draw.randrange(300) for _ in range(draw.choice([1, 4, 20]))] for _ in range(3)]
