@@ -368,9 +368,10 @@ class ColossalAIStrategy(DDPStrategy):
 
     def _join_models(self) -> None:
         """Makes the module's models whole again. Optimizer states stay cut; checkpoints join them."""
-        if self.tensor_parallel is None or not self.tensor_parallel.active:
+        if self._mesh is None or self.tensor_parallel is None:
             return
-        self.tensor_parallel.undo(weights=not self._failed)
+        if self.tensor_parallel.active:
+            self.tensor_parallel.undo(weights=not self._failed)
         assert self.lightning_module is not None
         for part in self.lightning_module.modules():
             if isinstance(part, Metric):
