@@ -338,11 +338,11 @@ ON_FOUR = {
 
 def main(out, names):
     dist.init_process_group("gloo", init_method="env://", rank=int(os.environ["LOCAL_RANK"]),
-                            timeout=timedelta(seconds=60))  # fmt: skip
-    mesh = make_mesh(dist.get_world_size(), timedelta(seconds=60))
+                            timeout=timedelta(seconds=300))  # fmt: skip
+    mesh = make_mesh(dist.get_world_size(), timedelta(seconds=300))
     found = {}
     with open(Path(out) / f"rank{dist.get_rank()}.txt", "w", buffering=1) as log:
-        faulthandler.dump_traceback_later(240, exit=True, file=log)
+        faulthandler.dump_traceback_later(600, exit=True, file=log)
         for name in names or CASES:
             log.write(f"{time.process_time():.1f} s {name}\n")
             try:

@@ -152,13 +152,13 @@ def runs(tiny_model_dir, tmp_path_factory):
         (out / name).mkdir()
         one.run(str(tiny_model_dir), str(out / name), **options)
     meshed = {
-        f"{name}, tp": dict(options, devices=2, strategy={"plugin": plugin, "tp": 2})
+        f"{name}, tp": dict(options, devices=2, strategy={"plugin": plugin, "tp": 2, "timeout": 600})
         for name, (options, plugin) in STAGES.items()
     }
     resumed = dict(stage="sft", max_steps=4, lora=True, checkpointing=True, devices=2)
     for name, plugin in (("sft lora", "zero1"), ("sft lora, tp", "zero2")):
         meshed[f"{name}, resumed on ranks"] = dict(
-            resumed, strategy={"plugin": plugin, "tp": 2}, ckpt=str(out / name / "step=2.ckpt")
+            resumed, strategy={"plugin": plugin, "tp": 2, "timeout": 600}, ckpt=str(out / name / "step=2.ckpt")
         )
     start(tiny_model_dir, out, meshed)
     (out / "resumed on one").mkdir()
@@ -253,7 +253,7 @@ def test_copies_with_different_data(tiny_model_dir, tmp_path):
     start(tiny_model_dir, tmp_path, chosen)
     plugins = {"sft": "zero2", "reward": "ddp", "ppo": "zero1", "ppo lora": "zero2", "grpo": "ddp", "kto": "zero1"}
     meshed = {
-        f"{name}, tp": dict(options, devices=4, strategy={"plugin": plugins[name], "tp": 2})
+        f"{name}, tp": dict(options, devices=4, strategy={"plugin": plugins[name], "tp": 2, "timeout": 600})
         for name, options in chosen.items()
     }
     start(tiny_model_dir, tmp_path, meshed)
@@ -266,7 +266,7 @@ def test_twenty_steps_in_double_precision(tiny_model_dir, tmp_path):
     run = dict(stage="sft", max_steps=20, clip=0.3, precision="64-true", lr=1e-2)
     both = {"full": run, "lora": dict(run, lora=True)}
     start(tiny_model_dir, tmp_path, both)
-    mesh = dict(devices=2, strategy={"plugin": "ddp", "tp": 2})
+    mesh = dict(devices=2, strategy={"plugin": "ddp", "tp": 2, "timeout": 600})
     start(tiny_model_dir, tmp_path, {f"{name}, tp": dict(options, **mesh) for name, options in both.items()})
     for name in both:
         a, b = (torch.load(tmp_path / place / "weights.pt") for place in (f"{name}, tp", name))
@@ -277,7 +277,7 @@ def test_twenty_steps_in_double_precision(tiny_model_dir, tmp_path):
 def test_bf16_curves(tiny_model_dir, tmp_path):
     run = dict(stage="sft", max_steps=8, lr=1e-3, precision="bf16-mixed")
     start(tiny_model_dir, tmp_path, {"one": run})
-    mesh = {p: dict(run, devices=2, strategy={"plugin": p, "tp": 2}) for p in ("ddp", "zero2")}
+    mesh = {p: dict(run, devices=2, strategy={"plugin": p, "tp": 2, "timeout": 600}) for p in ("ddp", "zero2")}
     start(tiny_model_dir, tmp_path, mesh)
     for name in mesh:
         assert largest_difference(curve(tmp_path / name), curve(tmp_path / "one")) < 3e-2
@@ -296,6 +296,6 @@ def test_a_killed_rank_ends_the_others(tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_world_that_the_ranks_of_a_copy_do_not_divide(tiny_model_dir, tmp_path):
-    run = dict(stage="sft", max_steps=2, strategy={"plugin": "ddp", "tp": 2})
+    run = dict(stage="sft", max_steps=2, strategy={"plugin": "ddp", "tp": 2, "timeout": 600})
     done = start(tiny_model_dir, tmp_path, {"one": run}, check=False)
     assert "tp=2 does not divide the 1 processes of the run" in done.stderr
