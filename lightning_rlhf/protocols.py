@@ -126,6 +126,13 @@ class KnowsLengths(Protocol):
 
 
 @runtime_checkable
+class ChecksValidation(Protocol):
+    """``check_validation`` warns before training if nothing is validated, and names the callbacks that wait."""
+
+    def check_validation(self) -> None: ...  # noqa: D102
+
+
+@runtime_checkable
 class GivesPrompts(KnowsLengths, Protocol):
     """``batch_size`` prompts per iteration; ``beside`` has the data modules of ``ptx`` and ``pairs``, if there are."""
 

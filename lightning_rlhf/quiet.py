@@ -21,6 +21,7 @@ _WARNED = (
     r"`is_gradient_checkpointing` is deprecated",  # peft calls it
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning calls it
     r"The '\w+' does not have many workers",  # packing is cheap
+    r"Total length of `list` across ranks is zero",  # no validation rows, which the data module says
     r"The dirpath has changed from",  # a resumed run logs to a new version_N
     r"`torch\.jit\.script_method` is deprecated",
 )

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.models.saving import save_pretrained
-from lightning_rlhf.protocols import stop_tokens_of
+from lightning_rlhf.protocols import ChecksValidation, stop_tokens_of
 from lightning_rlhf.strategies import whole_state_dict
 from lightning_rlhf.utils.collectives import all_ranks, gather_objects
 from lightning_rlhf.utils.filesystem import check_replaceable
@@ -58,7 +58,7 @@ class HFExport(L.Callback):
         self.dirpath, self.when, self.monitor, self.mode = dirpath, when, monitor, mode
         self.adapter_only, self.max_shard_size = adapter_only, max_shard_size
         self.best: float | None = None
-        self._validated = False
+        self._validated = self._validates = False
 
     @property
     def state_key(self) -> str:
@@ -100,13 +100,16 @@ class HFExport(L.Callback):
             DataError: ``when`` is ``best``, but nothing is validated.
         """
         self._validated = False
-        validates = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
-        if validates or not self._watches:
+        self._validates = trainer.enable_validation and (
+            trainer.val_dataloaders is None or any(trainer.num_val_batches)
+        )
+        if self._validates or not self._watches:
             return
         reason = f"HFExport: nothing is validated, so {self.monitor} is not logged and 'best' is not written"
         if self.when == "best":
             raise DataError(f"{reason}. Add validation data, or set when: end.")
-        rank_zero_warn(f"{reason}. Only 'last' is written, at the end.")
+        if not isinstance(getattr(trainer, "datamodule", None), ChecksValidation):  # it has said so
+            rank_zero_warn(f"{reason}. Only 'last' is written, at the end.")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports if the metric has improved.
@@ -143,7 +146,7 @@ class HFExport(L.Callback):
         if self.when != "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._export(trainer, pl_module, "last")
             rank_zero_info(f"Hugging Face model: {self._path(trainer, 'last')}")
-        if self._watches and self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._watches and self._validates and self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             reason = (
                 f"{self.monitor} was never a number"
                 if self._validated

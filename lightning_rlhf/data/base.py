@@ -261,7 +261,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             self._rows[part] = self._tokenized(part)
         self._report_keys(new)
         if stage in ("fit", None):
-            self._check_validation()
+            self.check_validation()
         elif not len(self._rows[part := self._parts(stage)[0]]):
             raise DataError(f"There are no {part} rows. {self._none_held_out()} Give data.{part}.")
 
@@ -542,7 +542,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
                 f"{start}{extra_stops} rows have answers with their own stop tokens; each answer is trained with one."
             )
 
-    def _check_validation(self) -> None:
+    def check_validation(self) -> None:
         """Warns that nothing will be validated, if the user asked for it or a callback waits for it."""
         off = getattr(self.trainer, "limit_val_batches", None) == 0
         if self.name or not (off or not len(self._rows["val"])):
@@ -551,7 +551,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             c for c in getattr(self.trainer, "callbacks", ()) if str(getattr(c, "monitor", "")).startswith("val/")
         ]
         why = "trainer.limit_val_batches is 0." if off else self._none_held_out()
-        remedy = "Raise it" if off else "Give data.val"
+        remedy = "Raise it" if off else "Give data.val, or raise data.val_fraction"
         for callback in waiting:
             if isinstance(callback, EarlyStopping) and callback.strict:
                 raise DataError(
@@ -573,11 +573,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         for item in self._all_items("train"):
             rows += 1
             openings.add(self.first_user_turn(item))
-        ways = "1 first user turn" if len(openings) == 1 else f"{len(openings):,} first user turns"
-        return (
-            f"val_fraction={self.val_fraction} holds out none of the {rows:,} rows for validation: rows with the same "
-            f"first user turn stay together, and these rows have {ways}."
-        )
+        if len(openings) == 1:
+            why = "rows with the same first user turn stay together, and these rows have 1 first user turn"
+        else:
+            why = f"each of their {len(openings):,} first user turns is drawn with this chance, and none was"
+        return f"val_fraction={self.val_fraction} holds out none of the {rows:,} rows for validation: {why}."
 
     def _stores(self, part: str) -> list[Path]:
         """The folder of tokenized rows of each of the part's sources; made if it is missing."""

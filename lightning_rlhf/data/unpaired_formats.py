@@ -151,6 +151,9 @@ def to_unpaired(
         return _taken_apart(to_preference(row, format, system), threshold, labeled)
     if not single and not labeled and format == "auto":
         return _unlabeled(row, system)
+    empty = next((name for name in _JUDGED if name in row and row[name] is None), None)
+    if labeled and not single and empty and UNPAIRED_FORMATS.detect({**row, empty: True}):
+        raise FormatError("no label", f"the column {empty!r} is empty. Make it true or false, or remove the row")
     chosen = UNPAIRED_FORMATS.choose(row, format)
     check_columns(row)
     prompt, answer = chosen.convert(row)

@@ -95,6 +95,7 @@ GOOD = {"prompt": "q", "completion": "a", "label": True}
         ("label", "the column 'label' is 'good'", {**GOOD, "label": "good"}),
         ("label", "the column 'kto_tag' is nan", {**GOOD, "kto_tag": math.nan}),
         ("two labels", "'label' and 'kto_tag' differ", {**GOOD, "kto_tag": False}),
+        ("no label", "'label' is empty. Make it true or false", {"prompt": "q", "completion": "a", "label": None}),
         ("no threshold", "'rating' is a number, and nothing says", {"prompt": "q", "completion": "a", "rating": 4}),
         ("empty turn", r"with the answer, turn 2 \(assistant\) is empty", {**GOOD, "completion": " "}),
         ("no user turn", "doesn't follow a user", {"prompt": [U, BACK[0]], "completion": [U, A], "label": True}),
