@@ -307,7 +307,7 @@ def consolidate(directory: str | os.PathLike[str], file: str | os.PathLike[str])
             size = torch.Size(shape).numel()
             value = source.read(number, name, 0, size).view(shape)
             for alias in aliases[name]:
-                checkpoint["state_dict"][f"{path}.{alias}"] = value
+                checkpoint["state_dict"][f"{path}.{alias}" if path else alias] = value
             states[index] = {
                 k: source.read(number, name, 0, size, k).view(shape) if v is None else torch.as_tensor(float(v))
                 for k, v in source.states(number, name).items()

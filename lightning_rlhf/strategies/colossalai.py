@@ -1,4 +1,4 @@
-"""ColossalAI's ZeRO and Gemini as a Lightning strategy that boosts each trained child of a module."""
+"""ColossalAI's ZeRO and Gemini as a Lightning strategy that shards what each optimizer of a module trains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
@@ -29,16 +29,13 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_rlhf.strategies import checkpoints
-from lightning_rlhf.strategies.optimizer import ShardedOptimizer
+from lightning_rlhf.strategies.backward import Backward
+from lightning_rlhf.strategies.gemini import GeminiBoosted
+from lightning_rlhf.strategies.optimizer import ShardedOptimizer, refuse_optimizer, sharded_optimizer
 from lightning_rlhf.strategies.parallel import Mesh, TensorParallel, make_mesh
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
-from lightning_rlhf.strategies.sharded import (
-    Boosted,
-    GeminiBoosted,
-    ZeroBoosted,
-    is_persistent,
-    named_buffers,
-)
+from lightning_rlhf.strategies.sharded import Boosted, ZeroBoosted, container, is_persistent, named_buffers
+from lightning_rlhf.strategies.trained import Part, find_trained
 from lightning_rlhf.utils.collectives import set_copies
 
 #: Names that are registered with Lightning, and their arguments.
@@ -69,10 +66,9 @@ class ColossalAIStrategy(DDPStrategy):
     * ``zero2`` also shards gradients, which are reduced after each backward pass.
     * ``gemini`` also shards weights, in chunks that each pass gathers; bf16 and 16-mixed.
 
-    With all plugins except ``ddp``, each optimizer must train parameters of one child module, and each trained child
-    must have one optimizer. Children that are not trained (references, metrics) are whole on every rank. The module
-    itself is not wrapped: a boosted child keeps its class and its names, and its forward passes run through the plugin.
-    After ``fit`` it is an ordinary module again, whole on every rank.
+    With all plugins except ``ddp``, what an optimizer trains is sharded: children of the module, layers of children, or
+    parameters of the module itself. Other children (references, metrics) are whole on every rank. Nothing is wrapped:
+    children keep their class and their names. After ``fit`` they are ordinary modules again, whole on every rank.
 
     Args:
         plugin: What is sharded. ``docs/strategies.md`` explains how to choose.
@@ -189,7 +185,7 @@ class ColossalAIStrategy(DDPStrategy):
         )
         self.pin_memory, self.max_prefetch, self.min_chunk_elements = pin_memory, max_prefetch, min_chunk_elements
         self.boosted: list[Boosted] = []
-        self._last_used: list[Boosted] = []  # the children that the last backward pass reached
+        self._backward: Backward | None = None
         self._failed = False
         self.timeout = timeout
         self._mesh: Mesh | None = None
@@ -294,11 +290,11 @@ class ColossalAIStrategy(DDPStrategy):
         return None if self._mesh is None else self._mesh.data.group
 
     def setup(self, trainer: Trainer) -> None:
-        """Builds the plugin and boosts the trained children. Outside ``fit`` it only moves the module to the device.
+        """Builds the plugin and shards what optimizers train. Outside ``fit`` it only moves the module to the device.
 
         Raises:
-            ValueError: Optimizers and children do not match, the module overrides ``backward``, or a callback reads
-                sharded weights.
+            ValueError: An optimizer cannot be sharded, the module overrides ``backward``, or a callback reads sharded
+                weights.
         """
         module = self.lightning_module
         assert self.accelerator is not None and module is not None
@@ -325,10 +321,12 @@ class ColossalAIStrategy(DDPStrategy):
         if self._mesh is None:
             self._broadcast_weights(module)
         self.setup_optimizers(trainer)
-        pairs = trained_children(module, self.optimizers)
-        self._move_others(module, [child for _, child in pairs])
-        self._boost(pairs)
-        self.optimizers = [ShardedOptimizer(b) for b in self.boosted]
+        found = find_trained(module, self.optimizers)
+        for optimizer in self.optimizers:
+            refuse_optimizer(optimizer)
+        self._move_others(module, [part for parts in found for part in parts.values()])
+        self._boost(found)
+        self.optimizers = [sharded_optimizer(b) for b in self.boosted]
         self.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
@@ -427,17 +425,17 @@ class ColossalAIStrategy(DDPStrategy):
         if self.boosted:
             self._broadcast_buffers()
 
-    def _move_others(self, module: nn.Module, children: list[nn.Module]) -> None:
-        """Moves all other modules to the device. The plugin moves trained children, which may not fit whole."""
-        theirs = {id(m) for child in children for m in child.modules()}
+    def _move_others(self, module: nn.Module, parts: list[Part]) -> None:
+        """Moves all other modules to the device. The plugin moves what is trained, which may not fit whole."""
+        theirs = {id(m) for part in parts if isinstance(part, nn.Module) for m in part.modules()}
+        theirs |= {id(part) for part in parts}
         for part in module.modules():
             if id(part) not in theirs:
-                for tensors in (part._parameters, part._buffers):
-                    for tensor in tensors.values():
-                        if tensor is not None:
-                            tensor.data = tensor.data.to(self.root_device)
+                for tensor in chain(part._parameters.values(), part._buffers.values()):
+                    if tensor is not None and id(tensor) not in theirs:
+                        tensor.data = tensor.data.to(self.root_device)
 
-    def _boost(self, pairs: list[tuple[str, nn.Module]]) -> None:
+    def _boost(self, found: list[dict[str, Part]]) -> None:
         if self.root_device.type == "cpu":
             from lightning_rlhf.strategies import cpu
 
@@ -445,11 +443,18 @@ class ColossalAIStrategy(DDPStrategy):
         plugin = self._make_plugin()
         kind = GeminiBoosted if self.plugin_name == "gemini" else ZeroBoosted
         precision: Any = self.precision_plugin
-        for (path, child), optimizer in zip(pairs, self.optimizers, strict=True):
+        for parts, optimizer in zip(found, self.optimizers, strict=True):
+            path, child = next(iter(parts.items()))
+            if len(parts) > 1 or not isinstance(child, nn.Module):
+                path, child = "", container(parts)
             boosted = kind(
                 path, child, optimizer, plugin, precision.dtype, precision.master_weights, self.tensor_parallel
             )
             self.boosted.append(boosted)
+        if self.plugin_name == "gemini":
+            GeminiBoosted.share_hook(self.boosted, self.lightning_module)  # type: ignore[arg-type]
+            precision.gathering = self.boosted[0].gathering  # type: ignore[attr-defined]
+        self._backward = Backward(self.boosted, self.root_device)
         precision.boosted = True
 
     def _make_plugin(self) -> Any:
@@ -495,10 +500,10 @@ class ColossalAIStrategy(DDPStrategy):
             self._broadcast_buffers()
         for boosted in self.boosted:
             boosted.unboost(weights=not self._failed)
-        self.boosted, self._last_used = [], []
+        self.boosted, self._backward = [], None
         self._join_models()
         if isinstance(self.precision_plugin, ColossalAIPrecision):
-            self.precision_plugin.boosted = False
+            self.precision_plugin.boosted, self.precision_plugin.gathering = False, nullcontext
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
@@ -508,42 +513,25 @@ class ColossalAIStrategy(DDPStrategy):
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Runs a backward pass, and reduces gradients over ranks for each child that it reaches.
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's ``training_step``.
 
         Raises:
-            RuntimeError: The loss depends on no trained child, or on several if the plugin allows only one.
+            RuntimeError: It returned None on this rank, but not on others (automatic optimization).
         """
-        used = [b for b in self.boosted if b.used] or self._last_used
-        if not used:
-            raise RuntimeError(
-                "The loss does not depend on a trained child. Call the child itself, self.child(...), not one of its "
-                f"submodules or methods. Trained children: {', '.join(b.path for b in self.boosted)}."
-            )
-        if len(used) > 1 and (self.plugin_name == "gemini" or used[0].scale != 1):
-            raise RuntimeError(
-                f"The loss depends on {', '.join(b.path for b in used)}, but Gemini and 16-mixed allow one child per "
-                "backward pass. Run the others under no_grad, or use zero2 with another precision."
-            )
-        for b in used:
-            b.used = False
-            b.check_trained()
-        self._last_used = used
-        with ExitStack() as stack:
-            for b in used:
-                stack.enter_context(b.running())  # checkpointed layers run again
-            if isinstance(used[0], GeminiBoosted):
-                if args or any(kwargs.values()):
-                    raise RuntimeError(f"Gemini's backward pass takes no arguments but the loss; got {args or kwargs}.")
-                used[0].backward(loss)
-            else:
-                if (mixin := getattr(used[0].wrapped, "mixed_precision_mixin", None)) is not None:
-                    loss = mixin.pre_backward(loss)
-                loss.backward(*args, **kwargs)
-                for b in self.boosted:
-                    b.flush()  # type: ignore[attr-defined]
-        for b in used:
-            b.has_gradients = True
+        result = super().training_step(*args, **kwargs)
+        if result is None and self._backward is not None and self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
+            self._backward.skip()
+        return result
+
+    def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Runs a backward pass, and reduces gradients over ranks for each optimizer that it reaches.
+
+        Raises:
+            RuntimeError: The loss depends on no trained parameter, or the plugin cannot do what is asked.
+        """
+        assert self._backward is not None
+        self._backward.run(loss, *args, **kwargs)
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
         """Clips gradients over all ranks, like ``torch.nn.utils.clip_grad_norm_``. All ranks must call it.
@@ -574,9 +562,10 @@ class ColossalAIStrategy(DDPStrategy):
     @contextmanager
     def whole_weights(self, child: nn.Module) -> Iterator[None]:
         """Within it, each rank can run a child alone on whole weights, without gradients. All ranks must enter."""
+        its = {id(p) for p in child.parameters()}
         with ExitStack() as stack:
             for boosted in self.boosted:
-                if boosted.child is child:
+                if any(id(slot.parameter) in its for slot in boosted.slots):
                     stack.enter_context(boosted.gathered())
             yield
 
@@ -596,9 +585,9 @@ class ColossalAIStrategy(DDPStrategy):
         state = module.state_dict()
         for boosted in self.boosted:
             found = checkpoints.whole_weights(boosted, exact)
-            trained |= {f"{boosted.path}.{name}": value for name, value in found.items()}
+            trained |= {boosted.full_name(name): value for name, value in found.items()}
             if self.is_global_zero or self.tensor_parallel is not None:
-                state |= {f"{boosted.path}.{name}": value for name, value in boosted.frozen().items()}
+                state |= {boosted.full_name(name): value for name, value in boosted.frozen().items()}
         if self.tensor_parallel is not None:
             rest = state.keys() - self._trained_names().keys()
             state = self.tensor_parallel.whole_state_dict(module, {k: v for k, v in state.items() if k in rest})
@@ -617,7 +606,7 @@ class ColossalAIStrategy(DDPStrategy):
         for boosted in self.boosted:
             names = checkpoints.aliases(boosted)
             for slot in boosted.slots:
-                found |= {f"{boosted.path}.{name}": (boosted, slot) for name in names[slot.name]}
+                found |= {boosted.full_name(name): (boosted, slot) for name in names[slot.name]}
         return found
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -710,50 +699,3 @@ class ColossalAIStrategy(DDPStrategy):
                 optimizer.load_state_dict(self.tensor_parallel.slice_optimizer_state(state, parameters))
         else:
             super().load_optimizer_state_dict(checkpoint)
-
-
-def trained_children(module: LightningModule, optimizers: list[Optimizer]) -> list[tuple[str, nn.Module]]:
-    """Finds the child that each optimizer trains.
-
-    Children of a ``ModuleDict`` or ``ModuleList`` count as the module's own children.
-
-    Args:
-        module: The LightningModule.
-        optimizers: Its optimizers.
-
-    Returns:
-        Path and child, in the order of the optimizers.
-
-    Raises:
-        ValueError: An optimizer trains several children or the module's own parameters, or two optimizers train one
-            child.
-    """
-    owners = {id(p): (path, child) for path, child in _children(module) for p in child.parameters()}
-    found: list[tuple[str, nn.Module]] = []
-    for number, optimizer in enumerate(optimizers):
-        mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        places = {owners[i][0]: owners[i][1] for i in mine if i in owners}
-        if any(i not in owners for i in mine) or len(places) != 1:
-            own = ", ".join(
-                [*places, *(["parameters of the module itself"] if any(i not in owners for i in mine) else [])]
-            )
-            raise ValueError(
-                f"Optimizer {number} of {type(module).__name__} trains {own or 'nothing'}, but under ColossalAI it "
-                "must train exactly one child. Put these parameters into one child module whose forward uses them."
-            )
-        found += places.items()
-    names = [path for path, _ in found]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"Two optimizers of {type(module).__name__} train the same child ({', '.join(names)}), which ColossalAI "
-            "does not support. Use one optimizer with two parameter groups."
-        )
-    return found
-
-
-def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleDict, nn.ModuleList)):
-            yield from _children(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", child

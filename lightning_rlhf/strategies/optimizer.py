@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -91,3 +94,66 @@ class ShardedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.boosted.original!r})"
+
+    def __eq__(self, other: object) -> bool:
+        # callbacks look for the optimizer of a schedule, which is the original, among the Trainer's optimizers
+        return other is self or other is self.boosted.original
+
+    def __hash__(self) -> int:
+        return hash(self.boosted.original)
+
+
+def sharded_optimizer(boosted: Boosted) -> ShardedOptimizer:
+    """Makes a boosted child's optimizer, whose class has the name of the original's, which loggers show.
+
+    Args:
+        boosted: The child.
+    """
+    kind: type[ShardedOptimizer] = type(type(boosted.original).__name__, (ShardedOptimizer,), {})
+    return kind(boosted)
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Refuses optimizers that do not update each element of a parameter by itself, because ranks hold slices.
+
+    It tries: two steps of a tensor must be those of its halves.
+
+    Args:
+        optimizer: The optimizer of the LightningModule.
+
+    Raises:
+        ValueError: It is such an optimizer, or it can't be tried.
+    """
+    kind = type(optimizer)
+    for group in optimizer.param_groups:
+        like = group["params"][0] if group["params"] else torch.zeros(1)
+        values = torch.linspace(-1, 2, 24, dtype=like.dtype, device=like.device).sin()
+        whole = [nn.Parameter(values.clone().view(4, 6))]
+        halves = [nn.Parameter(half.clone()) for half in values.view(2, 12)]
+        try:
+            for parameters in (whole, halves):
+                probe = copy.copy(optimizer)
+                vars(probe).update(
+                    state=defaultdict(dict), param_groups=[{**copy.deepcopy(_settings(group)), "params": parameters}]
+                )
+                vars(probe).update({name: OrderedDict() for name in vars(probe) if name.endswith("_hooks")})
+                for step in range(2):
+                    for n, parameter in enumerate(parameters):
+                        size = parameter.numel()
+                        gradient = torch.arange(n * size, (n + 1) * size, dtype=values.dtype, device=values.device)
+                        parameter.grad = ((gradient + 1 + step) * 0.3).cos().view_as(parameter)
+                    kind.step(probe)
+        except Exception as error:
+            raise ValueError(
+                f"{kind.__name__} cannot step slices of parameters without a closure, but ColossalAI shards them. Use "
+                f"another optimizer, such as torch.optim.AdamW, or ddp. ({type(error).__name__}: {error})"
+            ) from error
+        if not torch.allclose(whole[0].data.flatten(), torch.cat([h.data for h in halves]), atol=1e-5, rtol=1e-4):
+            raise ValueError(
+                f"{kind.__name__} updates the elements of a parameter together, but ColossalAI shards parameters. Use "
+                "an optimizer that updates each element by itself, such as torch.optim.AdamW, or ddp."
+            )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

@@ -60,11 +60,12 @@ class ColossalAIPrecision(Precision):
         self.precision: Any = precision
         self.name, self.dtype, self.master_weights = MODES[precision]
         self.boosted = False  # the strategy sets it while children are boosted
+        self.gathering: Callable[[], AbstractContextManager[Any]] = nullcontext  # Gemini's, while steps run
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Returns autocast, unless the plugin casts weights."""
         if self.boosted or self.dtype is None:
-            return nullcontext()
+            return self.gathering()
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", self.dtype)
 
     def backward(  # type: ignore[override]
@@ -76,17 +77,8 @@ class ColossalAIPrecision(Precision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Runs the closure, clips gradients, and steps.
-
-        Raises:
-            RuntimeError: ``training_step`` returned None under automatic optimization.
-        """
+        """Runs the closure, clips gradients, and steps."""
         result = closure()
-        if model.automatic_optimization and result is None:
-            raise RuntimeError(
-                "training_step returned None, but under ColossalAI a rank cannot skip a step, because the others wait "
-                "for its gradients. Return a loss of zero that depends on the model, such as 0 * out.sum()."
-            )
         self._after_closure(model, optimizer)
         optimizer.step(**kwargs)
         return result

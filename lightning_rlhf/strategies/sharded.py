@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple, NoReturn, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from lightning_rlhf.functional.precision import without_subclass
 from lightning_rlhf.strategies.parallel import TensorParallel
 from lightning_rlhf.utils.collectives import data_ranks
 
@@ -67,42 +66,22 @@ class LocalShard(NamedTuple):
     replicated: bool = False
 
 
-class _Call:
-    """Arguments of a forward pass, hidden from ColossalAI's wrappers."""
+class _Holder(nn.Module):
+    """What a plugin wraps: the parameters. Passes run the child itself."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-
-
-class _Inner(nn.Module):
-    """The module that a plugin wraps: the child's forward without its hooks, which already run outside."""
-
-    def __init__(self, child: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, child: nn.Module) -> None:
         super().__init__()
         self.child = child
-        self._forward = child.forward
-        self._dtype = dtype if getattr(child, "cast_inputs", True) else None
-
-    def forward(self, call: _Call) -> Any:
-        args, kwargs = call.args, call.kwargs
-        if self._dtype is not None:
-            cast = lambda t: t.to(self._dtype) if t.is_floating_point() else t  # noqa: E731
-            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-        return self._forward(*args, **kwargs)
 
 
 class Boosted(ABC):
-    """A child of the LightningModule with its optimizer, sharded by a plugin.
+    """An optimizer and the child of the LightningModule that it trains, sharded by a plugin.
 
-    The child keeps its class and its names. Its calls go through the plugin's wrapper, which the LightningModule does
-    not see. :meth:`unboost` undoes everything.
-
-    Attributes:
-        can_freeze: Whether a parameter may be frozen during training.
-        splits_weights: Whether weights are sharded, so that passes gather them.
+    The child keeps its class and its names. Hooks cast the inputs of its calls, and of direct calls of its submodules.
+    :meth:`unboost` undoes everything.
 
     Args:
-        path: Path of the child in the LightningModule.
+        path: Path of the child in the LightningModule. Empty: the child is a container, as :func:`container` makes it.
         child: The child.
         optimizer: An optimizer of the child's parameters.
         plugin: A ColossalAI plugin.
@@ -110,9 +89,6 @@ class Boosted(ABC):
         master_weights: Whether the optimizer updates fp32 copies of the weights.
         tensor: What cuts parameters over ranks that share a copy of the model. None: nothing does.
     """
-
-    can_freeze: ClassVar[bool] = True
-    splits_weights: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -128,10 +104,13 @@ class Boosted(ABC):
 
         self.ranks, self.tensor = data_ranks(), tensor
         self.path, self.child, self.master_weights = path, child, master_weights
-        self._dtype, self._running = dtype, False
+        self.parts: dict[str, nn.Module | nn.Parameter] = {path: child} if path else vars(child)["placed"]
+        self._dtype, self._in_backward, self._depth = dtype, False, 0
+        self._outermost: nn.Module | None = None  # what is called now
+        self._called: set[int] = set()  # ids of modules that were called directly
+        self._fired: list[int] = []  # numbers of parameters with new gradients, in their order
         self.original = optimizer
-        self.used = False  # whether a forward pass with gradients has run
-        self.bypass = False  # whether calls bypass the wrapper
+        self.bypass = False  # whether calls are left alone
         self.has_gradients = False  # whether there are gradients for the next step
         names = {id(p): name for name, p in child.named_parameters()}
         every = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
@@ -147,8 +126,12 @@ class Boosted(ABC):
         # the plugins cast the whole child; these are only references, because the plugins make new tensors
         self._buffer_dtypes = [(module, name, buffer.dtype) for module, name, buffer in named_buffers(child)]
         self._original_data = {id(p): p.data for p in child.parameters()}
+        self._guards: list[Any] = [
+            slot.parameter.register_post_accumulate_grad_hook(partial(self._note_gradient, i))
+            for i, slot in enumerate(self.slots)
+        ]
         self.booster = Booster(plugin=plugin)
-        self.model, self.wrapped, *_ = self.booster.boost(_Inner(child, dtype), self.prepare(optimizer))
+        self.model, self.wrapped, *_ = self.booster.boost(_Holder(child), self.prepare(optimizer))
         self.attach()
         for (module, name), buffer in constants.items():
             module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
@@ -158,20 +141,109 @@ class Boosted(ABC):
                 self.set_shard(slot, partial(given.reshape(-1).narrow, 0))
         cast = {id(p) for p in child.parameters() if p.dtype != self._original_data.get(id(p), p).dtype}
         self._original_data = {i: weight for i, weight in self._original_data.items() if i in cast}
-        own = child.forward
+        if dtype is not None:
+            self._watch_calls()
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.bypass:
-                return tree_map_only(Tensor, without_subclass, own(*args, **kwargs))
-            self.used = self.used or torch.is_grad_enabled()
-            self.check()
-            with self.running():
-                return tree_map_only(Tensor, without_subclass, self.model(_Call(args, kwargs)))
+    def _watch_calls(self) -> None:
+        """Lets calls of the child, and direct calls of its submodules, cast their inputs."""
+        for top in self.parts.values():
+            if not isinstance(top, nn.Module):
+                continue
+            casts = bool(getattr(top, "cast_inputs", True))
+            for part in top.modules():
+                if any(True for _ in part.parameters()):
+                    # functions instead of methods, so that a copy of the module does not copy self
+                    before = lambda part, args, kwargs, casts=casts: self._before(part, args, kwargs, casts)  # noqa: E731
+                    after = lambda part, args, output: self._after(part)  # noqa: E731
+                    self._guards.append(part.register_forward_pre_hook(before, with_kwargs=True))
+                    self._guards.append(part.register_forward_hook(after, always_call=True))
 
-        child.forward = forward
-        parts = [part for part in child.modules() if part is not child and any(True for _ in part.parameters(False))]
-        # functions instead of methods, so that a copy of the module does not copy self
-        self._guards = [part.register_forward_pre_hook(lambda *call: self._refuse_part(*call)) for part in parts]
+    def _before(self, part: nn.Module, args: Any, kwargs: Any, casts: bool) -> tuple[Any, Any] | None:
+        if self.bypass:
+            return None
+        if self._outermost is not None:
+            self._depth += part is self._outermost
+            return None
+        if self._in_backward and id(part) not in self._called:
+            return None  # a checkpointed layer, which runs again as a part of a call
+        self.begin(part)
+        self._outermost, self._depth = part, 1
+        self._called.add(id(part))
+        if not casts:
+            return None
+        cast = lambda t: t.to(self._dtype) if t.is_floating_point() else t  # noqa: E731
+        cast_args, cast_kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        return cast_args, cast_kwargs
+
+    def _after(self, part: nn.Module) -> None:
+        if part is not self._outermost:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self._outermost = None
+            self.end()
+
+    def begin(self, part: nn.Module) -> None:
+        """Prepares a call.
+
+        Raises:
+            RuntimeError: The plugin does not support it.
+        """
+        return
+
+    def end(self) -> None:
+        """Ends a call."""
+        return
+
+    def release(self) -> None:
+        """Releases what a pass that has no backward pass has gathered."""
+        return
+
+    def pending(self) -> list[nn.Parameter]:
+        """Returns parameters with gradients of former passes that were not reduced yet."""
+        return []
+
+    def order(self) -> list[int]:
+        """Returns what was exchanged since the last call, which must be the same on all ranks."""
+        found, self._fired = self._fired, []
+        return found
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether the next backward pass exchanges gradients."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """The names of what the optimizer trains, for messages."""
+        names = list(self.parts)
+        return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+
+    def full_name(self, name: str) -> str:
+        """Returns the name in the LightningModule of a parameter of the child."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def _note_gradient(self, number: int, parameter: Tensor) -> None:
+        """Notes that a parameter has got a gradient.
+
+        Raises:
+            RuntimeError: Its gradient is sparse, or the strategy does not know of the backward pass.
+        """
+        name = self.full_name(self.slots[number].name)
+        if not self._in_backward:
+            raise RuntimeError(
+                f"{name} got a gradient outside of a backward pass of the strategy. Call self.manual_backward(loss) "
+                "instead of loss.backward()."
+            )
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{name} has a sparse gradient, which ColossalAI cannot shard. Set sparse=False in its nn.Embedding."
+            )
+        self.note_gradient(number)
+
+    @abstractmethod
+    def note_gradient(self, number: int) -> None:
+        """Notes that a slot, by its number, has got a gradient."""
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """Returns an optimizer that the plugin supports."""
@@ -181,54 +253,28 @@ class Boosted(ABC):
         """Notes the objects that the plugin has made."""
         return
 
-    def check(self) -> None:
-        """Refuses a forward pass that the plugin does not support."""
-        return
-
     def check_trained(self) -> None:
-        """Checks before a backward pass that the same parameters are trained as at the start of ``fit``.
+        """Checks before a backward pass that no parameter is trained that was frozen at the start of ``fit``.
 
         Raises:
-            RuntimeError: The trained parameters have changed.
+            RuntimeError: There is such a parameter.
         """
-        changed = [
-            (name, p.requires_grad)
-            for name, p in self.child.named_parameters()
-            if p.requires_grad != self._trainable.get(id(p)) and (p.requires_grad or not self.can_freeze)
-        ]
+        named = self.child.named_parameters()
+        changed = [name for name, p in named if p.requires_grad and not self._trainable.get(id(p), False)]
         if changed:
-            name, trains = changed[0]
-            now, then = ("trained", "frozen") if trains else ("frozen", "trained")
             raise RuntimeError(
-                f"{self.path}.{name} is {now} now, but was {then} at the start of fit, when ColossalAI shards "
-                f"parameters ({len(changed)} such parameters). Set requires_grad before fit, or use ddp."
+                f"{self.full_name(changed[0])} is trained now, but was frozen at the start of fit, when ColossalAI "
+                f"shards parameters ({len(changed)} such parameters). Set requires_grad before fit, or use ddp."
             )
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Within it, submodules of the child may run, because the child itself is running."""
-        former, self._running = self._running, True
+    def backward_pass(self) -> Iterator[None]:
+        """Within it, gradients may come, and checkpointed layers run again."""
+        former, self._in_backward = self._in_backward, True
         try:
             yield
         finally:
-            self._running = former
-
-    def _refuse_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
-        """Checks before each forward pass of a submodule that the child itself is running.
-
-        Raises:
-            RuntimeError: The submodule is called directly, but its weights are sharded or cast.
-        """
-        if self._running or self.bypass:
-            return
-        cast = self._dtype is not None and any(
-            isinstance(t, Tensor) and t.is_floating_point() and t.dtype != self._dtype for t in args
-        )
-        if cast or self.splits_weights:
-            raise RuntimeError(
-                f"{type(part).__name__}, a submodule of {self.path}, was called directly. ColossalAI casts weights, "
-                f"and gathers them under Gemini, only in calls of the child. Call self.{self.path}(...), or use ddp."
-            )
+            self._in_backward = former
 
     def sync_master_weights(self) -> None:
         """Copies changes of the weights since the last step, such as averages or bounds, to the fp32 weights.
@@ -383,7 +429,6 @@ class Boosted(ABC):
         Args:
             weights: Gather the weights from all ranks. False if a rank may be lost; the weights are then lost too.
         """
-        del self.child.forward
         for guard in self._guards:
             guard.remove()
         self.detach()
@@ -412,6 +457,31 @@ class ZeroBoosted(Boosted):
     def no_sync(self) -> AbstractContextManager[None]:
         """Has no effect under ZeRO-2, which reduces after each backward pass."""
         return nullcontext() if self.booster.plugin.stage == 2 else super().no_sync()
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether the next backward pass exchanges gradients."""
+        return bool(self.wrapped.require_grad_sync)
+
+    def pending(self) -> list[nn.Parameter]:
+        """Returns parameters with gradients of former passes that were not reduced yet."""
+        return [slot.parameter for slot in self.slots if slot.parameter.grad is not None]
+
+    def note_gradient(self, number: int) -> None:
+        """Notes the order in which ColossalAI puts gradients into buckets."""
+        self.has_gradients = True
+        if self.wrapped.grad_handles and self.wrapped.require_grad_sync:
+            self._fired.append(number)
+
+    def add_all(self, wanted: Collection[int]) -> None:
+        """Reduces gradients in one order on all ranks, of the parameters with these ids; zero where there are none."""
+        for slot in self.slots:
+            p = slot.parameter
+            if id(p) in wanted:
+                self.has_gradients = True
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if self.wrapped.grad_handles:
+                    self.wrapped._add_to_bucket(p, slot.group)
 
     def flush(self) -> None:
         """Reduces gradients that a backward pass left in buckets.
@@ -449,221 +519,26 @@ class ZeroBoosted(Boosted):
             handle.remove()
 
 
-class GeminiBoosted(Boosted):
-    """A child under Gemini: parameters are concatenated to chunks, and each chunk is split into one part per rank."""
+def container(parts: Mapping[str, nn.Module | nn.Parameter]) -> nn.Module:
+    """Makes a module that holds children and parameters of a LightningModule under their own names.
 
-    can_freeze = False
-    splits_weights = True
-
-    def attach(self) -> None:
-        """Notes the chunks, and records the parameters that passes read."""
-        self.chunks = self.model.chunk_manager
-        self._fake = {id(self.wrapped.id_to_real_params[i]): p for i, p in self.wrapped.id_to_fake_params.items()}
-        self._reads = _make_recorder()
-        self.model.hooks.append(self._reads)
-        for slot in self.slots:
-            slot.parameter.__class__ = _guarded_parameter()
-
-    def prepare(self, optimizer: Optimizer) -> Optimizer:
-        """Replaces torch's Adam by ColossalAI's, which Gemini needs, with the same parameter groups."""
-        from colossalai.nn.optimizer import CPUAdam, FusedAdam, HybridAdam
-
-        if type(optimizer) in (CPUAdam, FusedAdam, HybridAdam):
-            return optimizer
-        if type(optimizer) not in (Adam, AdamW) or any(g["amsgrad"] or g["maximize"] for g in optimizer.param_groups):
-            raise ValueError(
-                "Gemini supports only Adam and AdamW, without amsgrad and maximize, but the optimizer is "
-                f"{type(optimizer).__name__}. Use torch.optim.AdamW, colossalai's HybridAdam, or another strategy."
-            )
-        for group in optimizer.param_groups:
-            group["bias_correction"] = True
-        # the same dicts, so that schedulers, which have the original optimizer, change them
-        return cast(Optimizer, HybridAdam(optimizer.param_groups, adamw_mode=type(optimizer) is AdamW))
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Has no effect: Gemini reduces after each backward pass."""
-        return nullcontext()
-
-    def check(self) -> None:
-        """Refuses a pass without gradients before Gemini has measured memory."""
-        manager = self.model.gemini_manager
-        if not torch.is_grad_enabled() and manager.need_warmup and manager.is_warmup():
-            raise RuntimeError(
-                "Gemini's placement='auto' measures memory in the first training step, but a pass without gradients "
-                "(validation, a rollout) came first. Use placement='static', or trainer.num_sanity_val_steps=0."
-            )
-
-    def backward(self, loss: Tensor) -> None:
-        """Runs a backward pass. Parameters that the forward pass did not use get zero gradients, which Gemini needs."""
-        from colossalai.tensor.param_op_hook import ColoParamOpHookManager
-
-        left_out = [s.parameter for s in self.slots if id(s.parameter) not in self._reads.ids]
-        if left_out:
-            with ColoParamOpHookManager.use_hooks(*self.model.hooks):
-                loss = loss + 0.0 * sum((p.flatten()[0] for p in left_out), loss.new_zeros(()))
-        self.wrapped.backward(loss)
-        self._reads.ids.clear()  # checkpointed layers have read parameters again
-
-    def step(self) -> None:
-        """Steps the optimizer."""
-        has_gradients = self.has_gradients
-        super().step()
-        if has_gradients and self.original is not self.wrapped.optim:
-            self.original.step()  # it has no gradients and changes nothing, but schedulers check that it was called
-
-    def zero_grad(self) -> None:
-        """Clears gradients and the overflow counter."""
-        super().zero_grad()
-        self.chunks.accumulating_grads = False
-        self.chunks.overflow_counter.zero_()
-
-    def _find_in_chunk(self, slot: Slot) -> tuple[Any, int, int, int] | None:
-        """Returns the chunk, the shard's begin and end in this rank's part of it, and its start in the parameter."""
-        chunk = self.chunks.get_chunk(slot.parameter)
-        info = chunk.tensors_info[slot.parameter]
-        if chunk.keep_gathered:
-            return chunk, info.offset, info.end, 0
-        # int, because chunk sizes are numpy integers, which weights-only loading of a checkpoint refuses
-        begin = int(max(0, info.offset - chunk.shard_begin))
-        end = int(min(chunk.shard_size, info.end - chunk.shard_begin))
-        return (chunk, begin, end, int(begin + chunk.shard_begin - info.offset)) if begin < end else None
-
-    def local_shard(self, slot: Slot) -> LocalShard | None:
-        """Returns the parameter's elements in this rank's part of the chunk."""
-        found = self._find_in_chunk(slot) if slot.parameter.requires_grad else None
-        if found is None:
-            return None
-        chunk, begin, end, start = found
-        stepped = chunk.paired_chunk if self.model.master_weights else chunk
-        key = self._fake[id(slot.parameter)]
-        return LocalShard(start, end - begin, stepped.payload[begin:end], key, replicated=chunk.keep_gathered)
-
-    def gradient(self, slot: Slot, shard: LocalShard) -> Tensor | None:
-        """Returns the same part of the gradients' chunk."""
-        chunk, begin, end, _ = self._find_in_chunk(slot)  # type: ignore[misc]
-        if not self.has_gradients:
-            return None
-        grad_chunk = chunk if self.chunks.reuse_fp16_chunk else chunk.grad_chunk
-        gradient: Tensor = grad_chunk.payload[begin:end]
-        return gradient
-
-    def working_weight(self, slot: Slot, shard: LocalShard) -> Tensor:
-        """Returns the same part of the 16-bit weights' chunk."""
-        chunk, begin, end, _ = self._find_in_chunk(slot)  # type: ignore[misc]
-        weight: Tensor = chunk.payload[begin:end]
-        return weight
-
-    def set_value(self, slot: Slot, read: Callable[[int, int], Tensor]) -> None:
-        """Sets this rank's shard. The other shards are gathered when they are read."""
-        self.set_shard(slot, read)
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Gathers all chunks, and releases them afterwards."""
-        with super().gathered():
-            for chunk in self.chunks.get_chunks(self.model.fp16_params):
-                self.chunks.access_chunk(chunk)
-            try:
-                yield
-            finally:
-                self.model._post_forward()  # releases all chunks, as Gemini's forward pass without gradients does
-                self.model.gemini_manager.reset_attributes()
-
-    def unboost(self, weights: bool) -> None:
-        """Makes the child and its parameters ordinary again."""
-        super().unboost(weights)
-        for parameter in self.child.parameters():
-            parameter.__class__ = nn.Parameter
-            vars(parameter).pop("_ddp_to_ignore", None)  # Gemini's mark of frozen parameters; the next fit may train it
-
-    def detach(self) -> None:
-        """Removes the hooks that reduce gradients."""
-        self.model.remove_hooks()
-        self.model.remove_hooks = lambda: None  # Gemini calls it again in __del__, when new hooks may be installed
-
-
-def _make_recorder() -> Any:
-    """Makes a hook that records the ids of parameters that passes with gradients read."""
-    from colossalai.tensor.param_op_hook import ColoParamOpHook
-
-    class ReadRecorder(ColoParamOpHook):
-        def __init__(self) -> None:
-            self.ids: set[int] = set()
-
-        def pre_forward(self, params: list[Tensor]) -> None:
-            if torch.is_grad_enabled():
-                self.ids.update(map(id, params))
-
-        def post_forward(self, params: list[Tensor]) -> None:
-            pass
-
-        def pre_backward(self, params: list[Tensor]) -> None:
-            pass
-
-        def post_backward(self, params: list[Tensor]) -> None:
-            pass
-
-    return ReadRecorder()
-
-
-#: Operations that a tensor with freed memory allows, because they neither read nor write it.
-_METADATA = {
-    *("__get__", "__set__", "__delete__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device"),
-    *("is_complex", "is_contiguous", "is_floating_point", "ndimension", "nelement", "numel", "register_hook"),
-    *("register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "size", "storage", "storage_offset"),
-    *("stride", "untyped_storage"),
-}
-_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
-_VIEWS: tuple[Any, ...] = tuple(
-    vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
-)
-
-
-def _refuse_read(func: Any) -> NoReturn:
-    raise RuntimeError(
-        f"Weights are read or written ({getattr(func, '__name__', func)}) while Gemini shards them, for instance by a "
-        "callback or by a submodule that is called directly. Do it within "
-        "lightning_rlhf.strategies.whole_weights(strategy, child), which all ranks must enter, or use zero2."
-    )
-
-
-class _Released(Tensor):
-    """The ``data`` or ``detach()`` of a weight with freed memory: state dicts may hold it, but nobody may read it."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in _METADATA and func not in _VIEWS:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        _refuse_read(func)
-
-
-@cache
-def _guarded_parameter() -> Any:
-    """Makes a class of Gemini's parameters that raises an error if freed memory is read, which would crash the process.
-
-    ColossalAI's class gathers weights for each operation of a pass except those whose names begin with ``__``.
+    Args:
+        parts: Children and parameters by their paths in the LightningModule.
     """
-    from colossalai.tensor.colo_parameter import ColoParameter
-    from colossalai.tensor.param_op_hook import ColoParamOpHookManager
-
-    class GuardedParameter(ColoParameter):
-        @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = getattr(func, "__name__", "")
-            gathers = ColoParamOpHookManager.has_hook() and (not name.startswith("__") or name == "__getitem__")
-            if gathers or (name in _METADATA and func not in (*_VIEWS, _DATA)) or not _any_released(args):
-                return super().__torch_function__(func, types, args, kwargs or {})
-            if func in (Tensor.detach, _DATA):
-                with torch._C.DisableTorchFunction():
-                    return Tensor._make_subclass(_Released, args[0])
-            _refuse_read(func)
-
-    def _any_released(args: Any) -> bool:
-        with torch._C.DisableTorchFunction():
-            mine = (t for t in tree_iter(args) if isinstance(t, GuardedParameter))
-            return any(t.numel() and not t.untyped_storage().size() for t in mine)
-
-    return GuardedParameter
+    root = nn.Module()
+    for path, part in parts.items():
+        *above, name = path.split(".")
+        place = root
+        for step in above:
+            if step not in place._modules:
+                place.add_module(step, nn.Module())
+            place = place.get_submodule(step)
+        if isinstance(part, nn.Parameter):
+            place.register_parameter(name, part)
+        else:
+            place.add_module(name, part)
+    vars(root)["placed"] = dict(parts)
+    return root
 
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

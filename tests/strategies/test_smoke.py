@@ -1,5 +1,7 @@
 """ColossalAI's strategy, quickly: it runs, names are known, and what can't be is refused in words."""
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -13,8 +15,11 @@ from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from torch import nn
 
 from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
-from lightning_rlhf.strategies.colossalai import NAMES, trained_children
+from lightning_rlhf.strategies.backward import find_parameters
+from lightning_rlhf.strategies.colossalai import NAMES
 from lightning_rlhf.strategies.cpu import TorchAdam, enable
+from lightning_rlhf.strategies.optimizer import refuse_optimizer
+from lightning_rlhf.strategies.trained import find_trained
 
 HERE = Path(__file__).parent
 
@@ -124,17 +129,85 @@ def sgd(*parts):
     )
 
 
-def test_each_optimizer_owns_a_child():
+def test_each_optimizer_gets_its_children_layers_and_parameters():
     nets = Nets()
-    found = trained_children(nets, [sgd(nets.more["b"]), sgd(nets.one)])
-    assert [name for name, _ in found] == ["more.b", "one"]
-    assert found[0][1] is nets.more["b"]
-    with pytest.raises(ValueError, match="trains one, two, but under ColossalAI it must train exactly one child"):
-        trained_children(nets, [sgd(nets.one, nets.two)])
-    with pytest.raises(ValueError, match="parameters of the module itself"):
-        trained_children(nets, [sgd(nets.own)])
-    with pytest.raises(ValueError, match="Two optimizers of Nets train the same child"):
-        trained_children(nets, [torch.optim.SGD([nets.one.weight]), torch.optim.SGD([nets.one.bias])])
+    found = find_trained(nets, [sgd(nets.more["b"], nets.own), sgd(nets.one)])
+    assert [list(parts) for parts in found] == [["own", "more.b"], ["one"]]
+    assert found[0]["more.b"] is nets.more["b"]
+    assert found[0]["own"] is nets.own
+    nets.one = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    found = find_trained(nets, [sgd(nets.one[0], nets.one[1][0]), torch.optim.SGD([nets.one[1][1].weight])])
+    assert [list(parts) for parts in found] == [["one.0", "one.1.0"], ["one.1.1"]]
+    nets.two.weight = nets.own_too = nn.Parameter(torch.zeros(2, 2))
+    assert list(find_trained(nets, [sgd(nets.own_too)])[0]) == ["own_too", "two"]
+
+
+def test_what_optimizers_cannot_share_is_refused():
+    nets = Nets()
+    with pytest.raises(ValueError, match=r"Two optimizers of Nets train one\.weight"):
+        find_trained(nets, [sgd(nets.one), torch.optim.SGD([nets.one.weight])])
+    with pytest.raises(ValueError, match=r"parameter of shape \(3,\) that Nets does not hold"):
+        find_trained(nets, [sgd(nn.Parameter(torch.zeros(3)))])
+    nets.two.requires_grad_(False)
+    with pytest.raises(ValueError, match="Optimizer 1 of Nets trains nothing"):
+        find_trained(nets, [sgd(nets.one), sgd(nets.two)])
+
+
+@pytest.mark.parametrize(
+    "name", ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"]
+)
+def test_optimizers_that_step_each_element_by_itself_are_taken(name):
+    refuse_optimizer(getattr(torch.optim, name)(Nets().parameters()))
+
+
+def test_an_optimizer_is_tried_with_its_own_settings_and_left_as_it_was():
+    nets = Nets()
+    optimizer = torch.optim.SGD([{"params": nets.one.parameters(), "momentum": 0.9}, {"params": [nets.own]}], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it replaces optimizer.step
+    before = [p.detach().clone() for p in nets.parameters()]
+    refuse_optimizer(optimizer)
+    assert not optimizer.state
+    assert all(map(torch.equal, before, nets.parameters()))
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "LBFGS", "SparseAdam"])
+def test_optimizers_that_need_whole_parameters_are_refused(name):
+    optimizer = getattr(torch.optim, name)(list(Nets().parameters()))
+    with pytest.raises(ValueError, match=f"{name} (updates the elements of a parameter together|cannot step slices)"):
+        refuse_optimizer(optimizer)
+
+
+def test_parameters_of_a_loss_are_found_through_checkpoints():
+    nets, x = Nets(), torch.ones(1, 2, requires_grad=True)
+    found = lambda loss: find_parameters(loss.sum())  # noqa: E731
+    assert found(nets.one(x) * nets.own) == ({id(x), id(nets.own), *map(id, nets.one.parameters())}, False)
+    assert found(torch.utils.checkpoint.checkpoint(nets.one, x, use_reentrant=False))[0] >= {id(nets.one.weight)}
+    assert found(torch.utils.checkpoint.checkpoint(nets.one, x, use_reentrant=True)) == ({id(x)}, True)
+    assert find_parameters(nets.own) == ({id(nets.own)}, False)
+
+
+#: What strategies/sharded.py, gemini.py and cpu.py use beyond ColossalAI's documented interface.
+PRIVATE = {
+    "colossalai.zero.low_level.LowLevelZeroOptimizer": "_add_to_bucket _reduce_grad _sanity_checks "
+    "get_working_to_master_map no_sync",
+    "colossalai.zero.gemini.gemini_ddp.GeminiDDP": "_pre_backward _post_backward _post_forward remove_hooks",
+    "colossalai.zero.gemini.gemini_mgr.GeminiManager": "pre_iter need_warmup is_warmup reset_attributes",
+    "colossalai.zero.gemini.gemini_hook.GeminiZeROHook": "switch_to_backward pre_forward post_forward",
+    "colossalai.zero.gemini.chunk.ChunkManager": "get_chunk get_chunks access_chunk move_chunk",
+    "colossalai.zero.gemini.chunk.Chunk": "payload paired_chunk is_gathered shard_move device_type",
+    "colossalai.tensor.param_op_hook.ColoParamOpHookManager": "use_hooks has_hook pre_op post_op",
+}
+
+
+@pytest.mark.parametrize("path", PRIVATE)
+def test_colossalai_still_has_what_the_strategy_uses(path):
+    module, name = path.rsplit(".", 1)
+    kind = getattr(importlib.import_module(module), name)
+    source = inspect.getsource(kind)
+    missing = [n for n in PRIVATE[path].split() if not hasattr(kind, n) and f"self.{n}" not in source]
+    assert not missing, (
+        f"{path} has no {', '.join(missing)}: strategies/ must be changed for this version of ColossalAI"
+    )
 
 
 def test_without_colossalai_one_error_says_what_to_do(monkeypatch):
