@@ -63,9 +63,8 @@ class Backward:
 
     def __init__(self, boosted: Sequence[Boosted], device: torch.device) -> None:
         self._boosted, self._device = boosted, device
-        slots = [(b, slot) for b in boosted for slot in b.slots]
-        self._numbers = {id(slot.parameter): number for number, (_, slot) in enumerate(slots)}
-        self._owners = {id(slot.parameter): b for b, slot in slots}
+        every = (slot.parameter for b in boosted for slot in b.slots)
+        self._numbers = {id(p): number for number, p in enumerate(every)}
 
     def run(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Runs a backward pass.
@@ -80,9 +79,7 @@ class Backward:
         """
         found, hidden = find_parameters(loss) if loss.requires_grad else (set(), False)
         mine = sorted(self._numbers[i] for i in found if i in self._numbers)
-        used = list({id(b): b for i in found if (b := self._owners.get(i)) is not None}.values())
-        if hidden:
-            used = list(self._boosted)
+        used = [b for b in self._boosted if hidden or any(id(slot.parameter) in found for slot in b.slots)]
         for b in self._boosted:
             b.check_trained()
         alike = True

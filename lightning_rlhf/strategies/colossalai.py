@@ -322,7 +322,7 @@ class ColossalAIStrategy(DDPStrategy):
             self._broadcast_weights(module)
         self.setup_optimizers(trainer)
         found = find_trained(module, self.optimizers)
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers if self.plugin_name != "gemini" else ():  # it takes Adam alone
             refuse_optimizer(optimizer)
         self._move_others(module, [part for parts in found for part in parts.values()])
         self._boost(found)
