@@ -206,7 +206,7 @@ class GeminiBoosted(Boosted):
 
     def local_shard(self, slot: Slot) -> LocalShard | None:
         """Returns the parameter's elements in this rank's part of the chunk."""
-        found = self._find_in_chunk(slot) if slot.parameter.requires_grad else None
+        found = self._find_in_chunk(slot)
         if found is None:
             return None
         chunk, begin, end, start = found
@@ -255,7 +255,12 @@ class GeminiBoosted(Boosted):
 
     def detach(self) -> None:
         """Removes the hooks that reduce gradients."""
+        frozen = [slot.parameter for slot in self.slots if not slot.parameter.requires_grad]
+        for parameter in frozen:  # while training; Gemini leaves its hooks on them
+            parameter.requires_grad_(True)
         self.model.remove_hooks()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         self.model.remove_hooks = lambda: None  # Gemini calls it again in __del__, when new hooks may be installed
 
 
