@@ -496,4 +496,10 @@ def run(kind, plugin, precision, out):
 
 if __name__ == "__main__":
     modules.run = run
-    modules.main(sys.argv[1], json.loads(sys.argv[2]))
+    cases = {
+        f"{name} {kind}": dict(options, kind=kind)
+        for name, options in json.loads(sys.argv[2]).items()
+        for kind in KINDS
+        if kind not in options.get("without", ())
+    }
+    modules.main(sys.argv[1], cases)
