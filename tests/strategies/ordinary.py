@@ -1,6 +1,9 @@
 """Ordinary LightningModules, as people write them, under any strategy; a script as modules.py is.
 
-MASTER_ADDR=127.0.0.1 MASTER_PORT=... WORLD_SIZE=2 NODE_RANK=0 LOCAL_RANK=1 python ordinary.py OUT_DIR CASES
+    MASTER_ADDR=127.0.0.1 MASTER_PORT=... WORLD_SIZE=2 NODE_RANK=0 LOCAL_RANK=1 python ordinary.py OUT_DIR \
+        '{"zero2": {"plugin": "zero2", "without": ["gan"]}, ...}'
+
+Runs all kinds but those that are left out.
 """
 
 import json

@@ -45,14 +45,10 @@ PRECISIONS = {"zero2": "32-true", "gemini": "bf16-mixed"}
 def found(tmp_path_factory):
     """What each rank found, by case, in one start of two processes."""
     out = tmp_path_factory.mktemp("ordinary")
-    kinds = list(load_script(SCRIPT).KINDS)
-    cases = {
-        f"ddp {k}": dict(kind=k, plugin="ddp_find_unused_parameters_true") for k in kinds if k not in (*ALL, *LIKE)
-    }
-    for plugin, precision in PRECISIONS.items():
-        cases |= {f"{plugin} {kind}": dict(kind=kind, plugin=plugin, precision=precision) for kind in kinds}
-    run_ranks(SCRIPT, out, json.dumps(cases), logs=out)
-    return kinds, [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+    strategies = {"ddp": dict(plugin="ddp_find_unused_parameters_true", without=[*ALL, *LIKE])}
+    strategies |= {plugin: dict(plugin=plugin, precision=precision) for plugin, precision in PRECISIONS.items()}
+    run_ranks(SCRIPT, out, json.dumps(strategies), logs=out)
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("plugin", REFUSED)
