@@ -106,37 +106,58 @@ _OR = r"(?:\band/or\b|\bor\b|\band\b|或者?|还是|和)"
 _BESIDE = re.compile(rf"[\s,;，；]*{_OR}[\s,:]*(?:maybe|perhaps|possibly)?\s*|[ \t,;/、，；]*", re.IGNORECASE)
 #: How LaTeX and Markdown dress it.
 _DRESS = re.compile(r"\\text|\\q?quad|\\[,;! ]|[{}$*()]")
-_MARKED = re.compile(
-    rf"(?:####|\banswer:|答案[：:])[ \t]*([^\n]+?)(?=[ \t]*{_OR}?[ \t]*$)", re.IGNORECASE | re.MULTILINE
-)
+_BLANKS = re.compile(r"[^\S\n]+")
+_MARK = re.compile(r"(?:####|\banswer:|答案[：:])[ \t]*([^\n]+)", re.IGNORECASE)
+_OR_LAST = re.compile(rf"{_OR}\Z", re.IGNORECASE)
 
 
 def marked_answer(text: str) -> str:
     r"""The answer that a text marks, as :func:`answer_match` reads it; all of the text if it marks none.
 
+    Its time grows with the text's length alone, whatever the text: a completion can't make it hang.
+
     Example:
         >>> marked_answer(r"It is \boxed{4}."), marked_answer("2 + 2\n#### 4"), marked_answer("4")
         ('4', '4', '4')
     """
-    answer, end = text, -1
-    for start, stop, content in _boxed(text) or [(*m.span(), m[1]) for m in _MARKED.finditer(text)]:
-        between = _DRESS.sub(" ", text[end:start])
-        beside = 0 <= end <= start and _BESIDE.fullmatch(between)
-        answer, end = (f"{answer}{between}{content}" if beside else content), stop
-    return answer
+    parts: list[str | slice] = [text]
+    end = -1
+    for start, stop, inner, inner_end in _boxed(text) or _marked(text):
+        between = text[end:start] if 0 <= end <= start <= end + 10_000 else "no"
+        between = _BLANKS.sub(" ", _DRESS.sub(" ", between))
+        content = slice(inner, inner_end)
+        if _BESIDE.fullmatch(between):
+            parts += between, content
+        else:
+            parts = [content]
+        end = stop
+    return "".join(text[part] if isinstance(part, slice) else part for part in parts)
 
 
-def _boxed(text: str) -> list[tuple[int, int, str]]:
-    r"""Start, end and content of each ``\boxed{...}`` whose braces close, from inside out where they are nested."""
+def _marked(text: str) -> list[tuple[int, int, int, int]]:
+    """Where each marked answer starts and ends, and its content: the rest of the line, but for an "or" at its end."""
     found = []
-    for box in re.finditer(r"\\boxed\s*\{", text):
-        depth = 1
-        for mark in re.finditer(r"\\.|[{}]", text[box.end() :]):
-            depth += {"{": 1, "}": -1}.get(mark[0], 0)
-            if not depth:
-                found.append((box.start(), box.end() + mark.end(), text[box.end() : box.end() + mark.start()]))
-                break
+    for mark in _MARK.finditer(text):
+        content = mark[1].rstrip(" \t")
+        alone = _OR_LAST.search(content)
+        content = (content[: alone.start()].rstrip(" \t") if alone else "") or content
+        end = mark.start(1) + len(content)
+        found.append((mark.start(), end, mark.start(1), end))
     return found
+
+
+def _boxed(text: str) -> list[tuple[int, int, int, int]]:
+    r"""Where each ``\boxed{...}`` whose braces close starts and ends, and its content, in the order of the starts."""
+    found: list[tuple[int, int, int, int]] = []
+    opened: list[tuple[int, int] | None] = []
+    for mark in re.finditer(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", text):
+        if mark[0] == "}":
+            box = opened.pop() if opened else None
+            if box is not None:
+                found.append((box[0], mark.end(), box[1], mark.start()))
+        elif mark[0][-1] == "{" and mark[0] != "\\{":
+            opened.append(mark.span() if mark[0] != "{" else None)
+    return sorted(found)
 
 
 def _canonical(answer: str) -> str | Decimal:

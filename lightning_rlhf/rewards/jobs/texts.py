@@ -1,0 +1,42 @@
+"""Regular expressions and JSON schemas, whose search may take for ever."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+def search(text: str, pattern: str, whole: bool) -> str | None:
+    """Returns what an expression matches: somewhere, or with ``whole`` all of a text but for blanks around it."""
+    found = re.fullmatch(pattern, text.strip(), re.DOTALL) if whole else re.search(pattern, text, re.DOTALL)
+    return None if found is None else found[0]
+
+
+def follows(text: str, schema: Mapping[str, Any]) -> list[str]:
+    """Reads JSON and compares it with a schema.
+
+    Returns:
+        ``none`` with why it is no JSON, ``follows``, ``differs`` with the first difference, or ``schema`` with what is
+        wrong about the schema.
+    """
+    import jsonschema
+    from referencing.exceptions import Unresolvable
+
+    fenced = _FENCED.search(text)
+    try:
+        value = json.loads(fenced[1] if fenced else text)
+    except RecursionError:
+        return ["none", "it is nested too deeply"]
+    except ValueError as error:
+        return ["none", str(error)]
+    try:
+        kind = jsonschema.validators.validator_for(schema)
+        kind.check_schema(schema)
+        error = next(iter(kind(schema).iter_errors(value)), None)
+    except (ValueError, RecursionError, re.error, jsonschema.SchemaError, Unresolvable) as error:
+        return ["schema", str(error)]
+    return ["follows", ""] if error is None else ["differs", f"{error.json_path}: {error.message}"]
