@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
+import re
 import statistics
 import sys
 import textwrap
@@ -136,9 +137,8 @@ def reinforce(options: argparse.Namespace) -> None:
 
 def one_sentence(prompts: Sequence[object], completions: Sequence[str]) -> list[float]:
     """The part of PPO's reward that a reader can check: 1 where the whole answer is one sentence, else 0."""
-    from lightning_rlhf.rewards.functions import format_match
-
-    return format_match(prompts, completions, r"[A-Z][^.!?\n]{20,}[.!?]")
+    found = (re.fullmatch(r"[A-Z][^.!?\n]{20,}[.!?]", text.strip()) for text in completions)
+    return [float(match is not None) for match in found]
 
 
 class _Answer(NamedTuple):

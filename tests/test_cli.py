@@ -70,8 +70,8 @@ def test_print_config_is_yaml_with_every_key(tiny_model_dir, rows, tmp_path, cap
 
 def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
     parts = [
-        {"source": "lightning_rlhf.rewards.functions.length_window", "weight": 0.5, "name": None},
-        {"source": "lightning_rlhf.rewards.functions.length_window", "weight": -2.0, "name": "again"},
+        {"source": "lightning_rlhf.rewards.verifiers.length", "weight": 0.5, "name": None},
+        {"source": "lightning_rlhf.rewards.verifiers.length", "weight": -2.0, "name": "again"},
     ]
     main(
         [
@@ -90,7 +90,7 @@ def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
     [checkpoint] = folder.rglob("*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["reward"] == parts
     module = PPOModule.load_from_checkpoint(checkpoint)
-    assert dict(zip(module.reward.names, module.reward.weights, strict=True)) == {"length_window": 0.5, "again": -2.0}
+    assert dict(zip(module.reward.names, module.reward.weights, strict=True)) == {"length": 0.5, "again": -2.0}
     # and the saved file is a run of its own
     main(["fit", "--config", str(folder / "config.yaml")])
     again = yaml.safe_load((tmp_path / "log" / "version_1" / "config.yaml").read_text())

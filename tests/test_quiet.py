@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-FUNCTION = "lightning_rlhf.rewards.functions.length_window"
+FUNCTION = "lightning_rlhf.rewards.verifiers.length"
 SCRIPT = """
 import json, os, sys
 from lightning_rlhf.cli import main

@@ -54,7 +54,7 @@ IN_COMMANDS = {
     "configs/": "{root}/configs/",
     "runs/ppo_smollm2/hf/last": "{model}",
     "--out runs/collect --dry-run": "--out runs/collect --dry-run --languages '{{en: 5}}'",
-    "--out runs/rankings": "--out runs/rankings --reward lightning_rlhf.rewards.functions.length_window",
+    "--out runs/rankings": "--out runs/rankings --reward lightning_rlhf.rewards.verifiers.length",
     "serve runs/start": "serve {model}",
     "chat runs/start --models sft ppo": "chat {model}",
     "runs/sft_smollm2/hf/best": "{model}",
@@ -74,13 +74,13 @@ SMALL = {
     "inspect": "--model.pretrained {model}",
     "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
     "--new-tokens 8",
-    "win-rate": "--judge lightning_rlhf.rewards.functions.length_window --max-new-tokens 4 --limit 3",
+    "win-rate": "--judge lightning_rlhf.rewards.verifiers.length --max-new-tokens 4 --limit 3",
     "collect": "--generator scripted.Scripted",
     "data": "",
     "verify": "",
     "export": "--out made",
     "report": "",
-    "serve": "--reward lightning_rlhf.rewards.functions.length_window",
+    "serve": "--reward lightning_rlhf.rewards.verifiers.length",
     "chat": "--max-new-tokens 2",
     "quantize": "--group_size 32",
 }
@@ -97,7 +97,7 @@ TRAIN = {
 #: What else makes them small: PPO's start from what the stages before left.
 ALSO = dict.fromkeys(
     ("configs/online_dpo/", "configs/ppo/", "configs/grpo/"),
-    "--model.reward lightning_rlhf.rewards.functions.length_window --model.rollout.sampling.max_new_tokens 8 "
+    "--model.reward lightning_rlhf.rewards.verifiers.length --model.rollout.sampling.max_new_tokens 8 "
     "--data.batch_size 4",
 )
 

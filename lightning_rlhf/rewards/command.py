@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_rlhf.arguments import Parser
 
 _ABOUT = """\
 Scores the completions of a file by reward functions, such as lightning_rlhf.rewards.verifiers.number, and shows each
-score. A row has a prompt (text or messages), a completion, and the columns that the rewards read."""
+score, and what a verifier read. A row has a prompt (text or messages), a completion, and the columns that the rewards
+read."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -23,7 +26,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = Parser("verify", _ABOUT)
     parser.add_argument("file", metavar="FILE", help="rows with prompt, completion and further columns")
     parser.add_argument(
-        "--reward", required=True, action="append", help="module.function; several are summed with weights of 1"
+        "--reward",
+        required=True,
+        action="append",
+        help="module.function, or as in a config '{source: module.function, weight: 1.0, options: {timeout: 5}}'; "
+        "several are summed",
     )
     parser.add_argument("--completion", default="completion", help="the column of completions")
     parser.add_argument("--out", type=Path, help="file for all rows with their scores, as JSON Lines")
@@ -31,16 +38,15 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         _run(options.file, options.reward, options.completion, options.out, options.limit)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         sys.exit(f"lightning-rlhf verify: {' '.join(str(error).split())}")
 
 
 def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit: int) -> None:
     from lightning_rlhf.data.packed import Branch, Tree, pack
     from lightning_rlhf.data.sources import BadRows, read_rows
-    from lightning_rlhf.rewards.base import Samples
-    from lightning_rlhf.rewards.function import FunctionReward
-    from lightning_rlhf.rewards.weighted import WeightedReward, WeightedSum, part_names
+    from lightning_rlhf.rewards.base import FAULTS, Samples
+    from lightning_rlhf.rewards.weighted import make_reward
     from lightning_rlhf.utils.text import one_line
 
     if out is not None and (out.exists() or not out.parent.is_dir()):
@@ -53,20 +59,27 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
             raise ValueError(f"{row.where}: the column {column!r} is no text; the row has {has}. Set --completion.")
     if not rows:
         raise ValueError(f"{file} has no rows.")
-    reward = WeightedSum(
-        dict(zip(part_names([WeightedReward(name) for name in rewards]), map(FunctionReward, rewards), strict=True)),
-        [1.0] * len(rewards),
-    )
+    reward = make_reward([_part(given) for given in rewards], None)  # type: ignore[arg-type]  # functions use none
     known = sorted({name for row in rows for name in row.value} - {"prompt", column})
-    scores = reward(
-        Samples(
-            batch=pack([Tree([0], [Branch([0])]) for _ in rows]),
-            prompts=[row.value.get("prompt", "") for row in rows],
-            completions=[row.value[column] for row in rows],
-            truncated=[False] * len(rows),
-            columns={name: [row.value.get(name) for row in rows] for name in known},
+
+    def samples(chosen: Sequence[Any]) -> Samples:
+        return Samples(
+            batch=pack([Tree([0], [Branch([0])]) for _ in chosen]),
+            prompts=[row.value.get("prompt", "") for row in chosen],
+            completions=[row.value[column] for row in chosen],
+            truncated=[False] * len(chosen),
+            columns={name: [row.value.get(name) for row in chosen] for name in known},
         )
-    )
+
+    try:
+        scores = reward(samples(rows))
+    except ValueError:
+        for row in rows:  # which one it is
+            try:
+                reward(samples([row]))
+            except ValueError as error:
+                raise ValueError(f"{row.where}: {error}") from error
+        raise
     parts = {name: part.tolist() for name, part in scores.parts.items()}
     lines = [
         {**row.value, "score": _plain(total), **{f"score/{name}": _plain(part[i]) for name, part in parts.items()}}
@@ -75,13 +88,44 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     for row, line in list(zip(rows, lines, strict=True))[:limit]:
         found = "  ".join(f"{name} {_show(line[f'score/{name}'])}" for name in parts)
         print(f"{row.where}: {found}  {one_line(row.value[column], 60)}")
+        for name, part in zip(parts, reward.parts, strict=True):  # type: ignore[arg-type]
+            if (read := _explained(part, row.value, row.value[column])) is not None:
+                print(f"    {name}: {one_line(read, 200)}")
     for name in parts:
         given = [line[f"score/{name}"] for line in lines if line[f"score/{name}"] is not None]
         mean = f"{sum(given) / len(given):.4g}" if given else "none"
         print(f"{name}: mean {mean} of {len(given)} rows; does not apply to {len(lines) - len(given)}")
+    for kind in FAULTS:
+        if count := scores.faults(kind):
+            print(f"{count} completion{'s' * (count > 1)} could not be judged: {kind}")
     if out is not None:
         out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         print(f"All rows with their scores are in {out}.")
+
+
+def _part(given: str) -> Any:
+    """A reward as in a config."""
+    if not given.lstrip().startswith("{"):
+        return given
+    import yaml
+
+    try:
+        return yaml.safe_load(given)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--reward {given}: no YAML ({error}).") from None
+
+
+def _explained(part: Any, row: dict[str, Any], completion: str) -> str | None:
+    """What a function's ``explain`` says it read; None where it has none or the row lacks its column."""
+    explain = getattr(getattr(part, "function", None), "explain", None)
+    if explain is None:
+        return None
+    given = {**row, **part.options, "completion": completion}
+    wanted = inspect.signature(explain).parameters.values()
+    if any(p.default is p.empty and given.get(p.name) is None for p in wanted):
+        return None
+    found: str = explain(**{p.name: given[p.name] for p in wanted if p.name in given})
+    return found
 
 
 def _plain(score: float) -> float | None:

@@ -1,73 +1,10 @@
-"""Reward functions for common wishes, to be used as they are or as patterns for one's own.
-
-In a configuration, ``answer`` being a column of the prompt data::
-
-    reward:
-      - {source: lightning_rlhf.rewards.functions.answer_match, weight: 1.0}
-      - {source: lightning_rlhf.rewards.functions.length_window, weight: 0.2}
-
-Other limits than the defaults come from columns of the data, or from ``functools.partial`` in Python.
-"""
+"""A reward function that reads marked answers. More are in :mod:`lightning_rlhf.rewards.verifiers`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any
-
-
-def length_window(
-    prompts: Sequence[object],
-    completions: Sequence[str],
-    low: int | Sequence[int] = 1,
-    high: int | Sequence[int] = 1000,
-) -> list[float]:
-    """1 from ``low`` to ``high`` characters, falling in a straight line to 0 at none and at twice ``high``.
-
-    Characters, since words have no meaning in many languages, and tokens none to a reader.
-
-    Args:
-        prompts: (S,) not read.
-        completions: (S,) texts.
-        low: Fewest characters; one number or (S,).
-        high: Most characters; one number or (S,).
-
-    Returns:
-        (S,) scores.
-
-    Raises:
-        ValueError: Limits other than ``1 <= low <= high``.
-
-    Example:
-        >>> length_window([""] * 4, ["", "five!", "ten chars!", "fifteen chars.."], low=10, high=10)
-        [0.0, 0.5, 1.0, 0.5]
-    """
-    scores = []
-    for text, least, most in zip(completions, _each(low, completions), _each(high, completions), strict=True):
-        if not 1 <= least <= most:
-            raise ValueError(f"length_window needs 1 <= low <= high, got low={least} and high={most}.")
-        scores.append(min(1.0, len(text) / least, max(0.0, 2 - len(text) / most)))
-    return scores
-
-
-def format_match(prompts: Sequence[object], completions: Sequence[str], pattern: str | Sequence[str]) -> list[float]:
-    """1 where the whole completion, but for blanks around it, matches a regular expression, else 0.
-
-    Args:
-        prompts: (S,) not read.
-        completions: (S,) texts.
-        pattern: One expression or (S,); a dot matches line breaks too.
-
-    Returns:
-        (S,) scores.
-
-    Example:
-        >>> format_match(["", ""], ["<think>so</think> 4", "4"], pattern="<think>.*</think>.+")
-        [1.0, 0.0]
-    """
-    each = zip(completions, _each(pattern, completions), strict=True)
-    return [float(re.fullmatch(wanted, text.strip(), re.DOTALL) is not None) for text, wanted in each]
 
 
 def answer_match(prompts: Sequence[object], completions: Sequence[str], answer: Sequence[object]) -> list[float]:
@@ -93,11 +30,6 @@ def answer_match(prompts: Sequence[object], completions: Sequence[str], answer: 
     """
     each = zip(completions, answer, strict=True)
     return [float(_canonical(marked_answer(text)) == _canonical(marked_answer(str(wanted)))) for text, wanted in each]
-
-
-def _each(value: Any, completions: Sequence[str]) -> Sequence[Any]:
-    """One value for all completions, or a column."""
-    return value if isinstance(value, (list, tuple)) else [value] * len(completions)
 
 
 #: Words between two answers that make them alternatives, at a line's end too.

@@ -1,8 +1,8 @@
 """Processes that judge single completions by a deadline.
 
-A completion can make a judge hang (``9^{9^{9}}``, an expression of repeats within repeats), eat memory or crash. Here it
-costs one process, which is killed and replaced, and not the run. A worker imports no torch, has limits of its own, and
-never outlives the process that started it.
+A completion can make a judge hang (``9^{9^{9}}``, an expression of repeats within repeats), eat memory or crash. Here
+it costs one process, which is killed and replaced, and not the run. A worker imports no torch, has limits of its own,
+and never outlives the process that started it.
 """
 
 from __future__ import annotations

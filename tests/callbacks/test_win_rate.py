@@ -352,13 +352,13 @@ trainer:
           ledger: judge.db
           budget: {{money: 5, prices: {{in: 0.15, out: 0.6}}}}
   - class_path: MeasureWinRate
-    init_args: {{judge: lightning_rlhf.rewards.functions.length_window, every_n_steps: 5, name: length}}
+    init_args: {{judge: lightning_rlhf.rewards.verifiers.length, every_n_steps: 5, name: length}}
 """
     )
     one, two = (c for c in cli(["--config", str(config)], run=False).trainer.callbacks if isinstance(c, MeasureWinRate))
     assert isinstance(one.judge, ChatJudge) and one.judge.endpoint.model == "qwen" and one.against == "answers.jsonl"
     assert one.judge.ledger == "judge.db" and one.judge.budget.prices == {"in": 0.15, "out": 0.6}
-    assert two.judge == "lightning_rlhf.rewards.functions.length_window" or callable(two.judge)
+    assert two.judge == "lightning_rlhf.rewards.verifiers.length" or callable(two.judge)
     assert one.state_key != two.state_key
 
 

@@ -31,7 +31,7 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
         "--model.rollout.sampling.max_new_tokens",
         "8",
         "--model.reward",
-        "lightning_rlhf.rewards.functions.length_window",
+        "lightning_rlhf.rewards.verifiers.length",
     ]
     part = json.dumps([{"source": few[-1]}])  # gdpo wants a list
     return [
@@ -125,7 +125,7 @@ def test_a_mesh_file_runs_a_step_on_several_ranks(tiny_model_dir, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- printing
 
-FUNCTION = "lightning_rlhf.rewards.functions.length_window"
+FUNCTION = "lightning_rlhf.rewards.verifiers.length"
 WEIGHTED = [{"source": FUNCTION, "weight": 1.0}, {"source": "runs/reward/hf/best", "weight": -0.5, "name": "model"}]
 JUDGE = {
     "class_path": "lightning_rlhf.evaluation.ChatJudge",

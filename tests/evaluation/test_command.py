@@ -107,7 +107,7 @@ def test_a_model_against_itself_is_even(folder, tiny_model_dir, reward_dir, caps
 
 def test_prompts_as_texts_and_with_a_system_prompt(folder, tiny_model_dir):
     options = ["--prompts", "prompts.jsonl", "--limit", 2, "--max-new-tokens", 2, "--judge"]
-    options.append("lightning_rlhf.rewards.functions.length_window")
+    options.append("lightning_rlhf.rewards.verifiers.length")
     run(tiny_model_dir, "long.jsonl", "--as-text", *options)
     assert [(row["prompt"], row["b"]) for row in rows()] == [("Say 0", "e"), ("Say 1", "ea")]
     run(tiny_model_dir, "long.jsonl", "--system", "Be brief.", *options)
@@ -154,4 +154,4 @@ def test_a_judge_that_breaks_off_leaves_what_was_judged(folder):
 )
 def test_what_can_not_work_is_told_without_a_traceback(args, message, folder):
     with pytest.raises(SystemExit, match=message):
-        run(*(arg.format(length="lightning_rlhf.rewards.functions.length_window") for arg in args))
+        run(*(arg.format(length="lightning_rlhf.rewards.verifiers.length") for arg in args))

@@ -94,7 +94,7 @@ def test_what_a_judge_may_be(reward_dir, tiny_tokenizer):
     chat = ChatJudge("http://127.0.0.1:1/v1", "fake")
     assert make_judge(chat) is chat
     assert make_judge(reward).reward is reward
-    path = "lightning_rlhf.rewards.functions.length_window"
+    path = "lightning_rlhf.rewards.verifiers.length"
     for spec in (reward, path, [WeightedReward(path, 2.0), WeightedReward(str(reward_dir), 0.0)]):
         assert make_judge(spec, tiny_tokenizer).compare(questions)[0].winner in ("first", "tie")
     with pytest.raises(ValueError, match="ChatJudge"):

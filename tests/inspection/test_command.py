@@ -33,7 +33,7 @@ def no_weights(tiny_model_dir, tmp_path):
 
 
 def small(path, model):
-    reward = "lightning_rlhf.rewards.functions.length_window"
+    reward = "lightning_rlhf.rewards.verifiers.length"
     rewards = json.dumps([{"source": reward}])  # GDPO wants a list
     few = [
         "--model.rollout.sampling.max_new_tokens",

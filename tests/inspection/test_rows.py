@@ -133,7 +133,7 @@ def test_marks_are_where_the_reward_step_reads_scores(tiny_model_dir):
 
 
 def ppo(model, **options):
-    reward = "lightning_rlhf.rewards.functions.length_window"
+    reward = "lightning_rlhf.rewards.verifiers.length"
     return PPOModule(model, reward, **grouped(sampling=Sampling(max_new_tokens=8), **options))
 
 

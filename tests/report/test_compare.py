@@ -32,7 +32,7 @@ def runs(tiny_model_dir, tmp_path_factory):
         ("sft", "SFT", []),
     ):
         data = "PromptDataModule" if stage == "PPO" else "InstructionDataModule"
-        online = ["--model.reward", "lightning_rlhf.rewards.functions.length_window",
+        online = ["--model.reward", "lightning_rlhf.rewards.verifiers.length",
                   "--model.rollout.sampling.max_new_tokens", "6"] if stage == "PPO" else []  # fmt: skip
         callbacks = ["SampleCompletions", "--trainer.callbacks.max_new_tokens", "5", "--trainer.callbacks+", "Report"]
         main([

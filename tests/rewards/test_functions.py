@@ -1,13 +1,12 @@
 """The functions that come with the package."""
 
 import re
-from itertools import pairwise
 
 import pytest
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.rewards import FunctionReward, Samples
-from lightning_rlhf.rewards.functions import answer_match, format_match, length_window
+from lightning_rlhf.rewards.functions import answer_match
 
 
 def samples(completions, **columns):
@@ -17,25 +16,22 @@ def samples(completions, **columns):
 
 
 def test_by_import_path_with_columns():
-    reward = FunctionReward("lightning_rlhf.rewards.functions.length_window")
+    reward = FunctionReward("lightning_rlhf.rewards.verifiers.length")
     assert reward(samples(["a" * 8, "b" * 8], low=[4, 16], high=[8, 20], answer=[1, 2])).total.tolist() == [1.0, 0.5]
     reward = FunctionReward("lightning_rlhf.rewards.functions:answer_match")
     assert reward(samples(["Answer: 72", "71"], answer=["so many\n#### 72", 72])).total.tolist() == [1.0, 0.0]
 
 
-def test_the_window_has_no_step():
-    lengths = range(0, 60)
-    scores = length_window([""] * 60, ["x" * n for n in lengths], low=10, high=20)
-    assert scores[0] == 0 and scores[10:21] == [1.0] * 11 and scores[40:] == [0.0] * 20
-    assert max(abs(a - b) for a, b in pairwise(scores)) <= 0.1 + 1e-12
-    with pytest.raises(ValueError, match="low=5 and high=4"):
-        length_window([""], ["x"], low=5, high=4)
-
-
-def test_the_whole_completion_matches():
-    texts = ["<a>\nx\n</a>\n", "so <a>x</a>", "<a>x</a> so", ""]
-    assert format_match([""] * 4, texts, "<a>.*</a>") == [1, 0, 0, 0]
-    assert format_match([""] * 2, ["12", "ab"], [r"\d+", r"\d+"]) == [1, 0]
+@pytest.mark.parametrize(
+    "text",
+    ["#### x" + " " * 50_000 + "x", r"\boxed{" * 20_000, r"\boxed{" * 9000 + "}" * 9000, r"\boxed{1}" * 9000,
+     r"\boxed{1} or" + " " * 50_000 + r"x \boxed{2}", "#### 1 or\n" * 9000, "#### " + "or " * 50_000],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_no_text_makes_it_hang(text):
+    """Blanks behind a mark took time in their cube: minutes for these."""
+    assert answer_match([""], [text], ["7"]) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +92,7 @@ def test_a_module_in_the_current_directory(tmp_path, monkeypatch):
     for path, near in (
         ("my_own_rewards.shuot", "shout"),
         ("my_own_reward.shout", "my_own_rewards"),
-        ("lightning_rlhf.rewards.functionals.length_window", "lightning_rlhf.rewards.functions"),
+        ("lightning_rlhf.rewards.functionals.length", "lightning_rlhf.rewards.functions"),
     ):
         with pytest.raises(ImportError, match=rf"; did you mean {re.escape(near)}\? "):
             FunctionReward(path)

@@ -54,10 +54,10 @@ def test_parts_of_one_name_stay_apart(tiny_model_dir, tiny_tokenizer, tmp_path):
         for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (tokenizer_and_config / file).write_bytes((tiny_model_dir / file).read_bytes())
     sources = [tmp_path / "helpful/hf/last", f"{tmp_path}/harmless/hf/last/", str(tmp_path / "v1.5"), long, long, ones,
-               "lightning_rlhf.rewards.functions.length_window", partial(ones)]  # fmt: skip
+               "lightning_rlhf.rewards.verifiers.length", partial(ones)]  # fmt: skip
     reward = make_reward([*sources, WeightedReward(long, name="last")], tiny_tokenizer)
     assert isinstance(reward, WeightedSum)
-    assert reward.names == ["helpful/hf/last", "harmless/hf/last", "v1.5", "long", "long_2", "ones", "length_window",
+    assert reward.names == ["helpful/hf/last", "harmless/hf/last", "v1.5", "long", "long_2", "ones", "length",
                             "ones_2", "last"]  # fmt: skip
     with pytest.raises(ValueError, match="reward: 2 parts have the name 'x'"):
         make_reward([WeightedReward(long, name="x"), WeightedReward(ones, name="x")], tiny_tokenizer)
@@ -65,7 +65,7 @@ def test_parts_of_one_name_stay_apart(tiny_model_dir, tiny_tokenizer, tmp_path):
 
 def test_dicts_as_in_a_config(tiny_tokenizer):
     """As docs/ppo.md writes them, in Python; an entry without weight counts once."""
-    path = "lightning_rlhf.rewards.functions.length_window"
+    path = "lightning_rlhf.rewards.verifiers.length"
     reward = make_reward([{"source": long, "weight": 2.0}, {"source": path, "name": "window"}, ones], tiny_tokenizer)
     assert isinstance(reward, WeightedSum)
     assert (reward.names, reward.weights) == (["long", "window", "ones"], [2.0, 1.0, 1.0])

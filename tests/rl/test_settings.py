@@ -10,7 +10,7 @@ from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.models import load_reward_model
 from lightning_rlhf.rewards import BadScores, Samples, WeightedReward, make_reward
 
-LENGTH = "lightning_rlhf.rewards.functions.length_window"
+LENGTH = "lightning_rlhf.rewards.verifiers.length"
 
 
 def test_combinations_that_mean_nothing_are_refused():

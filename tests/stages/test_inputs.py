@@ -24,7 +24,7 @@ from lightning_rlhf import (
 from lightning_rlhf.cli import main
 from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.data.packed import Pair
-from lightning_rlhf.rewards.functions import length_window
+from lightning_rlhf.rewards.verifiers import length
 
 PROMPTS = [{"prompt": f"question {i}"} for i in range(16)]
 ROWS = [{**row, "completion": "fox"} for row in PROMPTS]
@@ -45,7 +45,7 @@ def stages(tiny_model_dir):
         "RewardModule": lambda: RewardModule(tiny_model_dir),
         "DPOModule": lambda: DPOModule(tiny_model_dir),
         "KTOModule": lambda: KTOModule(tiny_model_dir),
-        "PPOModule": lambda: PPOModule(tiny_model_dir, length_window, **grouped(sampling=Sampling(max_new_tokens=4))),
+        "PPOModule": lambda: PPOModule(tiny_model_dir, length, **grouped(sampling=Sampling(max_new_tokens=4))),
     }
 
 

@@ -20,12 +20,17 @@ def follows(text: str, schema: Mapping[str, Any]) -> list[str]:
     """Reads JSON and compares it with a schema.
 
     Returns:
-        ``none`` with why it is no JSON, ``follows``, ``differs`` with the first difference, or ``schema`` with what is
-        wrong about the schema.
+        ``none`` with why it is no JSON, ``follows``, ``differs`` with the first difference; or the start of the
+        schema, with what is wrong about it.
     """
     import jsonschema
     from referencing.exceptions import Unresolvable
 
+    try:
+        kind = jsonschema.validators.validator_for(schema)
+        kind.check_schema(schema)
+    except (ValueError, RecursionError, re.error, jsonschema.SchemaError) as error:
+        return [json.dumps(schema)[:60], str(error)]
     fenced = _FENCED.search(text)
     try:
         value = json.loads(fenced[1] if fenced else text)
@@ -34,9 +39,7 @@ def follows(text: str, schema: Mapping[str, Any]) -> list[str]:
     except ValueError as error:
         return ["none", str(error)]
     try:
-        kind = jsonschema.validators.validator_for(schema)
-        kind.check_schema(schema)
-        error = next(iter(kind(schema).iter_errors(value)), None)
-    except (ValueError, RecursionError, re.error, jsonschema.SchemaError, Unresolvable) as error:
-        return ["schema", str(error)]
-    return ["follows", ""] if error is None else ["differs", f"{error.json_path}: {error.message}"]
+        differs = next(iter(kind(schema).iter_errors(value)), None)
+    except (RecursionError, re.error, Unresolvable) as error:
+        return [json.dumps(schema)[:60], str(error)]
+    return ["follows", ""] if differs is None else ["differs", f"{differs.json_path}: {differs.message}"]

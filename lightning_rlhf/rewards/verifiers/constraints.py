@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.arguments import did_you_mean
+from lightning_rlhf.rewards.verifiers.judging import explained_by
 
 
-def _words(text: str) -> int:
-    """Words, where a Chinese character is one."""
+def count_words(text: str) -> int:
+    """Counts words, where a Chinese character is one."""
     return len(re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+(?:['’-]\w+)*", text))
 
 
@@ -35,8 +36,8 @@ def _case(text: str, wanted: Any) -> bool:
 
 #: What can be asked, by its key: whether a text does what the value says.
 CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
-    "min_words": lambda text, wanted: _words(text) >= wanted,
-    "max_words": lambda text, wanted: _words(text) <= wanted,
+    "min_words": lambda text, wanted: count_words(text) >= wanted,
+    "max_words": lambda text, wanted: count_words(text) <= wanted,
     "min_characters": lambda text, wanted: len(text) >= wanted,
     "max_characters": lambda text, wanted: len(text) <= wanted,
     "sentences": lambda text, wanted: _sentences(text) == wanted,
@@ -83,6 +84,12 @@ def _read(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
     return wanted
 
 
+def _explain(completion: str, constraints: Mapping[str, Any] | str) -> str:
+    broken = [name for name, value in _read(constraints).items() if not CONSTRAINTS[name](completion.strip(), value)]
+    return f"breaks {', '.join(broken)}" if broken else "keeps all"
+
+
+@explained_by(_explain)
 def constraints(
     prompts: Sequence[object], completions: Sequence[str], constraints: Sequence[Mapping[str, Any] | str | None]
 ) -> list[float | None]:

@@ -19,10 +19,10 @@ def judge(
     who: str,
     job: str,
     tasks: Sequence[Sequence[Any] | None],
-    score: Callable[[Any], float],
+    score: Callable[[Any], Score],
     timeout: float,
     failed_score: float | None,
-    grace: float = 0.0,
+    wall: float | None = None,
 ) -> list[Score]:
     """Runs a job for each completion, and makes scores of what it returns.
 
@@ -31,18 +31,18 @@ def judge(
         job: See :meth:`~lightning_rlhf.rewards.workers.Workers.run`.
         tasks: Arguments for each completion; None where the verifier does not apply.
         score: Makes a score of what the job returned.
-        timeout: Seconds for a completion.
+        timeout: CPU seconds for a completion.
         failed_score: Score of a completion that could not be judged in time, or whose process died.
-        grace: Seconds over ``timeout`` for a job that keeps the time itself.
+        wall: Seconds by the clock; None: ten times as many.
 
     Raises:
         ValueError: ``timeout`` or ``failed_score`` is no number; or what ``score`` raises.
     """
-    check_number(who, "timeout", timeout, "a number of seconds above 0", timeout_is_right)
+    check_number(who, "timeout", timeout, "a number of seconds above 0", lambda value: 0 < value < 1e6)
     if failed_score is not None:
         check_number(who, "failed_score", failed_score, "a finite number, or null", math.isfinite)
     given = [task for task in tasks if task is not None]
-    outcomes = iter(workers.run(job, given, timeout + grace) if given else ())
+    outcomes = iter(workers.run(job, given, timeout, wall) if given else ())
     scores: list[Score] = []
     for task in tasks:
         if task is None:
@@ -61,11 +61,6 @@ def failed(who: str, fault: str, why: str, failed_score: float | None) -> Score:
     counts = "does not count" if failed_score is None else f"scores {failed_score:g}"
     rank_zero_warn(f"{who}: a completion could not be judged, as {why}; it {counts}.")
     return {"score": failed_score, fault: 1.0}
-
-
-def timeout_is_right(value: float) -> bool:
-    """Returns whether a value is a number of seconds that one can wait for."""
-    return 0 < value < 1e6
 
 
 def check_number(who: str, name: str, value: Any, wanted: str, right: Callable[[Any], bool]) -> None:

@@ -36,7 +36,7 @@ def math(
         prompts: (S,) not read.
         completions: (S,) texts.
         answer: (S,) numbers, LaTeX or other texts, marked or not.
-        timeout: Seconds for a completion.
+        timeout: CPU seconds for a completion.
         failed_score: Score of a completion that could not be judged in time; None leaves it out.
 
     Returns:

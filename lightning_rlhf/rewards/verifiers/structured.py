@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_rlhf.rewards import workers
+from lightning_rlhf.rewards.verifiers.judging import Score, explained_by, judge
 from lightning_rlhf.utils.imports import require
 from lightning_rlhf.utils.text import one_line
 
-#: jsonschema and what it resolves references by.
-_NEEDS = ("jsonschema", "referencing")
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_JOB = "lightning_rlhf.rewards.jobs.texts:follows"
+_SCORES = {"follows": 1.0, "differs": 0.5, "none": 0.0}
+_SAID = {"follows": "follows the schema", "differs": "JSON, but", "none": "no JSON:"}
 
 
+def _explain(completion: str, schema: Mapping[str, Any] | str) -> str:
+    outcome = workers.run(_JOB, [(completion, _read(schema))], 5.0)[0]
+    return outcome.why or f"{_SAID.get(outcome.value[0], 'no schema:')} {outcome.value[1]}".strip()
+
+
+@explained_by(_explain)
 def json_schema(
-    prompts: Sequence[object], completions: Sequence[str], schema: Sequence[Mapping[str, Any] | str | None]
-) -> list[float | None]:
+    prompts: Sequence[object],
+    completions: Sequence[str],
+    schema: Sequence[Mapping[str, Any] | str | None],
+    timeout: float = 5.0,
+    failed_score: float | None = 0.0,
+) -> list[Score]:
     """1 where a completion is JSON that follows the JSON Schema in the column ``schema``, 0.5 if it is JSON, else 0.
 
     Args:
         prompts: (S,) not read.
         completions: (S,) JSON, alone or in the first fenced block.
         schema: (S,) schemas, as objects or as JSON.
+        timeout: CPU seconds for a completion: a schema may have expressions whose search takes for ever.
+        failed_score: Score of a completion for which it took longer; None leaves it out.
 
     Returns:
         (S,) scores; None where there is no schema.
@@ -32,32 +45,28 @@ def json_schema(
         ImportError: The package jsonschema is missing.
         ValueError: A schema is none.
     """
-    jsonschema, referencing = (require(name, "The verifier json_schema", "verify") for name in _NEEDS)
-    scores: list[float | None] = []
-    for text, given in zip(completions, schema, strict=True):
-        if given is None:
-            scores.append(None)
-            continue
-        try:
-            wanted = json.loads(given) if isinstance(given, str) else given
-            if not isinstance(wanted, Mapping):
-                raise ValueError("a schema is an object, or JSON of one")
-            jsonschema.validators.validator_for(wanted).check_schema(wanted)
-        except (ValueError, jsonschema.SchemaError) as error:
-            raise _no_schema(given, error) from None
-        fenced = _FENCED.search(text)
-        try:
-            value = json.loads(fenced[1] if fenced else text)
-        except (ValueError, RecursionError):
-            scores.append(0.0)
-            continue
-        try:
-            follows = jsonschema.validators.validator_for(wanted)(wanted).is_valid(value)
-        except (RecursionError, referencing.exceptions.Unresolvable) as error:
-            raise _no_schema(given, error) from None
-        scores.append(1.0 if follows else 0.5)
-    return scores
+    require("jsonschema", "The verifier json_schema", "verify")
+    each = zip(completions, schema, strict=True)
+    tasks = [None if given is None else (text, _read(given)) for text, given in each]
+
+    def score(found: list[str]) -> float:
+        kind, why = found
+        if kind.startswith("{"):  # the schema itself
+            raise _no_schema(kind, why)
+        return _SCORES[kind]
+
+    return judge("json_schema", _JOB, tasks, score, timeout, failed_score)
 
 
-def _no_schema(given: object, error: Exception) -> ValueError:
-    return ValueError(f"json_schema: the column schema has {str(given)[:60]!r}: {one_line(str(error), 80)}.")
+def _read(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    try:
+        wanted = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise _no_schema(given, str(error)) from None
+    if not isinstance(wanted, Mapping):
+        raise _no_schema(given, "a schema is an object, or JSON of one")
+    return wanted
+
+
+def _no_schema(given: object, why: str) -> ValueError:
+    return ValueError(f"json_schema: the column schema has {str(given)[:60]!r}: {one_line(why, 80)}.")

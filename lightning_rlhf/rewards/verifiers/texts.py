@@ -6,15 +6,13 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation, Overflow, localcontext
 
-import regex as expressions  # type: ignore[import-untyped]  # its searches can have a time limit
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lightning_rlhf.rewards import workers
 from lightning_rlhf.rewards.functions import marked_answer
+from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, explained_by, judge
 
 #: Full-width forms, as Chinese texts have them, and the minus sign.
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
-#: Seconds that a search may take.
-_SECONDS = 1
+_SEARCH = "lightning_rlhf.rewards.jobs.texts:search"
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w)", re.ASCII)
 
 
@@ -34,6 +32,7 @@ def read_number(text: str) -> str:
     return found[-1] if found else ""
 
 
+@explained_by(lambda completion: read_number(completion) or "no number")
 def number(
     prompts: Sequence[object], completions: Sequence[str], answer: Sequence[object], tolerance: float = 0.0
 ) -> list[float | None]:
@@ -89,19 +88,32 @@ def exact(prompts: Sequence[object], completions: Sequence[str], answer: Sequenc
     return [None if want is None else float(text.strip() == str(want).strip()) for text, want in each]
 
 
-def regex(prompts: Sequence[object], completions: Sequence[str], pattern: Sequence[str | None]) -> list[float | None]:
-    r"""1 where the regular expression in the column ``pattern`` is found in a completion, otherwise 0.
+def _explain_regex(completion: str, pattern: str, whole: bool = False) -> str:
+    outcome = workers.run(_SEARCH, [(completion, pattern, whole)], 5.0)[0]
+    return outcome.why or ("no match" if outcome.value is None else repr(outcome.value))
 
-    For an expression that must match all of a completion, and for one expression for all rows, there is
-    ``lightning_rlhf.rewards.functions.format_match``.
+
+@explained_by(_explain_regex)
+def regex(
+    prompts: Sequence[object],
+    completions: Sequence[str],
+    pattern: str | Sequence[str | None],
+    whole: bool = False,
+    timeout: float = 1.0,
+    failed_score: float | None = 0.0,
+) -> list[Score]:
+    r"""1 where a regular expression is found in a completion, otherwise 0.
 
     Args:
         prompts: (S,) not read.
         completions: (S,) texts.
-        pattern: (S,) expressions; a dot matches line breaks too.
+        pattern: Column of (S,) expressions, or one as an option; a dot matches line breaks too.
+        whole: It must match all of the completion, but for blanks around it.
+        timeout: CPU seconds for a completion.
+        failed_score: Score of a completion in which the search took longer; None leaves it out.
 
     Returns:
-        (S,) scores; None where there is no pattern. 0, with a warning, where the search takes more than a second.
+        (S,) scores; None where there is no pattern.
 
     Raises:
         ValueError: An expression is none.
@@ -109,23 +121,21 @@ def regex(prompts: Sequence[object], completions: Sequence[str], pattern: Sequen
     Example:
         >>> regex([""] * 3, ["a cat sat", "dogs", "?"], [r"\bcat\b", r"\bcat\b", None])
         [1.0, 0.0, None]
+        >>> regex(["", ""], ["<think>so</think> 4", "4"], "<think>.*</think>.+", whole=True)
+        [1.0, 0.0]
     """
-    scores: list[float | None] = []
-    for text, wanted in zip(completions, pattern, strict=True):
+    check_flag("regex", "whole", whole)
+    patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
+    for wanted in dict.fromkeys(patterns):
         if not isinstance(wanted, str | None):
             raise ValueError(f"regex: the column pattern has {wanted!r}: give a regular expression, as a text.")
         try:
-            found = wanted is not None and expressions.search(wanted, text, expressions.DOTALL, timeout=_SECONDS)
-        except expressions.error as error:
+            re.compile(wanted or "")
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"regex: the column pattern has {wanted!r}, which is no expression: {error}.") from None
-        except TimeoutError:
-            rank_zero_warn(
-                f"regex: searching {wanted!r} took more than {_SECONDS} s in a completion, which scores 0. Rewrite the "
-                "expression: repeats within repeats try every way to divide a text."
-            )
-            found = None
-        scores.append(None if wanted is None else float(bool(found)))
-    return scores
+    each = zip(completions, patterns, strict=True)
+    tasks = [None if wanted is None else (text, wanted, whole) for text, wanted in each]
+    return judge("regex", _SEARCH, tasks, lambda found: float(found is not None), timeout, failed_score)
 
 
 def repetition(prompts: Sequence[object], completions: Sequence[str], size: int = 3) -> list[float]:

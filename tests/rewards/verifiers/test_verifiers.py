@@ -2,11 +2,21 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 
 from lightning_rlhf.cli import main
-from lightning_rlhf.rewards.verifiers import constraints, exact, json_schema, number, read_number, regex, repetition
+from lightning_rlhf.rewards.verifiers import (
+    constraints,
+    exact,
+    json_schema,
+    length,
+    number,
+    read_number,
+    regex,
+    repetition,
+)
 
 
 def one(verifier, text, value, **options):
@@ -43,10 +53,35 @@ def test_a_tolerance_is_relative():
     assert one(number, "101", 100, tolerance=0.01) == 1.0 and one(number, "101.1", 100, tolerance=0.01) == 0.0
 
 
-def test_an_expression_that_takes_for_ever_scores_0_with_a_warning(monkeypatch):
-    monkeypatch.setattr("lightning_rlhf.rewards.verifiers.texts._SECONDS", 0.05)
-    with pytest.warns(UserWarning, match=r"regex: searching '\(a\|aa\)\+\$' took more than 0.05 s"):
-        assert regex([""] * 2, ["a" * 60 + "b", "aaa"], ["(a|aa)+$"] * 2) == [0.0, 1.0]
+def test_an_expression_that_takes_for_ever_is_counted():
+    late = {"score": -1.0, "timeout": 1.0}
+    with pytest.warns(UserWarning, match=r"regex: a completion could not be judged, as it took too long; it scores -1"):
+        found = regex([""] * 2, ["a" * 60 + "b", "aaa"], "(a|aa)+$", timeout=0.2, failed_score=-1.0)
+    assert found == [late, 1.0]
+    schema = {"properties": {"a": {"pattern": "^(a|aa)+$"}}}
+    with pytest.warns(UserWarning, match="json_schema: a completion could not be judged"):
+        found = json_schema([""], [json.dumps({"a": "a" * 60 + "b"})], [schema], timeout=0.2, failed_score=None)
+    assert found == [{"score": None, "timeout": 1.0}]
+
+
+def test_one_expression_for_all_and_for_the_whole_text():
+    texts = ["<a>x\ny</a>", " <a>z</a>\n", "b <a>z</a>", ""]
+    assert regex([""] * 4, texts, "<a>.*</a>", whole=True) == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match="regex: whole is 1: give true or false"):
+        regex([""], ["a"], "a", whole=1)
+
+
+def test_length():
+    grid = length([""] * 60, ["x" * n for n in range(60)], low=10, high=20)
+    assert max(abs(a - b) for a, b in pairwise(grid)) <= 0.1 + 1e-12  # no step
+    lengths = [0, 5, 10, 20, 30, 40, 60]
+    found = length([""] * 7, ["x" * n for n in lengths], low=10, high=20)
+    assert found == [0.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+    assert length([""] * 2, ["one two", "春天来了"], low=[2, 4], high=[2, 4], unit="words") == [1.0, 1.0]
+    assert length([""], ["?"], high=1, unit="tokens", completion_ids=[[7, 4]]) == [0.0]
+    for options in ({"low": 5, "high": 4}, {"low": 0}, {"low": "5"}, {"unit": "lines"}, {"unit": "tokens"}):
+        with pytest.raises(ValueError, match="length"):
+            length([""], ["x"], **options)
 
 
 def test_exact_and_regex():
@@ -180,7 +215,10 @@ def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
     repeat = "lightning_rlhf.rewards.verifiers.repetition"
     main(["verify", "--reward", NUMBER, "--reward", repeat, str(file), "--out", str(out)])
     shown = capsys.readouterr().out
-    assert f"{file}:1: number 1  repetition 0  It is 4." in shown and "number -  repetition -0.5  so so" in shown
+    assert (
+        f"{file}:1: number 1  repetition 0  It is 4.\n    number: 4\n" in shown
+        and "number -  repetition -0.5  so so" in shown
+    )
     assert "number: mean 0.5 of 2 rows; does not apply to 1" in shown
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["score/number"] for row in found] == [1.0, 0.0, None] and found[2]["score"] == -0.5
@@ -201,3 +239,20 @@ def test_the_command_says_what_is_wrong_in_a_line(file, options, message):
     with pytest.raises(SystemExit) as stop:
         main(["verify", *options, str(file)])
     assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_the_command_names_the_row_that_is_wrong_and_counts_timeouts(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"completion": "It is 4.", "answer": 4}, {"completion": "It is 6.", "answer": "five"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "--reward", NUMBER, str(path)])
+    assert f"{path}:2: " in str(stop.value) and "'five', in which there is no number" in str(stop.value)
+    rows = [{"completion": "a" * 60 + "b"}, {"completion": "aaa"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "{source: lightning_rlhf.rewards.verifiers.regex, weight: 2, options: {pattern: (a|aa)+$, timeout: 0.2}}"
+    with pytest.warns(UserWarning, match="could not be judged"):
+        main(["verify", "--reward", options, str(path)])
+    shown = capsys.readouterr().out
+    assert "regex: mean 0.5 of 2 rows" in shown and "1 completion could not be judged: timeout" in shown
+    assert "    regex: 'aaa'" in shown
