@@ -70,8 +70,8 @@ def test_print_config_is_yaml_with_every_key(tiny_model_dir, rows, tmp_path, cap
 
 def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
     parts = [
-        {"source": "lightning_rlhf.rewards.verifiers.length", "weight": 0.5, "name": None},
-        {"source": "lightning_rlhf.rewards.verifiers.length", "weight": -2.0, "name": "again"},
+        {"source": "lightning_rlhf.rewards.verifiers.length", "weight": 0.5, "name": None, "options": None},
+        {"source": "lightning_rlhf.rewards.verifiers.length", "weight": -2.0, "name": "again", "options": {"high": 50}},
     ]
     main(
         [

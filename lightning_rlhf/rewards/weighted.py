@@ -20,6 +20,7 @@ from lightning_rlhf.models.runs import check_name
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward, import_function, name_of
 from lightning_rlhf.rewards.model import RewardModelReward
+from lightning_rlhf.utils.text import one_line
 
 
 @dataclass
@@ -127,7 +128,11 @@ def make_reward(
     if isinstance(spec, (str, os.PathLike)):
         name = os.fspath(spec)
         if names_model(name):
-            return RewardModelReward(name, tokenizer, dtype, trust_remote_code=trust_remote_code)
+            try:
+                return RewardModelReward(name, tokenizer, dtype, trust_remote_code=trust_remote_code)
+            except OSError as error:  # that of transformers has several lines
+                why = one_line(str(error), 300)
+                raise OSError(f"reward: {name} can't be loaded as a directory or from the model hub: {why}") from error
         if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*[.:]\w+", name):
             return FunctionReward(import_function(name))
         if os.sep in name:

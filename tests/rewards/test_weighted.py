@@ -97,8 +97,9 @@ def test_each_kind(tiny_model_dir, tiny_tokenizer):
     assert isinstance(given, Reward) and make_reward(given, tiny_tokenizer) is given
     with pytest.raises(ImportError):
         make_reward("no_such_package.reward", tiny_tokenizer)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"^reward: someone/no-such-model can't be loaded") as error:
         make_reward("someone/no-such-model", tiny_tokenizer)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spec", ["runs/reward/hf/best", "./nowhere", "/no/such/folder"])

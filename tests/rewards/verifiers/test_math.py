@@ -51,8 +51,8 @@ def test_settings_and_answers_are_checked():
 
 PIECES = [r"\frac{", r"\boxed{", "}", "{", "$", "^", "_", r"\sqrt{", "9^{9^{9}}", "1e999999", "10^{10^{10}}", "(", ")",
           "红楼梦", "答案：", "三分之一", "１２", r"\int_0^1 x dx", r"\sum_{n=1}^{\infty}", "!", "=", "x", "7", ",",
-          r"\text{", r"\begin{pmatrix} 1 & 2", r"\end{pmatrix}", "\n", "\x00", "\ud800", "😀", r"\infty", "0/0", "%", r"\left(",
-          "__import__('os')", "****", "#### ", "Answer: ", "-" * 40]  # fmt: skip
+          r"\text{", r"\begin{pmatrix} 1 & 2", r"\end{pmatrix}", "\n", "\x00", "\ud800", "😀", r"\infty", "0/0", "%",
+          r"\left(", "__import__('os')", "****", "#### ", "Answer: ", "-" * 40]  # fmt: skip
 
 
 def fuzzed(seed):
