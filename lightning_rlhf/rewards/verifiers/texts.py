@@ -126,7 +126,7 @@ def regex(
     """
     check_flag("regex", "whole", whole)
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
-    for wanted in dict.fromkeys(patterns):
+    for wanted in patterns:
         if not isinstance(wanted, str | None):
             raise ValueError(f"regex: the column pattern has {wanted!r}: give a regular expression, as a text.")
         try:
