@@ -380,8 +380,8 @@ def tests(channel, code, results):
 
 def imported(trees):
     """Names that tests import from ``solution``."""
-    froms = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and n.module == "solution"]
-    return {alias.name for n in froms for alias in n.names}
+    lines = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and n.module == "solution"]
+    return {alias.name for n in lines for alias in n.names}
 
 
 if __name__ == "__main__":
