@@ -100,6 +100,7 @@ ALSO = dict.fromkeys(
     "--model.reward lightning_rlhf.rewards.verifiers.length --model.rollout.sampling.max_new_tokens 8 "
     "--data.batch_size 4",
 )
+ALSO["configs/parallel/tp2"] = "--trainer.strategy.init_args.tp 1"  # tests/conf runs it with 2 processes
 
 
 def blocks(path, language):

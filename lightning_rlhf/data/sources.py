@@ -492,13 +492,19 @@ def _wide(head: bytes) -> str | None:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     if head[:3] == b"\0\0\0" or head[1:4] == b"\0\0\0":
-        return "UTF-32BE" if head[0] == 0 else "UTF-32LE"
+        return _if_text("UTF-32BE" if head[0] == 0 else "UTF-32LE", head)
     if b"\0" in head[:2]:
-        return "UTF-16BE" if head[0] == 0 else "UTF-16LE"
+        return _if_text("UTF-16BE" if head[0] == 0 else "UTF-16LE", head)
     ends = head.find(b"\0\n"), head.find(b"\n\0")  # Chinese letters have no zeros, but line ends do
     if max(ends) >= 0:
         return "UTF-16BE" if ends[0] >= 0 and ends[0] % 2 == 0 else "UTF-16LE"
     return None
+
+
+def _if_text(encoding: str, head: bytes) -> str | None:
+    """The encoding, unless what it reads is no text: single zeros are damage."""
+    text = head[: len(head) // 4 * 4].decode(encoding, errors="replace")
+    return encoding if text and all(letter.isprintable() or letter.isspace() for letter in text) else None
 
 
 def _encoding(line: bytes) -> str | None:

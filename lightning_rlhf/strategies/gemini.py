@@ -273,6 +273,7 @@ def _make_hook(units: Sequence[GeminiBoosted], module: nn.Module) -> Any:
     class Gathers(ColoParamOpHook):
         def _split(self, params: list[Tensor]) -> Iterator[tuple[GeminiBoosted, list[Tensor]]]:
             mine = [(owners[id(p)], p) for p in params if id(p) in owners]
+            mine = [(unit, p) for unit, p in mine if not unit.bypass]  # otherwise its weights are whole
             for unit in dict.fromkeys(unit for unit, _ in mine):
                 yield unit, [p for owner, p in mine if owner is unit]
 

@@ -518,7 +518,11 @@ def test_every_line_is_a_row_or_counted(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("lines") / "my.jsonl"
     path.write_bytes(b"\n".join(lines))
     bad = BadRows("skip")
-    rows = list(read_rows(path, bad))
+    try:
+        rows = list(read_rows(path, bad))
+    except BadRowError as error:  # zeros that make a text of another encoding: the whole file is refused
+        assert "iconv -f UTF-" in str(error) and b"\0" in path.read_bytes()
+        return
     blank = 0
     for number, line in enumerate(path.read_bytes().split(b"\n")):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
