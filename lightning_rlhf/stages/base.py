@@ -662,5 +662,5 @@ def _is_data(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_data, value))
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_data(entry) for key, entry in value.items())
+        return all(isinstance(key, (int, str)) and _is_data(entry) for key, entry in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
