@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_rlhf.functional import Algorithm
     from lightning_rlhf.models import Load, LoRA, Policy, RewardModel
     from lightning_rlhf.rl import GAE, KL, Critic, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
+    from lightning_rlhf.rl.environments import Environment, ToolEnvironment, Turn
     from lightning_rlhf.rollout import Sampling
     from lightning_rlhf.stages import (
         DPOModule,
@@ -71,6 +72,7 @@ _HOMES = {
     "Load": "models",
     "LoRA": "models",
     **dict.fromkeys(("GAE", "KL", "Critic", "GroupLoss", "Groups", "Loss", "Rollout", "Shaping", "Updates"), "rl"),
+    **dict.fromkeys(("Environment", "ToolEnvironment", "Turn"), "rl.environments"),
     "Policy": "models",
     "ReferenceUpdate": "stages.references",
     "Report": "callbacks",
@@ -89,6 +91,7 @@ __all__ = [
     "Critic",
     "DPOModule",
     "DataPairs",
+    "Environment",
     "GRPOModule",
     "GroupLoss",
     "Groups",
@@ -118,6 +121,8 @@ __all__ = [
     "Sampling",
     "SaveOnInterrupt",
     "Shaping",
+    "ToolEnvironment",
+    "Turn",
     "UnpairedDataModule",
     "Updates",
     "WeightedLoss",

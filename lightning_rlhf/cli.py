@@ -101,6 +101,7 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
 
     from lightning_rlhf.data.errors import DataError
     from lightning_rlhf.rewards.base import RewardError
+    from lightning_rlhf.rollout.environment import TurnError
     from lightning_rlhf.utils import CheckpointError
 
     if of_settings and isinstance(error, (OSError, ValueError)):
@@ -109,7 +110,7 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
         return error.errno is None  # with a number it comes from the system
     if isinstance(error, ImportError):
         return error.name is None  # with a name it comes from Python
-    return isinstance(error, (DataError, RewardError, CheckpointError, MisconfigurationException))
+    return isinstance(error, (DataError, RewardError, TurnError, CheckpointError, MisconfigurationException))
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -96,6 +96,17 @@ class RecordsCompletions(Protocol):
 
 
 @runtime_checkable
+class PlaysEpisodes(Protocol):
+    """``play_episodes`` completes prompts in the module's ``environment``, where it has one."""
+
+    environment: object | None
+
+    def play_episodes(  # noqa: D102
+        self, prompts: PromptBatch, keys: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]: ...
+
+
+@runtime_checkable
 class ReadsTexts(Protocol):
     """``as_text`` says that prompts are plain texts that no chat template touches."""
 

@@ -27,7 +27,14 @@ from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
 from lightning_rlhf.evaluation.answers import RaiseBadRows, prompt_text
 from lightning_rlhf.models.saving import own_stop_token_ids
-from lightning_rlhf.protocols import DrawsSamples, GivesSamplePrompts, ReadsTexts, ScoresCompletions, stop_tokens_of
+from lightning_rlhf.protocols import (
+    DrawsSamples,
+    GivesSamplePrompts,
+    PlaysEpisodes,
+    ReadsTexts,
+    ScoresCompletions,
+    stop_tokens_of,
+)
 from lightning_rlhf.rollout import (
     CachedEngine,
     Completion,
@@ -185,11 +192,15 @@ class PromptCallback(L.Callback):
         found = []
         with torch.no_grad(), gathered, trainer.precision_plugin.forward_context():
             for batch in batches:
-                ids = [self._prompts.prompts[i] for i in batch]
                 keys = [sample_key(self.seed, *key, i) for i in batch]
+                if isinstance(module, PlaysEpisodes) and module.environment is not None:
+                    asked = self._prompts.select(batch)
+                    found += [c for (c,) in module.play_episodes(asked, [[k] for k in keys], self._sampling(module))]
+                    continue
+                ids = [self._prompts.prompts[i] for i in batch]
                 found += complete(engine, module.model_to_export, tokenizer, ids, keys, self._sampling(module), stops)
-        asked = [self._prompts.messages[i] for batch in batches for i in batch]
-        return [c for (c,) in as_answers(tokenizer, asked, [[c] for c in found])]
+        messages = [self._prompts.messages[i] for batch in batches for i in batch]
+        return [c for (c,) in as_answers(tokenizer, messages, [[c] for c in found])]
 
 
 class SampleCompletions(PromptCallback):
@@ -201,8 +212,9 @@ class SampleCompletions(PromptCallback):
     own random generator.
 
     The module's ``model_to_export`` answers; it must be able to generate. If the module has ``score_completions``, as
-    PPO has, scores and KL are shown beside the answers. With an :class:`~lightning_rlhf.callbacks.EMA` the averaged
-    weights answer. One rank generates, or all ranks if the strategy shards the model (FSDP).
+    PPO has, scores and KL are shown beside the answers. In an environment an answer has all turns, and
+    ``max_new_tokens`` is that of each. With an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. One
+    rank generates, or all ranks if the strategy shards the model (FSDP).
 
     Args:
         prompts: User turns, message lists, or a file: ``.txt`` with one prompt per line, or ``.jsonl`` or another

@@ -171,6 +171,48 @@ def encode_prompt(
     return ids
 
 
+def encode_reply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    last: int,
+    options: Mapping[str, Any] | None = None,
+    stop_ids: Sequence[int] = (),
+) -> list[int]:
+    """Tokenize what the chat template puts between an answer and the next one: messages and the generation prompt.
+
+    The answer's own tokens stay as they were sampled, whatever their text would be tokenized to.
+
+    Args:
+        tokenizer: The tokenizer, with a chat template.
+        messages: What is said to the answer, at least one turn.
+        last: The answer's last token. If it is a stop token, the end of the turn is there already.
+        options: What the template gets beside the messages.
+        stop_ids: As for :func:`encode`.
+
+    Returns:
+        The ids, beginning with the token that ends a turn if ``last`` is no stop token.
+
+    Raises:
+        TokenizeError: The template refuses the messages, or does not write an answer as it is.
+    """
+    text = _render(tokenizer, [*_PROBE, *messages], options or {}, add_generation_prompt=True)
+    _, found, rest = text.partition(_PROBE[1]["content"])
+    if not found:
+        reason = "the chat template doesn't write an answer as it is, so what follows it can't be found"
+        raise TokenizeError("template rewrites turns", f"{reason}. Set chat_template to another one")
+    stops = stop_token_ids(tokenizer, stop_ids)
+    if last in stops and (end := re.match(rf"\s*(?:{_pattern(tokenizer, stops)})", rest)):
+        rest = rest[end.end() :]
+    if last in tokenizer.added_tokens_decoder:  # tokenizers split texts there, and some write no blank behind it
+        ids = _ids(tokenizer, str(tokenizer.convert_ids_to_tokens(last)) + rest)
+        if ids[:1] == [last]:
+            return ids[1:]
+    return continued_ids(tokenizer, rest)
+
+
+_PROBE = (Message(role="user", content="question"), Message(role="assistant", content="probe of an answer"))
+
+
 def truncate(tokens: Tokens, max_length: int) -> Tokens | None:
     """Cut a row at the end.
 
@@ -268,14 +310,13 @@ def _check_template(
     keys = sorted({key for message in messages for key in message} - {"role", "content", "weight"})
     if not keys and "tools" not in options:
         return ()
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    plain = _render(tokenizer, cast("list[Message]", probe), {})
-    if "tools" in options and _render(tokenizer, cast("list[Message]", probe), {"tools": options["tools"]}) == plain:
+    plain = _render(tokenizer, _PROBE, {})
+    if "tools" in options and _render(tokenizer, _PROBE, {"tools": options["tools"]}) == plain:
         reason = "the row has 'tools', and the chat template doesn't write them. Remove them or the row"
         raise TokenizeError("tools", f"{reason}, or set chat_template to one that does")
     unread = []
     for key in keys:
-        if _render(tokenizer, cast("list[Message]", [{**turn, key: "probe"} for turn in probe]), {}) != plain:
+        if _render(tokenizer, cast("list[Message]", [{**turn, key: "probe"} for turn in _PROBE]), {}) != plain:
             continue
         if key in REASONING:
             number = next(i for i, message in enumerate(messages, 1) if key in message)

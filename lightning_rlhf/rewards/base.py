@@ -29,6 +29,8 @@ class Samples:
         columns: Further columns of the prompts' rows, each (S,).
         iteration: Number of the iteration in which they were sampled, from 0; None where nothing is learned from them:
             in validation, in predictions, in ``lightning-rlhf verify``.
+        turns: (S,) what policy and environment said by turns, where an environment took part.
+        environment: (S,) the sums of the environment's rewards, where one took part.
     """
 
     batch: PackedBatch
@@ -37,17 +39,27 @@ class Samples:
     truncated: list[bool]
     columns: dict[str, list[Any]]
     iteration: int | None = None
+    turns: list[list[Message]] | None = None
+    environment: list[float] | None = None
 
     def __post_init__(self) -> None:
-        sizes: dict[str, list[Any]] = {
+        sizes: dict[str, list[Any] | None] = {
             "prompts": self.prompts,
             "completions": self.completions,
             "truncated": self.truncated,
             **self.columns,
+            "turns": self.turns,
+            "environment": self.environment,
         }
         for name, values in sizes.items():
-            if len(values) != self.batch.num_sequences:
+            if values is not None and len(values) != self.batch.num_sequences:
                 raise ValueError(f"{name} has {len(values)} entries for {self.batch.num_sequences} completions.")
+
+    @property
+    def spoken(self) -> list[list[Message]]:
+        """(S,) the messages of each completion: its turns, or the one answer that it is."""
+        answers = [[Message(role="assistant", content=text)] for text in self.completions]
+        return answers if self.turns is None else self.turns
 
     def copy(self) -> Samples:
         """The same samples, in tensors and lists of their own."""
@@ -58,6 +70,8 @@ class Samples:
             truncated=list(self.truncated),
             columns={name: [copy.deepcopy(value) for value in values] for name, values in self.columns.items()},
             iteration=self.iteration,
+            turns=copy.deepcopy(self.turns),
+            environment=copy.copy(self.environment),
         )
 
 

@@ -22,7 +22,7 @@ from lightning_rlhf.utils.imports import import_object
 from lightning_rlhf.utils.text import show
 
 #: What a function gets of the samples if it names them.
-_OF_SAMPLES = {"completion_ids", "iteration", "truncated"}
+_OF_SAMPLES = {"completion_ids", "iteration", "truncated", "turns"}
 
 
 class FunctionReward(Reward):
@@ -31,7 +31,8 @@ class FunctionReward(Reward):
     Arguments are passed by their names: ``prompts``, each a text or a list of messages, ``completions``, texts, and of
     the further columns of the prompt data those that the function names, or all with ``**columns``; each has one entry
     a completion. If it names them, and the data have no such columns, it also gets ``completion_ids``, lists of tokens;
-    ``truncated``, whether the length limit ended each; and ``iteration``, the number of the iteration that learns from
+    ``truncated``, whether the length limit ended each; ``turns``, the messages of each, of which there are several
+    where an environment took part; and ``iteration``, the number of the iteration that learns from
     the scores, or None in validation and elsewhere. An ``async def`` is awaited, on an event loop that stays.
 
     It returns a list, an array or a tensor, with a finite number per completion; None says that it does not apply to
@@ -132,6 +133,8 @@ class FunctionReward(Reward):
         wanted = self.accepts & _OF_SAMPLES - samples.columns.keys()
         if "truncated" in wanted:
             given["truncated"] = samples.truncated
+        if "turns" in wanted:
+            given["turns"] = samples.spoken
         if "completion_ids" in wanted:
             given["completion_ids"] = [b.input_ids for tree in unpack(samples.batch) for b in tree.branches]
         given |= samples.columns

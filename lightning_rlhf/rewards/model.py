@@ -137,7 +137,7 @@ class RewardModelReward(Reward):
 
     def _rendered(self, samples: Samples) -> list[Tree]:
         try:
-            return render(self.tokenizer, samples.prompts, samples.completions, samples.truncated)
+            return render(self.tokenizer, samples.prompts, samples.completions, samples.truncated, turns=samples.turns)
         except TokenizeError as error:
             raise ValueError(f"The reward model {self.pretrained} can't read {error}.") from error
 
@@ -147,6 +147,7 @@ def render(
     prompts: Sequence[list[Message] | str],
     completions: Sequence[str],
     truncated: Sequence[bool],
+    turns: Sequence[list[Message]] | None = None,
 ) -> list[Tree]:
     """Conversations in a tokenizer's tokens: the stop token ends a completion, unless it was cut.
 
@@ -155,6 +156,7 @@ def render(
         prompts: (S,) messages or plain texts.
         completions: (S,) texts.
         truncated: (S,) whether the length limit ended them.
+        turns: (S,) what each is in place of one answer, where an environment took part.
 
     Returns:
         Trees with S branches in the same order; completions of one prompt that follow each other share it.
@@ -165,7 +167,7 @@ def render(
     trees: list[Tree] = []
     for i, sample in enumerate(zip(prompts, completions, truncated, strict=True)):
         try:
-            prompt, completion = _encoded(tokenizer, *sample)
+            prompt, completion = _encoded(tokenizer, *sample, None if turns is None else turns[i])
         except TokenizeError as error:
             raise TokenizeError(error.kind, f"completion {i}: {error}") from error
         if trees and trees[-1].prompt == prompt and sample[0] == prompts[i - 1]:
@@ -176,7 +178,11 @@ def render(
 
 
 def _encoded(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message] | str, completion: str, truncated: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message] | str,
+    completion: str,
+    truncated: bool,
+    turns: list[Message] | None,
 ) -> tuple[list[int], list[int]]:
     """Tokens of the prompt, and of the completion up to its stop token."""
     if isinstance(prompt, str):
@@ -185,8 +191,8 @@ def _encoded(
         if ids[:start] != encode_prompt(tokenizer, prompt):
             start = 1  # a token reaches over the border: nothing to share
     else:
-        answer: Message = {"role": "assistant", "content": completion}
-        tokens = encode(tokenizer, Conversation((*prompt, answer)), "last")
+        answer: list[Message] = turns or [{"role": "assistant", "content": completion}]
+        tokens = encode(tokenizer, Conversation((*prompt, *answer)), "last")
         ids, start = tokens.input_ids, tokens.scored.index(True)
         end = len(ids) - tokens.scored[::-1].index(True)
     end -= truncated  # the stop token, which the template writes behind any answer

@@ -13,14 +13,21 @@ from lightning_rlhf.rl.settings import KL
 from lightning_rlhf.rollout import Sampling
 
 
-def check_lengths(data: Any, parts: Sequence[str], max_new_tokens: int, limits: Mapping[str, int]) -> None:
+def check_lengths(
+    data: Any,
+    parts: Sequence[str],
+    most: int,
+    limits: Mapping[str, int],
+    setting: str = "rollout.sampling.max_new_tokens",
+) -> None:
     """Refuses prompts that could have completions which a model cannot read.
 
     Args:
         data: The data module; who brings loaders of their own knows the lengths of their prompts.
         parts: Which of its parts are read: ``train``, ``val``, ``test``, ``predict``.
-        max_new_tokens: Most tokens of a completion.
+        most: Most tokens of a completion.
         limits: Most tokens of a prompt with its completion, by what sets the limit.
+        setting: What sets the completion's.
 
     Raises:
         ValueError: There are such prompts; the message says which settings would do.
@@ -28,18 +35,18 @@ def check_lengths(data: Any, parts: Sequence[str], max_new_tokens: int, limits: 
     if not isinstance(data, KnowsLengths):
         return
     longest = max(map(data.longest, parts))
-    whole = longest + max_new_tokens
+    whole = longest + most
     for name, limit in limits.items():
         if longest and whole > limit:
             do = []
             if limit > longest:
-                do.append(f"rollout.sampling.max_new_tokens to at most {limit - longest}")
-            if limit > max_new_tokens:
-                do.append(f"data.max_length (of prompts) to at most {limit - max_new_tokens}")
+                do.append(f"{setting} to at most {limit - longest}")
+            if limit > most:
+                do.append(f"data.max_length (of prompts) to at most {limit - most}")
             if name == "updates.micro_batch_tokens":
                 do.append(f"{name} to at least {whole}")
             raise ValueError(
-                f"A prompt of {longest} tokens and a completion of rollout.sampling.max_new_tokens={max_new_tokens} "
+                f"A prompt of {longest} tokens and a completion of {setting}={most} "
                 f"have {whole}, over {limit}: {name}. Set {', or '.join(do) or 'shorter ones'}."
             )
 

@@ -247,11 +247,15 @@ def to_experience(
     Returns:
         The experience, which knows no scores yet, and the samples.
     """
-    trees, read = [], []
+    trees, read, shown = [], [], []
     for ids, prompt, group in zip(prompts.prompts, prompts.messages, completions, strict=True):
-        trees.append(Tree(ids, [Branch(c.input_ids) for c in group]))
-        read.append(Tree(ids, [Branch(_as_read(tokenizer, stop_token_ids, ids, prompt, c)) for c in group]))
+        if (first := group[0].episode) is not None:
+            ids, prompt = first.prompt, first.opening
+        trees.append(Tree(ids, [Branch(c.input_ids, _sampled(c)) for c in group]))
+        read.append(Tree(ids, [_as_read(tokenizer, stop_token_ids, ids, prompt, c) for c in group]))
+        shown.append(prompt)
     every = [completion for group in completions for completion in group]
+    episodes = [completion.episode for completion in every if completion.episode is not None]
 
     def per_completion(values: Iterable[Any]) -> list[Any]:
         return [v for v, group in zip(values, completions, strict=True) for _ in group]
@@ -259,15 +263,23 @@ def to_experience(
     batch = pack(read, rows=prompts.rows)
     samples = Samples(
         batch=batch.to(device),
-        prompts=per_completion(prompts.messages),
+        prompts=per_completion(shown),
         completions=[completion.text for completion in every],
         truncated=[completion.truncated for completion in every],
         columns={name: per_completion(column) for name, column in prompts.columns.items()},
+        turns=[episode.turns for episode in episodes] or None,
+        environment=[episode.reward for episode in episodes] or None,
     )
     logprobs = torch.tensor([logprob for completion in every for logprob in completion.logprobs])
     truncated = torch.tensor(samples.truncated, dtype=torch.bool)
     whole = batch if read == trees else None  # then it need not be packed again
     return Experience(trees, prompts.rows, rollout_logprobs=logprobs, truncated=truncated, _whole=whole), samples
+
+
+def _sampled(completion: Completion) -> list[bool] | None:
+    """For each token, whether the policy sampled it; None for all of them, as :class:`Branch` says it."""
+    found = None if completion.episode is None else completion.episode.sampled
+    return None if found is None or all(found) else found
 
 
 def _as_read(
@@ -276,13 +288,18 @@ def _as_read(
     ids: list[int],
     prompt: list[Message] | str,
     completion: Completion,
-) -> list[int]:
-    """Tokens of a completion as a reward reads them: a stop string is replaced by the stop token."""
-    if completion.truncated or completion.input_ids[-1] in stop_token_ids:
-        return completion.input_ids
+) -> Branch:
+    """A completion as a reward reads it: a stop string at its end is replaced by the stop token."""
+    own, text, sampled = completion.input_ids, completion.text, _sampled(completion)
+    if completion.truncated or own[-1] in stop_token_ids:
+        return Branch(own, sampled)
+    before = 0
+    if completion.episode is not None and sampled is not None:  # its last turn is what the stop string ended
+        text, before = completion.episode.turns[-1]["content"], len(own) - sampled[::-1].index(False)
     end = None if isinstance(prompt, str) else turn_end(tokenizer)
-    text = tokens_of(tokenizer, completion.input_ids, completion.text, tail(tokenizer, ids))
-    return [*text, stop_token_ids[0] if end is None else end]
+    last = tokens_of(tokenizer, own[before:], text, tail(tokenizer, [*ids, *own[:before]]))
+    last += [stop_token_ids[0] if end is None else end]
+    return Branch([*own[:before], *last], None if sampled is None else [*sampled[:before], *[True] * len(last)])
 
 
 class UpdateStats:

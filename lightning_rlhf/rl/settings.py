@@ -26,7 +26,9 @@ class Rollout:
 
     Args:
         samples_per_prompt: Completions per prompt and iteration. More of them share one pass over their prompt.
-        sampling: Length limit, temperature and the like.
+        sampling: Length limit, temperature and the like. In an environment the length limit is that of a turn.
+        max_total_tokens: In an environment: most tokens of a completion, with all turns and what the environment says.
+            A larger value allows more and longer turns. None: what the model's context leaves.
 
     Raises:
         ValueError: A value is out of range, or the temperature is 0: greedy completions teach nothing.
@@ -34,9 +36,10 @@ class Rollout:
 
     samples_per_prompt: int = 1
     sampling: Sampling = _SAMPLING
+    max_total_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_arguments(Rollout, vars(self), "rollout.", samples_per_prompt=Range(1))
+        check_arguments(Rollout, vars(self), "rollout.", samples_per_prompt=Range(1), max_total_tokens=Range(1))
         if self.sampling.temperature <= 0:
             raise ValueError("rollout.sampling.temperature must be above 0: greedy completions teach nothing.")
 

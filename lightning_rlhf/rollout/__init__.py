@@ -2,20 +2,27 @@
 
 from lightning_rlhf.rollout.complete import complete, room
 from lightning_rlhf.rollout.engine import CachedEngine
+from lightning_rlhf.rollout.environment import Environment, Turn, TurnError
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
-from lightning_rlhf.rollout.types import Completion, Request, RolloutEngine, Sampling, Token, as_answers
+from lightning_rlhf.rollout.turns import play_episodes
+from lightning_rlhf.rollout.types import Completion, Episode, Request, RolloutEngine, Sampling, Token, as_answers
 from lightning_rlhf.utils.random import sample_key
 
 __all__ = [
     "CachedEngine",
     "Completion",
+    "Environment",
+    "Episode",
     "HFGenerateEngine",
     "Request",
     "RolloutEngine",
     "Sampling",
     "Token",
+    "Turn",
+    "TurnError",
     "as_answers",
     "complete",
+    "play_episodes",
     "room",
     "sample_key",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,17 +42,9 @@ def complete(
     Raises:
         ValueError: A prompt fills the context.
     """
-    by_limit: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompts):
-        by_limit.setdefault(room(policy, ids, sampling.max_new_tokens), []).append(i)
-    found: dict[int, Completion] = {}
-    for limit, rows in by_limit.items():
-        if limit < 1:
-            raise ValueError(
-                f"Prompt {rows[0]} has {len(prompts[rows[0]])} tokens and fills the model's context. Shorten it."
-            )
-        requests = [Request(prompts[i], [keys[i]]) for i in rows]
-        limited = replace(sampling, max_new_tokens=limit)
-        groups = engine.generate(policy, tokenizer, requests, limited, stop_token_ids)
-        found |= {i: completion for i, [completion] in zip(rows, groups, strict=True)}
-    return [found[i] for i in range(len(prompts))]
+    limits = [room(policy, ids, sampling.max_new_tokens) for ids in prompts]
+    if (full := next((i for i, limit in enumerate(limits) if limit < 1), None)) is not None:
+        raise ValueError(f"Prompt {full} has {len(prompts[full])} tokens and fills the model's context. Shorten it.")
+    rows = zip(prompts, keys, limits, strict=True)
+    requests = [Request(ids, [key], max_new_tokens=limit) for ids, key, limit in rows]
+    return [found for (found,) in engine.generate(policy, tokenizer, requests, sampling, stop_token_ids)]

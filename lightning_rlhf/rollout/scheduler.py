@@ -163,7 +163,8 @@ class Scheduler:
         rows = make_sequences(model, self._tokenizer, request, sampling, stop_token_ids, on_token, name)
         if rows and rows[0].columns > self._budget:
             raise ValueError(
-                f"{name}: a prompt of {len(rows[0].prompt)} tokens and max_new_tokens {sampling.max_new_tokens} are "
+                f"{name}: a prompt of {len(prompt := rows[0].prompt)} tokens and max_new_tokens "
+                f"{rows[0].columns - len(prompt)} are "
                 f"more than max_live_tokens {self._budget}. Increase max_live_tokens, or shorten either."
             )
         with self._lock:

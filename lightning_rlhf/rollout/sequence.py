@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,6 +206,8 @@ def make_sequences(
     Raises:
         ValueError: The model cannot serve the request; the message says why.
     """
+    if (most := request.max_new_tokens) is not None:
+        sampling = replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
     prompt = tuple(request.prompt)
     if not prompt:
         raise ValueError(f"{name}: the prompt has no tokens.")

@@ -92,12 +92,14 @@ class Request:
         alternatives: Number of likeliest tokens to report beside each sampled token.
         adapter: peft's name of the adapter to use, or ``__base__`` for none; in a session, requests with different
             adapters share a batch. None: the active adapter.
+        max_new_tokens: Maximum number of tokens per completion, at least 1, in place of ``sampling.max_new_tokens``.
     """
 
     prompt: Sequence[int]
     keys: Sequence[int]
     alternatives: int = 0
     adapter: str | None = None
+    max_new_tokens: int | None = None
 
 
 class Token(NamedTuple):
@@ -116,17 +118,37 @@ class Token(NamedTuple):
     text: str = ""
 
 
+class Episode(NamedTuple):
+    """What policy and environment said to each other in a completion of several turns.
+
+    Attributes:
+        prompt: Token ids of what the environment began with.
+        opening: The messages that it began with.
+        turns: The messages that followed, in order; the policy's have the role ``assistant``.
+        sampled: For each of the completion's tokens, whether the policy sampled it.
+        reward: Sum of the environment's rewards.
+    """
+
+    prompt: list[int]
+    opening: list[Message]
+    turns: list[Message]
+    sampled: list[bool]
+    reward: float
+
+
 class Completion(NamedTuple):
     """A sampled completion.
 
     Attributes:
-        input_ids: The sampled tokens, the stop token included.
-        logprobs: Log-prob of each token: log-softmax of ``logits / temperature`` (temperature 1 if greedy), in fp32,
-            before top-k, top-p, min-p, penalties, biases and minimum length.
-        text: Text of the tokens after the prompt, without special tokens, and cut before a stop string.
+        input_ids: The sampled tokens, the stop token included; in an episode also the tokens of the environment.
+        logprobs: Log-prob of each sampled token: log-softmax of ``logits / temperature`` (temperature 1 if greedy), in
+            fp32, before top-k, top-p, min-p, penalties, biases and minimum length.
+        text: Text of the tokens after the prompt, without special tokens, and cut before a stop string. In an episode:
+            the texts of its turns, each on a line of its own, those of the environment behind their role in brackets.
         finish_reason: ``stop`` after a stop token or a stop string, ``length`` at the length limit.
         alternatives: For each token, the likeliest tokens of its step with their log-probs, as many as the request asks
             for.
+        episode: What was said, where an environment took part.
     """
 
     input_ids: list[int]
@@ -134,6 +156,7 @@ class Completion(NamedTuple):
     text: str
     finish_reason: Literal["stop", "length"]
     alternatives: Sequence[Sequence[tuple[int, float]]] = ()
+    episode: Episode | None = None
 
     @property
     def truncated(self) -> bool:
@@ -159,7 +182,10 @@ def as_answers(
     chats = not all(isinstance(prompt, str) for prompt in prompts)
     lead = answer_lead(tokenizer) if chats and tokenizer.chat_template else ""
     return [
-        [c if isinstance(prompt, str) else c._replace(text=c.text.removeprefix(lead)) for c in completions]
+        [
+            c if isinstance(prompt, str) or c.episode is not None else c._replace(text=c.text.removeprefix(lead))
+            for c in completions
+        ]
         for prompt, completions in zip(prompts, found, strict=True)
     ]
 

@@ -30,6 +30,7 @@ from lightning_rlhf.functional import (
 from lightning_rlhf.models import Load, LoRA
 from lightning_rlhf.rewards import Reward, Samples, WeightedReward
 from lightning_rlhf.rl import KL, Experience, GroupLoss, Groups, Loss, Rollout, Shaping, Updates
+from lightning_rlhf.rl.environments import Environment
 from lightning_rlhf.rl.groups import check_groups, reward_parts
 from lightning_rlhf.rl.metrics import spread_over_ranks
 from lightning_rlhf.rl.settings import check_kind
@@ -53,7 +54,7 @@ class GRPOModule(GroupStage):
     Args:
         pretrained: Where the policy starts, and what the reference is where there is a KL penalty.
         reward: Directory or hub id of a reward model; a function ``f(prompts, completions, **columns) -> scores`` or
-            its import path; or a list of both with weights.
+            its import path; or a list of both with weights. None with an environment whose reward is enough.
         algorithm: Name in the table ``lightning_rlhf.functional.ALGORITHMS`` (``grpo``, ``dapo``, ``gspo``, ...), or an
             ``Algorithm`` of your own.
         tokenizer: Directory, hub id or tokenizer; None takes that of ``pretrained``.
@@ -72,6 +73,8 @@ class GRPOModule(GroupStage):
         optimizer: Makes an optimizer of parameter groups.
         lr_scheduler: Makes a schedule of an optimizer; it is stepped once per iteration.
         seed: Seed of samples and shuffles.
+        environment: What the policy talks to in several turns, or tools. Its reward is the part ``environment`` of the
+            score, beside ``reward``. None for single answers.
 
     Attributes:
         flat_iterations: Iterations in a row in which all groups were flat.
@@ -86,7 +89,7 @@ class GRPOModule(GroupStage):
     def __init__(
         self,
         pretrained: str | os.PathLike[str] | PreTrainedModel,
-        reward: str | list[WeightedReward] | Reward | Callable[..., Any],
+        reward: str | list[WeightedReward] | Reward | Callable[..., Any] | None = None,
         algorithm: str | Algorithm = "grpo",
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
@@ -103,6 +106,7 @@ class GRPOModule(GroupStage):
         optimizer: OptimizerCallable = rl_optimizer,
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
         seed: int = 0,
+        environment: Environment | None = None,
     ) -> None:
         check_arguments(GRPOModule.__init__, locals())
         check_kind("loss", GroupLoss, loss)
@@ -110,7 +114,7 @@ class GRPOModule(GroupStage):
         found = make_algorithm(algorithm)
         terms = Loss(0.0, 0.0, loss.entropy_coef, loss.ptx_coef, found.mean, loss.old_logprobs)  # clipping is found's
         given = (rollout, kl, shaping, terms, updates, load, offload_frozen, optimizer, lr_scheduler, seed)
-        super().__init__(pretrained, reward, tokenizer, chat_template, lora, engine, *given)
+        super().__init__(pretrained, reward, tokenizer, chat_template, lora, engine, *given, environment=environment)
         self.algorithm, self.correction = found, loss
         self.use_groups(groups)
         check_groups(self.algorithm, groups, rollout.samples_per_prompt, self.reward, kl, shaping)

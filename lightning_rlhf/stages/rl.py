@@ -74,10 +74,12 @@ from lightning_rlhf.rl.checks import (
     check_lengths,
     warn_of_biased_sampling,
 )
+from lightning_rlhf.rl.environments import Environment
+from lightning_rlhf.rl.episodes import check_environment, count_turns, with_environment
 from lightning_rlhf.rl.metrics import extra_means, moments_over_ranks, rollout_metrics
 from lightning_rlhf.rl.records import Sampled, completion_records
 from lightning_rlhf.rl.settings import check_kind
-from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers
+from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers, play_episodes
 from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
 from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
@@ -125,6 +127,7 @@ class RLStage(Stage):
         lr_scheduler: Makes a schedule of an optimizer; it is stepped once per iteration.
         seed: Seed of samples and shuffles.
         critic: The critic; None for an algorithm without one.
+        environment: What the policy talks to in several turns; None for single answers.
 
     Attributes:
         policy: The policy, from ``configure_model`` on; with adapters it is a ``RoleModel``.
@@ -156,7 +159,7 @@ class RLStage(Stage):
     def __init__(
         self,
         pretrained: str | os.PathLike[str] | PreTrainedModel,
-        reward: str | list[WeightedReward] | Reward | Callable[..., Any],
+        reward: str | list[WeightedReward] | Reward | Callable[..., Any] | None,
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         lora: LoRA | None = None,
@@ -172,6 +175,7 @@ class RLStage(Stage):
         lr_scheduler: LRSchedulerCallable = CosineWarmup,
         seed: int = 0,
         critic: Critic | None = None,
+        environment: Environment | None = None,
     ) -> None:
         check_arguments(RLStage.__init__, locals())
         groups = {Rollout: rollout, KL: kl, Shaping: shaping, Loss: loss, Updates: updates, Critic: critic, Load: load}
@@ -190,7 +194,13 @@ class RLStage(Stage):
         self.critic_settings, self.updater = critic, Updater(self)
         self.kl_coef, self.running_scores = kl.coef, RunningMoments()
         self._faults: Counter[str] = Counter()  # completions of the iteration that verifiers could not judge
-        self.reward = make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
+        self.environment = environment
+        if environment is not None:
+            check_environment(environment, self.tokenizer, rollout, shaping, has_reward=reward is not None)
+        elif reward is None:
+            raise ValueError("There is no reward. Set reward, or an environment that gives one.")
+        given = None if reward is None else make_reward(reward, self.tokenizer, load.dtype, load.trust_remote_code)
+        self.reward = given if environment is None and given is not None else with_environment(given)
         for stage in ("val", "test"):
             self.metrics.declare(stage, **({} if self.reward.relative else {"score": TokenMean()}), length=TokenMean())
 
@@ -420,10 +430,18 @@ class RLStage(Stage):
         self._check_lengths("predict")
 
     def _check_lengths(self, *parts: str) -> None:
+        most, setting = self.sampling.max_new_tokens, "rollout.sampling.max_new_tokens"
+        if self.environment is not None and self.rollout.max_total_tokens is not None:
+            most, setting = self.rollout.max_total_tokens, "rollout.max_total_tokens"
+        data = getattr(self.trainer, "datamodule", None)
+        check_lengths(data, parts, most, self._length_limits("train" in parts), setting)
+
+    def _length_limits(self, training: bool) -> dict[str, int]:
+        """Most tokens of a prompt with its completion, by what sets the limit."""
         limits = self.actors.limits()
-        if "train" in parts and self.updates.micro_batch_tokens is not None:
+        if training and self.updates.micro_batch_tokens is not None:
             limits["updates.micro_batch_tokens"] = self.updates.micro_batch_tokens
-        check_lengths(getattr(self.trainer, "datamodule", None), parts, self.sampling.max_new_tokens, limits)
+        return limits
 
     # ------------------------------------------------------------------------------------------------- an iteration
 
@@ -479,15 +497,31 @@ class RLStage(Stage):
     ) -> list[list[Completion]]:
         """Samples completions of each prompt. All ranks must call, also without prompts."""
         count = self.rollout.samples_per_prompt
-        requests = [
-            Request(ids, [sample_key(self.seed, iteration, row, i) for i in range(k * count, (k + 1) * count)])
-            for ids, row, k in zip(prompts.prompts, prompts.rows, copies_before, strict=True)
+        keys = [
+            [sample_key(self.seed, iteration, row, i) for i in range(k * count, (k + 1) * count)]
+            for row, k in zip(prompts.rows, copies_before, strict=True)
         ]
         with whole_weights(self.strategy, self.policy):  # the other ranks enter it
-            if not requests:
+            if not keys:
                 return []
+            if self.environment is not None:
+                return self.play_episodes(prompts, keys, self.sampling, self._length_limits(iteration != VALIDATION))
+            requests = [Request(ids, own) for ids, own in zip(prompts.prompts, keys, strict=True)]
             found = self.engine.generate(self.policy, self.tokenizer, requests, self.sampling, self.stop_token_ids)
         return as_answers(self.tokenizer, prompts.messages, found)
+
+    def play_episodes(
+        self,
+        prompts: PromptBatch,
+        keys: Sequence[Sequence[int]],
+        sampling: Sampling,
+        limits: Mapping[str, int] | None = None,
+    ) -> list[list[Completion]]:
+        """Completions in the environment; see :func:`~lightning_rlhf.rollout.play_episodes`."""
+        assert self.environment is not None
+        speakers = (self.engine, self.policy, self.tokenizer, self.environment)
+        most = self.rollout.max_total_tokens
+        return play_episodes(*speakers, prompts, keys, sampling, self.stop_token_ids, most, limits)
 
     def to_experience(
         self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]
@@ -536,6 +570,9 @@ class RLStage(Stage):
             rewards = whiten(rewards, self.moments(rewards, experience.counts), shift_mean=False)
         experience.advantages = self.compute_advantages(experience, rewards)
         experience.metrics |= self.part_means(experience, scores)
+        if self.environment is not None:
+            turns = torch.tensor(count_turns(experience.trees), dtype=torch.float32)
+            experience.metrics["turns"] = self.moments(turns)[1].item()
 
     def _score_tokens(self, batch: Experience) -> tuple[Tensor, ...]:
         """Log-probs and entropies of a micro-batch, and where the policy has a value head its values."""
@@ -835,16 +872,20 @@ class RLStage(Stage):
         """
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A record per completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``."""
+        """A record per completion: ``row``, ``completion``, its ``score`` (None where it has none), ``truncated``.
+
+        In an environment also ``turns``: the messages after the prompt.
+        """
         _, samples = self.run_rollout(prompts, VALIDATION)
         scores = self.score(samples).total
         if samples is None:
             return []
         rows = [row for row in prompts.rows for _ in range(self.rollout.samples_per_prompt)]
         known = [score if math.isfinite(score) else None for score in scores.tolist()]
-        columns = (rows, samples.completions, known, samples.truncated)
-        names = ("row", "completion", "score", "truncated")
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        columns = {"row": rows, "completion": samples.completions, "score": known, "truncated": samples.truncated}
+        if samples.turns is not None:
+            columns["turns"] = samples.turns
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     @torch.no_grad()
     def score_completions(

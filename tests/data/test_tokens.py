@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_rlhf.data.formats import Conversation
 from lightning_rlhf.data.instruction import encode_instruction
 from lightning_rlhf.data.templates import CHAT_TEMPLATES, set_chat_template, stop_token_ids
-from lightning_rlhf.data.tokens import TokenizeError, Tokens, encode, encode_prompt, truncate
+from lightning_rlhf.data.tokens import TokenizeError, Tokens, encode, encode_prompt, encode_reply, spell, truncate
 
 INST = (  # as Llama 2's: BOS and eos around every exchange, roles must alternate, no markers
     "{% for m in messages %}"
@@ -170,6 +170,41 @@ def test_inst_template_without_markers(tiny_tokenizer):
     ]
     assert tokens.input_ids[:1] == [tiny_tokenizer.bos_token_id]
     assert tokens.input_ids[1] != tiny_tokenizer.bos_token_id
+
+
+REPLIES = [[("user", "公园？ 🙂")], [("user", " fox\n")], [("user", "a"), ("assistant", "b"), ("user", "c")]]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "stories"])
+@pytest.mark.parametrize("name", ["own", "inst", *CHAT_TEMPLATES])
+@pytest.mark.parametrize("reply", REPLIES, ids=str)
+def test_a_reply_to_sampled_tokens_is_what_the_template_writes_there(tiny_tokenizer, stories, kind, name, reply):
+    tokenizer = tiny_tokenizer if kind == "tiny" else stories
+    if name in CHAT_TEMPLATES:
+        set_chat_template(tokenizer, name)
+    elif name == "inst":
+        tokenizer.chat_template = INST
+    elif kind == "stories":
+        pytest.skip("its own template has no stop tokens")
+    first, reply = chat([("user", "What is it?"), ("assistant", "Paris, 你好.")]).messages, chat(reply).messages
+    prompt, tokens = encode_prompt(tokenizer, first[:1]), encode(tokenizer, chat(
+        [(m["role"], m["content"]) for m in first]), "last")  # fmt: skip
+    end = len(tokens.scored) - tokens.scored[::-1].index(True)
+    stop, answer = tokens.input_ids[end - 1], tokens.input_ids[len(prompt) : end]
+    assert tokens.input_ids[: len(prompt)] == prompt and stop in stop_token_ids(tokenizer)
+    whole = encode_prompt(tokenizer, [*first, *reply])
+    assert [*prompt, *answer, *encode_reply(tokenizer, reply, stop)] == whole
+    cut = [*prompt, *answer[:-1], *encode_reply(tokenizer, reply, answer[-2])]  # a stop string ended the turn
+    assert spell(tokenizer, cut).replace(" ", "") == spell(tokenizer, whole).replace(" ", "")
+
+
+def test_a_reply_that_the_template_cannot_write_is_refused(tiny_tokenizer):
+    tiny_tokenizer.chat_template = INST
+    with pytest.raises(TokenizeError, match="roles must alternate"):
+        encode_reply(tiny_tokenizer, chat([("user", "a"), ("user", "b")]).messages, 4)
+    tiny_tokenizer.chat_template = THINKING.replace("'\n' + content", "'\n' + content[:4]")
+    with pytest.raises(TokenizeError, match="doesn't write an answer as it is"):
+        encode_reply(tiny_tokenizer, chat([("user", "a")]).messages, 4)
 
 
 def test_refusal_of_the_template_is_a_tokenize_error(tiny_tokenizer):

@@ -37,6 +37,7 @@ class Sample:
     completion: list
     score: float
     truncated: bool
+    sampled: list | None = None  # for each token of the completion, whether the policy sampled it; None: all
     counts: bool = True
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
@@ -44,7 +45,7 @@ class Sample:
 
 
 def token_scores(model, samples, temperature):
-    """For each sample the log-probs and entropies of its completion's tokens."""
+    """For each sample the log-probs and entropies of the tokens that the policy sampled."""
     width = max(len(s.prompt) + len(s.completion) for s in samples)
     ids, mask = torch.zeros(2, len(samples), width, dtype=torch.long).unbind()
     for i, s in enumerate(samples):
@@ -56,7 +57,8 @@ def token_scores(model, samples, temperature):
         first, end = len(s.prompt), len(s.prompt) + len(s.completion)
         every = torch.log_softmax(logits[i, first - 1 : end - 1], -1)
         picked = every[torch.arange(len(s.completion)), torch.tensor(s.completion)]
-        found.append((picked, -(every.exp() * every).sum(-1)))
+        own = torch.tensor(s.sampled or [True] * len(s.completion))
+        found.append((picked[own], -(every.exp() * every).sum(-1)[own]))
     return found
 
 
@@ -73,7 +75,7 @@ def judge(policy, reference, groups, s):
         for sample in group:
             score = sample.score - (s.penalty if sample.truncated else 0.0)
             if s.cache:
-                over = len(sample.completion) - (s.longest - s.cache)
+                over = len(sample.old) - (s.longest - s.cache)
                 score -= min(1.0, max(0.0, over / s.cache))
             scores.append(score)
             away = sample.old - sample.ref if s.kl_coef and s.kl_where == "reward" else torch.zeros_like(sample.old)
@@ -105,7 +107,7 @@ def judge(policy, reference, groups, s):
 def loss_of(policy, groups, s):
     every = [sample for group in groups for sample in group]
     counted = [sample for sample in every if sample.counts]
-    tokens = sum(len(sample.completion) for sample in counted)
+    tokens = sum(len(sample.old) for sample in counted)
     loss = extra = 0.0
     for sample, (logp, entropy) in zip(every, token_scores(policy, every, s.temperature), strict=True):
         if not sample.counts:

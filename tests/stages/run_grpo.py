@@ -30,6 +30,7 @@ from lightning_rlhf.utils.collectives import gather_objects
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from runs import train
+from talkative import Talkative
 
 torch.set_num_threads(1)
 
@@ -70,7 +71,7 @@ class Uneven(GRPOModule):
 def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckpt=None, save_every=0, batch_size=4,
         rows=None, reward="letters", lr=3e-3, seed=0, samples=3, kl=None, shaping=None, groups=None, loss=None,
         updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, callbacks=(), table=0,
-        uneven=False, data=None, **options):  # fmt: skip
+        uneven=False, data=None, environment=None, max_total_tokens=None, **options):  # fmt: skip
     """One run; returns the trainer and the module. With ``uneven``, rank 0 has all prompts of a batch."""
     L.seed_everything(seed, verbose=False)
     module = (Uneven if uneven else kind)(
@@ -78,7 +79,8 @@ def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckp
         {"letters": letters, "has": has}.get(reward, reward) if isinstance(reward, str) else reward,
         lora=LoRA(r=4, dropout=dropout) if lora else None,
         rollout=Rollout(samples, Sampling(**(sampling or dict(max_new_tokens=10, temperature=0.7,
-                                                              stop_strings=("e", "o"))))),
+                                                              stop_strings=("e", "o")))), max_total_tokens),
+        environment=Talkative(**environment) if isinstance(environment, dict) else environment,
         kl=KL(**(kl or {"coef": 0.0})),
         shaping=Shaping(**(shaping or {})),
         groups=Groups(**(groups or {})),

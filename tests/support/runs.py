@@ -80,6 +80,18 @@ def spawn(script, model_dir, out, **options):
     return torch.load(out / "weights.pt")
 
 
+def spawn_killed(name, model_dir, out, kills, **options):
+    """A run of tests/stages/NAME.py with so many kill -9, each of which it is resumed from; returns its weights."""
+    out.mkdir(parents=True)
+    script = ROOT / "tests" / "stages" / "run_killed.py"
+    command = [sys.executable, str(script), name, str(model_dir), str(out), str(kills), json.dumps(options)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == str(kills)
+    return torch.load(out / "weights.pt")
+
+
 def assert_equal(a, b):
     """Two runs have the same weights, bit for bit."""
     assert a.keys() == b.keys()
