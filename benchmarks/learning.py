@@ -18,7 +18,9 @@ import argparse
 import hashlib
 import importlib.resources
 import json
+import operator
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ from lightning_rlhf.models.pretrained import obtain
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.rewards.verifiers import constraints, number
+from lightning_rlhf.rl.environments import Calculator
 from lightning_rlhf.stages.alignment import AlignmentStage
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.utils.filesystem import COMPLETE
@@ -517,6 +520,41 @@ def _grpo_smollm2(
     return {**found, "grpo_held_out": looks.points, "grpo_curve": curve.points}
 
 
+def grpo_calculator(seed: int, max_steps: int = -1) -> dict[str, Any]:
+    """SmolLM2-135M-Instruct by LoRA with a calculator, in two turns of 12 tokens: 8 completions of 4 sums a time.
+
+    Six iterations; a turn ends at "=" too. The reward is 1 for the right answer, 0.2 for an expression with a value.
+    Measured is its mean over 8 completions of 4 other sums, before and after, each with its standard error.
+    """
+    draw = random.Random(seed)
+    names = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
+    drawn = ((draw.randint(11, 99), draw.choice(list(names)), draw.randint(11, 99)) for _ in range(28))
+    rows = [{"prompt": f"What is {a} {name} {b}?", "answer": names[name](a, b)} for a, name, b in drawn]
+    module = GRPOModule(
+        obtain("smollm2-135m-instruct"),
+        environment=Calculator(tool_reward=0.2),
+        lora=LoRA(r=16, alpha=32),
+        rollout=Rollout(sampling=Sampling(max_new_tokens=12, stop_strings=("=", "\n")), samples_per_prompt=8),
+        updates=Updates(epochs=1, minibatches=2),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=5e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0),
+        seed=seed,
+    )
+    data = PromptDataModule(rows[4:], val=rows[:4], predict=rows[:4], batch_size=4, seed=seed)
+    curve = Curve(("score", "turns", "stopped"))
+
+    def measure(when: str) -> dict[str, float]:
+        batches: Any = L.Trainer(**QUIET).predict(module, data)
+        scores = torch.tensor([record["score"] for batch in batches for record in batch])
+        error = scores.std() / len(scores) ** 0.5
+        return {f"reward {when}": scores.mean().item(), f"standard error {when}": error.item()}
+
+    before = measure("before")
+    steps = 6 if max_steps < 0 else max_steps
+    L.Trainer(limit_val_batches=0, max_steps=steps, callbacks=[curve], default_root_dir=RUNS, **QUIET).fit(module, data)
+    turns = {"train turns first": curve.points[0]["turns"], "train turns last": curve.points[-1]["turns"]}
+    return {"steps": len(curve.points), **before, **measure("after"), **turns}
+
+
 def ppo_smollm2(seed: int, max_steps: int = -1) -> dict[str, Any]:
     """SmolLM2-135M-Instruct, LoRA on one backbone, against reward_smollm2's model; 12 x 16 real prompts x 32 tokens.
 
@@ -843,6 +881,7 @@ STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
         grpo_smollm2_sentence,
         grpo_smollm2_sentence_refill,
         grpo_smollm2_sums,
+        grpo_calculator,
     )
 }
 #: The same by each other algorithm: ``grpo_stories260k_dapo``, ...
