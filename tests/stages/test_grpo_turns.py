@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_equal, difference, load_script, spawn, spawn_killed
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import GRPOModule, SampleCompletions
@@ -14,7 +15,6 @@ from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.models import Policy
 from lightning_rlhf.rewards import WeightedReward
 from lightning_rlhf.rollout import Environment, Turn, TurnError
-from runs import assert_equal, difference, load_script, spawn, spawn_killed
 
 HERE = Path(__file__).parent
 reference, run_grpo = (load_script(HERE / f"{name}.py") for name in ("reference_grpo", "run_grpo"))
