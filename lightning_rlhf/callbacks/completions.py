@@ -101,7 +101,8 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: Its name ends in ``.jsonl`` or ``.parquet``. In Parquet, a column whose values are no numbers, texts or
-            truth values of one type has them as JSON.
+            truth values of one type has them as JSON, and so has one of integers beyond 64 bits. What JSON can't
+            hold, such as a date, is written as its text, in both formats.
         records: They may be none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             names = list(records[0]) if records else []
             pq.write_table(pa.table({name: _column([r[name] for r in records]) for name in names}), partial)
         else:
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            lines = (_json(record) + "\n" for record in records)
             partial.write_text("".join(lines), encoding="utf-8", errors="replace")
         os.replace(partial, path)
     finally:
@@ -120,9 +121,16 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def _column(values: Sequence[Any]) -> list[Any]:
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int, float} or kinds in ({str}, {bool}):
+    if kinds == {str}:  # half a surrogate pair, which JSON can spell, is no text for Parquet
+        return [None if v is None else v.encode("utf-8", "replace").decode() for v in values]
+    if kinds == {bool} or (kinds <= {int, float} and all(-(1 << 63) <= v < 1 << 63 for v in values if type(v) is int)):
         return [float(v) if v is not None and float in kinds else v for v in values]
-    return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return [None if value is None else _json(value) for value in values]
+
+
+def _json(value: Any) -> str:
+    """JSON, in which a date or another object of the data's columns is a text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _cell(value: Any) -> str:

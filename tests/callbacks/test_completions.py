@@ -1,6 +1,8 @@
 """The table of completions: all of them, once, with what is known of each, after a resume and on several ranks too."""
 
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,9 +118,23 @@ def test_parquet_has_the_same_values(tmp_path):
     assert pq.read_table(tmp_path / "b.parquet").to_pylist() == want
     write_records(tmp_path / "c.parquet", [])
     assert pq.read_table(tmp_path / "c.parquet").num_rows == 0
-    with pytest.raises(TypeError):
-        write_records(tmp_path / "a.jsonl", [{"row": object()}])
+    endless = []
+    endless.append(endless)
+    with pytest.raises(ValueError):
+        write_records(tmp_path / "a.jsonl", [{"row": endless}])
     assert rows(tmp_path / "a.jsonl") == records and len(list(tmp_path.iterdir())) == 3  # whole, and no rest of it
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_any_value_of_the_data_can_be_written(tmp_path, name):
+    values = [datetime.date(2024, 2, 29), b"x", Decimal("0.10"), 10**30, "half a pair: \ud83d"]
+    records = [{f"data/{i}": value for i, value in enumerate(values)}, {"data/3": 0.5}]
+    records = [{key: record.get(key) for key in records[0]} for record in records]
+    write_records(tmp_path / name, records)
+    found, last = rows(tmp_path / name) if name.endswith("jsonl") else pq.read_table(tmp_path / name).to_pylist()
+    text = str.strip if name.endswith("jsonl") else json.loads
+    assert [text(found[f"data/{i}"]) for i in range(3)] == ["2024-02-29", "b'x'", "0.10"]
+    assert (int(found["data/3"]), found["data/4"], float(last["data/3"])) == (10**30, "half a pair: ?", 0.5)
 
 
 def test_loggers_get_the_first_groups(tmp_path):
