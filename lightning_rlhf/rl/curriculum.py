@@ -37,6 +37,8 @@ class Curriculum:
         Returns:
             Their indices, and how many prompts of all ranks rest. If all would rest, none does.
         """
+        if self.settings.rest_after is None:
+            return list(range(len(rows))), 0
         self.resting = {row: last for row, last in self.resting.items() if last >= iteration}
         mine = [i for i, row in enumerate(rows) if row not in self.resting]
         awake, every = (sum(counts) for counts in zip(*gather_objects((len(mine), len(rows))), strict=True))
@@ -65,7 +67,9 @@ class Curriculum:
         return {"solved": dict(self.solved), "resting": dict(self.resting)}
 
     def load_state_dict(self, state: dict[str, dict[int, int]]) -> None:
-        """Restores them."""
+        """Restores them, unless prompts rest no longer."""
+        if self.settings.rest_after is None:
+            return
         self.solved, self.resting = dict(state["solved"]), dict(state["resting"])
 
 

@@ -33,6 +33,13 @@ def test_its_state_is_all_that_it_knows():
     assert other.resting == {1: 13}
 
 
+def test_a_run_that_goes_on_without_it_lets_no_prompt_rest():
+    before, after = Curriculum(Groups(rest_after=1)), Curriculum(Groups())
+    before.note([1], [True], 0)
+    after.load_state_dict(before.state_dict())
+    assert after.awake([1, 2], 1) == ([0, 1], 0) and after.state_dict() == {"solved": {}, "resting": {}}
+
+
 def test_without_it_nothing_is_counted():
     curriculum = Curriculum(Groups())
     curriculum.note([1], [True], 0)
