@@ -93,6 +93,8 @@ class FunctionReward(Reward):
             result = self.function(**self.arguments(samples))
             if inspect.isawaitable(result):
                 result = wait_for(result)
+            if inspect.isgenerator(result):
+                result = list(result)
         except RewardError:
             raise
         except Exception as error:
@@ -160,7 +162,7 @@ class FunctionReward(Reward):
                     raise RewardError(f"{who}: {name!r} is {show(value, 40)}, and must be a number that has a name.")
                 if name != "score":
                     column = columns.setdefault(name, [math.nan] * len(scores))
-                    column[i] = math.nan if value is None else float(value)
+                    column[i] = _number(value)
         return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
 
 
@@ -199,7 +201,10 @@ def wait_for(awaitable: Awaitable[Any]) -> Any:
     loop = _loop(os.getpid())
 
     async def main() -> Any:
-        return await awaitable
+        try:
+            return await awaitable
+        except (SystemExit, KeyboardInterrupt) as error:  # either ends the loop, and then nobody would hear of it
+            raise RuntimeError(f"it raised {type(error).__name__}: {error}") from error
 
     future = asyncio.run_coroutine_threadsafe(main(), loop)
     try:

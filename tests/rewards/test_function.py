@@ -201,6 +201,34 @@ def test_async_functions_are_awaited_on_one_loop():
         FunctionReward(fails)(samples())
 
 
+def test_an_async_function_that_exits_is_an_error_and_the_loop_stays():
+    async def leaves(prompts, completions):
+        await asyncio.sleep(0)
+        raise SystemExit(3)
+
+    async def stays(prompts, completions):
+        return [1.0, 2.0]
+
+    with pytest.raises(RewardError, match="leaves failed on 2 completions: RuntimeError: it raised SystemExit: 3"):
+        FunctionReward(leaves)(samples())
+    assert FunctionReward(stays)(samples()).total.tolist() == [1.0, 2.0]
+
+
+def test_a_generator_gives_scores_or_fails_as_a_function_does():
+    def grows(prompts, completions, answer):
+        for text, wanted in zip(completions, answer, strict=True):
+            yield len(text) / wanted
+
+    assert FunctionReward(grows)(samples(answer=[1, 2])).total.tolist() == [1.0, 1.0]
+    with pytest.raises(RewardError, match="grows failed on 2 completions: ZeroDivisionError"):
+        FunctionReward(grows)(samples(answer=[1, 0]))
+
+
+def test_a_further_number_beyond_all_bounds_is_none():
+    found = FunctionReward(lambda prompts, completions: [{"score": 1, "n": 10**400}, {"score": 2, "n": 3}])(samples())
+    assert found.extras["n"].isnan().tolist() == [True, False]
+
+
 def test_options_are_settings():
     def f(prompts, completions, factor, answer=None):
         return [len(c) * factor for c in completions]
