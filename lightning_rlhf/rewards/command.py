@@ -49,6 +49,8 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     from lightning_rlhf.rewards.weighted import make_reward
     from lightning_rlhf.utils.text import one_line
 
+    if limit < 0:
+        raise ValueError(f"--limit is {limit}: give 0 or more.")
     if out is not None and (out.exists() or not out.parent.is_dir()):
         why = "is there already" if out.exists() else f"can't be written: there is no folder {out.parent}"
         raise ValueError(f"{out} {why}. Give --out another path.")
@@ -81,8 +83,10 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
                 raise ValueError(f"{row.where}: {error}") from error
         raise
     parts = {name: part.tolist() for name, part in scores.parts.items()}
+    extras = {name: extra.tolist() for name, extra in scores.extras.items()}
+    columns = {f"score/{name}": part for name, part in parts.items()} | {f"reward/{n}": e for n, e in extras.items()}
     lines = [
-        {**row.value, "score": _plain(total), **{f"score/{name}": _plain(part[i]) for name, part in parts.items()}}
+        {**row.value, "score": _plain(total), **{name: _plain(column[i]) for name, column in columns.items()}}
         for i, (row, total) in enumerate(zip(rows, scores.total.tolist(), strict=True))
     ]
     for row, line in list(zip(rows, lines, strict=True))[:limit]:
@@ -91,15 +95,19 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
         for name, part in zip(parts, reward.parts, strict=True):  # type: ignore[arg-type]
             if (read := _explained(part, row.value, row.value[column])) is not None:
                 print(f"    {name}: {one_line(read, 200)}")
-    for name in parts:
-        given = [line[f"score/{name}"] for line in lines if line[f"score/{name}"] is not None]
+    for name, values in {**parts, **extras}.items():
+        if name.rpartition("/")[2] in FAULTS and name in extras:
+            continue
+        given = [value for value in values if value == value]
         mean = f"{sum(given) / len(given):.4g}" if given else "none"
-        print(f"{name}: mean {mean} of {len(given)} rows; does not apply to {len(lines) - len(given)}")
+        left = "" if name in extras else f"; does not apply to {len(lines) - len(given)}"
+        print(f"{name}: mean {mean} of {len(given)} row{'s' * (len(given) != 1)}{left}")
     for kind in FAULTS:
         if count := scores.faults(kind):
             print(f"{count} completion{'s' * (count > 1)} could not be judged: {kind}")
     if out is not None:
-        out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        texts = (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)  # Parquet has dates
+        out.write_text("".join(texts), encoding="utf-8", errors="replace")
         print(f"All rows with their scores are in {out}.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.rewards import workers
-from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, check_number, explained_by, judge
+from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, check_number, each, explained_by, judge
 
 _JOB = "lightning_rlhf.rewards.jobs.programs"
 #: Seconds over ``timeout`` in which the worker ends programs itself.
@@ -31,7 +31,7 @@ def _explain(completion: str, tests: object, timeout: float = 10.0, memory: int 
 def code(
     prompts: Sequence[object],
     completions: Sequence[str],
-    tests: Sequence[object],
+    tests: object,
     timeout: float = 10.0,
     memory: int = 512,
     network: bool = False,
@@ -46,9 +46,9 @@ def code(
     Args:
         prompts: (S,) not read.
         completions: (S,) texts.
-        tests: (S,) Python source, of which each ``assert``, loop, ``with``, ``try`` and call at the top is a test, or
-            each function ``test_...``; a list of sources, each a test; or a list of ``{stdin: ..., stdout: ...}``;
-            or JSON of a list.
+        tests: Column of (S,), or one as an option: Python source, of which each ``assert``, loop, ``with``, ``try``
+            and call at the top is a test, or each function ``test_...``; a list of sources, each a test; or a list of
+            ``{stdin: ..., stdout: ...}``; or JSON of a list.
         timeout: Seconds for all tests of a completion, by the clock.
         memory: MiB of address space of each process.
         network: Let programs use the network. Without it, programs are refused where they can't be cut off from it.
@@ -67,7 +67,7 @@ def code(
     check_number("code", "memory", memory, "a number of MiB, 64 or more", lambda value: 64 <= value < 1e6)
     check_flag("code", "network", network)
     check_flag("code", "all_or_nothing", all_or_nothing)
-    read = [None if given is None else read_tests(given) for given in tests]
+    read = [None if given is None else read_tests(given) for given in each("code", "tests", tests, completions)]
     if all(given is None for given in read):
         return [None] * len(read)
     settings = (timeout, int(memory), network, _isolates(network))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.arguments import did_you_mean
-from lightning_rlhf.rewards.verifiers.judging import explained_by
+from lightning_rlhf.rewards.verifiers.judging import each, explained_by
 
 
 def count_words(text: str) -> int:
@@ -75,6 +75,7 @@ def _read(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
         raise ValueError(
             f"constraints: the column constraints has {str(given)[:60]!r}: give an object, or JSON of one."
         )
+    wanted = {name: value for name, value in wanted.items() if value is not None}  # Parquet gives all rows all keys
     for name, value in wanted.items():
         if name not in CONSTRAINTS:
             near = did_you_mean(name, CONSTRAINTS)
@@ -91,14 +92,17 @@ def _explain(completion: str, constraints: Mapping[str, Any] | str) -> str:
 
 @explained_by(_explain)
 def constraints(
-    prompts: Sequence[object], completions: Sequence[str], constraints: Sequence[Mapping[str, Any] | str | None]
+    prompts: Sequence[object],
+    completions: Sequence[str],
+    constraints: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str | None],
 ) -> list[float | None]:
     """The share of the constraints in the column ``constraints`` that a completion keeps.
 
     Args:
         prompts: (S,) not read.
         completions: (S,) texts; blanks around them do not count.
-        constraints: (S,) objects, or JSON, such as ``{"max_words": 12, "contains": ["moon"], "ends_with": "!"}``.
+        constraints: Column of (S,) objects, or JSON, such as ``{"max_words": 12, "contains": ["moon"]}``, or one as an
+            option. A null in them asks for nothing.
 
     Returns:
         (S,) scores; None where there are no constraints.
@@ -111,7 +115,7 @@ def constraints(
         [1.0, None]
     """
     scores: list[float | None] = []
-    for text, given in zip(completions, constraints, strict=True):
+    for text, given in zip(completions, each("constraints", "constraints", constraints, completions), strict=True):
         wanted = {} if given is None else _read(given)
         if not wanted:
             scores.append(None)

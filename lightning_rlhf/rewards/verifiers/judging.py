@@ -73,6 +73,22 @@ def check_number(who: str, name: str, value: Any, wanted: str, right: Callable[[
         raise ValueError(f"{who}: {name} is {str(value)[:60]}: give {wanted}, and no column of that name.")
 
 
+def each(who: str, name: str, value: Any, completions: Sequence[str]) -> Sequence[Any]:
+    """Returns a column as it is, and one value of an option for all completions.
+
+    Raises:
+        ValueError: A list of another length, which only an option can be; the message says what to give.
+    """
+    if not isinstance(value, list | tuple):
+        return [value] * len(completions)
+    if len(value) != len(completions):
+        raise ValueError(
+            f"{who}: {name} is a list of {len(value)} for {len(completions)} completions: as an option, give one value "
+            "for all of them, and a list as JSON."
+        )
+    return value
+
+
 def check_flag(who: str, name: str, value: Any) -> None:
     """Refuses a setting that is neither true nor false; a column of its name gives a list.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning_rlhf.rewards.verifiers.constraints import count_words
-from lightning_rlhf.rewards.verifiers.judging import explained_by
+from lightning_rlhf.rewards.verifiers.judging import each, explained_by
 
 UNITS = ("characters", "words", "tokens")
 
@@ -21,11 +20,11 @@ def _explain(completion: str, unit: str = "characters") -> str:
 def length(
     prompts: Sequence[object],
     completions: Sequence[str],
-    low: int | Sequence[int] = 1,
-    high: int | Sequence[int] = 1000,
+    low: int | Sequence[int | None] = 1,
+    high: int | Sequence[int | None] = 1000,
     unit: str = "characters",
     completion_ids: Sequence[Sequence[int]] | None = None,
-) -> list[float]:
+) -> list[float | None]:
     """1 from ``low`` to ``high``, falling in a straight line to 0 at none and at twice ``high``.
 
     A target is a window with ``low`` and ``high`` alike.
@@ -40,7 +39,7 @@ def length(
         completion_ids: (S,) tokens.
 
     Returns:
-        (S,) scores.
+        (S,) scores; None where a column has no limit.
 
     Raises:
         ValueError: Limits other than ``1 <= low <= high``, or another unit.
@@ -54,10 +53,12 @@ def length(
     if unit not in UNITS or (unit == "tokens" and completion_ids is None):
         raise ValueError(f"length: unit is {unit!r}: give {', '.join(UNITS)}; tokens are known in a run only.")
     ids: Sequence[Sequence[int]] = completion_ids or [()] * len(completions)
-    scores = []
-    for text, tokens, least, most in zip(
-        completions, ids, _each(low, completions), _each(high, completions), strict=True
-    ):
+    scores: list[float | None] = []
+    lows, highs = each("length", "low", low, completions), each("length", "high", high, completions)
+    for text, tokens, least, most in zip(completions, ids, lows, highs, strict=True):
+        if (least is None and low is not None) or (most is None and high is not None):
+            scores.append(None)
+            continue
         if not all(isinstance(limit, int | float) for limit in (least, most)) or not 1 <= least <= most:
             raise ValueError(f"length needs 1 <= low <= high, got low={least!r} and high={most!r}.")
         size = _measure(text, tokens, unit)
@@ -67,8 +68,3 @@ def length(
 
 def _measure(text: str, tokens: Sequence[int], unit: str) -> int:
     return len(text) if unit == "characters" else count_words(text) if unit == "words" else len(tokens)
-
-
-def _each(value: Any, completions: Sequence[str]) -> Sequence[Any]:
-    """One value for all completions, or a column."""
-    return value if isinstance(value, (list, tuple)) else [value] * len(completions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_rlhf.rewards import workers
-from lightning_rlhf.rewards.verifiers.judging import Score, explained_by, judge
+from lightning_rlhf.rewards.verifiers.judging import Score, each, explained_by, judge
 from lightning_rlhf.utils.imports import require
 
 _JOB = "lightning_rlhf.rewards.jobs.answers"
@@ -20,7 +20,7 @@ def _explain(completion: str, answer: object) -> str:
 def math(
     prompts: Sequence[object],
     completions: Sequence[str],
-    answer: Sequence[object],
+    answer: object,
     timeout: float = 5.0,
     failed_score: float | None = 0.0,
 ) -> list[Score]:
@@ -35,7 +35,7 @@ def math(
     Args:
         prompts: (S,) not read.
         completions: (S,) texts.
-        answer: (S,) numbers, LaTeX or other texts, marked or not.
+        answer: Column of (S,) numbers, LaTeX or other texts, marked or not; or one as an option.
         timeout: CPU seconds for a completion.
         failed_score: Score of a completion that could not be judged in time; None leaves it out.
 
@@ -50,8 +50,9 @@ def math(
         https://github.com/huggingface/Math-Verify, without its time limit, which works in main threads alone.
     """
     require("math_verify", "The verifier math", "verify")
-    if any(want is not None and not str(want).strip() for want in answer):
+    answers = each("math", "answer", answer, completions)
+    if any(want is not None and not str(want).strip() for want in answers):
         raise ValueError("math: the column answer has an empty text. Give an answer, or null where there is none.")
-    each = zip(completions, answer, strict=True)
-    tasks = [None if want is None else (text, str(want)) for text, want in each]
+    pairs = zip(completions, answers, strict=True)
+    tasks = [None if want is None else (text, str(want)) for text, want in pairs]
     return judge("math", f"{_JOB}:equal", tasks, float, timeout, failed_score)

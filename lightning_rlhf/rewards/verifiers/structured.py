@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.rewards import workers
-from lightning_rlhf.rewards.verifiers.judging import Score, explained_by, judge
+from lightning_rlhf.rewards.verifiers.judging import Score, each, explained_by, judge
 from lightning_rlhf.utils.imports import require
 from lightning_rlhf.utils.text import one_line
 
@@ -25,7 +25,7 @@ def _explain(completion: str, schema: Mapping[str, Any] | str) -> str:
 def json_schema(
     prompts: Sequence[object],
     completions: Sequence[str],
-    schema: Sequence[Mapping[str, Any] | str | None],
+    schema: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str | None],
     timeout: float = 5.0,
     failed_score: float | None = 0.0,
 ) -> list[Score]:
@@ -34,7 +34,7 @@ def json_schema(
     Args:
         prompts: (S,) not read.
         completions: (S,) JSON, alone or in the first fenced block.
-        schema: (S,) schemas, as objects or as JSON.
+        schema: Column of (S,) schemas, as objects or as JSON, or one as an option.
         timeout: CPU seconds for a completion: a schema may have expressions whose search takes for ever.
         failed_score: Score of a completion for which it took longer; None leaves it out.
 
@@ -46,8 +46,8 @@ def json_schema(
         ValueError: A schema is none.
     """
     require("jsonschema", "The verifier json_schema", "verify")
-    each = zip(completions, schema, strict=True)
-    tasks = [None if given is None else (text, _read(given)) for text, given in each]
+    pairs = zip(completions, each("json_schema", "schema", schema, completions), strict=True)
+    tasks = [None if given is None else (text, _read(given)) for text, given in pairs]
 
     def score(found: list[str]) -> float:
         kind, why = found

@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation, Overflow, localcontext
 
 from lightning_rlhf.rewards import workers
 from lightning_rlhf.rewards.functions import marked_answer
-from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, explained_by, judge
+from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, check_number, each, explained_by, judge
 
 #: Full-width forms, as Chinese texts have them, and the minus sign.
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
@@ -34,28 +34,29 @@ def read_number(text: str) -> str:
 
 @explained_by(lambda completion: read_number(completion) or "no number")
 def number(
-    prompts: Sequence[object], completions: Sequence[str], answer: Sequence[object], tolerance: float = 0.0
+    prompts: Sequence[object], completions: Sequence[str], answer: object, tolerance: float = 0.0
 ) -> list[float | None]:
     """1 where the number that a completion ends in is the one in the column ``answer``, otherwise 0.
 
     Args:
         prompts: (S,) not read.
         completions: (S,) texts.
-        answer: (S,) numbers, or texts that hold one, such as GSM8K's.
+        answer: Column of (S,) numbers, or texts that hold one, such as GSM8K's; or one as an option.
         tolerance: Largest relative difference that counts as equal. A larger value is more lenient.
 
     Returns:
         (S,) scores; None where there is no answer.
 
     Raises:
-        ValueError: An answer holds no number.
+        ValueError: An answer holds no number, or ``tolerance`` is no number.
 
     Example:
         >>> number([""] * 3, ["So 1,000.", "So 12 or 13.", "?"], [1000, 12, None])
         [1.0, 0.0, None]
     """
+    check_number("number", "tolerance", tolerance, "a number, 0 or more", lambda value: 0 <= value < float("inf"))
     scores: list[float | None] = []
-    for text, given in zip(completions, answer, strict=True):
+    for text, given in zip(completions, each("number", "answer", answer, completions), strict=True):
         if given is None:
             scores.append(None)
             continue
@@ -69,13 +70,13 @@ def number(
     return scores
 
 
-def exact(prompts: Sequence[object], completions: Sequence[str], answer: Sequence[object]) -> list[float | None]:
+def exact(prompts: Sequence[object], completions: Sequence[str], answer: object) -> list[float | None]:
     """1 where a completion is the text in the column ``answer``, but for blanks around both, otherwise 0.
 
     Args:
         prompts: (S,) not read.
         completions: (S,) texts.
-        answer: (S,) texts.
+        answer: Column of (S,) texts, or one as an option.
 
     Returns:
         (S,) scores; None where there is no answer.
@@ -84,8 +85,8 @@ def exact(prompts: Sequence[object], completions: Sequence[str], answer: Sequenc
         >>> exact([""] * 3, [" yes", "Yes", "no"], ["yes", "yes", None])
         [1.0, 0.0, None]
     """
-    each = zip(completions, answer, strict=True)
-    return [None if want is None else float(text.strip() == str(want).strip()) for text, want in each]
+    pairs = zip(completions, each("exact", "answer", answer, completions), strict=True)
+    return [None if want is None else float(text.strip() == str(want).strip()) for text, want in pairs]
 
 
 def _explain_regex(completion: str, pattern: str, whole: bool = False) -> str:
@@ -125,7 +126,7 @@ def regex(
         [1.0, 0.0]
     """
     check_flag("regex", "whole", whole)
-    patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
+    patterns = each("regex", "pattern", pattern, completions)
     for wanted in patterns:
         if not isinstance(wanted, str | None):
             raise ValueError(f"regex: the column pattern has {wanted!r}: give a regular expression, as a text.")
@@ -133,8 +134,8 @@ def regex(
             re.compile(wanted or "")
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"regex: the column pattern has {wanted!r}, which is no expression: {error}.") from None
-    each = zip(completions, patterns, strict=True)
-    tasks = [None if wanted is None else (text, wanted, whole) for text, wanted in each]
+    pairs = zip(completions, patterns, strict=True)
+    tasks = [None if wanted is None else (text, wanted, whole) for text, wanted in pairs]
     return judge("regex", _SEARCH, tasks, lambda found: float(found is not None), timeout, failed_score)
 
 
@@ -149,10 +150,15 @@ def repetition(prompts: Sequence[object], completions: Sequence[str], size: int 
     Returns:
         (S,) scores from -1 to 0.
 
+    Raises:
+        ValueError: ``size`` is no whole number above 0.
+
     Example:
         >>> repetition([""] * 2, ["a b c d e", "go on go on go on"], size=2)
         [0.0, -0.6]
     """
+    right = "a whole number of words, 1 or more"
+    check_number("repetition", "size", size, right, lambda value: isinstance(value, int) and value >= 1)
     scores = []
     for text in completions:
         words: Sequence[str] = text.split() if len(text.split()) > 1 else text.strip()

@@ -1,9 +1,13 @@
 """Verifiers: what they read, what does not apply, and rows that are wrong."""
 
+import datetime
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_rlhf.cli import main
@@ -82,6 +86,43 @@ def test_length():
     for options in ({"low": 5, "high": 4}, {"low": 0}, {"low": "5"}, {"unit": "lines"}, {"unit": "tokens"}):
         with pytest.raises(ValueError, match="length"):
             length([""], ["x"], **options)
+
+
+def test_a_row_without_a_limit_has_no_length_to_keep():
+    assert length([""] * 3, ["x"] * 3, low=[1, None, 1], high=[2, 2, None]) == [1.0, None, None]
+    with pytest.raises(ValueError, match="length needs 1 <= low <= high, got low=None"):
+        length([""], ["x"], low=None)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "options", "texts", "scores"),
+    [
+        (number, {"answer": 7}, ["7", "8"], [1, 0]),
+        (exact, {"answer": "ab"}, ["a", "ab"], [0, 1]),
+        (constraints, {"constraints": {"max_words": 1}}, ["a", "a b"], [1, 0]),
+        (json_schema, {"schema": {"type": "object"}}, ["{}", "[]"], [1, 0.5]),
+    ],
+)
+def test_an_option_stands_for_the_column_in_all_rows(verifier, options, texts, scores):
+    assert verifier(["", ""], texts, **options) == scores
+    [name] = options
+    with pytest.raises(ValueError, match=f"{name} is a list of 3 for 2 completions: as an option, give one value"):
+        verifier(["", ""], texts, **{name: [options[name]] * 3})
+
+
+@pytest.mark.parametrize(
+    ("verifier", "options", "message"),
+    [
+        (number, {"answer": 1, "tolerance": -1}, "number: tolerance is -1: give a number, 0 or more"),
+        (number, {"answer": 1, "tolerance": math.nan}, "number: tolerance is nan: give a number, 0 or more"),
+        (number, {"answer": 1, "tolerance": [0.1]}, r"number: tolerance is \[0.1\]: .* no column of that name"),
+        (repetition, {"size": 0}, "repetition: size is 0: give a whole number of words, 1 or more"),
+        (repetition, {"size": 1.5}, "repetition: size is 1.5: give a whole number of words, 1 or more"),
+    ],
+)
+def test_settings_are_checked(verifier, options, message):
+    with pytest.raises(ValueError, match=message):
+        verifier([""], ["1"], **options)
 
 
 def test_exact_and_regex():
@@ -186,6 +227,8 @@ def test_constraints(wanted, right, wrong):
 
 def test_no_constraints_do_not_apply():
     assert one(constraints, "x", None) is None and one(constraints, "x", {}) is None
+    assert one(constraints, "x", {"max_words": 1, "contains": None}) == 1.0  # as Parquet gives it
+    assert one(constraints, "x", {"contains": None}) is None
 
 
 def test_repetition_counts_what_occurred_before():
@@ -229,6 +272,7 @@ def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
     [
         (["--reward", "lightning_rlhf.rewards.verifiers.digit"], "verifiers has no digit"),
         (["--reward", "lightning_rlhf.rewards.verifiers.numbers"], "did you mean number?"),
+        (["--reward", NUMBER, "--limit", "-1"], "--limit is -1: give 0 or more"),
         (["--reward", NUMBER, "--out", "no/where.jsonl"], "no/where.jsonl can't be written: there is no folder no"),
         (["--reward", NUMBER, "--out", __file__], "is there already. Give --out another path"),
         (["--reward", NUMBER, "--completion", "text"], "the column 'text' is no text; the row has prompt, completion"),
@@ -239,6 +283,21 @@ def test_the_command_says_what_is_wrong_in_a_line(file, options, message):
     with pytest.raises(SystemExit) as stop:
         main(["verify", *options, str(file)])
     assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def words(prompts, completions):
+    return [{"score": 1.0, "words": len(c.split())} for c in completions]
+
+
+def test_the_command_shows_and_writes_further_numbers_and_any_value_of_the_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    file, out = tmp_path / "rows.parquet", tmp_path / "out.jsonl"
+    pq.write_table(pa.table({"completion": ["a b", "c"], "day": [datetime.date(2024, 2, 29)] * 2}), file)
+    main(["verify", "--reward", "test_verifiers.words", str(file), "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert "words: mean 1 of 2 rows; does not apply to 0" in shown and "words/words: mean 1.5 of 2 rows\n" in shown
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found[0] == {"completion": "a b", "day": "2024-02-29", "score": 1, "score/words": 1, "reward/words/words": 2}
 
 
 def test_the_command_names_the_row_that_is_wrong_and_counts_timeouts(tmp_path, capsys):
