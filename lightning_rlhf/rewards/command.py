@@ -46,7 +46,8 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     from lightning_rlhf.data.packed import Branch, Tree, pack
     from lightning_rlhf.data.sources import BadRows, read_rows
     from lightning_rlhf.rewards.base import FAULTS, Samples
-    from lightning_rlhf.rewards.weighted import make_reward
+    from lightning_rlhf.rewards.function import FunctionReward
+    from lightning_rlhf.rewards.weighted import WeightedSum, make_reward
     from lightning_rlhf.utils.text import one_line
 
     if limit < 0:
@@ -62,6 +63,14 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     if not rows:
         raise ValueError(f"{file} has no rows.")
     reward = make_reward([_part(given) for given in rewards], None)  # type: ignore[arg-type]  # functions use none
+    assert isinstance(reward, WeightedSum)
+    for part in reward.parts:
+        if isinstance(part, FunctionReward) and "completion_ids" in part.accepts:
+            if part.requires_ids:
+                raise ValueError(
+                    f"{part.name} reads completion_ids, the policy's tokens, which are known in a run only."
+                )
+            part.accepts.remove("completion_ids")
     known = sorted({name for row in rows for name in row.value} - {"prompt", column})
 
     def samples(chosen: Sequence[Any]) -> Samples:
@@ -92,7 +101,7 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     for row, line in list(zip(rows, lines, strict=True))[:limit]:
         found = "  ".join(f"{name} {_show(line[f'score/{name}'])}" for name in parts)
         print(f"{row.where}: {found}  {one_line(row.value[column], 60)}")
-        for name, part in zip(parts, reward.parts, strict=True):  # type: ignore[arg-type]
+        for name, part in zip(parts, reward.parts, strict=True):
             if (read := _explained(part, row.value, row.value[column])) is not None:
                 print(f"    {name}: {one_line(read, 200)}")
     for name, values in {**parts, **extras}.items():

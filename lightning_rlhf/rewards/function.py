@@ -59,7 +59,11 @@ class FunctionReward(Reward):
             raise TypeError(f"The reward function {self.name} doesn't say what arguments it has.") from error
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.accepts = {p.name for p in by_name}
-        self.needs = {p.name for p in by_name if p.default is p.empty} - {"prompts", "completions"} - _OF_SAMPLES
+        required = {p.name for p in by_name if p.default is p.empty}
+        self.needs, self.requires_ids = (
+            required - {"prompts", "completions"} - _OF_SAMPLES,
+            "completion_ids" in required,
+        )
         self.takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         if not (self.takes_all or {"prompts", "completions"} <= self.accepts):
             raise TypeError(

@@ -300,6 +300,21 @@ def test_the_command_shows_and_writes_further_numbers_and_any_value_of_the_rows(
     assert found[0] == {"completion": "a b", "day": "2024-02-29", "score": 1, "score/words": 1, "reward/words/words": 2}
 
 
+def counts_ids(prompts, completions, completion_ids):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_the_command_makes_up_no_tokens(file, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    by_tokens = "{source: lightning_rlhf.rewards.verifiers.length, options: {unit: tokens}}"
+    for given, message in (
+        (by_tokens, "tokens are known in a run only"),
+        ("test_verifiers.counts_ids", "in a run only"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["verify", "--reward", given, str(file)])
+
+
 def test_the_command_names_the_row_that_is_wrong_and_counts_timeouts(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     rows = [{"completion": "It is 4.", "answer": 4}, {"completion": "It is 6.", "answer": "five"}]
