@@ -73,7 +73,9 @@ def test_an_episode_has_the_tokens_of_both_and_the_log_probs_of_the_policy(speak
     assert "Say a<|im_end|>" in whole  # the environment's system turn
 
 
-@pytest.mark.parametrize("engine", [CachedEngine(), CachedEngine(max_rows=2), HFGenerateEngine()], ids=["cached", "few rows", "generate"])
+@pytest.mark.parametrize(
+    "engine", [CachedEngine(), CachedEngine(max_rows=2), HFGenerateEngine()], ids=["cached", "few rows", "generate"]
+)
 def test_greedy_episodes_equal_a_plain_loop_of_generate(speakers, engine):
     policy, tokenizer = speakers
     sampling = Sampling(max_new_tokens=12, temperature=0.0, logit_bias={tokenizer.eos_token_id: 6.0})
