@@ -84,7 +84,7 @@ print(*sorted(L.strategies.StrategyRegistry.available_strategies()))"""
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(plugin="hybrid"), "Tensor and pipeline parallelism are not supported yet"),
+        (dict(plugin="hybrid"), "Tensor parallelism is tp, an argument of the first three"),
         (dict(plugin="zero3"), "one of ddp, zero1, zero2, gemini"),
         (dict(checkpoint="both"), "must be full or sharded"),
         (dict(plugin="ddp", checkpoint="sharded"), "shards nothing"),
