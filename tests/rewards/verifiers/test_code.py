@@ -119,7 +119,7 @@ def test_where_the_network_can_not_be_cut_off_it_is_refused(monkeypatch):
 
 
 def test_without_namespaces_limits_and_the_time_remain():
-    settings = (3.0, 256, True, False)
+    settings = (30.0, 256, True, False)  # by the clock, and the machine may be busy
     parts = {"parts": [["assert f() == 1", True]]}
     assert programs.judge("def f(): return 1", parts, *settings)["passed"] == [True]
     daemon = DAEMON.format(seconds=77.25)
