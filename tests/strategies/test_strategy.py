@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from curves import curve, largest_difference
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 HERE = Path(__file__).parent
@@ -59,20 +60,6 @@ def start(model_dir, out, cases, check=True):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def curve(place):
-    errors = "\n".join(file.read_text() for file in sorted(place.glob("error-*.txt")))
-    assert not errors, errors
-    rows = json.loads((place / "curve.json").read_text())
-    # what a first step logs in on_train_batch_end is there at the second
-    return torch.tensor([[float("nan") if v is None else v for v in row] for row in rows], dtype=torch.float64)
-
-
-def largest_difference(a, b):
-    assert a.shape == b.shape and len(a), (a.shape, b.shape)
-    assert torch.equal(a.isnan(), b.isnan())
-    return (a - b).abs().nan_to_num(0).max().item()
 
 
 # ------------------------------------------------------------------------------------------------- curves

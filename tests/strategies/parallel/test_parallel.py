@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from curves import curve, largest_difference
 from processes import run_ranks
 from runs import load_script
 from transformers import AutoModelForCausalLM
@@ -175,19 +176,6 @@ def start(model_dir, out, cases, check=True):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def curve(place):
-    errors = "\n".join(file.read_text() for file in sorted(place.glob("error-*.txt")))
-    assert not errors, errors
-    rows = json.loads((place / "curve.json").read_text())
-    return torch.tensor([[float("nan") if v is None else v for v in row] for row in rows], dtype=torch.float64)
-
-
-def largest_difference(a, b):
-    assert a.shape == b.shape and len(a)
-    assert torch.equal(a.isnan(), b.isnan())
-    return (a - b).abs().nan_to_num(0).max().item()
 
 
 @pytest.mark.parametrize("name", STAGES)
