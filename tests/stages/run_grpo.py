@@ -54,6 +54,26 @@ def trained(module):
     return {k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad}
 
 
+class Recorded(GRPOModule):
+    """Keeps what happened, for the reference to do again."""
+
+    def score_experience(self, experience, samples):
+        super().score_experience(experience, samples)
+        self.iterations = [*getattr(self, "iterations", []), (experience, [], [], samples)]
+
+    def backward_minibatch(self, experience, chosen, ptx):
+        found = super().backward_minibatch(experience, chosen, ptx)
+        if not hasattr(self, "gradient"):
+            self.gradient = {k: p.grad.clone() for k, p in self.named_parameters() if p.grad is not None}
+        self.iterations[-1][1].append((chosen, found))
+        return found
+
+    def update_policy(self, experience, ptx):
+        found = super().update_policy(experience, ptx)
+        self.iterations[-1][2].append(trained(self))
+        return found
+
+
 class Uneven(GRPOModule):
     """All prompts are rank 0's; the others have none."""
 

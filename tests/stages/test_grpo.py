@@ -31,6 +31,7 @@ from lightning_rlhf.rewards import WeightedReward
 HERE = Path(__file__).parent
 reference, run_grpo = (load_script(HERE / f"{name}.py") for name in ("reference_grpo", "run_grpo"))
 run, letters, has, trained = run_grpo.run, run_grpo.letters, run_grpo.has, run_grpo.trained
+Recorded = run_grpo.Recorded
 spawn = partial(spawn, HERE / "run_grpo.py")
 ONE_UPDATE = dict(epochs=1, minibatches=1, micro_batch_tokens=None)
 
@@ -39,26 +40,6 @@ def logged(out_dir, name):
     """A metric of each iteration."""
     with (Path(out_dir) / "log" / "version_0" / "metrics.csv").open() as file:
         return [float(row[f"train/{name}"]) for row in csv.DictReader(file)]
-
-
-class Recorded(GRPOModule):
-    """Keeps what happened, for the reference to do again."""
-
-    def score_experience(self, experience, samples):
-        super().score_experience(experience, samples)
-        self.iterations = [*getattr(self, "iterations", []), (experience, [], [])]
-
-    def backward_minibatch(self, experience, chosen, ptx):
-        found = super().backward_minibatch(experience, chosen, ptx)
-        if not hasattr(self, "gradient"):
-            self.gradient = {k: p.grad.clone() for k, p in self.named_parameters() if p.grad is not None}
-        self.iterations[-1][1].append((chosen, found))
-        return found
-
-    def update_policy(self, experience, ptx):
-        found = super().update_policy(experience, ptx)
-        self.iterations[-1][2].append(trained(self))
-        return found
 
 
 # ------------------------------------------------------------------------------------------------- the definition
@@ -99,7 +80,7 @@ def test_five_iterations_equal_a_plain_padded_reference(tiny_model_dir, tmp_path
         [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() <= 1],
                                                             "weight_decay": 0.0}], lr=3e-3, eps=1e-5)  # fmt: skip
     ends, learned = set(), 0
-    for experience, updates, after in module.iterations:
+    for experience, updates, after, _ in module.iterations:
         rows = zip(experience.scores.tolist(), experience.truncated.tolist(), strict=True)
         groups = [[reference.Sample(tree.prompt, branch.input_ids, *next(rows)) for branch in tree.branches]
                   for tree in experience.trees]  # fmt: skip
@@ -128,7 +109,7 @@ def test_ratios_start_at_one(tiny_model_dir, tmp_path, algorithm, lora):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attention_dropout=0.3)
     _, module = run(model, tmp_path, kind=Recorded, algorithm=algorithm, lora=lora, dropout=0.5,
                     tokenizer=tiny_model_dir, lr=3e-2, updates=dict(minibatches=1, micro_batch_tokens=60))  # fmt: skip
-    for _, updates, _ in module.iterations:
+    for _, updates, *_ in module.iterations:
         first, second = (found for _, found in updates)
         assert first["ratio_error"] < 1e-5
         assert first["clip_fraction"] == 0
@@ -337,7 +318,7 @@ def test_what_is_logged_of_updates_lengths_and_seconds(tiny_model_dir, tmp_path)
 
     _, module = run(tiny_model_dir, tmp_path, reward=slow, kind=Recorded, lr=3e-2, max_steps=1, batch_size=8,
                     updates=dict(epochs=3, minibatches=1))  # fmt: skip
-    [(experience, updates, _)] = module.iterations
+    [(experience, updates, *_)] = module.iterations
     names = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "ratio_min", "ratio_mean", "ratio_max")
     fraction, low, high, *ratios = (logged(tmp_path, name)[0] for name in names)
     assert fraction == pytest.approx(low + high) and low > 0 and high > 0

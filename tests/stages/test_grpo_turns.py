@@ -19,29 +19,10 @@ from lightning_rlhf.rollout import Environment, Turn, TurnError
 HERE = Path(__file__).parent
 reference, run_grpo = (load_script(HERE / f"{name}.py") for name in ("reference_grpo", "run_grpo"))
 letters, trained = run_grpo.letters, run_grpo.trained
+Recorded = run_grpo.Recorded
 TURNS = dict(environment=dict(most=3), max_total_tokens=70, updates=dict(micro_batch_tokens=150))
 run = partial(run_grpo.run, **TURNS)
 ONE_UPDATE = dict(epochs=1, minibatches=1, micro_batch_tokens=None)
-
-
-class Recorded(GRPOModule):
-    """Keeps what happened, for the reference to do again."""
-
-    def score_experience(self, experience, samples):
-        super().score_experience(experience, samples)
-        self.iterations = [*getattr(self, "iterations", []), (experience, samples, [], [])]
-
-    def backward_minibatch(self, experience, chosen, ptx):
-        found = super().backward_minibatch(experience, chosen, ptx)
-        if not hasattr(self, "gradient"):
-            self.gradient = {k: p.grad.clone() for k, p in self.named_parameters() if p.grad is not None}
-        self.iterations[-1][2].append((chosen, found))
-        return found
-
-    def update_policy(self, experience, ptx):
-        found = super().update_policy(experience, ptx)
-        self.iterations[-1][3].append(trained(self))
-        return found
 
 
 # ------------------------------------------------------------------------------------------------- the definition
@@ -74,7 +55,7 @@ def test_iterations_equal_a_plain_padded_reference_with_masks(tiny_model_dir, tm
         [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() <= 1],
                                                             "weight_decay": 0.0}], lr=3e-3, eps=1e-5)  # fmt: skip
     said = 0
-    for experience, samples, updates, after in module.iterations:
+    for experience, updates, after, samples in module.iterations:
         want = [letter + more for letter, more in zip(letters(samples.prompts, samples.completions,
                 samples.columns["wanted"]), samples.environment, strict=True)]  # fmt: skip
         assert experience.scores.tolist() == pytest.approx(want, rel=1e-5)
@@ -103,7 +84,7 @@ def test_iterations_equal_a_plain_padded_reference_with_masks(tiny_model_dir, tm
 
 def test_lengths_and_entropies_are_those_of_the_policys_tokens(tiny_model_dir, tmp_path):
     trainer, module = run(tiny_model_dir, tmp_path, kind=Recorded, max_steps=1, kl=dict(coef=0.1))
-    [(experience, _, _, _)] = module.iterations
+    [(experience, *_)] = module.iterations
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_dir).double()
     samples = [reference.Sample(t.prompt, b.input_ids, 0.0, False, b.scored) for t in experience.trees
                for b in t.branches]  # fmt: skip
@@ -256,7 +237,7 @@ def test_what_micro_batches_cannot_hold_is_refused_before_the_first_rollout(tiny
 
 def test_stop_strings_end_turns_and_the_reward_model_reads_a_stop_token(tiny_model_dir, tmp_path):
     _, module = run(tiny_model_dir, tmp_path, kind=Recorded, max_steps=1, reward=None)
-    [(experience, samples, _, _)] = module.iterations
+    [(experience, _, _, samples)] = module.iterations
     every = [branch for tree in experience.trees for branch in tree.branches]
     read = samples.batch
     eos = module.tokenizer.eos_token_id
