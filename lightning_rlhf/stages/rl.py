@@ -601,7 +601,7 @@ class RLStage(Stage):
         Raises:
             RewardError: A score on any rank is not finite, and ``shaping.bad_scores`` is ``stop``.
         """
-        learns = self.trainer.training
+        learns = self.training  # not in validation
         if samples is not None and learns:
             samples.iteration = self.iteration
         start = time.perf_counter()

@@ -17,6 +17,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: Folders of configs of stages that sample.
 ONLINE = ("ppo", "online_dpo", "grpo")
 STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("parallel", "collect"))
+#: Configs whose tasks an environment makes, with the column that it reads.
+MADE = {"smollm2_calculator": "answer", "smollm2_guess": "high"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,9 @@ def small(path, model):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", [path for path in STAGES if path.stem not in MADE], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_path, capsys):
     page = tmp_path / "inspect.html"
     main([*small(path, no_weights), "--rows", "2", "--html", str(page)])
@@ -63,6 +67,14 @@ def test_every_config_is_shown_without_a_model_or_trainer(path, no_weights, tmp_
     assert (" good, " in out) == (path.parent.name == "kto")
     assert "\x1b" not in out, "not a terminal"
     assert f"The same as a web page: {page}" in out and page.read_text(encoding="utf-8").count("<article>") == 2
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_tasks_of_an_environment_are_shown(name, no_weights, capsys):
+    main([*small(CONFIGS / "grpo" / f"{name}.yaml", no_weights), "--rows", "2"])
+    out = capsys.readouterr().out
+    assert out.count("\nrow ") == 2 and "generation starts here" in out and "left out or cut         none" in out
+    assert out.count(f"\ncolumn {MADE[name]}: ") == 2
 
 
 def test_ptx_is_shown_beside_prompts(no_weights, capsys):

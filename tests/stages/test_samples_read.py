@@ -180,7 +180,7 @@ def test_a_row_that_comes_twice_gets_other_samples_on_any_rank(tiny_model_dir, m
     found = {}
     for rank, mine in enumerate(everyone):
         monkeypatch.setattr("lightning_rlhf.stages.rl.gather_objects", lambda rows: everyone)
-        monkeypatch.setattr(PPOModule, "global_rank", rank)
+        monkeypatch.setattr("lightning_rlhf.stages.rl.data_rank", lambda rank=rank: rank)
         for row, its in samples_of(tiny_model_dir, list(mine)).items() if mine else ():
             found.setdefault(row, []).extend(its)
     assert found == want
