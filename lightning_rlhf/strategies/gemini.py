@@ -28,6 +28,8 @@ class GeminiBoosted(Boosted):
 
     def attach(self) -> None:
         """Notes the chunks, and replaces the class of parameters."""
+        from colossalai.tensor.colo_parameter import ColoParameter
+
         self.chunks = self.model.chunk_manager
         self._fake = {id(self.wrapped.id_to_real_params[i]): p for i, p in self.wrapped.id_to_fake_params.items()}
         self._fresh: set[int] = set()  # ids of parameters with gradients for the next step
@@ -35,6 +37,10 @@ class GeminiBoosted(Boosted):
         self._own = {id(part) for part in self.parts.values() if isinstance(part, nn.Parameter)}
         for slot in self.slots:
             slot.parameter.__class__ = _guarded_parameter()
+        # frozen weights stay whole; as Gemini's class they would make a tensor of its own of all that they touch
+        for parameter in self.child.parameters():
+            if type(parameter) is ColoParameter:
+                parameter.__class__ = nn.Parameter
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """Replaces torch's Adam by ColossalAI's, which Gemini needs, with the same parameter groups."""
