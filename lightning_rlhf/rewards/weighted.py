@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.arguments import nearest
 from lightning_rlhf.models.loading import Dtype
 from lightning_rlhf.models.runs import check_name
+from lightning_rlhf.rewards import verifiers
 from lightning_rlhf.rewards.base import BadScores, Reward, Samples, Scores, check_scores
 from lightning_rlhf.rewards.function import FunctionReward, import_function, name_of
+from lightning_rlhf.rewards.functions import answer_match
 from lightning_rlhf.rewards.model import RewardModelReward
 from lightning_rlhf.utils.text import one_line
 
@@ -134,12 +137,12 @@ def make_reward(
                 why = one_line(str(error), 300)
                 raise OSError(f"reward: {name} can't be loaded as a directory or from the model hub: {why}") from error
         if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*[.:]\w+", name):
-            return FunctionReward(import_function(name))
+            return FunctionReward(_import(name))
         if os.sep in name:
             check_name(name)
         raise ValueError(
             f"reward: {name!r} is not a directory in {os.getcwd()}, a hub id (org/name) or an import path "
-            "(package.module.function)."
+            f"(package.module.function){_near(name)}"
         )
     if isinstance(spec, (WeightedReward, Mapping)):
         spec = [spec]
@@ -156,6 +159,30 @@ def make_reward(
         "function f(prompts, completions, **columns) -> scores or its import path, or a list of "
         "{source: ..., weight: ...}."
     )
+
+
+def _import(path: str) -> Callable[..., Any]:
+    try:
+        return import_function(path)
+    except ImportError as error:
+        known = _known().get(re.split("[.:]", path)[-1])
+        if known is None or isinstance(error, ModuleNotFoundError):  # it is there, and lacks a module
+            raise
+        raise ImportError(f"{str(error).partition('; did you mean')[0].rstrip('.')}; did you mean {known}?") from error
+
+
+def _near(name: str) -> str:
+    """The end of a sentence, with the path of the function of this package that may be meant."""
+    known = _known()
+    found = nearest(name, known)
+    return f"; did you mean {known[found]}?" if found else "."
+
+
+def _known() -> dict[str, str]:
+    """This package's functions that are rewards: their import paths by name."""
+    own = [name for name in verifiers.__all__ if hasattr(getattr(verifiers, name), "checks_options")]
+    homes = {**dict.fromkeys(own, verifiers.__name__), answer_match.__name__: answer_match.__module__}
+    return {name: f"{home}.{name}" for name, home in homes.items()}
 
 
 def _make_part(part: WeightedReward, tokenizer: PreTrainedTokenizerBase, dtype: Dtype, trust: bool) -> Reward:
@@ -199,18 +226,20 @@ def part_names(parts: Sequence[WeightedReward]) -> list[str]:
     given = Counter(part.name for part in parts if part.name)
     if twice := [name for name, count in given.items() if count > 1]:
         raise ValueError(f"reward: {given[twice[0]]} parts have the name {twice[0]!r}. Give each its own.")
-    pieces = [[part.name] if part.name else _pieces(part.source) for part in parts]
-    taken = [1] * len(parts)
+    pieces = [(part.name,) if part.name else tuple(_pieces(part.source)) for part in parts]
+    taken = dict.fromkeys(pieces, 1)  # the same source twice is numbered below, as more of its path tells nothing
     while True:
-        names = ["".join(p[-2 * k + 1 :]) for p, k in zip(pieces, taken, strict=True)]
-        counts = Counter(names)
-        longer = [i for i, p in enumerate(pieces) if counts[names[i]] > 1 and 2 * taken[i] < len(p)]
+        short = {p: "".join(p[-2 * k + 1 :]) for p, k in taken.items()}
+        uses = Counter(short.values())
+        longer = [p for p, k in taken.items() if uses[short[p]] > 1 and 2 * k < len(p)]
         if not longer:
             break
-        for i in longer:
-            taken[i] += 1
+        for p in longer:
+            taken[p] += 1
+    names = [short[p] for p in pieces]
+    counts = Counter(names)
     found: dict[str, None] = {}
-    for name in names:  # the same source twice: numbered
+    for name in names:
         numbered = (f"{name}_{number}" for number in count(2))
         found[name if name not in found else next(n for n in numbered if n not in counts and n not in found)] = None
     return list(found)

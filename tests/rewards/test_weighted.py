@@ -55,10 +55,10 @@ def test_parts_of_one_name_stay_apart(tiny_model_dir, tiny_tokenizer, tmp_path):
             (tokenizer_and_config / file).write_bytes((tiny_model_dir / file).read_bytes())
     sources = [tmp_path / "helpful/hf/last", f"{tmp_path}/harmless/hf/last/", str(tmp_path / "v1.5"), long, long, ones,
                "lightning_rlhf.rewards.verifiers.length", partial(ones)]  # fmt: skip
-    reward = make_reward([*sources, WeightedReward(long, name="last")], tiny_tokenizer)
+    reward = make_reward([*sources, WeightedReward(long, name="last"), sources[6]], tiny_tokenizer)
     assert isinstance(reward, WeightedSum)
     assert reward.names == ["helpful/hf/last", "harmless/hf/last", "v1.5", "long", "long_2", "ones", "length",
-                            "ones_2", "last"]  # fmt: skip
+                            "ones_2", "last", "length_2"]  # fmt: skip
     with pytest.raises(ValueError, match="reward: 2 parts have the name 'x'"):
         make_reward([WeightedReward(long, name="x"), WeightedReward(ones, name="x")], tiny_tokenizer)
 
