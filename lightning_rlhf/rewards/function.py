@@ -47,6 +47,8 @@ class FunctionReward(Reward):
         ImportError: Nothing is at the import path.
         TypeError: What is there can't be called so.
         ValueError: An option is none of its arguments.
+        RewardError: The function's attribute ``checks_options`` is true, and it refuses the value of an option: it is
+            called without completions, so that wrong settings show before anything is sampled.
     """
 
     def __init__(self, function: str | Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
@@ -77,6 +79,9 @@ class FunctionReward(Reward):
                 f"All: {', '.join(known) or 'none'}."
             )
         self.needs -= self.options.keys()
+        if getattr(self.function, "checks_options", False):
+            empty: dict[str, list[Any]] = {name: [] for name in {"completion_ids"} & self.accepts | required}
+            self.function(**empty | self.options)
 
     def forward(self, samples: Samples) -> Scores:
         """Calls the function, with lists of its own, and checks what it returns.
@@ -145,9 +150,10 @@ class FunctionReward(Reward):
             given["completion_ids"] = [b.input_ids for tree in unpack(samples.batch) for b in tree.branches]
         given |= samples.columns
         if missing := sorted(self.needs - given.keys()):
+            option = "an option of that name" if len(missing) == 1 else "options of those names"
             raise RewardError(
-                f"The reward function {self.name} needs the column {', '.join(missing)}; the prompts' rows have "
-                f"{', '.join(sorted(samples.columns)) or 'no further columns'}."
+                f"The reward function {self.name} needs the column {', '.join(missing)}, or {option}; the prompts' "
+                f"rows have {', '.join(sorted(samples.columns)) or 'no further columns'}."
             )
         passed = {name: list(v) for name, v in given.items() if self.takes_all or name in self.accepts}
         return passed | ({"iteration": samples.iteration} if "iteration" in wanted else {}) | self.options

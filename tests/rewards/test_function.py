@@ -106,7 +106,9 @@ def test_a_column_that_the_data_lack():
     def f(prompts, completions, answer):
         return [1.0, 1.0]
 
-    with pytest.raises(ValueError, match="needs the column answer; the prompts' rows have lang"):
+    with pytest.raises(
+        ValueError, match="needs the column answer, or an option of that name; the prompts' rows have lang"
+    ):
         FunctionReward(f)(samples(lang=["en", "zh"]))
 
 

@@ -16,8 +16,22 @@ def search(text: str, pattern: str, whole: bool) -> str | None:
     return None if found is None else found[0]
 
 
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Checks a JSON Schema, but not where its references lead.
+
+    Raises:
+        ValueError: It is none.
+    """
+    import jsonschema
+
+    try:
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except (RecursionError, re.error, jsonschema.SchemaError) as error:
+        raise ValueError(str(error)) from None
+
+
 def follows(text: str, schema: Mapping[str, Any]) -> list[str]:
-    """Reads JSON and compares it with a schema.
+    """Reads JSON and compares it with a schema that :func:`check_schema` has checked.
 
     Returns:
         ``none`` with why it is no JSON, ``follows``, ``differs`` with the first difference; or the start of the
@@ -26,11 +40,6 @@ def follows(text: str, schema: Mapping[str, Any]) -> list[str]:
     import jsonschema
     from referencing.exceptions import Unresolvable
 
-    try:
-        kind = jsonschema.validators.validator_for(schema)
-        kind.check_schema(schema)
-    except (ValueError, RecursionError, re.error, jsonschema.SchemaError) as error:
-        return [json.dumps(schema)[:60], str(error)]
     fenced = _FENCED.search(text)
     try:
         value = json.loads(fenced[1] if fenced else text)
@@ -39,7 +48,8 @@ def follows(text: str, schema: Mapping[str, Any]) -> list[str]:
     except ValueError as error:
         return ["none", str(error)]
     try:
-        differs = next(iter(kind(schema).iter_errors(value)), None)
+        validator = jsonschema.validators.validator_for(schema)(schema)
+        differs = next(iter(validator.iter_errors(value)), None)
     except (RecursionError, re.error, Unresolvable) as error:
         return [json.dumps(schema)[:60], str(error)]
     return ["follows", ""] if differs is None else ["differs", f"{differs.json_path}: {differs.message}"]

@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.rewards import workers
-from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, check_number, each, explained_by, judge
+from lightning_rlhf.rewards.base import RewardError
+from lightning_rlhf.rewards.verifiers.judging import (
+    Score,
+    check_failed_score,
+    check_flag,
+    check_number,
+    each,
+    judge,
+    verifier,
+)
+from lightning_rlhf.utils.text import show
 
 _JOB = "lightning_rlhf.rewards.jobs.programs"
 #: Seconds over ``timeout`` in which the worker ends programs itself.
@@ -27,7 +37,7 @@ def _explain(completion: str, tests: object, timeout: float = 10.0, memory: int 
     return f"{sum(passed)} of {len(passed)} tests passed" + (f"; {why}" if (why := outcome.value["why"]) else "")
 
 
-@explained_by(_explain)
+@verifier(_explain)
 def code(
     prompts: Sequence[object],
     completions: Sequence[str],
@@ -60,14 +70,14 @@ def code(
         (S,) scores; None where there are no tests. A completion whose time was over has the entry ``timeout``.
 
     Raises:
-        RuntimeError: Programs can't be cut off from the network here.
-        ValueError: Tests can't be read.
+        RewardError: Programs can't be cut off from the network here; or tests can't be read, or an option is wrong.
     """
     check_number("code", "timeout", timeout, "a number of seconds above 0", lambda value: 0 < value < 1e6)
     check_number("code", "memory", memory, "a number of MiB, 64 or more", lambda value: 64 <= value < 1e6)
     check_flag("code", "network", network)
     check_flag("code", "all_or_nothing", all_or_nothing)
-    read = [None if given is None else read_tests(given) for given in each("code", "tests", tests, completions)]
+    check_failed_score("code", failed_score)
+    read = each("code", "tests", tests, completions, read_tests)
     if all(given is None for given in read):
         return [None] * len(read)
     settings = (timeout, int(memory), network, _isolates(network))
@@ -94,18 +104,18 @@ def read_tests(given: object) -> dict[str, list[list[Any]]]:
         try:
             given = json.loads(given)
         except ValueError as error:
-            raise _no_tests(given, f"no JSON ({error})") from None
+            raise ValueError(f"no JSON ({error}).") from None
     if isinstance(given, str):
         return {"parts": _split(given)}
     if not isinstance(given, Sequence) or not given:
-        raise _no_tests(given, "give Python source, a list of sources, or a list of {stdin: ..., stdout: ...}")
+        raise ValueError("give Python source, a list of sources, or a list of {stdin: ..., stdout: ...}.")
     if all(isinstance(one, str) for one in given):
         for source in given:
             _parse(source)
         return {"parts": [[source, True] for source in given]}
     for one in given:
         if not isinstance(one, Mapping) or not all(isinstance(one.get(name), str) for name in ("stdin", "stdout")):
-            raise _no_tests(one, "a test has stdin and stdout, which are texts")
+            raise ValueError(f"a test has stdin and stdout, which are texts, and one is {show(one, 60)}.")
     return {"cases": [[one["stdin"], one["stdout"]] for one in given]}
 
 
@@ -119,7 +129,7 @@ def _split(source: str) -> list[list[Any]]:
         tests = isinstance(node, ast.FunctionDef) and node.name.startswith("test")
         parts.append([ast.unparse(node), tests or called or (asserts and not defines)])
     if not any(counts for _, counts in parts):
-        raise _no_tests(source, "there is no test in it: no assert, no call, no function test_...")
+        raise ValueError("there is no test in it: no assert, no call, no function test_....")
     return parts
 
 
@@ -127,11 +137,7 @@ def _parse(source: str) -> ast.Module:
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        raise _no_tests(source, f"no Python ({error})") from None
-
-
-def _no_tests(given: object, why: str) -> ValueError:
-    return ValueError(f"code: the column tests has {str(given)[:60]!r}: {why}.")
+        raise ValueError(f"no Python ({error}).") from None
 
 
 @functools.lru_cache
@@ -139,12 +145,12 @@ def _isolates(network: bool) -> bool:
     """Returns whether programs get namespaces here.
 
     Raises:
-        RuntimeError: They don't, and the network is not allowed.
+        RewardError: They don't, and the network is not allowed.
     """
     outcome = workers.run(f"{_JOB}:probe", [(network,)], _GRACE)[0]
     why = outcome.why or outcome.value
     if why and not network:
-        raise RuntimeError(
+        raise RewardError(
             f"code: programs can't be cut off from the network and from files here ({why}). Run as a user who may make "
             "namespaces, or in a container without network, with the verifier's option network: true."
         )

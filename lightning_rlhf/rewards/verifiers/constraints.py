@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.arguments import did_you_mean
-from lightning_rlhf.rewards.verifiers.judging import each, explained_by
+from lightning_rlhf.rewards.verifiers.judging import each, verifier
 
 
 def count_words(text: str) -> int:
@@ -22,14 +22,10 @@ def _sentences(text: str) -> int:
 
 def _language(text: str, wanted: Any) -> bool:
     chinese, latin = (len(re.findall(letters, text)) for letters in (r"[\u4e00-\u9fff]", r"[A-Za-z]"))
-    if wanted not in ("zh", "en"):
-        raise ValueError(f"constraints: language {wanted!r} is unknown. Choose zh or en.")
     return chinese > latin if wanted == "zh" else latin > chinese
 
 
 def _case(text: str, wanted: Any) -> bool:
-    if wanted not in ("lower", "upper"):
-        raise ValueError(f"constraints: case {wanted!r} is unknown. Choose lower or upper.")
     letters = [c for c in text if c.isalpha()]
     return bool(letters) and text == (text.lower() if wanted == "lower" else text.upper())
 
@@ -51,7 +47,7 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
 }
 
 
-#: What a value must be, if it is no word that the constraint knows.
+#: What the value of each must be.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         ("min_words", "max_words", "min_characters", "max_characters", "sentences", "paragraphs"),
@@ -62,6 +58,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("a list of texts", lambda value: isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)),
     ),
     **dict.fromkeys(("starts_with", "ends_with"), ("a text", lambda value: isinstance(value, str))),
+    "case": ("lower or upper", lambda value: value in ("lower", "upper")),
+    "language": ("zh or en", lambda value: value in ("zh", "en")),
 }
 
 
@@ -72,16 +70,15 @@ def _read(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
     except ValueError:
         wanted = None
     if not isinstance(wanted, Mapping):
-        raise ValueError(
-            f"constraints: the column constraints has {str(given)[:60]!r}: give an object, or JSON of one."
-        )
+        raise ValueError("give an object, or JSON of one.")
     wanted = {name: value for name, value in wanted.items() if value is not None}  # Parquet gives all rows all keys
     for name, value in wanted.items():
         if name not in CONSTRAINTS:
             near = did_you_mean(name, CONSTRAINTS)
-            raise ValueError(f"constraints: {name!r} is unknown{near} All: {', '.join(CONSTRAINTS)}.")
-        if name in _KINDS and not _KINDS[name][1](value):
-            raise ValueError(f"constraints: {name} is {value!r}: give {_KINDS[name][0]}.")
+            raise ValueError(f"{name!r} is unknown{near} All: {', '.join(CONSTRAINTS)}.")
+        wanted_kind, right = _KINDS[name]
+        if not right(value):
+            raise ValueError(f"{name} is {value!r}: give {wanted_kind}.")
     return wanted
 
 
@@ -90,7 +87,7 @@ def _explain(completion: str, constraints: Mapping[str, Any] | str) -> str:
     return f"breaks {', '.join(broken)}" if broken else "keeps all"
 
 
-@explained_by(_explain)
+@verifier(_explain)
 def constraints(
     prompts: Sequence[object],
     completions: Sequence[str],
@@ -108,15 +105,16 @@ def constraints(
         (S,) scores; None where there are no constraints.
 
     Raises:
-        ValueError: A constraint is unknown, or its value is of a wrong kind.
+        RewardError: A constraint is unknown, or its value is of a wrong kind.
 
     Example:
         >>> constraints([""] * 2, ["Hello moon!", "hi"], [{"contains": ["moon"], "ends_with": "!"}, None])
         [1.0, None]
     """
     scores: list[float | None] = []
-    for text, given in zip(completions, each("constraints", "constraints", constraints, completions), strict=True):
-        wanted = {} if given is None else _read(given)
+    for text, wanted in zip(
+        completions, each("constraints", "constraints", constraints, completions, _read), strict=True
+    ):
         if not wanted:
             scores.append(None)
             continue

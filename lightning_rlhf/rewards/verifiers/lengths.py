@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from lightning_rlhf.rewards.base import RewardError
 from lightning_rlhf.rewards.verifiers.constraints import count_words
-from lightning_rlhf.rewards.verifiers.judging import each, explained_by
+from lightning_rlhf.rewards.verifiers.judging import bad_option, check_number, each, is_column, verifier
 
 UNITS = ("characters", "words", "tokens")
 
@@ -16,7 +18,7 @@ def _explain(completion: str, unit: str = "characters") -> str:
     return f"{_measure(completion, (), unit)} {unit}"
 
 
-@explained_by(_explain)
+@verifier(_explain)
 def length(
     prompts: Sequence[object],
     completions: Sequence[str],
@@ -42,7 +44,7 @@ def length(
         (S,) scores; None where a column has no limit.
 
     Raises:
-        ValueError: Limits other than ``1 <= low <= high``, or another unit.
+        RewardError: Limits other than ``1 <= low <= high``, or another unit.
 
     Example:
         >>> length([""] * 4, ["", "five!", "ten chars!", "fifteen chars.."], low=10, high=10)
@@ -50,20 +52,38 @@ def length(
         >>> length([""], ["two words"], high=2, unit="words")
         [1.0]
     """
-    if unit not in UNITS or (unit == "tokens" and completion_ids is None):
-        raise ValueError(f"length: unit is {unit!r}: give {', '.join(UNITS)}; tokens are known in a run only.")
+    if unit not in UNITS:
+        raise bad_option("length", "unit", unit, ", ".join(UNITS[:-1]) + f" or {UNITS[-1]}")
+    if unit == "tokens" and completion_ids is None:
+        raise RewardError("length: the option unit is 'tokens', and tokens are known in a run only.")
+    for name, limit in (("low", low), ("high", high)):
+        if not is_column(limit):
+            check_number("length", name, limit, "a number, 1 or more", lambda value: value >= 1)
     ids: Sequence[Sequence[int]] = completion_ids or [()] * len(completions)
     scores: list[float | None] = []
-    lows, highs = each("length", "low", low, completions), each("length", "high", high, completions)
+    lows = each("length", "low", low, completions, _read_limit)
+    highs = each("length", "high", high, completions, _read_limit)
+    if not is_column(low) and not is_column(high):
+        _check_order(low, high)
     for text, tokens, least, most in zip(completions, ids, lows, highs, strict=True):
-        if (least is None and low is not None) or (most is None and high is not None):
+        if least is None or most is None:
             scores.append(None)
             continue
-        if not all(isinstance(limit, int | float) for limit in (least, most)) or not 1 <= least <= most:
-            raise ValueError(f"length needs 1 <= low <= high, got low={least!r} and high={most!r}.")
+        _check_order(least, most)
         size = _measure(text, tokens, unit)
         scores.append(min(1.0, size / least, max(0.0, 2 - size / most)))
     return scores
+
+
+def _read_limit(given: object) -> float:
+    if not isinstance(given, int | float) or not given >= 1:
+        raise ValueError("give a number, 1 or more.")
+    return given
+
+
+def _check_order(low: Any, high: Any) -> None:
+    if low > high:
+        raise RewardError(f"length: low is {low}, and high is {high}: give a high that is low or more.")
 
 
 def _measure(text: str, tokens: Sequence[int], unit: str) -> int:

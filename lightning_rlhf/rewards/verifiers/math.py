@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_rlhf.rewards import workers
-from lightning_rlhf.rewards.verifiers.judging import Score, each, explained_by, judge
+from lightning_rlhf.rewards.verifiers.judging import Score, each, judge, verifier
 from lightning_rlhf.utils.imports import require
 
 _JOB = "lightning_rlhf.rewards.jobs.answers"
@@ -16,7 +16,7 @@ def _explain(completion: str, answer: object) -> str:
     return outcome.why or str(outcome.value)
 
 
-@explained_by(_explain)
+@verifier(_explain)
 def math(
     prompts: Sequence[object],
     completions: Sequence[str],
@@ -44,15 +44,18 @@ def math(
 
     Raises:
         ImportError: The package math-verify is missing.
-        ValueError: An answer is empty.
+        RewardError: An answer is empty, or an option is wrong.
 
     Source:
         https://github.com/huggingface/Math-Verify, without its time limit, which works in main threads alone.
     """
     require("math_verify", "The verifier math", "verify")
-    answers = each("math", "answer", answer, completions)
-    if any(want is not None and not str(want).strip() for want in answers):
-        raise ValueError("math: the column answer has an empty text. Give an answer, or null where there is none.")
-    pairs = zip(completions, answers, strict=True)
-    tasks = [None if want is None else (text, str(want)) for text, want in pairs]
+    pairs = zip(completions, each("math", "answer", answer, completions, _read_answer), strict=True)
+    tasks = [None if want is None else (text, want) for text, want in pairs]
     return judge("math", f"{_JOB}:equal", tasks, float, timeout, failed_score)
+
+
+def _read_answer(given: object) -> str:
+    if not (answer := str(given)).strip():
+        raise ValueError("it is empty. Give an answer, or null where there is none.")
+    return answer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rlhf.rewards import workers
-from lightning_rlhf.rewards.verifiers.judging import Score, each, explained_by, judge
+from lightning_rlhf.rewards.jobs.texts import check_schema
+from lightning_rlhf.rewards.verifiers.judging import Score, bad_value, each, is_column, judge, verifier
 from lightning_rlhf.utils.imports import require
 from lightning_rlhf.utils.text import one_line
 
@@ -21,7 +23,7 @@ def _explain(completion: str, schema: Mapping[str, Any] | str) -> str:
     return outcome.why or f"{_SAID.get(outcome.value[0], 'no schema:')} {outcome.value[1]}".strip()
 
 
-@explained_by(_explain)
+@verifier(_explain)
 def json_schema(
     prompts: Sequence[object],
     completions: Sequence[str],
@@ -43,30 +45,33 @@ def json_schema(
 
     Raises:
         ImportError: The package jsonschema is missing.
-        ValueError: A schema is none.
+        RewardError: A schema can't be read, or an option is wrong.
     """
     require("jsonschema", "The verifier json_schema", "verify")
-    pairs = zip(completions, each("json_schema", "schema", schema, completions), strict=True)
-    tasks = [None if given is None else (text, _read(given)) for text, given in pairs]
+    schemas = each("json_schema", "schema", schema, completions, _read)
+    tasks = [None if wanted is None else (text, wanted) for text, wanted in zip(completions, schemas, strict=True)]
 
     def score(found: list[str]) -> float:
         kind, why = found
         if kind.startswith("{"):  # the schema itself
-            raise _no_schema(kind, why)
+            raise bad_value("json_schema", "schema", is_column(schema), kind, f"{one_line(why, 80)}.")
         return _SCORES[kind]
 
     return judge("json_schema", _JOB, tasks, score, timeout, failed_score)
 
 
-def _read(given: Mapping[str, Any] | str) -> Mapping[str, Any]:
+def _read(given: object) -> Mapping[str, Any]:
     try:
         wanted = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(wanted, Mapping):
+            raise ValueError("a schema is an object, or JSON of one")
+        _check(json.dumps(wanted, default=str))
     except (ValueError, RecursionError) as error:
-        raise _no_schema(given, str(error)) from None
-    if not isinstance(wanted, Mapping):
-        raise _no_schema(given, "a schema is an object, or JSON of one")
+        raise ValueError(f"{one_line(str(error), 80)}.") from None
     return wanted
 
 
-def _no_schema(given: object, why: str) -> ValueError:
-    return ValueError(f"json_schema: the column schema has {str(given)[:60]!r}: {one_line(why, 80)}.")
+@functools.lru_cache
+def _check(schema: str) -> None:
+    """Checks a schema once, as all completions of a prompt have the same."""
+    check_schema(json.loads(schema))

@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation, Overflow, localcontext
 
 from lightning_rlhf.rewards import workers
 from lightning_rlhf.rewards.functions import marked_answer
-from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, check_number, each, explained_by, judge
+from lightning_rlhf.rewards.verifiers.judging import Score, check_flag, check_number, each, judge, verifier
 
 #: Full-width forms, as Chinese texts have them, and the minus sign.
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
@@ -32,7 +32,7 @@ def read_number(text: str) -> str:
     return found[-1] if found else ""
 
 
-@explained_by(lambda completion: read_number(completion) or "no number")
+@verifier(lambda completion: read_number(completion) or "no number")
 def number(
     prompts: Sequence[object], completions: Sequence[str], answer: object, tolerance: float = 0.0
 ) -> list[float | None]:
@@ -48,7 +48,7 @@ def number(
         (S,) scores; None where there is no answer.
 
     Raises:
-        ValueError: An answer holds no number, or ``tolerance`` is no number.
+        RewardError: An answer holds no number, or ``tolerance`` is no number.
 
     Example:
         >>> number([""] * 3, ["So 1,000.", "So 12 or 13.", "?"], [1000, 12, None])
@@ -56,13 +56,11 @@ def number(
     """
     check_number("number", "tolerance", tolerance, "a number, 0 or more", lambda value: 0 <= value < float("inf"))
     scores: list[float | None] = []
-    for text, given in zip(completions, each("number", "answer", answer, completions), strict=True):
-        if given is None:
+    for text, want in zip(completions, each("number", "answer", answer, completions, _read_answer), strict=True):
+        if want is None:
             scores.append(None)
             continue
-        want, found = _decimal(read_number(str(given))), _decimal(read_number(text))
-        if want is None:
-            raise ValueError(f"number: the column answer has {str(given)[:60]!r}, in which there is no number.")
+        found = _decimal(read_number(text))
         with localcontext() as context:
             context.traps[Overflow] = False  # a completion may write 1e999999999
             near = found is not None and abs(found - want) <= Decimal(str(tolerance)) * abs(want)
@@ -70,6 +68,14 @@ def number(
     return scores
 
 
+def _read_answer(given: object) -> Decimal:
+    found = _decimal(read_number(str(given)))
+    if found is None:
+        raise ValueError("there is no number in it.")
+    return found
+
+
+@verifier()
 def exact(prompts: Sequence[object], completions: Sequence[str], answer: object) -> list[float | None]:
     """1 where a completion is the text in the column ``answer``, but for blanks around both, otherwise 0.
 
@@ -94,7 +100,7 @@ def _explain_regex(completion: str, pattern: str, whole: bool = False) -> str:
     return outcome.why or ("no match" if outcome.value is None else repr(outcome.value))
 
 
-@explained_by(_explain_regex)
+@verifier(_explain_regex)
 def regex(
     prompts: Sequence[object],
     completions: Sequence[str],
@@ -117,7 +123,7 @@ def regex(
         (S,) scores; None where there is no pattern.
 
     Raises:
-        ValueError: An expression is none.
+        RewardError: An expression can't be read, or an option is wrong.
 
     Example:
         >>> regex([""] * 3, ["a cat sat", "dogs", "?"], [r"\bcat\b", r"\bcat\b", None])
@@ -126,19 +132,22 @@ def regex(
         [1.0, 0.0]
     """
     check_flag("regex", "whole", whole)
-    patterns = each("regex", "pattern", pattern, completions)
-    for wanted in patterns:
-        if not isinstance(wanted, str | None):
-            raise ValueError(f"regex: the column pattern has {wanted!r}: give a regular expression, as a text.")
-        try:
-            re.compile(wanted or "")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"regex: the column pattern has {wanted!r}, which is no expression: {error}.") from None
-    pairs = zip(completions, patterns, strict=True)
+    pairs = zip(completions, each("regex", "pattern", pattern, completions, _read_pattern), strict=True)
     tasks = [None if wanted is None else (text, wanted, whole) for text, wanted in pairs]
     return judge("regex", _SEARCH, tasks, lambda found: float(found is not None), timeout, failed_score)
 
 
+def _read_pattern(given: object) -> str:
+    if not isinstance(given, str):
+        raise ValueError("give a regular expression, as a text.")
+    try:
+        re.compile(given)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"it is no regular expression: {error}.") from None
+    return given
+
+
+@verifier()
 def repetition(prompts: Sequence[object], completions: Sequence[str], size: int = 3) -> list[float]:
     """Minus the share of a completion's n-grams that occurred in it before: 0 if none is repeated.
 
@@ -151,7 +160,7 @@ def repetition(prompts: Sequence[object], completions: Sequence[str], size: int 
         (S,) scores from -1 to 0.
 
     Raises:
-        ValueError: ``size`` is no whole number above 0.
+        RewardError: ``size`` is no whole number above 0.
 
     Example:
         >>> repetition([""] * 2, ["a b c d e", "go on go on go on"], size=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_rlhf.rewards import RewardError
 from lightning_rlhf.rewards.jobs import programs
 from lightning_rlhf.rewards.verifiers import code
 from lightning_rlhf.rewards.verifiers.code import read_tests
@@ -99,8 +100,8 @@ def test_tests_that_can_not_be_read(tests, message):
 
 
 def test_settings_are_checked():
-    for options, message in [({"network": [True]}, "network is .*: give true or false, and no column of that name"),
-                             ({"timeout": -1}, "timeout is -1"), ({"memory": 1}, "memory is 1: give a number of MiB")]:  # fmt: skip
+    for options, message in [({"network": [True]}, "the data have a column network: rename it, or give true or false"),
+                             ({"timeout": -1}, "the option timeout is -1"), ({"memory": 1}, "the option memory is 1: give a number of MiB")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             score("x", "assert f()", **options)
     assert read_tests('["assert 1"]') == {"parts": [["assert 1", True]]}
@@ -112,7 +113,7 @@ def test_where_the_network_can_not_be_cut_off_it_is_refused(monkeypatch):
 
     monkeypatch.setattr(workers, "run", lambda *_: [workers.Outcome("unshare: Operation not permitted")])
     _isolates.cache_clear()
-    with pytest.raises(RuntimeError, match=r"can't be cut off .*\(unshare: Operation not permitted\).*network: true"):
+    with pytest.raises(RewardError, match=r"can't be cut off .*\(unshare: Operation not permitted\).*network: true"):
         _isolates(False)
     assert _isolates(True) is False
     _isolates.cache_clear()

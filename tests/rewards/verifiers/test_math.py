@@ -39,13 +39,13 @@ def test_what_hangs_ends_in_the_deadline_and_is_counted():
 
 def test_settings_and_answers_are_checked():
     for options, message in [
-        ({"timeout": 0}, "math: timeout is 0: give a number of seconds above 0"),
-        ({"timeout": [5.0]}, "no column of that name"),
+        ({"timeout": 0}, "math: the option timeout is 0: give a number of seconds above 0"),
+        ({"timeout": [5.0]}, "math: the data have a column timeout: rename it, or give a number of seconds"),
         ({"failed_score": "none"}, "give a finite number, or null"),
     ]:
         with pytest.raises(ValueError, match=message):
             math([""], ["1"], ["1"], **options)
-    with pytest.raises(ValueError, match="the column answer has an empty text"):
+    with pytest.raises(ValueError, match=r"math: the column answer has ' ': it is empty\. Give an answer"):
         math([""], ["1"], [" "])
 
 

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_rlhf.cli import main
+from lightning_rlhf.rewards import RewardError, make_reward
 from lightning_rlhf.rewards.verifiers import (
+    code,
     constraints,
     exact,
     json_schema,
@@ -21,6 +23,7 @@ from lightning_rlhf.rewards.verifiers import (
     regex,
     repetition,
 )
+from lightning_rlhf.rewards.verifiers import math as math_verifier
 
 
 def one(verifier, text, value, **options):
@@ -71,7 +74,7 @@ def test_an_expression_that_takes_for_ever_is_counted():
 def test_one_expression_for_all_and_for_the_whole_text():
     texts = ["<a>x\ny</a>", " <a>z</a>\n", "b <a>z</a>", ""]
     assert regex([""] * 4, texts, "<a>.*</a>", whole=True) == [1, 1, 0, 0]
-    with pytest.raises(ValueError, match="regex: whole is 1: give true or false"):
+    with pytest.raises(ValueError, match="regex: the option whole is 1: give true or false"):
         regex([""], ["a"], "a", whole=1)
 
 
@@ -90,7 +93,7 @@ def test_length():
 
 def test_a_row_without_a_limit_has_no_length_to_keep():
     assert length([""] * 3, ["x"] * 3, low=[1, None, 1], high=[2, 2, None]) == [1.0, None, None]
-    with pytest.raises(ValueError, match="length needs 1 <= low <= high, got low=None"):
+    with pytest.raises(ValueError, match="length: the option low is None: give a number, 1 or more"):
         length([""], ["x"], low=None)
 
 
@@ -113,16 +116,57 @@ def test_an_option_stands_for_the_column_in_all_rows(verifier, options, texts, s
 @pytest.mark.parametrize(
     ("verifier", "options", "message"),
     [
-        (number, {"answer": 1, "tolerance": -1}, "number: tolerance is -1: give a number, 0 or more"),
-        (number, {"answer": 1, "tolerance": math.nan}, "number: tolerance is nan: give a number, 0 or more"),
-        (number, {"answer": 1, "tolerance": [0.1]}, r"number: tolerance is \[0.1\]: .* no column of that name"),
-        (repetition, {"size": 0}, "repetition: size is 0: give a whole number of words, 1 or more"),
-        (repetition, {"size": 1.5}, "repetition: size is 1.5: give a whole number of words, 1 or more"),
+        (number, {"answer": 1, "tolerance": -1}, "number: the option tolerance is -1: give a number, 0 or more"),
+        (number, {"answer": 1, "tolerance": math.nan}, "number: the option tolerance is nan: give a number, 0 or more"),
+        (number, {"answer": 1, "tolerance": [0.1]}, "number: the data have a column tolerance: rename it, or give a"),
+        (repetition, {"size": 0}, "repetition: the option size is 0: give a whole number of words, 1 or more"),
+        (repetition, {"size": 1.5}, "repetition: the option size is 1.5: give a whole number of words, 1 or more"),
     ],
 )
 def test_settings_are_checked(verifier, options, message):
     with pytest.raises(ValueError, match=message):
         verifier([""], ["1"], **options)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "options", "message"),
+    [
+        (length, {"unit": "word"}, "length: the option unit is 'word': give characters, words or tokens."),
+        (length, {"low": 0}, "length: the option low is 0: give a number, 1 or more."),
+        (length, {"low": 5, "high": 4}, "length: low is 5, and high is 4: give a high that is low or more."),
+        (regex, {"pattern": "("}, "regex: the option pattern is '(': it is no regular expression: missing ), "
+         "unterminated subpattern at position 0."),
+        (regex, {"pattern": "a", "timeout": -1}, "regex: the option timeout is -1: give a number of seconds above 0."),
+        (regex, {"timeout": "1s"}, "regex: the option timeout is '1s': give a number of seconds above 0."),
+        (number, {"answer": "five"}, "number: the option answer is 'five': there is no number in it."),
+        (constraints, {"constraints": {"max_word": 3}}, "constraints: the option constraints is {'max_word': 3}: "
+         "'max_word' is unknown; did you mean max_words? All: "),
+        (json_schema, {"schema": {"type": "thing"}}, "json_schema: the option schema is {'type': 'thing'}: "),
+        (repetition, {"size": 0}, "repetition: the option size is 0: give a whole number of words, 1 or more."),
+        (math_verifier, {"failed_score": "none"}, "math: the option failed_score is 'none': give a finite number, or "
+         "null."),
+        (math_verifier, {"answer": " "}, "math: the option answer is ' ': it is empty."),
+        (code, {"memory": 1}, "code: the option memory is 1: give a number of MiB, 64 or more."),
+        (code, {"failed_score": "x"}, "code: the option failed_score is 'x': give a finite number, or null."),
+        (code, {"tests": "x = 1"}, "code: the option tests is 'x = 1': there is no test in it"),
+        (code, {"tests": ["assert f()"]}, "code: tests is a list of 1: as an option, give one value"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_told_when_the_reward_is_made(verifier, options, message):
+    with pytest.raises(RewardError) as error:
+        make_reward([{"source": verifier, "options": options}], None)
+    assert str(error.value).startswith(message)
+
+
+def test_right_options_make_a_reward_that_needs_the_other_columns():
+    for verifier, options, needs in [
+        (length, {"unit": "tokens"}, set()),
+        (regex, {"timeout": 2.0}, {"pattern"}),
+        (regex, {"pattern": "a+"}, set()),
+        (code, {}, {"tests"}),
+        (exact, {"answer": "x"}, set()),
+    ]:
+        assert make_reward([{"source": verifier, "options": options}], None).needs == needs
 
 
 def test_exact_and_regex():
@@ -133,8 +177,8 @@ def test_exact_and_regex():
 @pytest.mark.parametrize(
     ("verifier", "value", "message"),
     [
-        (number, "five", "answer has 'five', in which there is no number"),
-        (regex, "(", "which is no expression"),
+        (number, "five", "number: the column answer has 'five': there is no number in it"),
+        (regex, "(", "regex: the column pattern has '(': it is no regular expression: missing )"),
         (json_schema, "{", "json_schema: the column schema has"),
         (json_schema, {"type": "thing"}, "json_schema: the column schema has"),
         (constraints, {"max_word": 3}, "'max_word' is unknown; did you mean max_words?"),
@@ -148,10 +192,10 @@ def test_exact_and_regex():
         (constraints, {"contains": "moon"}, "contains is 'moon': give a list of texts"),
         (constraints, {"contains": [1]}, "contains is [1]: give a list of texts"),
         (constraints, {"ends_with": 1}, "ends_with is 1: give a text"),
-        (constraints, 7, "the column constraints has '7': give an object"),
+        (constraints, 7, "the column constraints has 7: give an object"),
         (constraints, "not json", "the column constraints has 'not json': give an object"),
-        (constraints, {"language": "fr"}, "Choose zh or en"),
-        (constraints, {"case": "title"}, "Choose lower or upper"),
+        (constraints, {"language": "fr"}, "language is 'fr': give zh or en"),
+        (constraints, {"case": "title"}, "case is 'title': give lower or upper"),
     ],
 )
 def test_a_column_that_is_wrong_is_an_error_in_a_line(verifier, value, message):
@@ -321,7 +365,7 @@ def test_the_command_names_the_row_that_is_wrong_and_counts_timeouts(tmp_path, c
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit) as stop:
         main(["verify", "--reward", NUMBER, str(path)])
-    assert f"{path}:2: " in str(stop.value) and "'five', in which there is no number" in str(stop.value)
+    assert f"{path}:2: " in str(stop.value) and "answer has 'five': there is no number in it" in str(stop.value)
     rows = [{"completion": "a" * 60 + "b"}, {"completion": "aaa"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = "{source: lightning_rlhf.rewards.verifiers.regex, weight: 2, options: {pattern: (a|aa)+$, timeout: 0.2}}"
