@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_rlhf.arguments import Parser
+
+if TYPE_CHECKING:
+    from lightning_rlhf.data.sources import Row
 
 _ABOUT = """\
 Scores the completions of a file by reward functions, such as lightning_rlhf.rewards.verifiers.number, and shows each
@@ -29,8 +32,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "--reward",
         required=True,
         action="append",
-        help="module.function, or as in a config '{source: module.function, weight: 1.0, options: {timeout: 5}}'; "
-        "several are summed",
+        help="module.function, or as in a config '{source: module.function, weight: 1.0, options: {timeout: 5}}', or a "
+        "list of both; several are summed",
     )
     parser.add_argument("--completion", default="completion", help="the column of completions")
     parser.add_argument("--out", type=Path, help="file for all rows with their scores, as JSON Lines")
@@ -62,8 +65,11 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
             raise ValueError(f"{row.where}: the column {column!r} is no text; the row has {has}. Set --completion.")
     if not rows:
         raise ValueError(f"{file} has no rows.")
-    reward = make_reward([_part(given) for given in rewards], None)  # type: ignore[arg-type]  # functions use none
+    given = [part for text in rewards for part in _parts(text)]
+    reward = make_reward(given, None)  # type: ignore[arg-type]  # functions use no tokenizer
     assert isinstance(reward, WeightedSum)
+    if out is not None:
+        _check_columns(rows, reward.names)
     for part in reward.parts:
         if isinstance(part, FunctionReward) and "completion_ids" in part.accepts:
             if part.requires_ids:
@@ -107,10 +113,10 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     for name, values in {**parts, **extras}.items():
         if name.rpartition("/")[2] in FAULTS and name in extras:
             continue
-        given = [value for value in values if value == value]
-        mean = f"{sum(given) / len(given):.4g}" if given else "none"
-        left = "" if name in extras else f"; does not apply to {len(lines) - len(given)}"
-        print(f"{name}: mean {mean} of {len(given)} row{'s' * (len(given) != 1)}{left}")
+        there = [value for value in values if value == value]
+        mean = f"{sum(there) / len(there):.4g}" if there else "none"
+        left = "" if name in extras else f"; does not apply to {len(lines) - len(there)}"
+        print(f"{name}: mean {mean} of {len(there)} row{'s' * (len(there) != 1)}{left}")
     for kind in FAULTS:
         if count := scores.faults(kind):
             print(f"{count} completion{'s' * (count > 1)} could not be judged: {kind}")
@@ -120,16 +126,30 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
         print(f"All rows with their scores are in {out}.")
 
 
-def _part(given: str) -> Any:
-    """A reward as in a config."""
-    if not given.lstrip().startswith("{"):
-        return given
+def _parts(given: str) -> list[Any]:
+    """Rewards as in a config."""
+    if not given.lstrip().startswith(("{", "[")):
+        return [given]
     import yaml
 
     try:
-        return yaml.safe_load(given)
+        found = yaml.safe_load(given)
     except yaml.YAMLError as error:
         raise ValueError(f"--reward {given}: no YAML ({error}).") from None
+    return found if isinstance(found, list) else [found]
+
+
+def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Refuses rows with a column that stands in the output for something else."""
+    ours = {"score", *(f"score/{name}" for name in names)}
+    further = tuple(f"reward/{name}/" for name in names)
+    for row in rows:
+        for column in row.value:
+            if column in ours or column.startswith(further):
+                raise ValueError(
+                    f"{row.where}: the row has a column {column!r}, which --out would replace. Rename it, or leave "
+                    "out --out."
+                )
 
 
 def _explained(part: Any, row: dict[str, Any], completion: str) -> str | None:

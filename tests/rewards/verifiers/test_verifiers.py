@@ -320,13 +320,52 @@ def test_the_command_shows_scores_and_writes_them(file, tmp_path, capsys):
         (["--reward", NUMBER, "--out", "no/where.jsonl"], "no/where.jsonl can't be written: there is no folder no"),
         (["--reward", NUMBER, "--out", __file__], "is there already. Give --out another path"),
         (["--reward", NUMBER, "--completion", "text"], "the column 'text' is no text; the row has prompt, completion"),
-        (["--reward", "lightning_rlhf.rewards.verifiers.regex"], "needs the column pattern"),
+        (
+            ["--reward", "lightning_rlhf.rewards.verifiers.regex"],
+            "regex needs the column pattern, or an option of that name; the prompts' rows have answer",
+        ),
+        (["--reward", "number"], "(package.module.function); did you mean lightning_rlhf.rewards.verifiers.number?"),
+        (["--reward", "regexs"], "'regexs' is not a directory in "),
+        (["--reward", "regexs"], "; did you mean lightning_rlhf.rewards.verifiers.regex?"),
+        (["--reward", "answer_match"], "did you mean lightning_rlhf.rewards.functions.answer_match?"),
+        (["--reward", "verifiers.number"], "; did you mean lightning_rlhf.rewards.verifiers.number?"),
+        (["--reward", "lightning_rlhf.rewards.math"], "; did you mean lightning_rlhf.rewards.verifiers.math?"),
+        (
+            ["--reward", "{source: lightning_rlhf.rewards.verifiers.regex, options: {pattern: '('}}"],
+            "verify: regex: the option pattern is '(': it is no regular expression",
+        ),
+        (["--reward", "[]"], "reward: the list is empty"),
+        (["--reward", "[a"], "--reward [a: no YAML"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_line(file, options, message):
     with pytest.raises(SystemExit) as stop:
         main(["verify", *options, str(file)])
     assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_the_command_takes_a_list_as_a_config_has_it_and_names_parts_in_short(file, capsys):
+    regex = "lightning_rlhf.rewards.verifiers.regex"
+    given = f"[{{source: {regex}, options: {{pattern: '4'}}}}, {{source: {regex}, options: {{pattern: so}}}}, {NUMBER}]"
+    main(["verify", "--reward", given, "--reward", NUMBER, str(file)])
+    shown = capsys.readouterr().out
+    assert f"{file}:1: regex 1  regex_2 0  number 1  number_2 1  It is 4.\n" in shown
+    assert f"{file}:3: regex 0  regex_2 1  number -  number_2 -  so so" in shown
+
+
+def test_the_command_replaces_no_column_of_the_rows(tmp_path, capsys):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    for column in ("score", "score/number", "reward/number/timeout"):
+        path.write_text(json.dumps({"completion": "It is 4.", "answer": 4, column: 0.25}) + "\n")
+        with pytest.raises(SystemExit) as stop:
+            main(["verify", "--reward", NUMBER, str(path), "--out", str(out)])
+        assert str(stop.value) == (
+            f"lightning-rlhf verify: {path}:1: the row has a column {column!r}, which --out would replace. Rename it, "
+            "or leave out --out."
+        )
+        assert not out.exists()
+        main(["verify", "--reward", NUMBER, str(path)])
+    assert "number: mean 1 of 1 row" in capsys.readouterr().out
 
 
 def words(prompts, completions):
