@@ -231,7 +231,9 @@ def test_command_is_one_that_exists(command):
         targets = re.findall(r"^([\w.-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert [arg for arg in rest if "=" not in arg and arg not in targets] == []
     else:
-        assert first in ("lightning-rlhf", "pip", "pytest", "python", "git", "cd", "mkdocs", "docker"), f"what runs {first}?"
+        assert first in ("lightning-rlhf", "pip", "pytest", "python", "git", "cd", "mkdocs", "docker"), (
+            f"what runs {first}?"
+        )
 
 
 @pytest.mark.parametrize(
