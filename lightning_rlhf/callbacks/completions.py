@@ -18,6 +18,7 @@ from lightning_rlhf.callbacks.samples import log_table
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.protocols import RecordsCompletions
 from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.filesystem import check_writable, free_name
 
 
 class CompletionsTable(L.Callback):
@@ -29,9 +30,9 @@ class CompletionsTable(L.Callback):
     prompt are equal), ``learned`` (the loss has it), and ``data/COLUMN`` for the prompt's other columns. With
     ``flat_groups: refill`` it has the completions that were sampled in vain too. What does not apply is null.
 
-    A file is written whole or not at all. A resumed run writes those of its iterations again. Loggers that accept
-    tables or text get the first groups. ``Report`` shows groups of the last file. With ``fast_dev_run`` nothing is
-    written.
+    A file is written whole or not at all. A resumed run writes those of its iterations again; a new run moves those of
+    an earlier one to ``completions.1``. Loggers that accept tables or text get the first groups. ``Report`` shows
+    groups of the last file. With ``fast_dev_run`` nothing is written.
 
     Args:
         every_n_iterations: Number of iterations from one table to the next. A larger value needs less space.
@@ -56,22 +57,36 @@ class CompletionsTable(L.Callback):
         self.last: list[dict[str, Any]] = []  # the records of the last table, on rank 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a module that samples nothing.
+        """Checks before training that there will be completions, and that their files can be written.
 
         Raises:
-            ValueError: It is one.
+            OSError: No file can be written in the folder.
+            ValueError: The module samples nothing.
         """
         if stage == TrainerFn.FITTING and not isinstance(pl_module, RecordsCompletions):
             raise ValueError(
                 f"CompletionsTable writes what GRPO, PPO and online DPO sample; {type(pl_module).__name__} samples "
                 "nothing. Remove the callback, or use SampleCompletions."
             )
+        if stage == TrainerFn.FITTING and trainer.is_global_zero and not _dry(trainer):
+            check_writable(self._target(trainer, 0), "CompletionsTable", "its dirpath")
         self.last = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Moves the files of an earlier run aside."""
+        if trainer.global_step or not trainer.is_global_zero or _dry(trainer):
+            return
+        folder = self._target(trainer, 0).parent
+        if files := [path for path in folder.glob("iteration_*") if path.suffix in (".jsonl", ".parquet")]:
+            old = free_name(folder)
+            old.mkdir()
+            for path in files:
+                os.replace(path, old / path.name)
+            rank_zero_info(f"CompletionsTable: the tables of an earlier run are now in {old}.")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Writes the completions of an iteration."""
-        dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if dry or pl_module.iteration % self.every_n_iterations:
+        if _dry(trainer) or pl_module.iteration % self.every_n_iterations:
             return
         parts = gather_objects(pl_module.completion_records())
         if trainer.is_global_zero:
@@ -94,6 +109,11 @@ class CompletionsTable(L.Callback):
         if shown:
             names = list(shown[0])
             log_table(trainer, "completions", names, [[_cell(r[name]) for name in names] for r in shown], iteration)
+
+
+def _dry(trainer: L.Trainer) -> bool:
+    dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+    return dry
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.protocols import ChecksValidation, stop_tokens_of
 from lightning_rlhf.strategies import whole_state_dict
 from lightning_rlhf.utils.collectives import all_ranks, gather_objects
-from lightning_rlhf.utils.filesystem import check_replaceable
+from lightning_rlhf.utils.filesystem import check_replaceable, check_writable
 
 
 class HFExport(L.Callback):
@@ -28,8 +28,9 @@ class HFExport(L.Callback):
 
     The module's ``model_to_export.model`` and ``tokenizer`` are exported, with an
     :class:`~lightning_rlhf.callbacks.EMA` its averaged weights. Sharded weights (FSDP) are gathered by all ranks and
-    written by one. With ``fast_dev_run`` nothing is written, so that exports of a finished run stay. A weight that is
-    not finite raises an error that names it, and the former export stays.
+    written by one. A new run says at its start which exports of an earlier one it will replace. With ``fast_dev_run``
+    nothing is written, so that exports of a finished run stay. A weight that is not finite raises an error that names
+    it, and the former export stays.
 
     Args:
         dirpath: Parent directory of both. Default: ``hf`` under the Trainer's ``default_root_dir``.
@@ -78,6 +79,7 @@ class HFExport(L.Callback):
 
         Raises:
             FileExistsError: The path of an export is taken by something else.
+            OSError: The directory of exports can't be written.
             ValueError: The strategy does not gather whole weights.
         """
         if stage != TrainerFn.FITTING:
@@ -90,15 +92,21 @@ class HFExport(L.Callback):
                 f"HFExport: {type(strategy).__name__} keeps weights in shards with its settings. Use FSDPStrategy with "
                 "state_dict_type: full, or remove HFExport."
             )
-        for name in [*(["best"] if self._watches else []), *(["last"] if self.when != "best" else [])]:
+        for name in self._names:
             check_replaceable(self._path(trainer, name))
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                check_writable(self._path(trainer, name) / "config.json", "HFExport", "its dirpath")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Warns if there is no validation, so that ``best`` will not be written.
+        """Names exports of an earlier run, and warns if there is no validation, so that ``best`` will not be written.
 
         Raises:
             DataError: ``when`` is ``best``, but nothing is validated.
         """
+        if not trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            earlier = [str(self._path(trainer, name)) for name in self._names if self._path(trainer, name).exists()]
+            if earlier:
+                rank_zero_info(f"HFExport: this run will replace {' and '.join(earlier)} of an earlier run.")
         self._validated = False
         self._validates = trainer.enable_validation and (
             trainer.val_dataloaders is None or any(trainer.num_val_batches)
@@ -160,6 +168,10 @@ class HFExport(L.Callback):
     @property
     def _watches(self) -> bool:
         return self.monitor is not None and self.when != "end"
+
+    @property
+    def _names(self) -> list[str]:
+        return [*(["best"] if self._watches else []), *(["last"] if self.when != "best" else [])]
 
     def _path(self, trainer: L.Trainer, name: str) -> Path:
         return Path(self.dirpath or Path(trainer.default_root_dir) / "hf") / name

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_rlhf.protocols import FindsRows
 from lightning_rlhf.utils.collectives import gather_objects
+from lightning_rlhf.utils.filesystem import check_writable, move_aside
 
 
 class WritePredictions(L.Callback):
@@ -19,7 +20,8 @@ class WritePredictions(L.Callback):
 
     The module's ``predict_step`` must return records with a ``row``. If the data module knows where a row came from,
     its line has this place as ``where``. During prediction each rank writes to a part file beside the target; a run
-    that is killed leaves these files behind. With ``fast_dev_run`` nothing is written.
+    that is killed leaves these files behind. At the end, the file of an earlier run is moved to
+    ``predictions.1.jsonl``. With ``fast_dev_run`` nothing is written.
 
     Args:
         path: Path of the file. Default: ``predictions.jsonl`` under the Trainer's ``default_root_dir``.
@@ -33,10 +35,15 @@ class WritePredictions(L.Callback):
         return Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens this rank's part file."""
+        """Opens this rank's part file.
+
+        Raises:
+            OSError: The file can't be written.
+        """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = self._target(trainer)
+        check_writable(target, "WritePredictions", "its path")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._part = target.with_name(f"{target.name}.part{trainer.global_rank}").open("w+", encoding="utf-8")
 
@@ -71,6 +78,8 @@ class WritePredictions(L.Callback):
             records = sorted((line for part in parts for line in part), key=lambda line: json.loads(line)["row"])
             temporary = target.with_name(f"{target.name}.writing")
             temporary.write_text("".join(line + "\n" for line in records), encoding="utf-8")
+            if (old := move_aside(target)) is not None:
+                rank_zero_info(f"WritePredictions: the predictions of an earlier run are now in {old}.")
             os.replace(temporary, target)
         trainer.strategy.barrier("WritePredictions")
         self._part.close()

@@ -15,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rlhf.callbacks.completions import CompletionsTable
 from lightning_rlhf.callbacks.interrupt import Interrupted
+from lightning_rlhf.callbacks.samples import SampleCompletions
 from lightning_rlhf.report import Curve, StageReport, read_report, write_report
 from lightning_rlhf.report.groups import choose_groups
 from lightning_rlhf.report.settings import describe, describe_trainer
+from lightning_rlhf.utils.filesystem import check_writable, move_aside
 
 _EVALUATION = ("val", "eval", "test")
 
@@ -36,7 +38,7 @@ class Report(L.Callback):
         title: Heading of the file. None: "Training report", or with ``append`` the heading of the existing file.
         stage: Heading of this run. Default: the module's name, such as PPO.
         append: Keep the other stages in the file, so that SFT, reward model and PPO share one report. A stage with the
-            same name is replaced. False: replace the file.
+            same name is replaced. False: a new run moves the file of an earlier one to ``report.1.html``.
         every_n_steps: Also write the report after every this many steps. A larger value writes it less often. None:
             only at the end.
 
@@ -65,13 +67,16 @@ class Report(L.Callback):
     # ------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Checks before training that the file can be replaced, and skips the answers of earlier runs.
+        """Checks before training that the file can be written, and skips the answers of earlier runs.
 
         Raises:
+            OSError: The file can't be written.
             ValueError: The path is taken by a file that is not a report.
         """
         if stage != TrainerFn.FITTING:
             return
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_writable(self._target(trainer), "Report", "its path")
         if self._target(trainer).exists():
             read_report(self._target(trainer))
         samples = Path(trainer.default_root_dir) / "samples.jsonl"
@@ -82,6 +87,7 @@ class Report(L.Callback):
         if trainer.global_step == 0:
             before = {} if self.report.ended else self.report.curves
             self.report = StageReport("", curves=before)
+            self._start_anew(trainer)
         elif self._target(trainer).exists():
             self._add_missing_values(trainer)
         self._noted = trainer.global_step
@@ -153,6 +159,16 @@ class Report(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the report's data."""
         self.report = StageReport(**state_dict)
+
+    def _start_anew(self, trainer: L.Trainer) -> None:
+        """Moves the report of an earlier run aside, and reads the new file of answers from its start."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if self._samples_read is not None and any(isinstance(each, SampleCompletions) for each in callbacks):
+            self._samples_read = self._samples_read[0], 0
+        if trainer.is_global_zero and not self.append and (old := move_aside(self._target(trainer))) is not None:
+            rank_zero_info(f"Report: the report of an earlier run is now {old}.")
 
     # ------------------------------------------------------------------------------------------------- collecting
 

@@ -16,7 +16,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import CometLogger, MLFlowLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_rlhf.callbacks.ema import averaged_weights
@@ -48,6 +48,7 @@ from lightning_rlhf.rollout import (
 )
 from lightning_rlhf.strategies import runs_alone, whole_weights
 from lightning_rlhf.utils.collectives import data_rank
+from lightning_rlhf.utils.filesystem import check_writable, move_aside
 
 
 class PromptCallback(L.Callback):
@@ -203,13 +204,17 @@ class PromptCallback(L.Callback):
         return [c for (c,) in as_answers(tokenizer, messages, [[c] for c in found])]
 
 
+def _samples_file(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "samples.jsonl"
+
+
 class SampleCompletions(PromptCallback):
     """Shows answers to fixed prompts before training, after each validation or every few steps, and at the end.
 
     Answers go to the terminal, to loggers that accept text (W&B and others with ``log_table`` or ``log_text``,
-    TensorBoard, MLflow, Comet), and to ``samples.jsonl`` under the Trainer's ``default_root_dir``. With
-    ``fast_dev_run`` they go to the terminal and the loggers only. Training does not change, because sampling has its
-    own random generator.
+    TensorBoard, MLflow, Comet), and to ``samples.jsonl`` under the Trainer's ``default_root_dir``. A resumed run
+    continues this file; a new run moves that of an earlier one to ``samples.1.jsonl``. With ``fast_dev_run`` they go to
+    the terminal and the loggers only. Training does not change, because sampling has its own random generator.
 
     The module's ``model_to_export`` answers; it must be able to generate. If the module has ``score_completions``, as
     PPO has, scores and KL are shown beside the answers. In an environment an answer has all turns, and
@@ -249,8 +254,24 @@ class SampleCompletions(PromptCallback):
 
     # ------------------------------------------------------------------------------------------------- hooks
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Reads the prompts, and checks before training that the file can be written.
+
+        Raises:
+            OSError: The file can't be written.
+            ValueError: There are no prompts, or a prompt is malformed; the message says which one.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage in self.stages and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_writable(_samples_file(trainer), "SampleCompletions", "trainer.default_root_dir")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Shows answers before training."""
+        """Moves the answers of an earlier run aside, and shows answers before training."""
+        new = trainer.global_step == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        first = next(each for each in callbacks if isinstance(each, SampleCompletions))  # all write to one file
+        if new and first is self and trainer.is_global_zero and (old := move_aside(_samples_file(trainer))) is not None:
+            rank_zero_info(f"SampleCompletions: the answers of an earlier run are now in {old}.")
         if self.on_start:
             self._show(trainer, pl_module)
         self._last_step = trainer.global_step
@@ -302,7 +323,7 @@ class SampleCompletions(PromptCallback):
     # ------------------------------------------------------------------------------------------------- output
 
     def _write(self, trainer: L.Trainer, rows: list[dict[str, Any]], step: int) -> None:
-        file = Path(trainer.default_root_dir) / "samples.jsonl"
+        file = _samples_file(trainer)
         dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not dry:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from lightning_rlhf.protocols import HasLoad, stop_tokens_of
 from lightning_rlhf.rewards import Reward, WeightedReward
 from lightning_rlhf.strategies import whole_weights
 from lightning_rlhf.utils.collectives import data_rank, data_size, gather_objects, once_per_copy
+from lightning_rlhf.utils.filesystem import check_writable, move_aside
 
 #: Number of answers that are generated together.
 _BATCH = 32
@@ -45,9 +46,9 @@ class MeasureWinRate(PromptCallback):
     The judge sees each pair in both orders; see ``docs/evaluation.md``. Logged metrics are ``val/win_rate``, the bounds
     of its 95 % interval ``val/win_rate_low`` and ``val/win_rate_high``, and ``val/ties``, the share of tied pairs.
     Other callbacks can monitor them (``HFExport(monitor="val/win_rate", mode="max")``). All pairs go to
-    ``win_rate.jsonl`` under the Trainer's ``default_root_dir``. A resumed run continues this file; a new run renames it
-    and starts a new one. ``trainer.validate`` writes ``win_rate_validate.jsonl``. With ``fast_dev_run`` nothing is
-    written.
+    ``win_rate.jsonl`` under the Trainer's ``default_root_dir``. A resumed run continues this file; a new run moves that
+    of an earlier one to ``win_rate.1.jsonl``. ``trainer.validate`` writes ``win_rate_validate.jsonl`` likewise. With
+    ``fast_dev_run`` nothing is written.
 
     Training does not change. With an :class:`~lightning_rlhf.callbacks.EMA` the averaged weights answer. Each rank
     answers and judges a share of the prompts; if the strategy shards the model (FSDP), each rank answers all prompts.
@@ -123,12 +124,15 @@ class MeasureWinRate(PromptCallback):
         """Reads the prompts and makes the judge, so that errors in them show before training.
 
         Raises:
+            OSError: The file can't be written.
             ValueError: There are no prompts, a prompt is malformed or lacks a column that the judge needs, or the judge
                 does not exist.
         """
         super().setup(trainer, pl_module, stage)
         if stage not in self.stages:
             return
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_writable(self._file(trainer), "MeasureWinRate", "trainer.default_root_dir")
         self._baseline, self._saved, self._judged_before = [], {}, False
         dtype, device = _load_of(pl_module).dtype, trainer.strategy.root_device
         self._judge = make_judge(self.judge, pl_module.tokenizer, dtype, device)
@@ -144,12 +148,8 @@ class MeasureWinRate(PromptCallback):
         self._prepare(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self._file(trainer)
-            if trainer.global_step == 0 and file.exists():
-                number = 1
-                while (old := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
-                    number += 1
-                os.replace(file, old)
-                rank_zero_info(f"MeasureWinRate: the pairs of an earlier run are now in {old}.")
+            if trainer.global_step == 0:
+                _start_anew(file)
             self._keep(file, trainer.global_step)
         self._written = trainer.global_step
         self._last_step = trainer.global_step
@@ -293,7 +293,7 @@ class MeasureWinRate(PromptCallback):
 
     def _add(self, file: Path, judged: Sequence[JudgedPair], step: int, validating: bool) -> None:
         if validating:
-            self._keep(file, -1)
+            _start_anew(file)
         elif step <= self._written:  # the step was judged before the run was resumed
             self._keep(file, step - 1)
         self._written = step
@@ -312,6 +312,11 @@ class MeasureWinRate(PromptCallback):
                 temporary = file.with_name(f"{file.name}.writing")
                 temporary.write_text("".join(kept), encoding="utf-8")
                 os.replace(temporary, file)
+
+
+def _start_anew(file: Path) -> None:
+    if (old := move_aside(file)) is not None:
+        rank_zero_info(f"MeasureWinRate: the pairs of an earlier run are now in {old}.")
 
 
 def _step_of(line: str) -> float:

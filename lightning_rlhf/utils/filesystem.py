@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gzip
+import itertools
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +106,48 @@ def check_replaceable(directory: str | os.PathLike[str]) -> None:
             f"{target} exists and is not an export or a checkpoint (it has no file {COMPLETE}). Choose another "
             "directory, or move it away."
         )
+
+
+def check_writable(path: str | os.PathLike[str], who: str, setting: str) -> None:
+    """Checks that a file can be written, before time is spent on its content. Nothing is left on the disk.
+
+    Args:
+        path: Path of the file. Folders that do not exist yet are made when it is written.
+        who: What will write it, for the message.
+        setting: The setting that holds the path, for the message.
+
+    Raises:
+        OSError: The path is a directory, or no file can be made in its folder.
+    """
+    target = Path(path).absolute()
+    folder = next(parent for parent in target.parents if parent.exists())
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{folder} is a file" if not folder.is_dir() else error.strerror
+        raise type(error)(f"{who}: {path} can't be written: {reason}. Set {setting} to another path.") from None
+
+
+def free_name(path: str | os.PathLike[str]) -> Path:
+    """Returns the first of ``NAME.1.SUFFIX``, ``NAME.2.SUFFIX`` and so on, beside a path, that does not exist."""
+    target = Path(path).resolve()
+    names = (target.with_name(f"{target.stem}.{number}{target.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def move_aside(path: str | os.PathLike[str]) -> Path | None:
+    """Renames a file of an earlier run, if there is one, so that a new run does not replace it.
+
+    Returns:
+        Its new path, by :func:`free_name`; None if there is no file.
+    """
+    if not Path(path).exists():
+        return None
+    old = free_name(path)
+    os.replace(path, old)
+    return old
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as L
 import pyarrow.parquet as pq
 import pytest
 from runs import load_script, spawn
@@ -93,6 +94,42 @@ def test_a_resumed_run_writes_the_same_rows_once(table, tiny_model_dir, tmp_path
     run_grpo.run(tiny_model_dir, tmp_path, reward=reward, batch_size=6, max_steps=4, ckpt=table.out / "step1.ckpt",
                  groups=dict(flat_groups="refill", spare=1, rounds=2), callbacks=[CompletionsTable(2)])  # fmt: skip
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+class Begun(L.Callback):
+    """Stops a run in which training starts."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise KeyError("training started")
+
+
+def grpo(model, folder, *callbacks):
+    callbacks = [*callbacks, Begun()]
+    run_grpo.run(model, folder, reward=run_grpo.has, batch_size=3, max_steps=1, callbacks=callbacks)
+
+
+def test_a_new_run_keeps_the_tables_of_an_earlier_one(tiny_model_dir, tmp_path, caplog):
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    for number in (1, 2):
+        for name in ("iteration_000002.jsonl", "iteration_000004.parquet"):
+            (folder / name).write_text(f"{number}")
+        with caplog.at_level("INFO"), pytest.raises(KeyError, match="training started"):
+            grpo(tiny_model_dir, tmp_path, CompletionsTable(2))
+        assert f"the tables of an earlier run are now in {tmp_path}/completions.{number}." in caplog.text
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    for number in (1, 2):
+        old = sorted((tmp_path / f"completions.{number}").iterdir())
+        assert [(p.name, p.read_text()) for p in old] == [
+            ("iteration_000002.jsonl", str(number)), ("iteration_000004.parquet", str(number))]  # fmt: skip
+
+
+def test_a_folder_that_can_not_be_written_is_told_before_training(tiny_model_dir, tmp_path):
+    (tmp_path / "completions").write_text("a file")
+    for options, folder in (({}, tmp_path / "completions"), ({"dirpath": "/proc/tables"}, Path("/proc/tables"))):
+        with pytest.raises(OSError, match=rf"CompletionsTable: {folder}/.* can't be written: .* Set its dirpath to"):
+            grpo(tiny_model_dir, tmp_path, CompletionsTable(2, **options))
 
 
 @pytest.mark.distributed

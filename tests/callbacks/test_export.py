@@ -148,16 +148,27 @@ def test_a_directory_that_holds_something_else_stops_the_run_before_it_starts(on
     assert (tmp_path / "hf" / name / "thesis.tex").exists()
 
 
-def test_only_what_is_written_must_be_replaceable(short_fit, tmp_path):
+def test_where_nothing_can_be_written_the_run_does_not_start(short_fit, tmp_path):
+    (tmp_path / "hf").write_text("a file")
+    with pytest.raises(
+        NotADirectoryError, match=r"HFExport: .*config\.json can't be written: .*hf is a file\. Set its"
+    ):
+        short_fit([HFExport(), Never()])
+
+
+def test_only_what_is_written_must_be_replaceable(short_fit, tmp_path, caplog):
     (tmp_path / "hf" / "best").mkdir(parents=True)
     (tmp_path / "hf" / "best" / "thesis.tex").write_text("years of work")
     short_fit([HFExport()])  # no monitor: no best
-    short_fit([HFExport()])  # what an export wrote is replaced
+    with caplog.at_level("INFO"):
+        short_fit([HFExport()])  # what an export wrote is replaced
+    assert f"HFExport: this run will replace {tmp_path / 'hf' / 'last'} of an earlier run." in caplog.messages
     assert (tmp_path / "hf" / "last" / "config.json").exists()
 
 
 def test_weights_that_stay_in_shards_are_refused(tmp_path):
-    trainer = SimpleNamespace(default_root_dir=tmp_path, strategy=FSDPStrategy(state_dict_type="sharded"))
+    strategy = FSDPStrategy(state_dict_type="sharded")
+    trainer = SimpleNamespace(default_root_dir=tmp_path, strategy=strategy, is_global_zero=False)
     with pytest.raises(ValueError, match="state_dict_type: full"):
         HFExport().setup(trainer, None, "fit")
     HFExport().setup(trainer, None, "validate")

@@ -42,6 +42,16 @@ def test_log_probs_of_answers_sum_to_the_loss(tiny_model_dir, tmp_path):
     assert mean == pytest.approx(loss[0]["val/loss"], rel=1e-5)
 
 
+def test_predictions_of_an_earlier_run_are_kept(tiny_model_dir, tmp_path):
+    data = PreferenceDataModule(predict=ROWS, eval_batch_size=4, cache_dir=tmp_path)
+    (tmp_path / "predictions.jsonl").write_text("old\n")
+    predict(RewardModule(tiny_model_dir), data, tmp_path)
+    assert (tmp_path / "predictions.1.jsonl").read_text() == "old\n"
+    assert len(lines(tmp_path / "predictions.jsonl")) == 9
+    with pytest.raises(IsADirectoryError, match=r"WritePredictions: .* can't be written: it is a directory\."):
+        predict(RewardModule(tiny_model_dir), data, tmp_path, WritePredictions(tmp_path))
+
+
 def test_a_run_cut_off_leaves_what_it_had(tiny_model_dir, tmp_path):
     class Cut(L.Callback):
         def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):

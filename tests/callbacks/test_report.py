@@ -1,5 +1,6 @@
 """The report says what happened, of the whole run, in one file that is safe to open."""
 
+import json
 import re
 import signal
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_rlhf.callbacks import Interrupted, Report, SampleCompletions, SaveOnInterrupt
+from lightning_rlhf.callbacks import Interrupted, MeasureWinRate, Report, SampleCompletions, SaveOnInterrupt
 from lightning_rlhf.report import read_report
 
 NASTY = "</script><script>alert('x')</script> & \"你好\" <!-- ]]> \ud800"
@@ -125,6 +126,14 @@ def test_what_is_no_report_is_left_alone(tmp_path):
     assert path.read_text() == "<h1>Mine</h1>"
 
 
+@pytest.mark.parametrize("callback", [Report(), SampleCompletions(["Say 1"]), MeasureWinRate("f", prompts=["Say 1"])])
+def test_what_can_not_be_written_is_told_before_training(callback, short_fit, tmp_path):
+    name = {Report: "report.html", SampleCompletions: "samples.jsonl", MeasureWinRate: "win_rate.jsonl"}[type(callback)]
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{type(callback).__name__}: .*{name} can't be written: it is a dir"):
+        short_fit([callback])
+
+
 def test_the_first_rank_alone_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(L.Trainer, "is_global_zero", property(lambda self: False))
     report = Report(every_n_steps=1)
@@ -225,12 +234,16 @@ def test_answers_before_training_survive_a_resume_and_are_not_those_of_another_r
         return [SampleCompletions(["Say 1", *further], max_new_tokens=3), Report()]
 
     short_fit(callbacks("Say 2"))
-    with pytest.raises(Interrupted):  # answers are added to one file
+    with pytest.raises(Interrupted):  # a new run, with files of its own
         short_fit([*callbacks(), At(2, lambda: signal.raise_signal(signal.SIGTERM))])
     path = tmp_path / "interrupted.ckpt"
     (stage,) = read_report(tmp_path / "report.html")[1]
     assert stage.samples.keys() == {"Say 1"}
     assert [answer["step"] for answer in stage.samples["Say 1"]] == [0]
+    (earlier,) = read_report(tmp_path / "report.1.html")[1]
+    assert earlier.samples.keys() == {"Say 1", "Say 2"}
+    lines = {n: (tmp_path / f"samples{n}.jsonl").read_text().splitlines() for n in ("", ".1")}
+    assert len(lines[""]) == 1 and {json.loads(line)["prompt"] for line in lines[".1"]} == {"Say 1", "Say 2"}
     first = stage.samples["Say 1"][0]
 
     from lightning_rlhf import InstructionDataModule, SFTModule

@@ -19,8 +19,8 @@ from lightning_rlhf.callbacks import SampleCompletions
 from lightning_rlhf.callbacks.samples import columns, markdown, table, wrap
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+def rows(folder, name="samples.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
 
 
 def steps(folder):
@@ -77,11 +77,10 @@ def test_greedy_answers_are_those_of_plain_transformers(short_fit, tiny_model_di
 def test_sampling_is_keyed_by_seed_and_step_alone(short_fit, tiny_model_dir, tmp_path):
     def sample(seed):
         torch.rand(1)  # the global generator stands elsewhere each time
-        before = len(rows(tmp_path)) if (tmp_path / "samples.jsonl").exists() else 0
         optimizer = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
         callback = SampleCompletions(["Say 1"], temperature=1.0, max_new_tokens=12, seed=seed)
         short_fit([callback], SFTModule(tiny_model_dir, **grouped(**optimizer)))
-        return [row["completion"] for row in rows(tmp_path)[before:]]
+        return [row["completion"] for row in rows(tmp_path)]
 
     one = sample(0)
     assert one == sample(0) and len(set(one)) == 2  # the same model draws anew at each step
@@ -187,7 +186,7 @@ def test_prompts_without_the_columns_of_a_reward_show_no_score(ppo_fit, tmp_path
     (tmp_path / "own.jsonl").write_text('{"prompt": "Say 1", "wanted": "e"}\n')
     ppo_fit(SampleCompletions(["Say 1"]), wanted_letters, prompts)
     ppo_fit(SampleCompletions(str(tmp_path / "own.jsonl"), on_start=False), wanted_letters, prompts)
-    found = rows(tmp_path)
+    found = rows(tmp_path, "samples.1.jsonl") + rows(tmp_path)
     assert [sorted(row.keys() & {"score", "kl"}) for row in found] == [["kl"], ["kl"], ["kl", "score"]]
     assert found[-1]["score"] == found[-1]["completion"].count("e") + 0.5
 
@@ -200,7 +199,7 @@ def test_texts_are_shown_as_the_data_has_them(ppo_fit, tmp_path):
     assert module.tokenizer.decode(ids) == rows(tmp_path)[0]["prompt"] == callback._prompts.messages[0]
     tokenizer = SimpleNamespace(tokenizer=module.tokenizer)
     own = SampleCompletions(["One day"])
-    own.setup(SimpleNamespace(datamodule=SimpleNamespace(as_text=True)), tokenizer, "fit")
+    own.setup(SimpleNamespace(datamodule=SimpleNamespace(as_text=True), is_global_zero=False), tokenizer, "fit")
     assert module.tokenizer.decode(own._prompts.prompts[0]) == "One day"
 
 
@@ -209,7 +208,7 @@ def test_texts_are_shown_as_the_data_has_them(ppo_fit, tmp_path):
 
 def encoded(prompts, tiny_tokenizer, datamodule=None):
     callback = SampleCompletions(prompts)
-    trainer = SimpleNamespace(datamodule=datamodule)
+    trainer = SimpleNamespace(datamodule=datamodule, is_global_zero=False)
     callback.setup(trainer, SimpleNamespace(tokenizer=tiny_tokenizer), "fit")
     found = callback._prompts
     texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in found.messages]

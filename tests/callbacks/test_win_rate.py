@@ -232,6 +232,7 @@ def test_validate_alone_compares_too(sft, tiny_model_dir, tmp_path):
     found = rows(tmp_path, "win_rate_validate.jsonl")
     assert [row["b"] for row in found] == answers(tiny_model_dir)
     assert [row["a"] for row in found] == answers(tmp_path / "trained")
+    assert (tmp_path / "win_rate_validate.1.jsonl").read_text() == (tmp_path / "win_rate_validate.jsonl").read_text()
     assert "val/win_rate" in trainer.callback_metrics and not (tmp_path / "win_rate.jsonl").exists()
 
 

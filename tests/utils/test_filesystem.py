@@ -1,5 +1,7 @@
 """A directory is there whole, or as it was."""
 
+import os
+
 import pytest
 
 from lightning_rlhf.utils import filesystem
@@ -31,3 +33,28 @@ def test_what_was_not_written_here_is_not_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="is not an export"), filesystem.atomic_directory(tmp_path):
         pass
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_file_that_can_not_be_written_is_told_and_the_check_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    for path, kind, reason in [
+        (tmp_path / "file" / "x.jsonl", NotADirectoryError, f"{tmp_path}/file is a file"),
+        (tmp_path, IsADirectoryError, "it is a directory"),
+        ("/proc/nowhere/x.jsonl", OSError, ""),
+    ]:
+        with pytest.raises(kind) as error:
+            filesystem.check_writable(path, "Report", "its path")
+        assert str(error.value).startswith(f"Report: {path} can't be written: {reason}")
+        assert str(error.value).endswith(". Set its path to another path.")
+    filesystem.check_writable(tmp_path / "a" / "b" / "x.jsonl", "Report", "its path")
+    filesystem.check_writable(tmp_path / "file", "Report", "its path")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_files_are_moved_aside_under_numbers(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert filesystem.move_aside(path) is None
+    for number in (1, 2):
+        path.write_text(str(number))
+        assert filesystem.move_aside(path) == tmp_path / f"x.{number}.jsonl"
+    assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["1", "2"]
