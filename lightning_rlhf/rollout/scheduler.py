@@ -310,7 +310,7 @@ class Scheduler:
             members.setdefault(group, []).append(row)
         first = {group: group.logits for group in members if group.logits is not None}
         unseen = sorted((g for g in members if g not in first), key=lambda g: len(members[g][0].prompt))
-        for batch in self._prefill_batches(unseen, members):
+        for batch in self._passes(unseen, members):
             rows = [members[group] for group in batch]
             shared = SharedPrompts([len(group[0].prompt) for group in rows]) if batch[0].shares else None
             logits = self._decoder.prefill(
@@ -332,7 +332,7 @@ class Scheduler:
             row.filled = len(row.prompt)
         self._sample([row for row, _ in new], torch.stack([first[group] for _, group in new]))
 
-    def _prefill_batches(
+    def _passes(
         self, groups: Sequence[_PromptGroup], members: Mapping[_PromptGroup, Sequence[ActiveSequence]]
     ) -> Iterator[list[_PromptGroup]]:
         """Splits groups, sorted by length, into those of one pass: all share their prompts' keys, or none does."""
