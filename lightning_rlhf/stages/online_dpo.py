@@ -60,10 +60,10 @@ class OnlineDPOModule(RLStage):
             path; or a list of ``{name: ..., weight: ..., settings: {...}}``, which are added.
         beta: Strength of the pull towards the reference. A larger value keeps the policy closer to it. None: the loss's
             own default, 0.1 for most.
-        shaping: Length penalties and the divergence, and how cut completions and bad scores count.
+        shaping: Length penalties and the divergence, how cut completions and bad scores count, and how many iterations
+            may be without a pair.
         mixture: Share of the data's pairs in the loss: it is ``(1 - mixture)`` times the mean over sampled pairs, plus
             ``mixture`` times the mean over those of ``data.pairs``.
-        max_flat: Iterations in a row without a pair, before the run ends; None for no bound.
         updates: The optimizer steps of an iteration: epochs, minibatches, micro-batches, gradient norm.
         load: How weights are held: dtype, quantization (QLoRA), gradient checkpointing, layout.
         offload_frozen: Keep reference and reward model in CPU memory while they are not asked.
@@ -105,7 +105,6 @@ class OnlineDPOModule(RLStage):
         beta: float | None = None,
         shaping: OnlinePairShaping = SHAPING,
         mixture: float = 0.0,
-        max_flat: int | None = 10,
         updates: Updates = UPDATES,
         load: Load = LOAD,
         offload_frozen: bool = False,
@@ -114,7 +113,7 @@ class OnlineDPOModule(RLStage):
         seed: int = 0,
     ) -> None:
         beta_, margin_, mixture_ = Range(0, above=True), Range(0), Range(0, 1, below=True)
-        ranges = dict(beta=beta_, margin=margin_, mixture=mixture_, max_flat=Range(1))
+        ranges = dict(beta=beta_, margin=margin_, mixture=mixture_)
         check_arguments(OnlineDPOModule.__init__, locals(), "", **ranges)
         if (reward is None) == (judge is None):
             given = "neither reward nor judge" if reward is None else "both reward and judge"
@@ -143,7 +142,7 @@ class OnlineDPOModule(RLStage):
         )
         if rollout.samples_per_prompt < 2:
             raise ValueError("rollout.samples_per_prompt is 1, and a pair needs two completions: set it to 2 or more.")
-        self.pairs, self.margin, self.mixture, self.max_flat = pairs, margin, mixture, max_flat
+        self.pairs, self.margin, self.mixture = pairs, margin, mixture
         self.pair_loss, self.pair_shaping = LossSum(loss, beta), shaping
         self.pair_loss.check_shaping(shaping)
         self._iterations, self._delta, self.without_pairs, self.flat_iterations = 0, 0.0, 0, 0
@@ -195,7 +194,7 @@ class OnlineDPOModule(RLStage):
             Means over the updates that were taken, by name, and what became of the completions.
 
         Raises:
-            RewardError: There was no pair for ``max_flat`` iterations.
+            RewardError: There was no pair for ``shaping.max_flat`` iterations.
         """
         scores = experience.scores - self.shaping.missing_eos_penalty * experience.truncated
         chosen = choose_pairs(experience, scores.tolist(), self.pairs, self.margin)
@@ -210,7 +209,8 @@ class OnlineDPOModule(RLStage):
                     f"more than margin={self.margin:g}. Further ones are counted (train/without_pairs)."
                 )
             assert experience.scored is not None
-            stop_at_flat(self.flat_iterations, self.max_flat, self.reward.names, experience.scored, "max_flat")
+            most, setting = self.pair_shaping.max_flat, "shaping.max_flat"
+            stop_at_flat(self.flat_iterations, most, self.reward.names, experience.scored, setting)
         else:
             self.flat_iterations = 0
             data = pairs_of_data(beside) if beside is not None and self.mixture else None

@@ -97,6 +97,8 @@ class OnlinePairShaping(PairShaping):
             ranks it lower.
         bad_scores: What happens when a score is NaN or infinite in fp32. ``stop`` ends the run and names the sample;
             ``drop`` leaves the sample out of all pairs.
+        max_flat: Number of iterations in a row without a pair after which the run ends. A larger value waits longer;
+            None never ends it.
 
     Raises:
         ValueError: A value is out of range.
@@ -104,10 +106,12 @@ class OnlinePairShaping(PairShaping):
 
     missing_eos_penalty: float = 0.0
     bad_scores: Literal["stop", "drop"] = "stop"
+    max_flat: int | None = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_arguments(OnlinePairShaping, vars(self), "shaping.", missing_eos_penalty=Range(0))
+        ranges = {"missing_eos_penalty": Range(0), "max_flat": Range(1)}
+        check_arguments(OnlinePairShaping, vars(self), "shaping.", **ranges)
 
 
 # checkpoints hold these settings; torch.load reads them without trusting arbitrary classes

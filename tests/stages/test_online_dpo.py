@@ -239,10 +239,11 @@ def test_ties_and_flat_groups_are_dropped_and_counted(scores, options, want, tin
 
 def test_iterations_without_a_pair_are_told_once_and_end_the_run(tiny_model_dir, tmp_path):
     options = dict(max_steps=7, reward="even", data_pairs=True, mixture=0.5)
-    with pytest.raises(ValueError, match=r"last 3 iterations are flat.*: the score is .* for all\. .*max_flat: null"):
-        run(tiny_model_dir, tmp_path / "ends", **options, max_flat=3)
+    with pytest.raises(ValueError, match=r"last 3 iterations are flat.*: the score is .* for all\. .*"
+                       r"set shaping\.max_flat: null"):  # fmt: skip
+        run(tiny_model_dir, tmp_path / "ends", **options, shaping=dict(max_flat=3))
     with pytest.warns(UserWarning) as told:
-        trainer, module = run(tiny_model_dir, tmp_path, **options)
+        trainer, module = run(tiny_model_dir, tmp_path, **options, shaping=dict(max_flat=None))
     assert sum("takes no update: no prompt" in str(each.message) for each in told) == 1
     assert trainer.global_step == module.iteration == module.without_pairs == 7 and not module.skipped
 
@@ -335,6 +336,8 @@ def test_greedy_sampling_is_refused():
         Rollout(2, Sampling(temperature=0.0))
     with pytest.raises(ValueError, match=r"shaping\.missing_eos_penalty must be at least 0"):
         OnlinePairShaping(missing_eos_penalty=-1.0)
+    with pytest.raises(ValueError, match=r"shaping\.max_flat must be at least 1, got 0"):
+        OnlinePairShaping(max_flat=0)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +361,7 @@ def test_pairs_that_nothing_learns_from_are_named(tiny_model_dir, tmp_path):
 def test_the_settings_are_as_many_as_a_reader_can_hold(tiny_model_dir):
     import inspect
 
-    assert len(inspect.signature(OnlineDPOModule.__init__).parameters) - 1 <= 21
+    assert len(inspect.signature(OnlineDPOModule.__init__).parameters) - 1 <= 20
     module = OnlineDPOModule(tiny_model_dir, letters, updates=Updates(epochs=1))
     assert copy.copy(module.rollout).samples_per_prompt == 2
     assert PromptDataModule(pairs=DataPairs()).beside == {}
