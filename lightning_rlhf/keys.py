@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_rlhf.arguments import TOO_MANY, did_you_mean, nearest
 from lightning_rlhf.data.sources import not_utf8
-from lightning_rlhf.moved import MOVED
+from lightning_rlhf.moved import LACKED, MOVED
 from lightning_rlhf.utils.imports import import_object
 
 #: Base classes of objects that a config names by their class.
@@ -121,6 +121,9 @@ def _shorten(message: str, files: Sequence[tuple[str, str]], bases: Sequence[typ
             wrong, right = (".".join([*keys, name]) if name else "" for name in found.groups())
             if moved := _moved(wrong, named):
                 return f"{_file_and_line(wrong, files)}{wrong} is {moved} now (docs/moving.md)"
+            start, name = [*wrong.split("."), ""][:2]
+            if start == "model" and (lacked := LACKED.get(named, {}).get(name)):
+                return f"{_file_and_line(f'{start}.{name}', files)}there is no {start}.{name}: {lacked}"
             help = f"--{keys[0]}.help {outer}" if outer and keys[0] in ("model", "data") else "--help"
             help += f" --{'.'.join(keys)}.help" if named != outer else ""
             end = f"did you mean {right}?" if right else f"{help} lists all."

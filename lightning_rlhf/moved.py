@@ -1,4 +1,7 @@
-"""Former names of arguments and their present places, by which Python, commands and configs refuse them."""
+"""Former names of arguments and their present places, by which Python, commands and configs refuse them.
+
+Arguments that only another stage has are refused likewise.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,12 @@ MOVED: dict[str, dict[str, str]] = {
     "PreferenceDataModule": DATA,
     "PromptDataModule": {**DATA, "ptx_batch_size": "ptx.batch_size", "ptx_max_length": "ptx.max_length"},
 }
+_STAYS = (
+    "the reference of this stage stays where training starts. Leave it out, or train with DPOModule, whose reference "
+    "can move."
+)
+#: Arguments of another stage that a stage is often given, and what to do.
+LACKED = {name: {"reference_update": _STAYS} for name in ("KTOModule", "OnlineDPOModule")}
 #: Classes of the groups, by the arguments that take them.
 GROUPS = {"gae": "GAE", "kl": "KL"}
 
@@ -95,10 +104,13 @@ def write_argument(place: str) -> str:
 
 
 def refuse_moved(kind: type, given: Iterable[str]) -> None:
-    """Refuses former names of the arguments of a class, or of one that it extends.
+    """Refuses former names of the arguments of a class, or of one that it extends, and those that it lacks.
 
     Raises:
         TypeError: It says what to write instead.
     """
+    for base in kind.__mro__:
+        for name in LACKED.get(base.__name__, {}).keys() & {*given}:
+            raise TypeError(f"{kind.__name__}: there is no {name}: {LACKED[base.__name__][name]}")
     for name, place in find_moved(kind, given).items():
         raise TypeError(f"{kind.__name__}: {name} is {place} now. Write {write_argument(place)}; see docs/moving.md.")

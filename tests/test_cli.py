@@ -207,6 +207,7 @@ def test_a_broken_checkpoint_is_named_in_a_line(tiny_model_dir, rows, tmp_path):
 # ------------------------------------------------------------------------------------------------- wrong words
 
 SFT = ["--model", "SFTModule", "--model.pretrained", "a/b", "--data", "InstructionDataModule", "--data.train", "c"]
+KTO = ["--model", "KTOModule", "--model.pretrained", "a/b", "--data", "UnpairedDataModule", "--data.train", "c"]
 PPO = ["--model", "PPOModule", "--model.pretrained", "a/b", "--model.reward", "d", "--data", "PromptDataModule"]
 ALL = (
     "All: fit, validate, test, predict, inspect, configs, demo, collect, data, score-reference, verify, win-rate, "
@@ -274,6 +275,11 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
             "there is no trainer.callbacks.decy; did you mean trainer.callbacks.decay?",
         ),
         ([*PPO, "--model.kl_coef", "1"], "model.kl_coef is model.kl.coef now (docs/moving.md)"),
+        (
+            [*KTO, "--model.reference_update.every", "3"],
+            "there is no model.reference_update: the reference of this stage stays where training starts. Leave it "
+            "out, or train with DPOModule, whose reference can move.",
+        ),
         ([*SFT, "--model.quantization", "nf4"], "model.quantization is model.load.quantization now (docs/moving.md)"),
         (
             [*PPO, "--model.critic", "runs/reward/hf/best"],

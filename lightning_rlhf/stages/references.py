@@ -71,7 +71,7 @@ class ReferenceUpdate:
             name = next(k for k in (shapes[0] | shapes[1]) if shapes[0].get(k) != shapes[1].get(k))
             raise SettingsError(
                 f"reference_update mixes the reference with the policy, and they differ in {name}: set reference to "
-                "copy, or to a model of the same size."
+                "copy, auto or a model of the policy's size, or leave out reference_update."
             )
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ def choose_reference(
         given = word = ("adapter_off" if stage.lora and update is None else "copy") if needed else "none"
         rank_zero_info(f"{type(stage).__name__}: reference {word}.")
     if update is not None:
-        _check_moves(stage, word, update)
+        _check_moves(stage, word, needed, update)
     if word == "none" and needed:
         raise ValueError(
             "reference is none, but the loss reads one: set it to auto. Of DPO's losses cpo, simpo and orpo read none."
@@ -145,16 +145,24 @@ def choose_reference(
     return given
 
 
-def _check_moves(stage: Stage, word: str, update: object) -> None:
+def _check_moves(stage: Stage, word: str, needed: bool, update: object) -> None:
     if not isinstance(update, ReferenceUpdate):
         raise ValueError(f"reference_update is {update!r}: give ReferenceUpdate(every=..., alpha=...).")
     why = {
-        "none": "the loss reads no reference: leave it out, or take a loss that reads one.",
-        "adapter_off": "adapter_off is the start's own weights, which the policy stands on: set reference to copy.",
-        "precomputed": "precomputed log-probs stay those of the start: set reference to copy.",
+        "none": "reference is none",
+        "adapter_off": "reference: adapter_off is the start's own weights, which the policy stands on",
+        "precomputed": "reference: precomputed is log-probs of the start, which stay as they are",
     }
+    if not needed:
+        raise ValueError(
+            "reference_update moves the reference, but the loss reads none: leave out reference_update, or set loss to "
+            "one that reads a reference, such as sigmoid."
+        )
     if word in why:
-        raise ValueError(f"reference_update moves the reference, but {why[word]}")
+        raise ValueError(
+            f"reference_update moves the reference, but {why[word]}: set reference to copy, auto or a model of the "
+            "policy's size, or leave out reference_update."
+        )
     if stage.load.quantization is not None:
         raise ValueError(
             "reference_update moves the reference by steps that quantized weights would round away: set "

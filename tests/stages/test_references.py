@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from runs import assert_equal, load_script, spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_rlhf import DPOModule, LoRA, ReferenceUpdate
+from lightning_rlhf import DPOModule, KTOModule, LoRA, OnlineDPOModule, ReferenceUpdate
 from lightning_rlhf.models import Load
 
 SCRIPT = Path(__file__).with_name("run_dpo.py")
@@ -109,9 +109,22 @@ def test_two_processes_move_it_as_one(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(reference="precomputed"), "but precomputed log-probs stay those of the start: set reference to copy."),
-        (dict(reference="adapter_off", lora=LoRA(r=4)), "but adapter_off is the start's own weights"),
-        (dict(loss="simpo"), "but the loss reads no reference: leave it out"),
+        (
+            dict(reference="precomputed"),
+            "reference_update moves the reference, but reference: precomputed is log-probs of the start, which stay as "
+            "they are: set reference to copy, auto or a model of the policy's size, or leave out reference_update.",
+        ),
+        (
+            dict(reference="adapter_off", lora=LoRA(r=4)),
+            "but reference: adapter_off is the start's own weights, which the policy stands on: set reference to copy, "
+            "auto or a model of the policy's size, or leave out reference_update.",
+        ),
+        (dict(reference="none"), "but reference is none: set reference to copy, auto or"),
+        (
+            dict(loss="simpo"),
+            "but the loss reads none: leave out reference_update, or set loss to one that reads a reference, such as",
+        ),
+        (dict(loss="simpo", reference="none"), "but the loss reads none: leave out reference_update, or set loss to"),
         (dict(reference_update=2), "reference_update is 2: give ReferenceUpdate(every=..., alpha=...)."),
         (dict(lora=LoRA(r=4), load=Load(quantization="nf4")), "set load.quantization to null"),
     ],
@@ -122,8 +135,14 @@ def test_references_that_can_not_move_are_named(settings, words, tiny_model_dir)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("stage", [KTOModule, OnlineDPOModule])
+def test_stages_whose_references_never_move_say_so(stage, tiny_model_dir):
+    with pytest.raises(TypeError, match=f"{stage.__name__}: there is no reference_update: .* Leave it out, or "):
+        stage(tiny_model_dir, reference_update=ReferenceUpdate())
+
+
 def test_a_reference_of_another_size_is_named(tiny_model_dir, wide_model_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"they differ in \S+: set reference to copy"):
+    with pytest.raises(ValueError, match=r"they differ in \S+: set reference to copy, auto or a model of"):
         run(tiny_model_dir, tmp_path, max_steps=1, reference=str(wide_model_dir), reference_update=dict(every=1))
 
 
