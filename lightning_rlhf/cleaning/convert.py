@@ -92,7 +92,7 @@ def check_target(target: str) -> None:
     """Refuses a name that is no format to write.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The format can't be written.
     """
     names = sorted({name for _, name in _WRITERS})
     if target not in names:
@@ -100,7 +100,7 @@ def check_target(target: str) -> None:
 
 
 def holds_labels(target: str) -> bool:
-    """Whether a format may hold single answers with labels."""
+    """Returns whether a format can hold single answers with labels."""
     return ("unpaired", target) in _WRITERS
 
 
@@ -121,7 +121,7 @@ def _check(example: Example, row: Mapping[str, Any], target: str) -> None:
 
 
 def _has_answer(row: Mapping[str, Any]) -> bool:
-    """Whether a row that is read as a prompt has an answer, which would be left out."""
+    """Returns whether a row that is read as a prompt has an answer, which would be left out."""
     if kind_of(row) == "preference":
         return True
     try:

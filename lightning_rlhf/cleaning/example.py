@@ -109,7 +109,7 @@ class Example:
 
     @property
     def distinct_tokens(self) -> list[str]:
-        """What makes a row another than one before: its questions, and of a single answer the answer too."""
+        """The tokens that tell rows apart: those of the questions, and of the answer if it is a labeled single one."""
         return [*self.instruction_tokens, *(self.answer_tokens[0] if self.kind == "unpaired" else ())]
 
     @cached_property
@@ -175,10 +175,11 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def kind_of(row: Mapping[str, Any]) -> Kind:
-    """What a row is, by its columns: a preference, else a single answer with a label, an instruction, a prompt.
+    """Tells the kind of a row by its columns.
 
-    Rows of no known format count as instructions, whose error lists the formats. A label is true or false: numbers and
-    names are columns of somebody's own, and a rating makes a single answer only if the kind is named.
+    A row that fits several kinds is the first of these: a preference, a single answer with a label, an instruction, a
+    prompt. A row of no known format counts as an instruction, whose error lists the formats. A label must be true or
+    false, because numbers and names may mean something else. A rating makes a single answer only if the kind is given.
     """
     for kind, table in FORMATS_OF.items():
         found = table.detect(row)
@@ -196,8 +197,8 @@ def make_example(
 
     Args:
         row: Its columns, or the row as it was read.
-        where: Its place; of a row that was read, its own.
-        kind: What it is. ``auto``: by its columns, as :func:`kind_of` says.
+        where: Its place; a row that was read has its own.
+        kind: Its kind. ``auto``: :func:`kind_of` tells it by the columns.
         format: Name of its format, or the import path of another. ``auto``: the first that matches.
 
     Raises:

@@ -68,7 +68,7 @@ def writable(examples: Iterable[Example], bad: BadRows) -> Iterator[Example]:
 
 
 def _holds(value: Any) -> bool:
-    """Whether JSON can hold a value."""
+    """Returns whether JSON can hold a value."""
     try:
         json_line({"": value})
     except ValueError:
@@ -141,7 +141,7 @@ class Outputs:
         self._files[2].write(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1, default=str) + "\n")
 
     def lines(self) -> list[str]:
-        """What was written, for people."""
+        """Returns lines that say which files were written."""
         rows, dropped, report = self._paths
         return [
             f"Rows: {rows} ({self.kept:,})",

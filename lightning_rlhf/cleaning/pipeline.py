@@ -23,7 +23,7 @@ _REASONS = 4
 
 @dataclass
 class FilterTally:
-    """What one filter did.
+    """Counts of one filter.
 
     Attributes:
         seen: Examples that reached it.
@@ -44,7 +44,7 @@ class FilterTally:
 
 @dataclass
 class Tally:
-    """What all filters did; it may go over several calls of :func:`clean`.
+    """Counts of all filters, possibly over several calls of :func:`clean`.
 
     Attributes:
         seen: Examples that came in.

@@ -12,12 +12,12 @@ _CHARACTERS = 100
 
 
 class Origin(NamedTuple):
-    """What a row says of itself.
+    """Where a row comes from, by its own columns.
 
     Attributes:
         text: The beginning of its instruction.
         parents: Ids of the rows that it was grown from.
-        facts: What else its provenance says.
+        facts: Further facts of its provenance.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""What is in a data set: counts, lengths, scripts and duplicates, in one pass."""
+"""Statistics of a data set: counts, lengths, scripts and duplicates, in one pass."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Lengths:
 
 @dataclass
 class Statistics:
-    """What is in a data set.
+    """Counts of a data set.
 
     Attributes:
         rows: Number of rows.

@@ -76,9 +76,9 @@ def scripts(text: str) -> dict[str, int]:
 
 
 def request(text: str) -> str:
-    """What a text asks for by itself: without quotes, without what follows a colon, without further paragraphs.
+    """Returns the request in a text: its first paragraph up to a colon, without quotes.
 
-    If that leaves fewer than three tokens, the whole text.
+    If fewer than three tokens are left, it returns the whole text.
 
     Example:
         >>> request("Translate into French: 'good morning'")

@@ -208,7 +208,7 @@ def _likeness(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def left_out(count: Count) -> list[str | Table | Quotes]:
-    """What was left out in a language, step by step, with examples."""
+    """Lists what was left out in a language, step by step, with examples."""
     body = [(f"tasks asked for, in {count.requests:,} requests", f"{count.asked:,}", "")]
     quotes: list[tuple[str, list[str]]] = []
     body += _problems("not read", count.unread, count, quotes)
@@ -246,7 +246,7 @@ def _dropped(tally: Mapping[str, Any], quotes: list[tuple[str, list[str]]]) -> l
 
 
 def cost(totals: Totals, prices: bool) -> list[str | Table | Quotes]:
-    """What was asked and paid, by the ledger."""
+    """Lists what was asked and paid, by the ledger."""
 
     def money(amount: float) -> str:
         return f"{amount:,.4f}" if prices else "no price given"

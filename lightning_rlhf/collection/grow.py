@@ -45,7 +45,7 @@ class GrowthError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a round asks for.
+    """Settings of the rounds: what they ask for.
 
     Args:
         languages: Number of rows to grow, by language.
@@ -112,14 +112,14 @@ class Asked(NamedTuple):
 
 @dataclass
 class Count:
-    """What happened in a language, in one round or in all.
+    """Counts of a language, in one round or in all.
 
     Attributes:
         requests: Requests for tasks.
         asked: Tasks that they asked for.
         unread: Replies and parts of replies that are no task, by kind of problem.
         tasks: Tasks that were read.
-        instruction: What the filters did with them.
+        instruction: The filters' counts for them.
         surplus: Tasks that were not needed any more.
         answers: Requests for answers.
         unanswered: Answers that can't be used, by kind of problem.
@@ -237,7 +237,7 @@ class Growth:
 
     @property
     def paused(self) -> bool:
-        """Whether the next round was done before, so that it only has to be read."""
+        """Returns whether the next round was done before, so that it only has to be read."""
         return bool(self.missing) and self.trace.has(self.round + 1)
 
     @property
@@ -453,7 +453,7 @@ class Growth:
                     filter.add(example)
 
     def _shown(self, asked: Sequence[Asked], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What the pilot asked for, and what came of it."""
+        """Lists each request of the pilot, with what came back."""
         of: dict[str, list[str]] = {}
         for row in rows:
             of.setdefault(row["provenance"]["request"], []).append(row["messages"][0]["content"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 _DIGITS = r"(?:[0-9０-９]{1,3}|[①-⑳]|[一二三四五六七八九十]{1,3}(?=[、．.]))"
 _LABEL = r"(?:task|instruction|question|任务|指令|问题|题目)"
 #: The number before an item, at the start of a line: "9.", "9)", "(9)", "９、", "**9.**", "### Task 9:", "⑨", "十、".
-#: A decimal number such as 3.5 is none.
+#: A decimal number such as 3.5 does not number an item.
 _NUMBER = re.compile(
     rf"^[ \t>]*(?:\#+[ \t]*)?(?P<bold>\*\*|__)?[ \t]*(?:{_LABEL}[ \t]*)?[(（\[]?(?P<number>{_DIGITS})[ \t]*"
     r"(?:(?P=bold)[ \t]*)?(?:\.(?![0-9])|[)）\]、．:：]|(?<=[①-⑳]))[ \t]*(?(bold)(?:(?P=bold))?[ \t]*)",
@@ -140,7 +140,7 @@ def parse_one(reply: str, cut: bool = False, shown: Sequence[str] = ()) -> list[
 
 
 def same(text: str) -> str:
-    """What two texts share that differ only in case, width, spaces and punctuation.
+    """Returns a key that is equal for texts that differ only in case, width, spaces and punctuation.
 
     Example:
         >>> same("What is  rust？") == same("what is rust")

@@ -31,7 +31,7 @@ def show_pilot(growth: Growth) -> str:
 
 
 def estimate(growth: Growth, ledger: Ledger, budget: Budget | None) -> str:
-    """What the pilot took, and what the rest will take at its rate."""
+    """Says what the pilot cost, and estimates the cost of the rest at the same rate."""
     rows, missing = len(growth.rows), sum(growth.missing.values())
     totals = ledger.totals()
     tokens = totals.usage.prompt + totals.usage.completion

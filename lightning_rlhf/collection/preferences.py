@@ -149,7 +149,7 @@ class ByJudge:
 
 @dataclass
 class PreferenceCount:
-    """What happened.
+    """Counts of a run.
 
     Attributes:
         prompts: Prompts that were answered.
@@ -243,7 +243,7 @@ class Preferences:
 
     @property
     def paused(self) -> bool:
-        """Whether the next step was done before, so that it only has to be read."""
+        """Returns whether the next step was done before, so that it only has to be read."""
         return self.trace.has(self.done // CHUNK + 1)
 
     def step(self, progress: Callable[[str, int], Callable[[int], None]] | None = None) -> None:
@@ -362,10 +362,10 @@ class Preferences:
 
 
 def make_ranker(reward: Any, judge: Judge | None) -> Ranker:
-    """Makes what ranks, of the settings ``reward`` and ``judge``.
+    """Makes the ranker from the settings ``reward`` and ``judge``.
 
     Raises:
-        ValueError: None or both are given, or the reward is none.
+        ValueError: Neither or both are given, or the reward is not a reward.
     """
     from lightning_rlhf.evaluation import make_judge
 

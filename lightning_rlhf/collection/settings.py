@@ -20,7 +20,7 @@ FILTERS: tuple[str | Mapping[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What to write with, what to keep, and what may be spent.
+    """Settings of collecting data: which models write, what is kept, and what may be spent.
 
     Args:
         generator: Writes tasks, and answers to prompts. With --preferences it may be a list: each answers all prompts.

@@ -54,7 +54,7 @@ class Trace:
             )
 
     def read(self, number: int) -> Any:
-        """What a step left, or None if it was not finished.
+        """Returns the result of a step; None if the step was not finished.
 
         Raises:
             TraceError: The file is damaged.
@@ -72,7 +72,7 @@ class Trace:
         raise TraceError(f"{path} is damaged ({problem}). Delete it and all later steps; the ledger has their replies.")
 
     def has(self, number: int) -> bool:
-        """Whether a step was finished."""
+        """Returns whether a step was finished."""
         return self._path(number).exists()
 
     def write(self, number: int, step: Any) -> Any:

@@ -166,7 +166,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     @property
     def streaming(self) -> bool:
-        """Whether rows are not held in memory."""
+        """Whether rows are read anew in each epoch, instead of being held in memory."""
         return self.streaming_window is not None
 
     # ------------------------------------------------------------------------------------------------- subclasses
@@ -198,7 +198,9 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     @abstractmethod
     def encoder(self, limit: int) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
-        """What tokenizes a row: a function of a module, and its further arguments, which the cache's key includes.
+        """Returns the function that tokenizes a row, and its further arguments.
+
+        The function must be at the top of a module; the cache's key includes the arguments.
 
         The function is called with the value of :meth:`dump`, the tokenizer and those arguments, and raises
         ``TokenizeError`` for a bad row. It returns the columns that ``tree`` reads, and may return ``cut`` (whether the
@@ -288,11 +290,11 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
         return [prompt for prompt, _ in self._samples(n)]
 
     def sample_columns(self, n: int) -> list[dict[str, Any]]:
-        """The columns beside those prompts, for reward functions."""
+        """Returns the other columns of the prompts of :meth:`sample_prompts`, for reward functions."""
         return [{} for _ in self._samples(n)]
 
     def _samples(self, n: int) -> list[tuple[SamplePrompt, Item]]:
-        """Those prompts, with what they were made of."""
+        """Returns the prompts of :meth:`sample_prompts`, each with the item that it was made of."""
         for part in ("val", "train"):
             sources = range(len(self._weighted[self._side(part)[0]]))
             items = (item for i in sources for _, item in self._rows_of(part, i))

@@ -169,7 +169,7 @@ class Format(Generic[Made]):
         return [(group,) if isinstance(group, str) else group for group in self.columns]
 
     def matches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is of this format."""
+        """Returns whether a row is of this format."""
         return not self.missing(row) and self.also(row)
 
     def missing(self, row: Mapping[str, Any]) -> str:
@@ -350,7 +350,7 @@ def _refuse(found: Mapping[str, Any], refused: Mapping[str, str], what: str) -> 
 
 
 def _is_empty(value: object) -> bool:
-    """Whether a column asks for nothing, possibly written as JSON."""
+    """Returns whether a column asks for nothing, possibly written as JSON."""
     nothing = value is None or (isinstance(value, (str, list, tuple, Mapping, int, float)) and not value)
     return nothing or str(value).strip().lower() in ("", "[]", "{}", "null", "false")
 
@@ -376,7 +376,7 @@ def read_system(row: Mapping[str, Any]) -> str:
 
 
 def _read_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template gets beside the messages, as JSON values."""
+    """Reads what the chat template gets besides the messages, as JSON values."""
     options: dict[str, Any] = {}
     if not _is_empty(row.get("chat_template_kwargs")):
         asked = _plain(read_written(row["chat_template_kwargs"], dict), "the column 'chat_template_kwargs'")
@@ -421,7 +421,7 @@ def unread_keys(row: Mapping[str, Any], read: Iterable[str]) -> tuple[str, ...]:
 
 
 def _agrees(name: object, value: object) -> bool:
-    """Whether a column says only that its row should be trained on, as every row is."""
+    """Returns whether a column only says that its row should be trained on, as every row is."""
     return name in (*_ROW_WEIGHTS, *LABELS) and (
         _weight(value) == 1 if name in _ROW_WEIGHTS else str(value).lower() == "true"
     )
@@ -481,7 +481,7 @@ def _turn_advice(row: Mapping[str, Any]) -> str:
 
 
 def has_columns(row: Mapping[str, Any], *columns: str) -> bool:
-    """Whether all these columns are filled; None counts as missing."""
+    """Returns whether all these columns are filled; None counts as missing."""
     return all(row.get(column) is not None for column in columns)
 
 

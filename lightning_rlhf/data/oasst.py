@@ -152,7 +152,7 @@ def _link(rows: Sequence[Row], bad: BadRows) -> Iterator[tuple[str, dict[str, An
 
 
 def _leads_to(messages: Mapping[str, Mapping[str, Any]], name: str, roots: Sequence[str]) -> bool:
-    """Whether the messages above lead to the root, and not in a circle."""
+    """Returns whether the messages above lead to the root, and not in a circle."""
     seen = set()
     while name in messages and name not in seen:
         seen.add(name)

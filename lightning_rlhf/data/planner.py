@@ -148,7 +148,7 @@ class Planner:
 
     @cached_property
     def _cut(self) -> _Cut:
-        """How an epoch is cut into steps, the same number in every epoch and none of them empty."""
+        """How an epoch is cut into steps. Every epoch has the same number of steps, and none is empty."""
         branches = self._branches
         if not len(branches):
             return _Cut(0, True, 1, 1)

@@ -105,7 +105,7 @@ class ReferenceLogprobs:
         """(N,) log-probs of a batch's scored tokens, on its device.
 
         Raises:
-            ValueError: The batch is none of this part's.
+            ValueError: The batch does not belong to this part.
         """
         if not batch.rows:  # a planner's filler
             if batch.weight.any():

@@ -140,7 +140,7 @@ OnBadRow = Literal["raise", "skip"]
 
 
 class BadRows:
-    """What happens to rows that can't be used: they raise, or they are counted and reported.
+    """Decides what happens to rows that can't be used: they raise an error, or they are counted and reported.
 
     Args:
         policy: ``"raise"`` raises at the first bad row. ``"skip"`` leaves bad rows out and counts them.
@@ -463,7 +463,7 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
 
 
 def not_utf8(data: bytes, at: int, path: str) -> str:
-    """What is wrong with bytes that are not UTF-8, and the command that converts their file.
+    """Says where a file is not UTF-8, what encoding it seems to have, and which command converts it.
 
     Args:
         data: A line, or a whole file.
@@ -478,7 +478,7 @@ def not_utf8(data: bytes, at: int, path: str) -> str:
 
 
 def _convert(path: str, encoding: str | None) -> str:
-    """What to do with a file of another encoding."""
+    """Says how to convert a file of another encoding."""
     if encoding is None:
         return "Save the file as UTF-8"
     unzip, start = (f"gunzip -c {shlex.quote(path)} | ", "") if path.endswith(".gz") else ("", f" {shlex.quote(path)}")
@@ -508,7 +508,7 @@ def _if_text(encoding: str, head: bytes) -> str | None:
 
 
 def _encoding(line: bytes) -> str | None:
-    """What a line that isn't UTF-8 looks like; None if it is UTF-8 with damaged bytes, or nobody can tell."""
+    """Guesses the encoding of a line that isn't UTF-8; None for UTF-8 with damaged bytes, or if it can't be told."""
     if b"\0" in line:
         return "UTF-16"
     high = sum(byte > 127 for byte in line)
@@ -599,7 +599,7 @@ def _read_json(path: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
 
 
 def _holds_json_lines(path: str) -> bool:
-    """Whether the first line is an object by itself and more lines follow, unlike in any JSON document."""
+    """Returns whether the first line is an object of its own and more lines follow, which no JSON document has."""
     filled = (line for _, line, _ in _lines(path) if line.strip())
     first = next(filled, "")
     if not first.lstrip().startswith("{"):  # avoids parsing a long array on one line
@@ -687,7 +687,7 @@ def _cell(text: str, decoder: _Decoder) -> Any:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether these are turns: objects that each have a role."""
+    """Returns whether these are turns: objects that each have a role."""
     return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value)
 
 

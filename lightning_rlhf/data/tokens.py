@@ -397,7 +397,7 @@ def _marked_spans(
     text: str,
     stop: str,
 ) -> list[_Span]:
-    """What the template's generation markers enclose, if it has any."""
+    """Returns what the template's generation markers enclose, if it has any."""
     template = tokenizer.get_chat_template()
     if not _GENERATION.search(template):
         return []
@@ -469,7 +469,10 @@ def _rendered_span(
     stop: str,
     loss_on: LossOn,
 ) -> _Span:
-    """What inference would write after the prompt, up to the stop token. The whole rendering must contain it too."""
+    """Returns what a model would write after the prompt, up to the stop token.
+
+    The rendering of the whole conversation must contain it too.
+    """
     if prompt is None:
         raise TokenizeError(
             "nothing before the assistant",

@@ -373,7 +373,7 @@ class UnpairedDataModule(TreeDataModule[Unpaired]):
         return self._module.reads_mismatched if isinstance(self._module, ReadsMismatched) else True
 
     def every_mismatch(self, part: str, epoch: int) -> PlannedLoader | None:
-        """As :meth:`every_row`, the mismatched answers of an epoch; None if the part has none.
+        """Gives each mismatched answer of an epoch once, as :meth:`every_row` gives rows; None if the part has none.
 
         Args:
             part: A part that was set up.

@@ -20,7 +20,8 @@ class Sketched(Measuring[Sketch]):
 class NearDuplicate(Sketched):
     """Drops rows whose user turns are nearly the same as those of a row before, which was kept.
 
-    Of a single answer with a label, the answer must be nearly the same too: a prompt may have several.
+    A single answer with a label is dropped only if its answer is nearly the same too, because a prompt may have several
+    answers.
 
     Two texts are compared by their words (in Chinese: characters) and pairs of neighboring ones, without case, width,
     white space and punctuation. It drops no row that is like a dropped one but not like a kept one. System prompts and
@@ -38,7 +39,7 @@ class NearDuplicate(Sketched):
         self._index = NearDuplicates(threshold)
 
     def measure(self, examples: Sequence[Example]) -> list[Sketch]:
-        """Sketches the user turns; of single answers also these."""
+        """Sketches the user turns, and for single answers with labels the answer too."""
         return sketch([example.distinct_tokens for example in examples])
 
     def __call__(self, example: Example) -> str | None:

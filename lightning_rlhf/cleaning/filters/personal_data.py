@@ -111,7 +111,7 @@ class PersonalData(Filter):
         return text
 
     def find(self, text: str) -> list[tuple[What, int, int]]:
-        """What is found in a text: its kind and the places of its first character and behind its last, in order."""
+        """Finds personal data in a text: for each, its kind, and the indices of its start and end, in order."""
         plain = text if text.isascii() else text.translate(_HALF_WIDTH)
         found: list[tuple[What, int, int]] = []
         for kind in MASKS:  # identity numbers before cards before telephones: the longer have parts like the shorter

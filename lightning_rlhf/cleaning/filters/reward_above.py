@@ -76,13 +76,13 @@ def _load(spec: Any) -> tuple[Any, Any]:
 
 
 def _sources(spec: Any) -> list[Any]:
-    """What a list of weighted rewards is made of."""
+    """Returns the sources of a reward or of a list of weighted rewards."""
     parts = spec if isinstance(spec, Sequence) else [spec]
     return [part["source"] if isinstance(part, Mapping) else getattr(part, "source", None) for part in parts]
 
 
 def _prompt(example: Example) -> list[Message] | str:
-    """What the answer follows."""
+    """Returns the prompt before the answer."""
     parsed = example.parsed
     if isinstance(parsed, Conversation):
         return [*(parsed.messages or ())[:-1]]
