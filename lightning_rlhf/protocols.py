@@ -97,13 +97,18 @@ class RecordsCompletions(Protocol):
 
 @runtime_checkable
 class PlaysEpisodes(Protocol):
-    """``play_episodes`` completes prompts in the module's ``environment``, where it has one."""
+    """``play_episodes`` completes prompts in the module's ``environment``, where it has one.
+
+    ``read_openings`` gives the tokens that the policy reads before its first turn.
+    """
 
     environment: object | None
 
     def play_episodes(  # noqa: D102
         self, prompts: PromptBatch, keys: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]: ...
+
+    def read_openings(self, prompts: PromptBatch) -> list[list[int]]: ...  # noqa: D102
 
 
 @runtime_checkable

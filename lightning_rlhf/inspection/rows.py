@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data import PackedBatch, PlannedLoader, PromptBatch
 from lightning_rlhf.data.base import TreeDataModule
-from lightning_rlhf.data.planner import Bin
 from lightning_rlhf.data.prompts import PromptsWith
 from lightning_rlhf.data.token_cache import TokenRows
 from lightning_rlhf.inspection.pieces import TokenPiece, pieces, special_ids
+from lightning_rlhf.inspection.prompts import batch_of, place_of, read_prompts
 from lightning_rlhf.inspection.statistics import Statistics, measure
 from lightning_rlhf.protocols import DrawsSamples
 from lightning_rlhf.stages import RewardModule
@@ -137,7 +137,7 @@ def inspect_data(
         sections = []
         for name, part, planned in parts:
             languages = part.languages(split)
-            chosen = _chosen(planned.rows, rows, row, seed)  # type: ignore[arg-type]
+            chosen = _chosen(module, planned.rows, rows, row, seed)  # type: ignore[arg-type]
             views = [_view(module, part.tokenizer, planned, i, languages) for i in chosen]
             sections.append(Section(name, views, measure(module, part, planned, split, languages)))
     kind = type(module).__name__.removesuffix("Module") or type(module).__name__
@@ -184,18 +184,20 @@ def _view(
 ) -> RowView:
     """Shows one row, from a batch of its own."""
     rows: TokenRows = loader.rows  # type: ignore[assignment]
-    batch = loader.collate([rows(number)], Bin((number,), rows.size(number).totals))
+    batch = batch_of(loader, [number])
     view = (_prompt if isinstance(batch, PromptBatch) else _tree)(module, tokenizer, batch)
     record = rows.row(number)
-    view.number, view.where = number, record["where"]
-    if language := languages.get(view.where):
+    view.number, view.where = number, place_of(module, record["where"])
+    if language := languages.get(record["where"]):
         view.notes.append(language)
     if record["cut"]:
         view.notes.append("cut at max_length: the loss never reads its stop token")
     return view
 
 
-def _chosen(rows: TokenRows, count: int, row: int | str | None, seed: int | None) -> Sequence[int]:
+def _chosen(
+    module: L.LightningModule, rows: TokenRows, count: int, row: int | str | None, seed: int | None
+) -> Sequence[int]:
     if row is None:
         count = min(count, len(rows))
         return range(count) if seed is None else sorted(random.Random(seed).sample(range(len(rows)), count))
@@ -203,7 +205,7 @@ def _chosen(rows: TokenRows, count: int, row: int | str | None, seed: int | None
         if not 0 <= int(row) < len(rows):
             raise ValueError(f"There is no row {row}: the split has {len(rows)}, numbered from 0.")
         return [int(row)]
-    places = rows.column("where")
+    places = [place_of(module, where) for where in rows.column("where")]
     found = [i for i, where in enumerate(places) if where == row or where.endswith(f"/{row}")]
     if not found:
         raise ValueError(
@@ -256,7 +258,7 @@ def _name(answers: list[AnswerView], batch: PackedBatch) -> None:
 
 def _prompt(module: L.LightningModule, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> RowView:
     """Shows a batch of one prompt."""
-    [ids] = batch.prompts
+    [ids] = read_prompts(module, batch)
     shown = list(pieces(tokenizer, ids, [False] * len(ids), special_ids(tokenizer)))
     starts = "generation starts here"
     if isinstance(module, DrawsSamples):

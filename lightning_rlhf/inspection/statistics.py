@@ -14,6 +14,7 @@ import lightning.pytorch as L
 from lightning_rlhf.data import PlannedLoader, PromptDataModule, Tree
 from lightning_rlhf.data.base import TreeDataModule, count_keys
 from lightning_rlhf.data.token_cache import TokenRows
+from lightning_rlhf.inspection.prompts import batch_of, read_prompts
 from lightning_rlhf.protocols import DrawsSamples
 from lightning_rlhf.stages import RewardModule
 
@@ -59,8 +60,12 @@ def measure(
     """
     rows: TokenRows = loader.rows  # type: ignore[assignment]
     sizes = [rows.size(i) for i in range(len(rows))]
-    tokens = [size.num_tokens for size in sizes]
     prompts = isinstance(data, PromptDataModule)
+    tokens = (
+        list(map(len, read_prompts(module, batch_of(loader, range(len(rows))))))
+        if prompts
+        else [size.num_tokens for size in sizes]
+    )
     trees = [] if prompts or all(size.totals.sequences == 1 for size in sizes) else [rows(i) for i in range(len(rows))]
     # lengths of each row's sequences: prompt and answer
     lengths = [[len(t.prompt) + len(b.input_ids) for b in t.branches] for t in trees] or [[n] for n in tokens]

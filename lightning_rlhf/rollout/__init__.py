@@ -4,7 +4,7 @@ from lightning_rlhf.rollout.complete import complete, room
 from lightning_rlhf.rollout.engine import CachedEngine
 from lightning_rlhf.rollout.environment import Environment, Turn, TurnError
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
-from lightning_rlhf.rollout.turns import play_episodes
+from lightning_rlhf.rollout.turns import play_episodes, read_openings
 from lightning_rlhf.rollout.types import Completion, Episode, Request, RolloutEngine, Sampling, Token, as_answers
 from lightning_rlhf.utils.random import sample_key
 
@@ -23,6 +23,7 @@ __all__ = [
     "as_answers",
     "complete",
     "play_episodes",
+    "read_openings",
     "room",
     "sample_key",
 ]

@@ -106,19 +106,10 @@ def play_episodes(
         TurnError: The environment fails, does not return in time, returns something else than it should, or says
             what the chat template refuses; the message names the row. Or a prompt leaves no room.
     """
-    options = {"tools": list(environment.tools)} if environment.tools else {}
+    options = _template_options(environment)
     call = _Caller(environment.deadline, environment.parallel)
-    groups: list[list[_Player]] = []
-    for i, (row, own) in enumerate(zip(prompts.rows, keys, strict=True)):
-        data = {name: column[i] for name, column in prompts.columns.items()} | {"messages": prompts.messages[i]}
-        seed = sample_key(own[0], 0)
-        groups.append([_Player(copy.copy(environment), row, copy.deepcopy(data), seed, key) for key in own])
+    groups = _begin_groups(call, tokenizer, environment, prompts, keys, stop_token_ids)
     players = [player for group in groups for player in group]
-    for player, begun in zip(players, call(_begin, players), strict=True):
-        player.opening = _messages(player, begun, "reset", ("assistant", *ROLES))
-    for group, ids, messages in zip(groups, prompts.prompts, prompts.messages, strict=True):
-        known = ids if group[0].opening == messages and not options else None
-        _share_prompt(group, known, tokenizer, options, stop_token_ids)
     context = getattr(policy.transformer.config.get_text_config(), "max_position_embeddings", None)
     for player in players:
         player.left = _room(player, context, max_total_tokens, limits or {})
@@ -141,6 +132,61 @@ def play_episodes(
             _take(player, turn, tokenizer, options, stop_token_ids)
         waiting = [player for player in asked if player.end is None]
     return [[player.finished() for player in group] for group in groups]
+
+
+def read_openings(
+    tokenizer: PreTrainedTokenizerBase,
+    environment: Environment,
+    prompts: PromptBatch,
+    keys: Sequence[int],
+    stop_token_ids: Sequence[int],
+) -> list[list[int]]:
+    """Reads what a policy is shown before its first turn, in place of the prompts.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        environment: Copied for each prompt.
+        prompts: B prompts; their messages and columns are what ``reset`` gets.
+        keys: For each prompt the seed of its first completion.
+        stop_token_ids: Tokens that end a turn.
+
+    Returns:
+        (B,) tokens of what :func:`play_episodes` begins with.
+
+    Raises:
+        TurnError: The environment fails, or begins with what the chat template refuses; the message names the row.
+    """
+    call = _Caller(environment.deadline, environment.parallel)
+    groups = _begin_groups(call, tokenizer, environment, prompts, [[key] for key in keys], stop_token_ids)
+    return [player.prompt for (player,) in groups]
+
+
+def _template_options(environment: Environment) -> dict[str, Any]:
+    return {"tools": list(environment.tools)} if environment.tools else {}
+
+
+def _begin_groups(
+    call: _Caller,
+    tokenizer: PreTrainedTokenizerBase,
+    environment: Environment,
+    prompts: PromptBatch,
+    keys: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+) -> list[list[_Player]]:
+    """Begins the episodes of each prompt, and sets their openings and the tokens of these."""
+    options = _template_options(environment)
+    groups: list[list[_Player]] = []
+    for i, (row, own) in enumerate(zip(prompts.rows, keys, strict=True)):
+        data = {name: column[i] for name, column in prompts.columns.items()} | {"messages": prompts.messages[i]}
+        seed = sample_key(own[0], 0)
+        groups.append([_Player(copy.copy(environment), row, copy.deepcopy(data), seed, key) for key in own])
+    players = [player for group in groups for player in group]
+    for player, begun in zip(players, call(_begin, players), strict=True):
+        player.opening = _messages(player, begun, "reset", ("assistant", *ROLES))
+    for group, ids, messages in zip(groups, prompts.prompts, prompts.messages, strict=True):
+        known = ids if group[0].opening == messages and not options else None
+        _share_prompt(group, known, tokenizer, options, stop_ids)
+    return groups
 
 
 def _begin(player: _Player) -> Sequence[Message]:

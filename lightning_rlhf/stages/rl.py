@@ -79,7 +79,15 @@ from lightning_rlhf.rl.episodes import check_environment, count_turns, with_envi
 from lightning_rlhf.rl.metrics import extra_means, moments_over_ranks, rollout_metrics
 from lightning_rlhf.rl.records import Sampled, completion_records
 from lightning_rlhf.rl.settings import check_kind
-from lightning_rlhf.rollout import Completion, Request, RolloutEngine, Sampling, as_answers, play_episodes
+from lightning_rlhf.rollout import (
+    Completion,
+    Request,
+    RolloutEngine,
+    Sampling,
+    as_answers,
+    play_episodes,
+    read_openings,
+)
 from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
 from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
@@ -522,6 +530,12 @@ class RLStage(Stage):
         speakers = (self.engine, self.policy, self.tokenizer, self.environment)
         most = self.rollout.max_total_tokens
         return play_episodes(*speakers, prompts, keys, sampling, self.stop_token_ids, most, limits)
+
+    def read_openings(self, prompts: PromptBatch) -> list[list[int]]:
+        """(B,) tokens that the policy reads first in the environment, where the prompts are those of iteration 0."""
+        assert self.environment is not None
+        keys = [sample_key(self.seed, 0, row, 0) for row in prompts.rows]
+        return read_openings(self.tokenizer, self.environment, prompts, keys, self.stop_token_ids)
 
     def to_experience(
         self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]]

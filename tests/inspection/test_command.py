@@ -1,6 +1,7 @@
 """``lightning-rlhf inspect``, from a shell's point of view."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def test_tasks_of_an_environment_are_shown(name, no_weights, capsys):
     out = capsys.readouterr().out
     assert out.count("\nrow ") == 2 and "generation starts here" in out and "left out or cut         none" in out
     assert out.count(f"\ncolumn {MADE[name]}: ") == 2
+
+
+def test_prompts_are_shown_as_the_environment_begins_them(no_weights, capsys):
+    arguments = small(CONFIGS / "grpo" / "smollm2_calculator.yaml", no_weights)
+    counts = {}
+    for shown in (True, False):
+        flag = ["--model.environment.shown", str(shown).lower()]
+        main([*arguments, *flag, "--rows", "2"])
+        out = capsys.readouterr().out
+        counts[shown] = [int(n) for n in re.findall(r"^row \d+ · Calculator\[\d+\] · (\d+) tokens$", out, re.MULTILINE)]
+        assert len(counts[shown]) == 2 and "list[" not in out
+        text = re.sub(r"\W", "", "".join(line[8:] for line in out.splitlines() if re.match(r"│ +\d+ │", line)))
+        assert ("ThecalculatorreplieswithitsvalueThenanswer" in text and "60eggs" in text) == shown
+        longest = int(re.search(r"tokens of a prompt .* max (\d+)", out)[1])
+        assert longest >= max(counts[shown])
+    example = counts[True][0] - counts[False][0]
+    assert example > 40 and counts[True][1] - counts[False][1] == example
+    main([*arguments, "--row", "Calculator[4]"])
+    assert re.findall(r"^row \d+ · (\S+)", capsys.readouterr().out, re.MULTILINE) == ["Calculator[4]"]
 
 
 def test_ptx_is_shown_beside_prompts(no_weights, capsys):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.tokens import encode_prompt
 from lightning_rlhf.models import Policy
+from lightning_rlhf.rl.environments import Calculator, GuessNumber
 from lightning_rlhf.rollout import (
     CachedEngine,
     Environment,
@@ -21,6 +22,7 @@ from lightning_rlhf.rollout import (
     Turn,
     TurnError,
     play_episodes,
+    read_openings,
     sample_key,
 )
 
@@ -123,6 +125,16 @@ def assert_alike(found, want):
     for one, other in zip(chain(*found), chain(*want), strict=True):
         assert one._replace(logprobs=[]) == other._replace(logprobs=[])
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_what_a_policy_reads_first_can_be_read_without_it(speakers):
+    policy, tokenizer = speakers
+    for game in (GuessNumber(high=20), Calculator(), Calculator(shown=False)):
+        prompts = batch(tokenizer, 3, answer=["4", "5", "6"], high=[5, None, 9])
+        keys = [[7, 8], [9, 10], [11, 12]]
+        found = play_episodes(CachedEngine(), policy, tokenizer, game, prompts, keys, Sampling(max_new_tokens=2), [4])
+        want = [completions[0].episode.prompt for completions in found]
+        assert read_openings(tokenizer, game, prompts, [7, 9, 11], [4]) == want
 
 
 def test_one_turn_is_what_the_engine_samples_without_an_environment(speakers):
