@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 from runs import load_script
 
 HERE = Path(__file__).parent
@@ -25,7 +25,7 @@ def start():
 
     def run(model_dir, out, runs):
         out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(SCRIPT), str(model_dir), str(out), json.dumps(runs)]
+        command = [python(), str(SCRIPT), str(model_dir), str(out), json.dumps(runs)]
         env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=420)
         assert done.returncode == 0, done.stderr[-3000:]

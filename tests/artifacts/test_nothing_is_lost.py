@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
 import yaml
+from forked import python
 from safetensors.torch import load_file
 
 from lightning_rlhf import (
@@ -248,7 +248,7 @@ except (ValueError, RuntimeError) as error:
 def test_all_ranks_hear_that_an_export_failed(tiny_model_dir, tmp_path):
     """The one that writes fails, and none waits for it for ever."""
     (tmp_path / "run.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "run.py"), str(tiny_model_dir), str(tmp_path)]
+    command = [python(), str(tmp_path / "run.py"), str(tiny_model_dir), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+from forked import python
 from runs import load_script
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def start():
 
     def run(script, model_dir, out, options, status=0):
         out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(script), str(model_dir), str(out), json.dumps(options)]
+        command = [python(), str(script), str(model_dir), str(out), json.dumps(options)]
         done = subprocess.run(
             command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
         )

@@ -6,13 +6,13 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 
 import pytest
 from collecting import Collecting, attempts
 from endpoint import PASSING, FakeEndpoint, planted
+from forked import python
 from server_process import serving
 
 from lightning_rlhf.collection import command
@@ -217,7 +217,7 @@ def test_kills_while_answers_are_ranked_change_no_file(seeds, tmp_path, processe
 @pytest.mark.distributed
 def test_ctrl_c_waits_for_replies_and_a_second_one_does_not(seeds, tmp_path):
     with FakeEndpoint(seed=1, delay=(60, 60)) as server:
-        command = [sys.executable, "-m", "lightning_rlhf", "collect", *options(tmp_path / "out", server.url, seeds)]
+        command = [python(), "-m", "lightning_rlhf", "collect", *options(tmp_path / "out", server.url, seeds)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         try:
             while not server.requests:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ballots import ballot
+from forked import python
 
 from lightning_rlhf.cli import cli, main
 from lightning_rlhf.serving.votes import Votes
@@ -117,7 +118,7 @@ def test_a_mesh_file_runs_a_step_on_several_ranks(tiny_model_dir, tmp_path):
     both = ["--config", str(CONFIGS / "ppo" / "smollm2_lora.yaml"), "--config", str(CONFIGS / "parallel" / "tp2.yaml")]
     trainer = ("--trainer.precision", "32-true", "--trainer.callbacks", json.dumps([{"class_path": "HFExport"}]))
     small = options(tiny_model_dir, tmp_path, "ppo", trainer=trainer)
-    command = [sys.executable, "-m", "lightning_rlhf", "fit", *both, *small, "--trainer.devices", "2"]
+    command = [python(), "-m", "lightning_rlhf", "fit", *both, *small, "--trainer.devices", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert list(tmp_path.rglob("config.json"))

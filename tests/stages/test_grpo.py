@@ -3,9 +3,6 @@
 import copy
 import csv
 import json
-import os
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, assert_equal, difference, load_script, spawn
+from runs import assert_equal, difference, load_script, spawn, spawn_killed
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import (
@@ -377,14 +374,8 @@ def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
                    rows=[{**row, "level": i % 4} for i, row in enumerate(run_grpo.prompts(12))],
                    data=dict(order_by="level"))  # fmt: skip
     whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
-    out = tmp_path / "killed"
-    out.mkdir()
-    command = [sys.executable, str(HERE / "run_killed.py"), "run_grpo", str(tiny_model_dir), str(out), "10"]
-    done = subprocess.run([*command, json.dumps(options)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=500)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "10"
-    assert_equal(torch.load(out / "weights.pt"), whole)
+    killed = spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", 10, **options)
+    assert_equal(killed, whole)
 
 
 # ------------------------------------------------------------------------------------------------- what it refuses

@@ -4,10 +4,7 @@ import copy
 import csv
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
@@ -22,7 +19,7 @@ from grouping import grouped
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reward_models import save_reward_adapter
-from runs import assert_equal, difference, load_script, quiet, spawn
+from runs import assert_equal, difference, load_script, quiet, spawn, spawn_killed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
@@ -422,15 +419,8 @@ def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
     """kill -9, twenty times, resumed from the last checkpoint each time."""
     options = dict(lora=True, max_steps=50, save_every=1, kl_target=0.01, kl_horizon=50)
     whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
-    out = tmp_path / "killed"
-    out.mkdir()
-    script = [sys.executable, str(HERE / "run_killed.py"), "run_ppo"]
-    command = [*script, str(tiny_model_dir), str(out), "20", json.dumps(options)]
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "20"
-    assert_equal(torch.load(out / "weights.pt"), whole)
+    killed = spawn_killed("run_ppo", tiny_model_dir, tmp_path / "killed", 20, **options)
+    assert_equal(killed, whole)
 
 
 # ------------------------------------------------------------------------------------------------- updates

@@ -4,12 +4,12 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import python
 from grouping import grouped
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
@@ -144,7 +144,7 @@ def test_two_processes_train_as_one(stage, wide_model_dir, tmp_path):
     (tmp_path / "two").mkdir()
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
     options |= {"lora": True, "quantization": "nf4", "devices": 2}
-    command = [sys.executable, str(HERE / f"run_{stage}.py"), str(wide_model_dir), str(tmp_path / "two")]
+    command = [python(), str(HERE / f"run_{stage}.py"), str(wide_model_dir), str(tmp_path / "two")]
     done = subprocess.run([*command, json.dumps(options)], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=False) for name in ("one", "two"))

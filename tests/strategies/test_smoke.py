@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from forked import python
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from torch import nn
 
@@ -32,7 +33,7 @@ def test_sft_and_ppo_run_on_two_ranks(tiny_model_dir, tmp_path):
         "ppo": dict(stage="ppo", max_steps=2, devices=2, strategy=gemini, precision="bf16-mixed", lora=True),
     }
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(HERE / "run.py"), str(tiny_model_dir), str(tmp_path), json.dumps(cases)]
+    command = [python(), str(HERE / "run.py"), str(tiny_model_dir), str(tmp_path), json.dumps(cases)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in cases:
@@ -45,7 +46,7 @@ def test_an_overflow_of_the_critic_drops_the_policys_step_too(tiny_model_dir, tm
     """Each child has a scale of its own; ColossalAI lowers one at the second overflow in a row."""
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
     env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
-    command = [sys.executable, str(HERE / "run_overflow.py"), str(tiny_model_dir), str(tmp_path)]
+    command = [python(), str(HERE / "run_overflow.py"), str(tiny_model_dir), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     seen, steps, dropped = json.loads((tmp_path / "seen.json").read_text())

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from curves import curve, largest_difference
+from forked import python
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ CHECKPOINTS = {
 def start(model_dir, out, cases, check=True):
     """Runs cases one after the other in one start of processes."""
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(HERE / "run.py"), str(model_dir), str(out), json.dumps(cases)]
+    command = [python(), str(HERE / "run.py"), str(model_dir), str(out), json.dumps(cases)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

@@ -3,8 +3,9 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
+
+from forked import python
 
 
 def run_ranks(script, *arguments, ranks=2, logs=None):
@@ -17,7 +18,7 @@ def run_ranks(script, *arguments, ranks=2, logs=None):
         port = free.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-    command = [sys.executable, str(script), *map(str, arguments)]
+    command = [python(), str(script), *map(str, arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen(command, env={**env, "LOCAL_RANK": str(rank)}, **pipes) for rank in range(ranks)]
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+from forked import python
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -74,7 +75,7 @@ def spawn(script, model_dir, out, **options):
     """The run of a script in processes of its own; returns its weights."""
     out.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(script), str(model_dir), str(out), json.dumps(options)]
+    command = [python(), str(script), str(model_dir), str(out), json.dumps(options)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "weights.pt")
@@ -84,7 +85,7 @@ def spawn_killed(name, model_dir, out, kills, **options):
     """A run of tests/stages/NAME.py with so many kill -9, each of which it is resumed from; returns its weights."""
     out.mkdir(parents=True)
     script = ROOT / "tests" / "stages" / "run_killed.py"
-    command = [sys.executable, str(script), name, str(model_dir), str(out), str(kills), json.dumps(options)]
+    command = [python(), str(script), name, str(model_dir), str(out), str(kills), json.dumps(options)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
+
+from forked import python
 
 
 class Process:
@@ -22,7 +23,7 @@ class Process:
 def serving(log, *arguments):
     """Starts a server on a free port, and stops it."""
     with log.open("w") as out:
-        command = [sys.executable, "-m", "lightning_rlhf", "serve", *map(str, arguments), "--port", "0"]
+        command = [python(), "-m", "lightning_rlhf", "serve", *map(str, arguments), "--port", "0"]
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ)
         try:
             while "Listening on" not in log.read_text():

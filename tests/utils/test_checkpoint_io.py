@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 
 from lightning_rlhf.utils import AtomicCheckpointIO
 
@@ -33,7 +33,7 @@ io.save_checkpoint({"x": torch.ones(10_000_000), "slow": Slow()}, sys.argv[1])
 def test_kill_9_while_saving_leaves_the_former_checkpoint(tmp_path):
     script, target = tmp_path / "killed.py", tmp_path / "x.ckpt"
     script.write_text(KILLED)
-    process = subprocess.Popen([sys.executable, str(script), str(target)], env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([python(), str(script), str(target)], env=ENV, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "first\n"
     assert process.stdout.readline() == "writing\n"
     time.sleep(0.2)

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from curves import curve, largest_difference
+from forked import python
 from processes import run_ranks
 from runs import load_script
 from transformers import AutoModelForCausalLM
@@ -172,7 +172,7 @@ def runs(tiny_model_dir, tmp_path_factory):
 
 def start(model_dir, out, cases, check=True):
     """Runs cases one after the other in one start of processes."""
-    command = [sys.executable, str(RUN), str(model_dir), str(out), json.dumps(cases)]
+    command = [python(), str(RUN), str(model_dir), str(out), json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
