@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf.strategies.colossalai import NAMES, ColossalAIStrategy
-from lightning_rlhf.strategies.sharded import GeminiBoosted
+from lightning_rlhf.strategies.gemini import GeminiBoosted
 
 DDP = "ddp"
 WEIGHTS, MASTERS, GRADIENTS, STATES, OTHERS = "weights", "fp32 weights", "gradients", "optimizer states", "others"

@@ -56,12 +56,12 @@ def stand_in(path):
     """Stands for a program that the server runs."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    for number in PASSED:
-        signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
     request = json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}).encode()
     streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     connection.sendmsg([len(request).to_bytes(4, "big")], streams)
     connection.sendall(request)
+    for number in PASSED:
+        signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
     for number in (0, 1, 2):
         os.close(number)  # only the program holds them now
     status = connection.recv(2)
@@ -80,8 +80,8 @@ def receive(connection):
     for *_, given in ancillary:
         streams.frombytes(given[:12])
     size, data = int.from_bytes(data, "big"), b""
-    while len(data) < size:
-        data += connection.recv(size - len(data))
+    while len(data) < size and (more := connection.recv(size - len(data))):
+        data += more
     return json.loads(data), list(streams)
 
 
@@ -118,7 +118,11 @@ class Server:
                 self.reap(selector)
                 if self.listener in ready:
                     connection, _ = self.listener.accept()
-                    request, streams = receive(connection)
+                    try:
+                        request, streams = receive(connection)
+                    except (ConnectionResetError, ValueError):  # it was killed before it had sent all
+                        connection.close()
+                        continue
                     pid = os.fork()
                     if not pid:
                         signal.set_wakeup_fd(-1)
@@ -136,7 +140,10 @@ class Server:
     def pass_on(self, connection):
         """Sends a child the signals that its process got, or kills it if that process is gone."""
         [pid] = [pid for pid, its in self.children.items() if its is connection]
-        signals = connection.recv(64)
+        try:
+            signals = connection.recv(64)
+        except ConnectionResetError:
+            signals = b""
         for number in signals or [signal.SIGKILL]:
             os.kill(pid, number)
         if not signals:
@@ -189,6 +196,22 @@ def run(request, streams, program):
         runpy.run_path(first, run_name="__main__")
 
 
+def end(status):
+    """Ends this process as an interpreter ends, but for taking apart all that was imported, which takes a second."""
+    import atexit
+    import threading
+
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    threading._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    if status is KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(1 if isinstance(status, str) else int(status or 0))
+
+
 if __name__ == "__main__":
     import gc
     import importlib
@@ -205,4 +228,12 @@ if __name__ == "__main__":
     server = Server(sys.argv[1])
     sys.stdout.buffer.write(b"ready\n")
     sys.stdout.flush()
-    run(*server.serve(), sys.argv[2])
+    request, streams = server.serve()
+    try:
+        run(request, streams, sys.argv[2])
+    except SystemExit as stop:
+        end(stop.code)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        end(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else 1)
+    end(0)
