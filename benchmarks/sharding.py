@@ -150,7 +150,7 @@ def tensors_of(strategy: Strategy, module: Causal, optimizer: Any) -> dict[str, 
     boosted = strategy.boosted if isinstance(strategy, ColossalAIStrategy) else []
     for child in boosted:
         optimizer = child.wrapped.optim
-        gradients += [gradient for _, gradient in child.gradients()]
+        gradients += [gradient for *_, gradient in child.gradients()]
         masters += [shard.weight for slot in child.slots if (shard := child.local_shard(slot)) is not None]
         if isinstance(child, GeminiBoosted):
             for chunk in child.chunks.get_chunks(child.model.fp16_params):

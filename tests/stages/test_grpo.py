@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import assert_equal, difference, load_script, spawn, spawn_killed
+from runs import assert_equal, assert_same_steps, difference, load_script, spawn, spawn_killed
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import (
@@ -373,8 +373,9 @@ def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
     options = dict(max_steps=25, save_every=1, algorithm="dapo", reward="has", batch_size=6, samples=2, groups=groups,
                    rows=[{**row, "level": i % 4} for i, row in enumerate(run_grpo.prompts(12))],
                    data=dict(order_by="level"))  # fmt: skip
-    whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
+    whole = spawn(tiny_model_dir, tmp_path / "whole", **options)
     killed = spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", 10, **options)
+    assert_same_steps(tmp_path / "killed", tmp_path / "whole")  # tells where they part
     assert_equal(killed, whole)
 
 

@@ -19,7 +19,7 @@ from grouping import grouped
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reward_models import save_reward_adapter
-from runs import assert_equal, difference, load_script, quiet, spawn, spawn_killed
+from runs import assert_equal, assert_same_steps, difference, load_script, quiet, spawn, spawn_killed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import LoRA, PPOModule, PromptDataModule, Ptx, Sampling
@@ -418,8 +418,9 @@ def test_checkpoints_hold_no_frozen_weights(tiny_model_dir, tmp_path):
 def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
     """kill -9, twenty times, resumed from the last checkpoint each time."""
     options = dict(lora=True, max_steps=50, save_every=1, kl_target=0.01, kl_horizon=50)
-    whole = spawn(tiny_model_dir, tmp_path / "whole", **{**options, "save_every": 0})
+    whole = spawn(tiny_model_dir, tmp_path / "whole", **options)
     killed = spawn_killed("run_ppo", tiny_model_dir, tmp_path / "killed", 20, **options)
+    assert_same_steps(tmp_path / "killed", tmp_path / "whole")  # tells where they part
     assert_equal(killed, whole)
 
 

@@ -93,6 +93,16 @@ def spawn_killed(name, model_dir, out, kills, **options):
     return torch.load(out / "weights.pt")
 
 
+def assert_same_steps(a, b):
+    """Two folders of runs have the same weights after each step that both saved, bit for bit."""
+    steps = {path.name for path in a.glob("step*.ckpt")} & {path.name for path in b.glob("step*.ckpt")}
+    assert steps
+    for step in sorted(steps, key=lambda name: (len(name), name)):
+        x, y = (torch.load(folder / step, weights_only=False)["state_dict"] for folder in (a, b))
+        unlike = {name: (x[name] - y[name]).abs().max() for name in y if not torch.equal(x[name], y[name])}
+        assert not unlike, (step, unlike)
+
+
 def assert_equal(a, b):
     """Two runs have the same weights, bit for bit."""
     assert a.keys() == b.keys()
