@@ -85,7 +85,8 @@ def spawn_killed(name, model_dir, out, kills, **options):
     """A run of tests/stages/NAME.py with so many kill -9, each of which it is resumed from; returns its weights."""
     out.mkdir(parents=True)
     script = ROOT / "tests" / "stages" / "run_killed.py"
-    command = [python(), str(script), name, str(model_dir), str(out), str(kills), json.dumps(options)]
+    # not forked: its hashes of strings, and so the order of sets, are others than the whole run's
+    command = [sys.executable, str(script), name, str(model_dir), str(out), str(kills), json.dumps(options)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
