@@ -75,6 +75,10 @@ class TensorParallel:
         except ValueError:  # the same on all ranks
             self.undo(weights=True)
             raise
+        self.draw_alike()
+
+    def draw_alike(self) -> None:
+        """Lets all ranks draw the same random numbers from now on. All ranks must call it."""
         set_rng_state(gather_objects(rng_state(), self.ranks)[0])
 
     def _cut_models(self, module: nn.Module) -> None:
@@ -104,7 +108,7 @@ class TensorParallel:
     # ------------------------------------------------------------------------------------------------- cutting
 
     def _cut_model(self, model: PreTrainedModel) -> None:
-        check_divides(model, self.ranks.size)
+        check_divides(model.config.get_text_config(), self.ranks.size, type(model).__name__)
         plan, decoder = plan_of(model), model.base_model
         blocks: dict[str, _Block] = {}
         embeddings, styles = model.get_input_embeddings(), set()
@@ -410,13 +414,17 @@ def plan_of(model: PreTrainedModel) -> dict[str, str]:
     return dict(plan)
 
 
-def check_divides(model: PreTrainedModel, size: int) -> None:
+def check_divides(config: Any, size: int, name: str) -> None:
     """Checks that heads and inner width can be dealt to ranks evenly.
+
+    Args:
+        config: The text model's.
+        size: Number of ranks.
+        name: The model's, for the message.
 
     Raises:
         ValueError: They cannot; the message has the numbers that would do.
     """
-    config: Any = model.config.get_text_config()
     heads: int = config.num_attention_heads
     numbers = {
         "attention heads": heads,
@@ -427,7 +435,7 @@ def check_divides(model: PreTrainedModel, size: int) -> None:
     if wrong:
         fits = [str(k) for k in range(2, heads + 1) if not any(number % k for number in numbers.values())]
         raise ValueError(
-            f"tp={size} does not divide the {' and the '.join(wrong)} of {type(model).__name__}. "
+            f"tp={size} does not divide the {' and the '.join(wrong)} of {name}. "
             f"{'Set tp to ' + ' or '.join(fits) if fits else 'No tp does: leave it out'}."
         )
 
