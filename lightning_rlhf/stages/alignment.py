@@ -53,6 +53,11 @@ class AlignmentStage(Stage):
         found = choose_reference(self, given, needed, update)
         object.__setattr__(self, "_reference", found)  # not a child, as pretrained
 
+    @property
+    def reference_source(self) -> Pretrained:
+        """What the policy is compared with: a word such as ``adapter_off``, but not ``auto``; a name, or a model."""
+        return self._reference
+
     def configure_model(self) -> None:
         """Loads policy and reference once."""
         if hasattr(self, "policy"):
