@@ -15,6 +15,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 #: Tools beside the Trainer's methods: name, "module:function" that takes the other arguments, and one line of help.
 TOOLS = {
     "inspect": ("lightning_rlhf.inspection.command:main", "show rows as the model sees them; takes the options of fit"),
+    "plan": ("lightning_rlhf.plan.command:main", "tell what fits into how many devices; takes the options of fit"),
     "configs": ("lightning_rlhf.config_files:main", "list the config files that come with the package, or copy one"),
     "demo": ("lightning_rlhf.demo:main", "train a small real model with SFT, reward model and PPO on bundled data"),
     "collect": (

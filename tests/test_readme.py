@@ -60,6 +60,7 @@ IN_COMMANDS = {
     "runs/sft_smollm2/hf/best": "{model}",
     "quantize runs/sft_smollm2 ": "quantize {model} ",
     "--compare rtn nf4": "--compare rtn nf4 --data {rows}",
+    "--devices 2 --memory 80GB --search": "--devices 1 --memory 80GB --search --data.batch_size 2",
     # the other one's tokenizer is unknown to llama.cpp
     "export runs/sft_smollm2 --format gguf": "export {root}/tests/assets/stories260K --format gguf",
 }
@@ -72,6 +73,7 @@ SMALL = {
     "predict": f"--model.pretrained {{model}} {ON_CPU}",
     "score-reference": f"--model.pretrained {{model}} {ON_CPU}",
     "inspect": "--model.pretrained {model}",
+    "plan": "--model.pretrained {model}",
     "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
     "--new-tokens 8",
     "win-rate": "--judge lightning_rlhf.rewards.verifiers.length --max-new-tokens 4 --limit 3",

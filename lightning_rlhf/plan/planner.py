@@ -1,0 +1,207 @@
+"""Answers whether a run fits, how fast it is, and which other layouts fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_rlhf.models.loading import load_config
+from lightning_rlhf.plan.cache import rollout, sampled_together
+from lightning_rlhf.plan.layout import Layout, Moment, moments, peak
+from lightning_rlhf.plan.measure import Found, Mode, between, measure
+from lightning_rlhf.plan.shapes import Shape, shape_of
+from lightning_rlhf.plan.speed import Device, rollout_seconds, step_seconds
+from lightning_rlhf.stages.base import Stage
+from lightning_rlhf.stages.rl import RLStage
+from lightning_rlhf.strategies.parallel.tensor import check_divides
+from lightning_rlhf.strategies.precision import MODES, ColossalAIPrecision, Plugin
+
+#: Styles of transformers' plans that can be cut.
+_CUTS = {"colwise", "rowwise", "replicated_with_grad_allreduce"}
+PLUGINS: tuple[Plugin, ...] = ("ddp", "zero1", "zero2", "gemini")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run has beside its stage and data.
+
+    Args:
+        devices: Number of devices.
+        memory: Bytes of each.
+        device: What each does in a second.
+        precision: The Trainer's.
+        accumulate: The Trainer's micro-batches per step.
+        clip: The Trainer's ``gradient_clip_val``.
+        on_gpu: Whether it runs on GPUs.
+        margin: Share of the memory that nothing may use.
+    """
+
+    devices: int
+    memory: int
+    device: Device
+    precision: str = "32-true"
+    accumulate: int = 1
+    clip: float | None = None
+    on_gpu: bool = True
+    margin: float = 0.05
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a run may take."""
+        return self.memory * (1 - self.margin)
+
+
+class Answer(NamedTuple):
+    """What a layout takes.
+
+    Attributes:
+        layout: The layout.
+        shape: The micro-batch.
+        places: What a rank holds at all places of a step.
+        most: The one where most is taken.
+        seconds: Of a step, or an iteration.
+        tokens_per_second: Over all devices.
+        fits: Whether it fits into the memory.
+    """
+
+    layout: Layout
+    shape: Shape
+    places: list[Moment]
+    most: Moment
+    seconds: float
+    tokens_per_second: float
+    fits: bool
+
+
+class Planner:
+    """Plans a stage.
+
+    Args:
+        stage: With the names of its models, none of which is loaded.
+        data: Its data module; no row is read.
+        settings: What else a run has.
+    """
+
+    def __init__(self, stage: Stage, data: Any, settings: Settings) -> None:
+        self.stage, self.data, self.settings = stage, data, settings
+        self._found: dict[tuple[Mode, Shape], Found] = {}
+
+    @cached_property
+    def config(self) -> Any:
+        """The config of the model that is trained."""
+        return load_config(self.stage.pretrained, self.stage.load.trust_remote_code).get_text_config()  # type: ignore[arg-type]
+
+    @property
+    def _name(self) -> str:
+        return str((self.config.architectures or [self.config.model_type])[0])
+
+    def layout(self, plugin: Plugin = "ddp", tp: int = 1, rows: int | None = None, **settings: Any) -> Layout:
+        """Makes a layout of all devices.
+
+        Args:
+            plugin: What is sharded.
+            tp: Ranks that hold a copy of the model together.
+            rows: Rows of a micro-batch. None: as many as the settings say.
+            settings: Further fields of :class:`Layout`.
+
+        Raises:
+            ValueError: ``tp`` divides the devices, or the model, badly; or the plugin does not have the precision.
+        """
+        devices = self.settings.devices
+        if devices % tp:
+            fits = ", ".join(str(k) for k in range(1, devices + 1) if devices % k == 0)
+            raise ValueError(f"tp={tp} does not divide {devices} devices. Set tp to one of {fits}.")
+        if tp > 1:
+            check_divides(self.config, tp, self._name)
+        masters = plugin != "ddp" and ColossalAIPrecision(self.settings.precision, plugin).master_weights
+        checkpointing = settings.pop("checkpointing", self.stage.load.gradient_checkpointing)
+        copies = devices // tp
+        rows = rows or shape_of(self.stage, self.data, copies, self.settings.accumulate).rows
+        return Layout(plugin, tp, copies, checkpointing, rows, masters=masters, **settings)
+
+    def answer(self, layout: Layout) -> Answer:
+        """Tells what a layout takes."""
+        shape, found = self._look(layout)
+        manual = isinstance(self.stage, RLStage)
+        places = moments(found, layout, manual)
+        seconds = step_seconds(
+            found, shape, layout, self.settings.device, self.config.hidden_size, self.config.num_hidden_layers
+        )
+        if isinstance(self.stage, RLStage):
+            item = 2 if self.settings.precision.startswith(("bf16", "16")) or self.stage.load.dtype != "float32" else 4
+            held = min(places, key=lambda place: place.on_device)
+            places.insert(0, sampling := rollout(self.stage, shape, found, layout, held, item))
+            together = sampled_together(self.stage, shape)
+            counts = (together.rows, together.rounds, shape.answer, sampling.parts["rollout cache"], item)
+            seconds += rollout_seconds(*counts, found, layout, self.settings.device)
+        most = peak(places)
+        speed = shape.step_tokens * layout.copies / seconds
+        return Answer(layout, shape, places, most, seconds, speed, most.on_device <= self.settings.room)
+
+    def search(self) -> list[Answer]:
+        """Tells what layouts take, those that fit first, the fastest first.
+
+        More ranks per copy of the model are tried until something fits, and then once more.
+        """
+        found: list[Answer] = []
+        enough = self.settings.devices
+        for tp in (k for k in range(1, self.settings.devices + 1) if self._divides(k)):
+            if tp > enough:
+                break
+            found += self._with(tp)
+            if any(answer.fits for answer in found):
+                enough = min(enough, 2 * tp)
+        return sorted(found, key=lambda answer: (not answer.fits, -answer.tokens_per_second, answer.most.on_device))
+
+    def _with(self, tp: int) -> Iterator[Answer]:
+        """Answers for all layouts with ``tp`` ranks per copy."""
+        copies = self.settings.devices // tp
+        most = shape_of(self.stage, self.data, copies, self.settings.accumulate).rows
+        for plugin in PLUGINS if copies > 1 else PLUGINS[:1]:
+            if self._has(plugin) and not (plugin == "gemini" and tp > 1):
+                for checkpointing in (False, True):
+                    for rows in sorted({most, -(-most // 2), -(-most // 4), 1}, reverse=True):
+                        yield self.answer(self.layout(plugin, tp, rows, checkpointing=checkpointing))
+
+    def _has(self, plugin: Plugin) -> bool:
+        return plugin == "ddp" or (
+            self.settings.precision in MODES and not (plugin == "gemini" and self.settings.precision == "32-true")
+        )
+
+    def _divides(self, tp: int) -> bool:
+        """Whether a copy can be held by so many ranks."""
+        if tp == 1:
+            return True
+        plan = set((getattr(self.config, "base_model_tp_plan", None) or {}).values())
+        if self.settings.devices % tp or not plan or plan - _CUTS:
+            return False
+        try:
+            check_divides(self.config, tp, self._name)
+        except ValueError:
+            return False
+        return True
+
+    def _look(self, layout: Layout) -> tuple[Shape, Found]:
+        """The micro-batch of a layout, and what it takes: by the smallest and the largest, if it lies between."""
+        cast: torch.dtype | None = None
+        if layout.plugin != "ddp":
+            cast = MODES[self.settings.precision][1]
+        on_gpu, clip = self.settings.on_gpu, self.settings.clip
+        mode = Mode(self.settings.precision, cast, layout.checkpointing, on_gpu, clip, layout.tp)
+        whole = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate)
+        if layout.rows >= whole.rows:
+            shape = whole._replace(rows=layout.rows)
+            return shape, self._measured(mode, shape)
+        shape = whole.with_rows(layout.rows)
+        low, high = (self._measured(mode, shape._replace(rows=rows)) for rows in (1, whole.rows))
+        return shape, between(low, high, (layout.rows - 1) / (whole.rows - 1))
+
+    def _measured(self, mode: Mode, shape: Shape) -> Found:
+        alike = shape._replace(passes=min(2, shape.passes), prompts=0, updates=1)
+        if (mode, alike) not in self._found:
+            self._found[mode, alike] = measure(self.stage, alike, mode)
+        return self._found[mode, alike]

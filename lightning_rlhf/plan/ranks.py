@@ -1,0 +1,42 @@
+"""One process that stands for a rank of several which hold a copy of the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from lightning_rlhf.strategies.parallel import TensorParallel
+from lightning_rlhf.utils.collectives import Ranks, set_copies
+
+
+class Slices(TensorParallel):
+    """Models that are cut over ranks, of which there is only this one."""
+
+    def draw_alike(self) -> None:
+        """Does nothing: nobody else draws."""
+
+
+@contextmanager
+def one_rank(tp: int) -> Iterator[Ranks | None]:
+    """Makes torch's process group that exchanges nothing.
+
+    Args:
+        tp: Number of ranks.
+
+    Yields:
+        The ranks, of which this is the first; None for one.
+    """
+    if tp == 1:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
+
+    dist.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
+    set_copies(Ranks((0,), 0), None)
+    try:
+        yield Ranks(tuple(range(tp)), 0, dist.group.WORLD)
+    finally:
+        set_copies(None, None)
+        dist.destroy_process_group()

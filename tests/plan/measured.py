@@ -1,0 +1,69 @@
+"""Counts the bytes of living tensors in real runs, with code of its own."""
+
+import weakref
+
+import lightning.pytorch as L
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class Living(TorchDispatchMode):
+    """Bytes of living storages; ``most`` is their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakKeyDictionary()
+
+    def meet(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known[storage] = True
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.leave, storage.nbytes())
+
+    def leave(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.meet, out)
+        return out
+
+
+class Parts(L.Callback):
+    """Notes weights, gradients and states before a step, and lets the peak begin anew after the first one."""
+
+    def __init__(self, living):
+        self.living, self.found = living, {}
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        plain = [getattr(getattr(o, "boosted", None), "wrapped", o) for o in trainer.optimizers]
+        every = [getattr(o, "optim", o).state for o in plain]
+        states = [v for state in every for s in state.values() for v in s.values() if v.ndim]
+        held = {"weights": [*module.parameters(), *module.buffers()], "gradients": gradients, "states": states}
+        self.found = {name: sum(t.untyped_storage().nbytes() for t in ts) for name, ts in held.items()}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 1:
+            self.living.most = self.living.now
+
+
+def fit(module, data, strategy="auto", devices=1, **settings):
+    """Trains for two steps; returns the parts and the peak of the second one."""
+    living = Living()
+    parts = Parts(living)
+    module.configure_model()
+    for tensor in [*module.parameters(), *module.buffers()]:
+        living.meet(tensor)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, max_steps=2, callbacks=[parts], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, **settings,
+    )  # fmt: skip
+    with living:
+        trainer.fit(module, data)
+    return {**parts.found, "peak": living.most}

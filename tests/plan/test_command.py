@@ -1,0 +1,106 @@
+"""``lightning-rlhf plan``, from a shell's point of view."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from lightning_rlhf import SFTModule
+from lightning_rlhf.cli import main
+from lightning_rlhf.plan import Device, Layout, Planner, Settings
+from lightning_rlhf.plan.command import count_devices, parse_memory, strategy_arguments
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def no_weights(tiny_model_dir, tmp_path):
+    """The tiny model's tokenizer and config alone."""
+    folder = tmp_path / "no-weights"
+    shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def sft(model, *more):
+    config = ["--config", str(CONFIGS / "sft" / "smollm2_lora.yaml"), "--model.pretrained", str(model)]
+    return ["plan", *config, "--model.chat_template", "chatml", "--data.max_length", "64", *more]
+
+
+def test_it_tells_parts_and_speed(no_weights, capsys):
+    main(sft(no_weights, "--devices", "1", "--memory", "1GB"))
+    out = capsys.readouterr().out
+    assert "one device; 1 x 953.7 MiB; 32-true; checkpointing off" in out and "It fits." in out
+    parts = dict(re.findall(r"^  (\w+) +([\d.,]+) MiB$", out, re.M))
+    assert {"weights", "states", "activations", "all"} <= parts.keys() and re.search(r"tokens a second +[\d,]+ \(", out)
+    assert sum(float(v) for k, v in parts.items() if k != "all") == pytest.approx(float(parts["all"]), abs=0.3)
+
+
+def test_a_plan_of_too_little_memory_says_how_much(no_weights, capsys):
+    main(sft(no_weights, "--devices", "1", "--memory", "100KB"))
+    assert re.search(r"It does not fit: [\d.]+ MiB too much\.", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_search_writes_a_config_that_fit_takes(no_weights, tmp_path, capsys):
+    path = tmp_path / "found.yaml"
+    main(sft(no_weights, "--devices", "2", "--data.batch_size", "4", "--search", "--out", str(path)))
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.endswith("fits")]
+    assert {line.split("  ")[0].strip() for line in rows} >= {
+        "ddp",
+        "zero1",
+        "zero2",
+    } and f"A config of it: {path}" in out
+    speeds = [float(re.findall(r"([\d,]+)  fits", line)[0].replace(",", "")) for line in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert found["trainer"]["devices"] == 2 and path.read_text(encoding="utf-8").startswith("# ")
+    main(sft(no_weights, "--config", str(path), "--data.batch_size", "4"))
+    again = capsys.readouterr().out
+    assert again.splitlines()[0] == out[out.index("\n\n") :].strip().splitlines()[0], "the same plan"
+
+
+def test_errors_are_one_line(no_weights):
+    with pytest.raises(SystemExit) as error:
+        main(sft(no_weights, "--memory", "80 gigs"))
+    assert str(error.value) == (
+        "lightning-rlhf plan: --memory 80 gigs: give a number and a unit, such as 80GB or 24GiB."
+    )
+    with pytest.raises(SystemExit) as error:
+        main(sft("nobody/nothing"))
+    assert "nobody/nothing is not a directory in" in str(error.value) and "\n" not in str(error.value)
+
+
+def layout(model, devices=8, precision="bf16-mixed", **arguments):
+    settings = Settings(devices, 10**9, Device(), precision)
+    data = SimpleNamespace(max_length=64, batch_size=8, max_tokens=None)
+    return Planner(SFTModule(model), data, settings).layout(**arguments)
+
+
+def test_layouts_that_cannot_be(no_weights):
+    with pytest.raises(ValueError, match=r"tp=2 does not divide 3 devices\. Set tp to one of 1, 3\."):
+        layout(no_weights, 3, tp=2)
+    with pytest.raises(ValueError, match=r"tp=8 does not divide the .* attention heads"):
+        layout(no_weights, tp=8)
+    with pytest.raises(ValueError, match=r"gemini does not support trainer\.precision='32-true'"):
+        layout(no_weights, precision="32-true", plugin="gemini")
+    assert layout(no_weights, plugin="zero2") == Layout("zero2", 1, 8, False, 1, masters=True)
+
+
+def test_strategies_and_devices():
+    assert strategy_arguments("auto") == strategy_arguments("ddp") == {"plugin": "ddp"}
+    assert strategy_arguments("colossalai_hybrid") == {"plugin": "zero1", "tp": 2}
+    with pytest.raises(
+        ValueError, match=r"trainer\.strategy=fsdp can't be planned: give auto, ddp, one of colossalai,"
+    ):
+        strategy_arguments("fsdp")
+    assert count_devices(SimpleNamespace(devices=[0, 1], num_nodes=2)) == 4
+    with pytest.raises(ValueError, match=r"trainer\.devices=auto asks the machine that it runs on: give --devices\."):
+        count_devices(SimpleNamespace(devices="auto", num_nodes=1))
+
+
+def test_memory_for_people():
+    assert parse_memory("80GB") == 80_000_000_000 and parse_memory("1.5 GiB") == 3 * 2**29
