@@ -5,13 +5,13 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
-from forked import python
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from runs import load_script
 
@@ -228,7 +228,8 @@ STATUS = {"none": 130, "tqdm": 143, "rich": 130, "stages": 130, "blocked": 143, 
 
 
 def process(*arguments):
-    command = [python(), str(PROCESSES), *map(str, arguments)]
+    # not forked: ranks send signals to the process that started them
+    command = [sys.executable, str(PROCESSES), *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent)]), "COLUMNS": "100"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 

@@ -101,6 +101,8 @@ class Server:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or of a program for who started it
+            signal.signal(number, signal.SIG_IGN)
         with selectors.DefaultSelector() as selector:
             for file in (self.listener, read, sys.stdin):
                 selector.register(file, selectors.EVENT_READ)
@@ -126,7 +128,9 @@ class Server:
                     pid = os.fork()
                     if not pid:
                         signal.set_wakeup_fd(-1)
-                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        for number in (signal.SIGCHLD, signal.SIGTERM):
+                            signal.signal(number, signal.SIG_DFL)
+                        signal.signal(signal.SIGINT, signal.default_int_handler)
                         selector.close()
                         for other in (self.listener, connection, *self.children.values()):
                             other.close()
