@@ -210,8 +210,8 @@ SFT = ["--model", "SFTModule", "--model.pretrained", "a/b", "--data", "Instructi
 KTO = ["--model", "KTOModule", "--model.pretrained", "a/b", "--data", "UnpairedDataModule", "--data.train", "c"]
 PPO = ["--model", "PPOModule", "--model.pretrained", "a/b", "--model.reward", "d", "--data", "PromptDataModule"]
 ALL = (
-    "All: fit, validate, test, predict, inspect, configs, demo, collect, data, score-reference, verify, win-rate, "
-    "quantize, export, serve, chat, report"
+    "All: fit, validate, test, predict, inspect, plan, configs, demo, collect, data, score-reference, verify, "
+    "win-rate, quantize, export, serve, chat, report"
 )
 
 

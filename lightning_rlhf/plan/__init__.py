@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rlhf.plan.layout import Layout
-    from lightning_rlhf.plan.measure import measure
     from lightning_rlhf.plan.planner import Answer, Planner, Settings
     from lightning_rlhf.plan.speed import Device
     from lightning_rlhf.plan.text import as_text
@@ -19,9 +18,8 @@ _HOMES = {
     "Planner": "planner",
     "Settings": "planner",
     "as_text": "text",
-    "measure": "measure",
 }
-__all__ = ["Answer", "Device", "Layout", "Planner", "Settings", "as_text", "measure"]
+__all__ = ["Answer", "Device", "Layout", "Planner", "Settings", "as_text"]
 
 
 def __getattr__(name: str) -> Any:
