@@ -204,7 +204,7 @@ def test_a_run_is_served_for_the_chat_alone(run_dir, tmp_path):
 )
 def test_a_wrong_run_is_one_line(arguments, words):
     command = [sys.executable, "-m", "lightning_rlhf", "chat", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
