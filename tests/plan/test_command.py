@@ -44,6 +44,7 @@ def test_a_plan_of_too_little_memory_says_how_much(no_weights, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_search_writes_a_config_that_fit_takes(no_weights, tmp_path, capsys):
     path = tmp_path / "found.yaml"
     main(sft(no_weights, "--devices", "2", "--data.batch_size", "4", "--search", "--out", str(path)))

@@ -7,7 +7,7 @@ import pytest
 from lightning_rlhf import Load, LoRA, PPOModule, Rollout, Sampling, SFTModule, Updates
 from lightning_rlhf.plan import Device, Planner, Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 EIGHT = Settings(8, 80 * 10**9, Device(), "bf16-mixed")
 
 

@@ -57,6 +57,7 @@ def test_a_step(stage, settings, small_model):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage, settings", [(GRPOModule, {"lora": LoRA(r=8)}), (PPOModule, {})], ids=["grpo", "ppo"])
 def test_an_iteration(stage, settings, small_model, tmp_path):
     group = 4 if stage is GRPOModule else 1
