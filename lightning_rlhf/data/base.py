@@ -166,7 +166,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     @property
     def streaming(self) -> bool:
-        """Whether rows are read anew in each epoch, instead of being held in memory."""
+        """Whether each epoch reads the rows again. If not, they are held in memory."""
         return self.streaming_window is not None
 
     # ------------------------------------------------------------------------------------------------- subclasses

@@ -1,4 +1,4 @@
-"""What a run takes, before it runs: bytes of a rank by part, tokens a second, and which layouts fit.
+"""Plans a run before it starts: bytes per rank by part, tokens per second, and which layouts fit.
 
 Names are imported when they are used.
 """

@@ -1,11 +1,10 @@
-"""What a rollout takes: keys and values of tokens that are sampled together."""
+"""The memory of a rollout: keys and values of tokens that are sampled together."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any, NamedTuple
 
-from lightning_rlhf.models.loading import load_config
 from lightning_rlhf.plan.layout import Layout, Moment
 from lightning_rlhf.plan.measure import Found
 from lightning_rlhf.plan.shapes import Shape
@@ -40,46 +39,45 @@ def sampled_together(module: RLStage, shape: Shape) -> Sampled:
     return Sampled(rows, -(-rows * each // shape.completions), -(-total // rows))
 
 
-def token_bytes(module: RLStage, item: int, tp: int) -> int:
+def token_bytes(config: Any, item: int, tp: int) -> int:
     """Bytes of the keys and values of a token in all layers of a rank.
 
     Args:
-        module: The stage.
+        config: The policy's text model's.
         item: Bytes of a number.
         tp: Ranks that hold a copy of the model together.
     """
-    config: Any = load_config(module.pretrained, module.load.trust_remote_code)  # type: ignore[arg-type]
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size * item // tp)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * item // tp)
 
 
-def rollout(module: RLStage, shape: Shape, found: Found, layout: Layout, held: Moment, item: int) -> Moment:
-    """What a rank holds while it samples: no gradients, and whole weights.
+def rollout(
+    module: RLStage, config: Any, shape: Shape, found: Found, layout: Layout, held: Moment, item: int
+) -> Moment:
+    """Tells what a rank holds while it samples. It holds whole weights and no gradients.
 
     Args:
         module: The stage.
-        shape: What an iteration has.
+        config: The policy's text model's.
+        shape: The sizes of an iteration.
         found: What a rank without shares takes.
         layout: How ranks share it.
         held: What a rank holds between steps.
         item: Bytes of a number in a forward pass.
     """
     sampled = sampled_together(module, shape)
-    config: Any = load_config(module.pretrained, module.load.trust_remote_code)  # type: ignore[arg-type]
-    text = config.get_text_config()
     engine: Any = module.engine
     prefilled = min(shape.prompts * shape.prompt, getattr(engine, "prefill_tokens", shape.prompt))
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     parts = Counter(
         {
             "weights": round(found.trained + found.frozen),
             "states": held.parts["states"],
             "offloaded": held.parts["offloaded"],
-            "logits": 3 * 4 * sampled.rows * text.vocab_size // layout.tp,
-            "temporary": prefilled * item * (4 * text.hidden_size + 3 * inner // layout.tp),
-            "rollout cache": sampled.tokens * token_bytes(module, item, layout.tp),
+            "logits": 3 * 4 * sampled.rows * config.vocab_size // layout.tp,
+            "temporary": prefilled * item * (4 * config.hidden_size + 3 * inner // layout.tp),
+            "rollout cache": sampled.tokens * token_bytes(config, item, layout.tp),
         }
     )
     return Moment("rollout", parts)

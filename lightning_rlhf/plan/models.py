@@ -28,15 +28,16 @@ _WORDS = ("adapter_off", "copy", "precomputed", "none")
 
 def layers_of(stage: Stage) -> int:
     """Number of layers of the model that a stage trains."""
-    return int(_config_of(stage).num_hidden_layers)
+    return int(config_of(stage).num_hidden_layers)
 
 
 def vocabulary_of(stage: Stage) -> int:
     """Number of rows of its head, new tokens counted."""
-    return max(int(_config_of(stage).vocab_size), len(stage.tokenizer))
+    return max(int(config_of(stage).vocab_size), len(stage.tokenizer))
 
 
-def _config_of(stage: Stage) -> Any:
+def config_of(stage: Stage) -> Any:
+    """Config of the text model that a stage trains."""
     return load_config(stage.pretrained, stage.load.trust_remote_code).get_text_config()  # type: ignore[arg-type]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
-from lightning_rlhf.models.loading import load_config
 from lightning_rlhf.plan.cache import rollout, sampled_together
 from lightning_rlhf.plan.layout import Layout, Moment, moments, peak
 from lightning_rlhf.plan.measure import Found, Mode, between, measure
+from lightning_rlhf.plan.models import config_of
 from lightning_rlhf.plan.shapes import Shape, shape_of
 from lightning_rlhf.plan.speed import Device, rollout_seconds, step_seconds
 from lightning_rlhf.stages.base import Stage
@@ -22,7 +22,7 @@ from lightning_rlhf.strategies.precision import MODES, ColossalAIPrecision, Plug
 
 #: Styles of transformers' plans that can be cut.
 _CUTS = {"colwise", "rowwise", "replicated_with_grad_allreduce"}
-PLUGINS: tuple[Plugin, ...] = ("ddp", "zero1", "zero2", "gemini")
+PLUGINS: tuple[Plugin, ...] = get_args(Plugin)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Planner:
     @cached_property
     def config(self) -> Any:
         """The config of the model that is trained."""
-        return load_config(self.stage.pretrained, self.stage.load.trust_remote_code).get_text_config()  # type: ignore[arg-type]
+        return config_of(self.stage)
 
     @property
     def _name(self) -> str:
@@ -134,7 +134,7 @@ class Planner:
         if isinstance(self.stage, RLStage):
             item = 2 if self.settings.precision.startswith(("bf16", "16")) or self.stage.load.dtype != "float32" else 4
             held = min(places, key=lambda place: place.on_device)
-            places.insert(0, sampling := rollout(self.stage, shape, found, layout, held, item))
+            places.insert(0, sampling := rollout(self.stage, self.config, shape, found, layout, held, item))
             together = sampled_together(self.stage, shape)
             counts = (together.rows, together.rounds, shape.answer, sampling.parts["rollout cache"], item)
             seconds += rollout_seconds(*counts, found, layout, self.settings.device)
@@ -168,9 +168,14 @@ class Planner:
                         yield self.answer(self.layout(plugin, tp, rows, checkpointing=checkpointing))
 
     def _has(self, plugin: Plugin) -> bool:
-        return plugin == "ddp" or (
-            self.settings.precision in MODES and not (plugin == "gemini" and self.settings.precision == "32-true")
-        )
+        """Whether a plugin has the precision."""
+        if plugin == "ddp":
+            return True
+        try:
+            ColossalAIPrecision(self.settings.precision, plugin)
+        except ValueError:
+            return False
+        return True
 
     def _divides(self, tp: int) -> bool:
         """Whether a copy can be held by so many ranks."""
