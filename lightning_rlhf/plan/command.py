@@ -6,7 +6,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,11 +82,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command line after ``plan``.
     """
     arguments = [a if a != "--search" else "--search=true" for a in (sys.argv[2:] if args is None else args)]
-    for name in ("lightning.pytorch", "lightning_rlhf", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             made = cli(arguments, run=False, kind=PlanCLI)
             text, answer, settings = plan(made)
     except (OSError, ValueError) as error:
@@ -96,6 +94,22 @@ def main(args: Sequence[str] | None = None) -> None:
         config = as_config(answer, type(made.model).__name__, not by_stage, settings.on_gpu, settings.precision)
         Path(made.config.out).write_text(config, encoding="utf-8")
         print(f"\nA config of it: {made.config.out}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides warnings and what libraries log: they speak of runs, and nothing runs."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_rlhf", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def plan(made: PlanCLI) -> tuple[str, Answer, Settings]:

@@ -27,10 +27,18 @@ def one_rank(tp: int) -> Iterator[Ranks | None]:
 
     Yields:
         The ranks, of which this is the first; None for one.
+
+    Raises:
+        ValueError: This process is a rank already.
     """
     if tp == 1:
         yield None
         return
+    if dist.is_initialized():
+        raise ValueError(
+            f"planning tp={tp} makes a process group of its own, and this process has one already: plan in a new "
+            "process, or call torch.distributed.destroy_process_group() before."
+        )
     from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
 
     dist.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())

@@ -107,11 +107,14 @@ def _as_before() -> Iterator[None]:
     """Within it, auto-round logs errors only. It seeds all generators and changes how tensors are printed."""
     importlib.import_module("auto_round")  # it sets the level of its log
     os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")  # other formats cannot hold 8 asymmetric bits; GPTQ's can
-    logging.getLogger("autoround").setLevel(logging.ERROR)
+    logger = logging.getLogger("autoround")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     state = rng_state()
     try:
         with quick_collections():
             yield
     finally:
         set_rng_state(state)
+        logger.setLevel(level)
         torch.set_printoptions(profile="default")

@@ -1,6 +1,7 @@
 """A small model, large enough that its tensors are most of the memory."""
 
 import pytest
+import torch.distributed as dist
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
@@ -10,6 +11,13 @@ def config(vocabulary, layers=5, width=128):
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_ranks():
+    """Trainers of earlier tests leave their process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """``lightning-rlhf plan``, from a shell's point of view."""
 
+import contextlib
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -62,6 +64,15 @@ def test_search_writes_a_config_that_fit_takes(no_weights, tmp_path, capsys):
     main(sft(no_weights, "--config", str(path), "--data.batch_size", "4"))
     again = capsys.readouterr().out
     assert again.splitlines()[0] == out[out.index("\n\n") :].strip().splitlines()[0], "the same plan"
+
+
+@pytest.mark.parametrize("memory", ["1GB", "none"])
+def test_it_leaves_the_levels_of_logs(no_weights, memory):
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_rlhf", "transformers")]
+    before = [logger.level for logger in loggers]
+    with contextlib.suppress(SystemExit):
+        main(sft(no_weights, "--devices", "1", "--memory", memory))
+    assert [logger.level for logger in loggers] == before and logging.ERROR not in before
 
 
 def test_errors_are_one_line(no_weights):

@@ -8,16 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_rlhf import SFTModule
 from lightning_rlhf.plan.layout import Layout, moments, peak
 from lightning_rlhf.plan.measure import Mode, measure
+from lightning_rlhf.plan.ranks import one_rank
 from lightning_rlhf.plan.shapes import Shape
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SHAPE = Shape("instructions", 4, 40, 40, 1, 1)
 
 
+def test_a_rank_makes_no_second_group():
+    with one_rank(2) as ranks:
+        assert ranks.size == 2
+        with pytest.raises(ValueError, match=r"planning tp=2 .* this process has one already"), one_rank(2):
+            pass
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "plugin, tp, precision",
     [("ddp", 1, "32-true"), ("zero1", 1, "32-true"), ("zero2", 1, "bf16-mixed"), ("ddp", 2, "32-true")],

@@ -125,7 +125,7 @@ def test_any_value_of_any_field_is_answered_or_refused(running, run_dir, served)
     finally:
         loop.run_until_complete(context.__aexit__(None, None, None))
         loop.close()
-    assert statuses[200] > 60 and statuses[400] > 60, statuses
+    assert min(statuses[200], statuses[400]) > 40, statuses
 
 
 def resident(process):

@@ -6,8 +6,8 @@ command; within what is started it is ``sys.executable``, so that Lightning's la
     subprocess.run([python(), script, ...], env=env)
 
 It is a small process that stands for the program: it hands arguments, environment, folder and standard streams to a
-server, passes signals on, and ends as the program ends. If it is killed, the server kills the program. The server
-starts when it is first needed, once for each process of pytest, and ends with it. What a test says of imports, of a
+server, passes signals on, and ends as the program ends. If it is killed, the server kills the program. If the server
+is gone, it says so and becomes the program itself. The server starts when it is first needed, once for each process of pytest, and ends with it. What a test says of imports, of a
 terminal or of a bare interpreter needs ``sys.executable``.
 """
 
@@ -41,7 +41,7 @@ def python():
     program = folder / "python"
     program.write_text(
         f"#!{sys.executable} -S\nimport sys\nsys.path.insert(0, {str(here.parent)!r})\n"
-        f"import forked\nforked.stand_in({str(folder / 'socket')!r})\n"
+        f"import forked\nforked.stand_in({str(folder / 'socket')!r}, {sys.executable!r})\n"
     )
     program.chmod(0o755)
     env = {**os.environ, "PYTHONPATH": str(here.parents[2])}
@@ -52,10 +52,14 @@ def python():
     return str(program)
 
 
-def stand_in(path):
+def stand_in(path, executable):
     """Stands for a program that the server runs."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        print(f"forked.py: the server is gone ({error})", file=sys.stderr, flush=True)
+        os.execv(executable, [executable, *sys.argv[1:]])
     request = json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}).encode()
     streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     connection.sendmsg([len(request).to_bytes(4, "big")], streams)
@@ -101,7 +105,7 @@ class Server:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or of a program for who started it
+        for number in PASSED:  # of a terminal, or of a program for who started it
             signal.signal(number, signal.SIG_IGN)
         with selectors.DefaultSelector() as selector:
             for file in (self.listener, read, sys.stdin):
@@ -128,7 +132,7 @@ class Server:
                     pid = os.fork()
                     if not pid:
                         signal.set_wakeup_fd(-1)
-                        for number in (signal.SIGCHLD, signal.SIGTERM):
+                        for number in (signal.SIGCHLD, *PASSED):
                             signal.signal(number, signal.SIG_DFL)
                         signal.signal(signal.SIGINT, signal.default_int_handler)
                         selector.close()
