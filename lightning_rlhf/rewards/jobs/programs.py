@@ -175,6 +175,7 @@ class _Run:
         keep: tuple[int, ...] = (),
     ) -> None:
         self.status: int | None = None
+        self._others = set(_children())
         self.folder = tempfile.mkdtemp()
         os.chmod(self.folder, 0o711 if settings.isolate else 0o777)
         nothing = os.open(os.devnull, os.O_RDWR)
@@ -208,23 +209,20 @@ class _Run:
         return self.status
 
     def __exit__(self, *_: object) -> None:
-        _end_children()  # itself too, and what else runs for the same completion
+        _end_children(self._others)
         os.close(self._done)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _end_children() -> None:
-    """Kills what programs left to this process, which adopts it."""
-    while True:
-        for pid in _children():
+def _end_children(others: set[int]) -> None:
+    """Kills a program and what it left to this process, which adopts it; this process's other children stay."""
+    while left := set(_children()) - others:
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            time.sleep(0.001)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _children() -> list[int]:

@@ -128,6 +128,18 @@ def test_without_namespaces_limits_and_the_time_remain():
     assert not running("77.25")
 
 
+def test_other_children_of_the_process_stay():
+    other = subprocess.Popen(["sleep", "100"])
+    try:
+        parts = {"parts": [["assert f() == 1", True]]}
+        assert programs.judge("def f(): return 1", parts, 30.0, 256, True, False)["passed"] == [True]
+        assert programs.judge(DAEMON.format(seconds=66.25), parts, 30.0, 256, True, False)["passed"] == [True]
+        assert other.poll() is None and not running("66.25")
+    finally:
+        other.kill()
+        other.wait()
+
+
 DAEMON = """
 import os, sys
 if os.fork() == 0:
