@@ -106,7 +106,11 @@ test-fast: $(VENV)/.test-installed ## unit tests that start no processes: under 
 	$(call timed,fast tests,$(TEST_ENV) $(VENV)/bin/$(PYTEST) -q $(FAST) -m 'not slow and not distributed')
 
 .PHONY: test-main
-test-main: $(VENV)/.test-installed ## every test, with the pinned versions: 20 minutes
+test-main: $(VENV)/.test-installed ## tests with the pinned versions: 20 minutes
+	$(call timed,tests,$(TEST_ENV) $(VENV)/bin/$(PYTEST) -m 'not exhaustive' --durations=25)
+
+.PHONY: test-all
+test-all: $(VENV)/.test-installed ## those, and what varies them further: 45 minutes
 	$(call timed,tests,$(TEST_ENV) $(VENV)/bin/$(PYTEST) --durations=25)
 
 .PHONY: test-oldest

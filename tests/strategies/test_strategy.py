@@ -40,8 +40,15 @@ RUNS = {
     "two optimizers": dict(stage="gan", max_steps=8),
     "value clipping": dict(stage="sft", clip=0.01, clip_by="value", max_steps=4),
 }  # fmt: skip
-#: Clamped gradients are as good as their signs.
-IN_BF16 = [name for name in RUNS if name != "value clipping"]
+#: Clamped gradients are as good as their signs. Large steps make rounding grow.
+IN_BF16 = {
+    name: dict(run, precision="bf16-mixed", lr=3e-3 if name.startswith("ppo") else 1e-3)
+    for name, run in RUNS.items()
+    if name != "value clipping"
+}
+CLIPPED = ("sft, accumulation and clipping", "value clipping")
+#: Runs that CI tests under every strategy; under ZeRO-2 in fp32, and Gemini, it tests all.
+CHOSEN = ("sft, accumulation and clipping", "sft, LoRA and checkpointing", "ppo", "two optimizers")
 CHECKPOINTS = {
     "zero1 sharded": ({"plugin": "zero1", "checkpoint": "sharded"}, "32-true"),
     "zero2": (ZERO2, "32-true"),
@@ -65,28 +72,40 @@ def start(model_dir, out, cases, check=True):
 # ------------------------------------------------------------------------------------------------- curves
 
 
+def pairs(names, strategies, whole):
+    """Arguments of tests: a run and a strategy."""
+    return [
+        pytest.param(name, strategy, marks=() if name in CHOSEN or strategy == whole else pytest.mark.exhaustive)
+        for name in names
+        for strategy in strategies
+    ]
+
+
 @pytest.fixture(scope="module")
-def runs(tiny_model_dir, tmp_path_factory):
+def runs(tiny_model_dir, tmp_path_factory, request):
+    """The runs that the selected tests compare."""
     out = tmp_path_factory.mktemp("curves")
-    half = {name: dict(RUNS[name], precision="bf16-mixed") for name in IN_BF16}
-    for name, run in half.items():
-        run["lr"] = 3e-3 if name.startswith("ppo") else 1e-3  # large steps make rounding grow
-    start(tiny_model_dir, out, RUNS | {f"{name}, bf16": run for name, run in half.items()})
-    two = dict(devices=2)
-    cases = {f"{name} {s}": dict(run, strategy=FP32[s], **two) for name, run in RUNS.items() for s in FP32}
-    cases |= {f"{name}, bf16 {s}": dict(run, strategy=BF16[s], **two) for name, run in half.items() for s in BF16}
-    start(tiny_model_dir, out, cases)
+    plain, two = {}, {}
+    for test in request.session.items:
+        for function, made, after, strategies in (
+            (test_curve_equals_one_plain_process, RUNS, "", FP32),
+            (test_curve_in_bf16_equals_one_plain_process_in_bf16, IN_BF16, ", bf16", BF16),
+        ):
+            if getattr(test, "obj", None) is function:
+                name, strategy = test.callspec.params["name"], test.callspec.params["strategy"]
+                plain[name + after] = made[name]
+                two[f"{name}{after} {strategy}"] = dict(made[name], strategy=strategies[strategy], devices=2)
+    start(tiny_model_dir, out, plain | {name: RUNS[name] for name in ("sft", *CLIPPED)})
+    start(tiny_model_dir, out, two)
     return out
 
 
-@pytest.mark.parametrize("strategy", FP32)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name, strategy", pairs(RUNS, FP32, "zero2"))
 def test_curve_equals_one_plain_process(runs, name, strategy):
     assert largest_difference(curve(runs / f"{name} {strategy}"), curve(runs / name)) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", BF16)
-@pytest.mark.parametrize("name", IN_BF16)
+@pytest.mark.parametrize("name, strategy", pairs(IN_BF16, BF16, "gemini"))
 def test_curve_in_bf16_equals_one_plain_process_in_bf16(runs, name, strategy):
     a, b = curve(runs / f"{name}, bf16 {strategy}"), curve(runs / f"{name}, bf16")
     # of PPO and GRPO the losses (not score, KL and norm), before samples part; of others the loss
@@ -96,7 +115,7 @@ def test_curve_in_bf16_equals_one_plain_process_in_bf16(runs, name, strategy):
 
 
 def test_clipping_bites(runs):
-    for name in ("sft, accumulation and clipping", "value clipping"):
+    for name in CLIPPED:
         assert largest_difference(curve(runs / name)[:4], curve(runs / "sft")[:4]) > 1e-4  # 10 times the bound above
 
 

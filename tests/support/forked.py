@@ -7,8 +7,8 @@ command; within what is started it is ``sys.executable``, so that Lightning's la
 
 It is a small process that stands for the program: it hands arguments, environment, folder and standard streams to a
 server, passes signals on, and ends as the program ends. If it is killed, the server kills the program. If the server
-is gone, it says so and becomes the program itself. The server starts when it is first needed, once for each process of pytest, and ends with it. What a test says of imports, of a
-terminal or of a bare interpreter needs ``sys.executable``.
+is gone, it says so and becomes the program itself. The server starts when it is first needed, once for each process of
+pytest, and ends with it. What a test says of imports, of a terminal or of a bare interpreter needs ``sys.executable``.
 """
 
 import array
