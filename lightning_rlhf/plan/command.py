@@ -19,7 +19,7 @@ from lightning_rlhf.cli import cli, root_cause
 from lightning_rlhf.keys import StageCLI
 from lightning_rlhf.plan.planner import Answer, Planner, Settings
 from lightning_rlhf.plan.speed import Device
-from lightning_rlhf.plan.text import as_config, as_text, ranking
+from lightning_rlhf.plan.text import as_config, as_text, in_a_line, ranking
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.strategies.colossalai import NAMES
 
@@ -138,7 +138,7 @@ def plan(made: PlanCLI) -> tuple[str, Answer, Settings]:
     )
     planner = Planner(made.model, made.datamodule, settings)
     if config.search:
-        answers = planner.search()
+        answers = planner.search(lambda answer: print(in_a_line(answer), file=sys.stderr))
         return f"{ranking(answers)}\n\n{as_text(answers[0], settings)}", answers[0], settings
     answer = planner.answer(planner.layout(**_arguments(asked.strategy, settings)))
     return as_text(answer, settings), answer, settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, get_args
@@ -142,17 +142,22 @@ class Planner:
         speed = shape.step_tokens * layout.copies / seconds
         return Answer(layout, shape, places, most, seconds, speed, most.on_device <= self.settings.room)
 
-    def search(self) -> list[Answer]:
+    def search(self, tell: Callable[[Answer], object] = lambda answer: None) -> list[Answer]:
         """Tells what layouts take, those that fit first, the fastest first.
 
         More ranks per copy of the model are tried until something fits, and then once more.
+
+        Args:
+            tell: Called with each answer as it comes.
         """
         found: list[Answer] = []
         enough = self.settings.devices
         for tp in (k for k in range(1, self.settings.devices + 1) if self._divides(k)):
             if tp > enough:
                 break
-            found += self._with(tp)
+            for answer in self._with(tp):
+                tell(answer)
+                found.append(answer)
             if any(answer.fits for answer in found):
                 enough = min(enough, 2 * tp)
         return sorted(found, key=lambda answer: (not answer.fits, -answer.tokens_per_second, answer.most.on_device))

@@ -44,6 +44,13 @@ def as_text(answer: Answer, settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def in_a_line(answer: Answer) -> str:
+    """A layout, and whether it fits."""
+    words = [name_of(answer.layout), f"{answer.shape.tokens:,} tokens"]
+    words += ["checkpointing"] if answer.layout.checkpointing else []
+    return f"{', '.join(words)}: {size(answer.most.on_device)}, {'fits' if answer.fits else 'does not fit'}"
+
+
 def ranking(answers: Sequence[Answer], count: int = 12) -> str:
     """Layouts in a table, as they come."""
     rows = [("layout", "micro-batch", "checkpointing", "peak", "tokens/s", "")]

@@ -19,6 +19,7 @@ from lightning_rlhf.data.tokens import TokenizeError, encode_prompt, encode_repl
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.rollout.environment import Environment, Turn, TurnError
 from lightning_rlhf.rollout.types import Completion, Episode, Request, RolloutEngine, Sampling
+from lightning_rlhf.utils.collectives import once_per_copy
 from lightning_rlhf.utils.random import sample_key
 from lightning_rlhf.utils.text import one_line, show
 
@@ -300,6 +301,9 @@ def _room(player: _Player, context: int | None, most: int | None, limits: Mappin
 class _Caller:
     """Calls a method of many players' environments, at once or one after the other.
 
+    Of the ranks that hold a copy of the model together only the first calls them: all must go on alike, and what a
+    tool does is done once.
+
     Args:
         deadline: Seconds that a call may take; None for no limit.
         parallel: Number of calls at the same time.
@@ -314,6 +318,9 @@ class _Caller:
         Raises:
             TurnError: A call fails or takes too long.
         """
+        return once_per_copy(lambda: self._call(function, players))
+
+    def _call(self, function: Callable[[_Player], _T], players: Sequence[_Player]) -> list[_T]:
         if self.deadline is None and self.parallel == 1:  # in the main thread, where signals work
             outcomes = [_outcome(function, player) for player in players]
         else:

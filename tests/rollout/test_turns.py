@@ -1,5 +1,6 @@
 """Episodes: which tokens they have, that they equal a plain loop, and what an environment may not do."""
 
+import pickle
 import threading
 import time
 from itertools import chain
@@ -257,3 +258,26 @@ def test_episodes_step_at_the_same_time(speakers):
     met.parallel, met.deadline = 3, 50.0
     sampling = Sampling(max_new_tokens=4, logit_bias={4: 100.0})  # every turn stops at once
     assert len(play(speakers, met, samples=1, sampling=sampling)) == 3
+
+
+class Silent(Talkative):
+    """Is not to be called."""
+
+    def reset(self, row, seed):
+        raise AssertionError
+
+    step = reset
+
+
+def test_one_rank_of_a_copy_calls_the_environment_and_all_go_on_alike(speakers, monkeypatch):
+    said = []
+
+    def first(compute):
+        said.append(pickle.dumps(compute()))
+        return pickle.loads(said[-1])
+
+    monkeypatch.setattr("lightning_rlhf.rollout.turns.once_per_copy", first)
+    want = play(speakers, Talkative())
+    heard = iter(list(said))
+    monkeypatch.setattr("lightning_rlhf.rollout.turns.once_per_copy", lambda compute: pickle.loads(next(heard)))
+    assert play(speakers, Silent()) == want and len(said) > 2
