@@ -48,7 +48,7 @@ class InspectCLI(StageCLI):
 
     def before_instantiate_classes(self) -> None:
         """Drops callbacks, loggers and strategies."""
-        self.tensor_ranks = _tensor_ranks(self.config.trainer.strategy)
+        self.ranks_per_copy = _ranks_per_copy(self.config.trainer.strategy)
         for name in set(vars(self.config.trainer)) - set(_PLANNED):
             self.config.trainer[name] = None
 
@@ -56,7 +56,7 @@ class InspectCLI(StageCLI):
         """Only what a plan depends on: a real Trainer might look for devices that this machine lacks."""
         trainer = self.config.trainer
         return SimpleNamespace(
-            micro_batches=trainer.accumulate_grad_batches, ranks=max(1, _ranks(trainer) // self.tensor_ranks)
+            micro_batches=trainer.accumulate_grad_batches, ranks=max(1, _ranks(trainer) // self.ranks_per_copy)
         )
 
 
@@ -94,11 +94,10 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"The same as a web page: {config.html}")
 
 
-def _tensor_ranks(strategy: Any) -> int:
+def _ranks_per_copy(strategy: Any) -> int:
     """Number of ranks that read the same data, from a strategy that is not made."""
-    if isinstance(strategy, str):
-        return int(NAMES.get(strategy, {}).get("tp", 1))
-    return int((getattr(strategy, "init_args", None) or {}).get("tp", 1))
+    named = NAMES.get(strategy, {}) if isinstance(strategy, str) else getattr(strategy, "init_args", None) or {}
+    return int(named.get("tp", 1)) * int(named.get("sp", 1))
 
 
 def _ranks(trainer: Any) -> int:

@@ -182,6 +182,8 @@ def _arguments(strategy: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Arguments of a layout."""
     fields = {to: strategy[name] for name, to in _FIELDS.items() if name in strategy}
     plugin = strategy.get("plugin", "zero2")
+    if strategy.get("sp", 1) > 1:
+        raise ValueError("plan can't tell what sequence parallelism takes. Leave out trainer.strategy's sp.")
     if strategy.get("cpu_offload"):
         fields["offload_states"] = 1.0
     if plugin != "gemini":

@@ -18,11 +18,12 @@ from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.plan.fakes import fake_tensors
 from lightning_rlhf.plan.meter import Meter, Segment
 from lightning_rlhf.plan.models import copy_of, layers_of, take_weights_away, vocabulary_of
-from lightning_rlhf.plan.ranks import Slices, one_rank
+from lightning_rlhf.plan.ranks import one_rank
 from lightning_rlhf.plan.rollouts import UPDATE, iteration
 from lightning_rlhf.plan.shapes import Shape
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.rl import RLStage
+from lightning_rlhf.strategies.parallel import TensorParallel
 
 #: Layers are alike: two depths tell the others.
 DEPTHS = (2, 4)
@@ -135,7 +136,7 @@ def run(stage: Stage, shape: Shape, mode: Mode, layers: int | None) -> Found:
         take_weights_away(module, layers, mode.checkpointing)
         module.configure_model()
         if ranks is not None:
-            Slices(ranks, torch.device("cpu")).cut_models(module)
+            TensorParallel(ranks, torch.device("cpu")).cut_models(module)
         if mode.cast is not None:
             _cast(module, mode.cast)
         return watch(module, shape, mode, meter)

@@ -7,15 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from lightning_rlhf.strategies.parallel import TensorParallel
 from lightning_rlhf.utils.collectives import Ranks, set_copies
-
-
-class Slices(TensorParallel):
-    """Models that are cut over ranks, of which there is only this one."""
-
-    def draw_alike(self) -> None:
-        """Does nothing: nobody else draws."""
 
 
 @contextmanager

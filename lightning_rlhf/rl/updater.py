@@ -24,7 +24,7 @@ from lightning_rlhf.strategies.gradients import (
     sharding,
     zero_grad,
 )
-from lightning_rlhf.utils.collectives import data_ranks, data_size
+from lightning_rlhf.utils.collectives import data_size, replica_ranks
 
 
 class Step(NamedTuple):
@@ -179,14 +179,16 @@ class Updater:
             scheduler.step(float(known[name]))
 
     def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        if data_size() == 1:
+        ranks = replica_ranks()
+        if ranks.size == 1:
             return
         for p in parameters:  # ranks whose part was empty
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for dtype in dict.fromkeys(p.dtype for p in parameters):  # in the same order on all ranks
             gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
             flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat, group=data_ranks().group)
+            dist.all_reduce(flat, group=ranks.group)
+            flat *= data_size() / ranks.size  # under sequence parallelism gradients are made to be averaged over a copy
             for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 

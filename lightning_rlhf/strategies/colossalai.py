@@ -32,7 +32,7 @@ from lightning_rlhf.strategies import checkpoints
 from lightning_rlhf.strategies.backward import Backward
 from lightning_rlhf.strategies.gemini import GeminiBoosted
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer, refuse_optimizer, sharded_optimizer
-from lightning_rlhf.strategies.parallel import Mesh, TensorParallel, make_mesh
+from lightning_rlhf.strategies.parallel import Mesh, TensorParallel, check_world, draw_alike, make_mesh
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
 from lightning_rlhf.strategies.sharded import Boosted, ZeroBoosted, container, is_persistent, named_buffers
 from lightning_rlhf.strategies.trained import Part, find_trained
@@ -75,6 +75,9 @@ class ColossalAIStrategy(DDPStrategy):
         tp: Tensor parallelism: number of ranks that hold one copy of a model together, each a slice of every layer, and
             read the same data. A larger value takes less memory per rank and exchanges more; it must divide the
             model's heads. The other plugins act between the copies. Not for Gemini. ``docs/parallel.md`` explains it.
+        sp: Sequence parallelism: number of ranks that run one copy of a model together, each a stretch of every packed
+            row, with whole weights. A larger value takes less memory for activations per rank and exchanges more; it
+            must divide the attention heads. Not for Gemini. ``docs/parallel.md`` explains it.
         checkpoint: ``full``: one file, gathered on rank 0, that can be read without ColossalAI. ``sharded``: a
             directory with one file per rank, which takes no extra memory; any number of ranks can read it.
         cpu_offload: ZeRO: keep and update optimizer states and fp32 weights in CPU memory. This frees 12 bytes per
@@ -124,6 +127,7 @@ class ColossalAIStrategy(DDPStrategy):
         self,
         plugin: Plugin = "zero2",
         tp: int = 1,
+        sp: int = 1,
         checkpoint: Literal["full", "sharded"] = "full",
         cpu_offload: bool = False,
         overlap_communication: bool = True,
@@ -151,10 +155,13 @@ class ColossalAIStrategy(DDPStrategy):
         if plugin not in get_args(Plugin):
             hybrid = " Tensor parallelism is tp, an argument of the first three." if str(plugin) == "hybrid" else ""
             raise ValueError(f"plugin must be one of {', '.join(get_args(Plugin))}; got {plugin!r}.{hybrid}")
-        if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
-            raise ValueError(f"tp must be a whole number from 1 on; got {tp!r}.")
+        for name, size in (("tp", tp), ("sp", sp)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on; got {size!r}.")
         if tp > 1 and plugin == "gemini":
             raise ValueError("tp cuts layers, and Gemini's chunks hold whole ones. Use plugin zero1 or zero2 with tp.")
+        if sp > 1 and plugin == "gemini":
+            raise ValueError("sp does not support Gemini's chunks. Use plugin ddp, zero1 or zero2 with sp.")
         if tp > 1 and checkpoint == "sharded":
             raise ValueError("checkpoint='sharded' is for whole layers, and tp cuts them. Use checkpoint='full'.")
         if checkpoint not in ("full", "sharded"):
@@ -174,7 +181,8 @@ class ColossalAIStrategy(DDPStrategy):
             raise ValueError(f"cpu_offload needs ZeRO; plugin={plugin!r} ignores it. Gemini has offload_optim_frac.")
         if plugin != "gemini" and (fractions != (1, 0, 0) or placement != "static"):
             raise ValueError(f"placement and the three fractions need plugin='gemini'; plugin={plugin!r} ignores them.")
-        self.plugin_name, self.checkpoint, self.tp = plugin, checkpoint, tp
+        self.plugin_name, self.checkpoint = plugin, checkpoint
+        self.tp, self.sp = tp, sp
         self.cpu_offload, self.overlap_communication = cpu_offload, overlap_communication
         self.bucket_elements, self.initial_scale = bucket_elements, initial_scale
         self.placement, self.shard_param_frac = placement, shard_param_frac
@@ -216,6 +224,11 @@ class ColossalAIStrategy(DDPStrategy):
         return self.plugin_name != "ddp"
 
     @property
+    def ranks_per_copy(self) -> int:
+        """Number of ranks that run one copy of a model together."""
+        return self.tp * self.sp
+
+    @property
     def loss_scale(self) -> float:
         """The largest factor by which a plugin multiplies losses; 1 without loss scaling."""
         return max((boosted.scale for boosted in self.boosted), default=1.0)
@@ -237,30 +250,26 @@ class ColossalAIStrategy(DDPStrategy):
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Whether a checkpoint is loaded after setup: shards exist only then."""
-        return self.sharded or self.tp > 1 or super().restore_checkpoint_after_setup
+        return self.sharded or self.ranks_per_copy > 1 or super().restore_checkpoint_after_setup
 
     def setup_environment(self) -> None:
         """Starts the process group, and groups ranks that share a copy of a model.
 
         Raises:
             ModuleNotFoundError: The plugin needs ColossalAI, which is not installed.
-            ValueError: ``tp`` does not divide the number of processes.
+            ValueError: The ranks of a copy do not divide the number of processes.
         """
-        if (world := self.num_nodes * self.num_processes) % self.tp:
-            raise ValueError(
-                f"tp={self.tp} does not divide the {world} processes of the run (trainer.devices x trainer.num_nodes). "
-                f"Use a multiple of {self.tp} processes, or set tp to a divisor of {world}."
-            )
+        check_world({"tp": self.tp, "sp": self.sp}, self.num_nodes * self.num_processes)
         if self.sharded and importlib.util.find_spec("colossalai") is None:
             raise ModuleNotFoundError(
                 f"strategy='colossalai_...' needs ColossalAI. Install it: {INSTALL} (see docs/strategies.md)",
                 name="colossalai",
             )
         super().setup_environment()
-        if self.tp > 1:
+        if self.ranks_per_copy > 1:
             if self._mesh is None:
-                self._mesh = make_mesh(self.tp, self.timeout)
-            set_copies(self._mesh.data, self._mesh.tensor)
+                self._mesh = make_mesh(self.timeout, tensor=self.tp, sequence=self.sp)
+            set_copies(self._mesh.data, self._mesh.copy, self._mesh.replicas)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -300,7 +309,7 @@ class ColossalAIStrategy(DDPStrategy):
         assert self.accelerator is not None and module is not None
         self._failed = False
         if self._mesh is not None:
-            self._cut_models(trainer, self._mesh)
+            self._join_ranks(trainer, self._mesh)
         if (
             trainer.state.fn != TrainerFn.FITTING and self._mesh is not None
         ):  # not the base's, which copies rank 0's weights
@@ -335,40 +344,52 @@ class ColossalAIStrategy(DDPStrategy):
         if not self.lightning_module.automatic_optimization:  # a loss may depend on one of several networks only
             self._ddp_kwargs["find_unused_parameters"] = True  # arguments of torch's DDP; there is no public way
         if self._mesh is not None:
-            self._ddp_kwargs["process_group"] = self._mesh.data.group
+            self._ddp_kwargs["process_group"] = self._mesh.replicas.group
         super().configure_ddp()
 
-    def _cut_models(self, trainer: Trainer, mesh: Mesh) -> None:
-        """Cuts the module's models over the ranks that share a copy of them.
+    def _join_ranks(self, trainer: Trainer, mesh: Mesh) -> None:
+        """Lets the ranks of a copy run the module's models together.
+
+        Raises:
+            ValueError: They cannot, or not with this precision.
+        """
+        module = self.lightning_module
+        assert self.accelerator is not None and module is not None
+        self.accelerator.setup(trainer)
+        self._broadcast_weights(module)
+        if self.tp > 1:
+            self._cut_models(mesh)
+        for part in module.modules():
+            if isinstance(part, Metric):
+                part.process_group = mesh.data.group
+        draw_alike(mesh.copy)
+
+    def _cut_models(self, mesh: Mesh) -> None:
+        """Cuts the module's models over the ranks that hold their layers together.
 
         Raises:
             ValueError: They cannot be cut, or not with this precision.
         """
         module = self.lightning_module
-        assert self.accelerator is not None and module is not None
+        assert module is not None
         if not self.sharded and self.precision_plugin.precision == "16-mixed":
             raise ValueError(
                 "tp under plugin='ddp' does not support trainer.precision='16-mixed': ranks would find overflows on "
                 "their own. Set trainer.precision to bf16-mixed, or plugin to zero1."
             )
-        self.accelerator.setup(trainer)
-        self._broadcast_weights(module)
         self.tensor_parallel = TensorParallel(mesh.tensor, self.root_device)
         self.tensor_parallel.cut_models(module)
-        for part in module.modules():
-            if isinstance(part, Metric):
-                part.process_group = mesh.data.group
         if not self.sharded:  # there is no hook for how a precision plugin clips
             self.precision_plugin.clip_grad_by_norm = self._clip_optimizer  # type: ignore[method-assign]
 
     def _clip_optimizer(self, optimizer: Optimizer, clip_val: int | float) -> None:
         self.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], clip_val)
 
-    def _join_models(self) -> None:
-        """Makes the module's models whole again. Optimizer states stay cut; checkpoints join them."""
-        if self._mesh is None or self.tensor_parallel is None:
+    def _part_ranks(self) -> None:
+        """Lets each rank run whole models again. Optimizer states stay cut; checkpoints join them."""
+        if self._mesh is None:
             return
-        if self.tensor_parallel.active:
+        if self.tensor_parallel is not None and self.tensor_parallel.active:
             self.tensor_parallel.undo(weights=not self._failed)
         assert self.lightning_module is not None
         for part in self.lightning_module.modules():
@@ -490,7 +511,7 @@ class ColossalAIStrategy(DDPStrategy):
             cast_inputs=False,  # the boosted child casts its inputs
         )
         if self._mesh is not None:  # the plugin has no argument for it
-            plugin.zero_optim_kwargs["dp_process_group"] = self._mesh.data.group
+            plugin.zero_optim_kwargs["dp_process_group"] = self._mesh.replicas.group
         return plugin
 
     def teardown(self) -> None:
@@ -501,7 +522,7 @@ class ColossalAIStrategy(DDPStrategy):
         for boosted in self.boosted:
             boosted.unboost(weights=not self._failed)
         self.boosted, self._backward = [], None
-        self._join_models()
+        self._part_ranks()
         if isinstance(self.precision_plugin, ColossalAIPrecision):
             self.precision_plugin.boosted, self.precision_plugin.gathering = False, nullcontext
         super().teardown()

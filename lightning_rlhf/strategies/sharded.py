@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from lightning_rlhf.strategies.parallel import TensorParallel
-from lightning_rlhf.utils.collectives import data_ranks
+from lightning_rlhf.utils.collectives import replica_ranks
 
 
 class Slot(NamedTuple):
@@ -102,7 +102,7 @@ class Boosted(ABC):
     ) -> None:
         from colossalai.booster import Booster
 
-        self.ranks, self.tensor = data_ranks(), tensor
+        self.ranks, self.tensor = replica_ranks(), tensor
         self.path, self.child, self.master_weights = path, child, master_weights
         self.parts: dict[str, nn.Module | nn.Parameter] = {path: child} if path else vars(child)["placed"]
         self._dtype, self._in_backward, self._depth = dtype, False, 0
@@ -393,7 +393,7 @@ class Boosted(ABC):
     # ------------------------------------------------------------------------------------------------- whole tensors
 
     def gather(self, slot: Slot, select: Callable[[LocalShard], Tensor], everywhere: bool = False) -> Tensor | None:
-        """Gathers a tensor from the shards of all ranks with different data, in at least fp32.
+        """Gathers a tensor from the shards of all ranks with the same weights, in at least fp32.
 
         Where tensor parallelism cuts the parameter, it is this rank's slice.
 

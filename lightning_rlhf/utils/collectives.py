@@ -1,8 +1,8 @@
 """Collectives that work with any strategy; with one process each returns what it is given.
 
-Where several ranks run one copy of a model together (tensor parallelism), they read the same data. Data parallelism is
-then between the copies, and so are these functions: a rank exchanges with the ranks that have its place in the other
-copies. The strategy says so with :func:`set_copies`.
+Where several ranks run one copy of a model together (tensor, pipeline or sequence parallelism), they read the same
+data. Data parallelism is then between the copies, and so are these functions: a rank exchanges with the ranks that have
+its place in the other copies. The strategy says so with :func:`set_copies`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ class Ranks(NamedTuple):
 
 _data: Ranks | None = None
 _copy: Ranks | None = None
+_replicas: Ranks | None = None
 
 
-def set_copies(data: Ranks | None, copy: Ranks | None) -> None:
+def set_copies(data: Ranks | None, copy: Ranks | None, replicas: Ranks | None = None) -> None:
     """Says which ranks have different data, and which run one copy of a model together.
 
     Args:
         data: This rank, and those at its place in the other copies. None: all ranks have different data.
         copy: This rank, and those that run its copy of the model with it. None: each rank runs its own.
+        replicas: This rank, and those that hold the same weights. None: those of ``data``.
     """
-    global _data, _copy
-    _data, _copy = data, copy
+    global _data, _copy, _replicas
+    _data, _copy, _replicas = data, copy, replicas
 
 
 def all_ranks() -> Ranks:
@@ -61,6 +63,15 @@ def all_ranks() -> Ranks:
 def data_ranks() -> Ranks:
     """Ranks that have different data, with this one: all, unless several run one copy of a model."""
     return all_ranks() if _data is None else _data
+
+
+def replica_ranks() -> Ranks:
+    """Ranks that hold the same weights as this one, whose gradients are averaged.
+
+    Under sequence parallelism several ranks of a copy do. Each computes a part of the gradient, and multiplies it by
+    their number, so that averages are right.
+    """
+    return data_ranks() if _replicas is None else _replicas
 
 
 def data_size() -> int:

@@ -1,6 +1,7 @@
 """Parallelism within a copy of a model: which ranks hold it together, and what each of them keeps."""
 
-from lightning_rlhf.strategies.parallel.mesh import Mesh, make_mesh
+from lightning_rlhf.strategies.parallel.mesh import Mesh, check_world, make_mesh
+from lightning_rlhf.strategies.parallel.noise import draw_alike
 from lightning_rlhf.strategies.parallel.tensor import TensorParallel
 
-__all__ = ["Mesh", "TensorParallel", "make_mesh"]
+__all__ = ["Mesh", "TensorParallel", "check_world", "draw_alike", "make_mesh"]

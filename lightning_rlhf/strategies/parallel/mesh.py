@@ -1,10 +1,15 @@
-"""Groups of ranks by axis: those with different data, and those that hold one copy of a model together."""
+"""Groups of ranks by axis: those with different data, and those that run one copy of a model together.
+
+All ranks are a grid, data x pipe x sequence x tensor. Ranks that differ in the last axis only are neighbors, and those
+of a copy follow each other: they exchange most, so they should share a machine.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,42 +18,75 @@ from lightning_rlhf.utils.collectives import Ranks
 
 
 class Mesh(NamedTuple):
-    """This rank's place in the grid of all ranks.
+    """This rank's place in the grid of all ranks, as the ranks of each line or plane through it.
 
     Attributes:
-        data: Ranks that hold the same part of the model as this one, and read other data.
-        tensor: Ranks that hold the other slices of this rank's layers, and read the same data.
+        data: Ranks that do what this one does in the other copies, with other data.
+        pipe: Ranks with the other stages of this rank's copy.
+        sequence: Ranks with the other stretches of this rank's rows.
+        tensor: Ranks with the other slices of this rank's layers.
+        copy: Ranks that run this rank's copy of the model with it, on the same data: pipe x sequence x tensor.
+        replicas: Ranks that hold the same weights as this one: data x sequence. The plugins act between them.
     """
 
     data: Ranks
+    pipe: Ranks
+    sequence: Ranks
     tensor: Ranks
+    copy: Ranks
+    replicas: Ranks
 
 
-def make_mesh(tensor: int, timeout: timedelta) -> Mesh:
+#: Axes of the grid that each group runs along.
+_ALONG: dict[str, tuple[int, ...]] = {
+    "data": (0,),
+    "pipe": (1,),
+    "sequence": (2,),
+    "tensor": (3,),
+    "copy": (1, 2, 3),
+    "replicas": (0, 2),
+}
+
+
+def make_mesh(timeout: timedelta, *, pipe: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
     """Makes the process groups. All ranks must call it.
 
     Args:
-        tensor: Number of ranks that hold one copy of the model. They follow each other, so that they share a machine.
         timeout: Maximum time of a collective.
+        pipe: Number of stages of a copy.
+        sequence: Number of stretches of a row.
+        tensor: Number of slices of a layer.
     """
-    return Mesh(**make_axes({"data": dist.get_world_size() // tensor, "tensor": tensor}, timeout))
+    shape = (dist.get_world_size() // (pipe * sequence * tensor), pipe, sequence, tensor)
+    grid = torch.arange(dist.get_world_size()).reshape(shape)
+    groups: dict[tuple[int, ...], Any] = {}
+    found: dict[str, Ranks] = {}
+    for name, along in _ALONG.items():
+        across = [axis for axis in range(len(shape)) if axis not in along]
+        for line in grid.permute(*across, *along).reshape(-1, math.prod(shape[axis] for axis in along)).tolist():
+            members = tuple(line)
+            if members not in groups:  # all ranks make all groups, in the same order
+                groups[members] = dist.new_group(line, timeout=timeout)
+            if dist.get_rank() in members:
+                found[name] = Ranks(members, members.index(dist.get_rank()), groups[members])
+    return Mesh(**found)
 
 
-def make_axes(sizes: Mapping[str, int], timeout: timedelta) -> dict[str, Ranks]:
-    """Arranges all ranks in a grid, and makes a process group of each of its lines. All ranks must call it.
+def check_world(sizes: Mapping[str, int], world: int) -> None:
+    """Checks that a number of processes is a whole number of copies.
 
     Args:
-        sizes: Length of the grid along each axis, by name. Ranks that differ in the last axis only are neighbors.
-        timeout: Maximum time of a collective.
+        sizes: Number of ranks of a copy along each axis, by the name of its argument.
+        world: Number of processes.
 
-    Returns:
-        For each axis, the line through this rank.
+    Raises:
+        ValueError: It is not; the message has the numbers that would do.
     """
-    grid = torch.arange(dist.get_world_size()).reshape(*sizes.values())
-    found: dict[str, Ranks] = {}
-    for axis, (name, size) in enumerate(sizes.items()):
-        for line in grid.movedim(axis, -1).reshape(-1, size).tolist():
-            group = dist.new_group(line, timeout=timeout)  # also for other ranks' lines
-            if dist.get_rank() in line:
-                found[name] = Ranks(tuple(line), line.index(dist.get_rank()), group)
-    return found
+    product = math.prod(sizes.values())
+    if world % product:
+        given = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        fits = [str(k) for k in range(1, world + 1) if world % k == 0]
+        raise ValueError(
+            f"{given} does not divide the {world} processes of the run (trainer.devices x trainer.num_nodes). Use a "
+            f"multiple of {product} processes, or a product of {' or '.join(fits)}."
+        )

@@ -1,4 +1,8 @@
-"""Dropout under tensor parallelism: equal on activations that ranks share, different on those that are cut."""
+"""Random numbers of ranks that run a model together.
+
+They draw alike, so that samples and dropout on activations that they share are the same, and apart where each has a
+part of the activations.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rlhf.utils.collectives import Ranks
+from lightning_rlhf.utils.collectives import Ranks, gather_objects
+from lightning_rlhf.utils.random import rng_state, set_rng_state
 
 _State = tuple[Tensor, Tensor | None]
+
+
+def draw_alike(ranks: Ranks) -> None:
+    """Lets ranks draw the same random numbers from now on. All of them must call it."""
+    set_rng_state(gather_objects(rng_state(), ranks)[0])
 
 
 class BlockNoise:

@@ -22,8 +22,7 @@ from lightning_rlhf.models.backbone import Backbone, evaluating, probe, toleranc
 from lightning_rlhf.strategies.parallel.functions import join, part_of, sum_gradients, sum_outputs
 from lightning_rlhf.strategies.parallel.noise import BlockNoise
 from lightning_rlhf.strategies.parallel.vocab import cut_vocabulary
-from lightning_rlhf.utils.collectives import Ranks, gather_objects
-from lightning_rlhf.utils.random import rng_state, set_rng_state
+from lightning_rlhf.utils.collectives import Ranks
 
 #: What runs, for messages.
 _RUNS = "Llama, Mistral, Qwen 2, Qwen 3, Gemma, Gemma 2, GPT-NeoX, Phi, Granite and Cohere run, for instance"
@@ -64,8 +63,8 @@ class TensorParallel:
     def cut_models(self, module: nn.Module) -> None:
         """Cuts all transformers models in a module, and moves them to the device. All ranks must call it.
 
-        Each is tried on a few tokens before and after. Afterwards all ranks draw the same random numbers, so that
-        dropout on whole activations is the same.
+        Each is tried on a few tokens before and after. In training all ranks must draw the same random numbers
+        (:func:`~lightning_rlhf.strategies.parallel.noise.draw_alike`): dropout on whole activations is then the same.
 
         Raises:
             ValueError: There is none, or one cannot be cut; the message says why. Then all are whole.
@@ -75,11 +74,6 @@ class TensorParallel:
         except ValueError:  # the same on all ranks
             self.undo(weights=True)
             raise
-        self.draw_alike()
-
-    def draw_alike(self) -> None:
-        """Lets all ranks draw the same random numbers from now on. All ranks must call it."""
-        set_rng_state(gather_objects(rng_state(), self.ranks)[0])
 
     def _cut_models(self, module: nn.Module) -> None:
         around = {id(m.transformer): m for m in module.modules() if isinstance(m, Backbone)}

@@ -27,7 +27,7 @@ from lightning_rlhf.models import Policy, RewardModel
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.value import ValueModel
 from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request
-from lightning_rlhf.strategies.parallel import TensorParallel, make_mesh
+from lightning_rlhf.strategies.parallel import TensorParallel, draw_alike, make_mesh
 from lightning_rlhf.strategies.parallel.functions import part_of
 from lightning_rlhf.utils.collectives import once_per_copy, set_copies
 
@@ -215,6 +215,7 @@ def dropout(mesh):
     cutter = TensorParallel(mesh.tensor, CPU)
     torch.manual_seed(5 + mesh.tensor.place)  # ranks that went apart
     cutter.cut_models(nn.ModuleList([model]))
+    draw_alike(mesh.copy)
     masks = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "layers.1" in name:
@@ -287,6 +288,12 @@ def new_tokens(mesh):
     return compare(build, mesh)
 
 
+def grid(mesh):
+    """Members of each group, on a mesh with stretches of rows."""
+    mesh = make_mesh(timedelta(seconds=300), sequence=2)
+    return {name: ranks.members for name, ranks in mesh._asdict().items()}
+
+
 def verdicts(mesh):
     """What one rank decides counts on all; its error ends all."""
     set_copies(mesh.data, mesh.tensor)
@@ -320,6 +327,7 @@ CASES = {
     "generate": rollout(HFGenerateEngine, "gpt_neox"),
     "dropout": dropout,
     "verdicts": verdicts,
+    "grid": grid,
     "no plan": refusal(lambda: make("gpt2")),
     "fused": refusal(lambda: make("phi3")),
     "heads": refusal(lambda: make("llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)),
@@ -339,7 +347,7 @@ ON_FOUR = {
 def main(out, names):
     dist.init_process_group("gloo", init_method="env://", rank=int(os.environ["LOCAL_RANK"]),
                             timeout=timedelta(seconds=300))  # fmt: skip
-    mesh = make_mesh(dist.get_world_size(), timedelta(seconds=300))
+    mesh = make_mesh(timedelta(seconds=300), tensor=dist.get_world_size())
     found = {}
     with open(Path(out) / f"rank{dist.get_rank()}.txt", "w", buffering=1) as log:
         faulthandler.dump_traceback_later(600, exit=True, file=log)

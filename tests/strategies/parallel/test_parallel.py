@@ -14,6 +14,7 @@ from runs import load_script
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.strategies import ColossalAIStrategy
+from lightning_rlhf.strategies.parallel import check_world
 from lightning_rlhf.strategies.parallel.functions import part_of
 from lightning_rlhf.utils.collectives import Ranks
 
@@ -36,6 +37,20 @@ REFUSALS = {
 }
 
 
+@pytest.mark.parametrize(
+    "sizes, world, said",
+    [
+        (dict(tp=2, sp=1), 3, "tp=2 does not divide the 3 processes"),
+        (dict(tp=2, sp=2), 6, "tp=2 x sp=2 does not divide the 6 processes"),
+        (dict(tp=1, sp=4), 6, "Use a multiple of 4 processes, or a product of 1 or 2 or 3 or 6."),
+    ],
+)
+def test_a_copy_that_does_not_divide_the_world(sizes, world, said):
+    with pytest.raises(ValueError, match=said):
+        check_world(sizes, world)
+    check_world(sizes, 4 * world)
+
+
 def test_parts_cover_a_dimension():
     for size in range(4, 12):
         for count in (1, 2, 3, 4):
@@ -53,6 +68,8 @@ def test_parts_cover_a_dimension():
         (dict(plugin="gemini", tp=2), "tp cuts layers, and Gemini's chunks hold whole ones. Use plugin zero1 or zero2"),
         (dict(plugin="zero1", tp=2, checkpoint="sharded"), "Use checkpoint='full'."),
         (dict(plugin="zero1", tp=0), "tp must be a whole number from 1 on; got 0."),
+        (dict(plugin="gemini", sp=2), "sp does not support Gemini's chunks. Use plugin ddp, zero1 or zero2 with sp."),
+        (dict(plugin="zero1", sp=True), "sp must be a whole number from 1 on; got True."),
         (dict(plugin="zero1", tp=1.5), "tp must be a whole number from 1 on; got 1.5."),
         (dict(plugin="hybrid"), "Tensor parallelism is tp, an argument of the first three."),
     ],
@@ -114,6 +131,12 @@ def test_dropout_differs_where_activations_are_cut_only(found):
     for case in values(found, "dropout"):
         assert case["same"] and case["differ"] and case["recomputed"] and case["states"]
         assert case["seen"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def test_groups_of_a_mesh(found):
+    for rank, members in enumerate(values(found, "grid")):
+        assert members["data"] == members["tensor"] == members["pipe"] == (rank,)
+        assert members["sequence"] == members["copy"] == members["replicas"] == (0, 1)
 
 
 def test_one_rank_decides_for_its_copy(found):
@@ -223,7 +246,7 @@ def test_an_export_is_whole(runs):
 
 @pytest.mark.slow
 def test_four_ranks(tmp_path):
-    names = ["llama on four", "qwen3 on four", "scored head", "rollout on four"]
+    names = ["llama on four", "qwen3 on four", "scored head", "rollout on four", "grid"]
     run_ranks(HERE / "run_parallel.py", tmp_path, *names, ranks=4, logs=tmp_path)
     for rank in range(4):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
@@ -231,6 +254,10 @@ def test_four_ranks(tmp_path):
         for name in names[:2]:
             assert found[name]["gradients"] < 1e-5 and found[name]["clipped"] < 1e-5 and found[name]["share"] < 0.3
         assert found["scored head"] < 1e-12 and found["rollout on four"]["equal"] and found["rollout on four"]["ranks"]
+        first, place = rank // 2 * 2, rank % 2
+        copy, replicas, data = (first, first + 1), (0, 1, 2, 3), (place, place + 2)
+        want = dict(data=data, pipe=(rank,), sequence=copy, tensor=(rank,), copy=copy, replicas=replicas)
+        assert found["grid"] == want
 
 
 @pytest.mark.slow
@@ -285,4 +312,7 @@ def test_a_killed_rank_ends_the_others(tiny_model_dir, tmp_path):
 def test_a_world_that_the_ranks_of_a_copy_do_not_divide(tiny_model_dir, tmp_path):
     run = dict(stage="sft", max_steps=2, strategy={"plugin": "ddp", "tp": 2, "timeout": 600})
     done = start(tiny_model_dir, tmp_path, {"one": run}, check=False)
-    assert "tp=2 does not divide the 1 processes of the run" in done.stderr
+    assert (
+        "tp=2 does not divide the 1 processes of the run (trainer.devices x trainer.num_nodes). Use a multiple of 2 "
+        "processes, or a product of 1." in done.stderr
+    )
