@@ -102,7 +102,8 @@ ALSO = dict.fromkeys(
     "--model.reward lightning_rlhf.rewards.verifiers.length --model.rollout.sampling.max_new_tokens 8 "
     "--data.batch_size 4",
 )
-ALSO["configs/parallel/tp2"] = "--trainer.strategy.init_args.tp 1"  # tests/conf runs it with 2 processes
+#: tests/conf runs them with 2 processes.
+ALSO |= {f"configs/parallel/{axis}2": f"--trainer.strategy.init_args.{axis} 1" for axis in ("tp", "sp")}
 
 
 def blocks(path, language):

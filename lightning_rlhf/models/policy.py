@@ -15,6 +15,7 @@ from lightning_rlhf.data import PackedBatch, pad
 from lightning_rlhf.functional import ScoredTokens, linear_logprobs, linear_nll
 from lightning_rlhf.functional.logprobs import CHUNK
 from lightning_rlhf.models.backbone import Backbone, Hidden, LayoutChoice, probe, tolerance
+from lightning_rlhf.models.tree_attention import SharedForest
 from lightning_rlhf.models.value import read_values
 
 log = logging.getLogger(__name__)
@@ -144,8 +145,10 @@ class Policy(Backbone):
 
         def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # not empty_like, because in-place functions have no effect on Gemini's tensor subclass
-            noise = torch.empty(output.shape, dtype=output.dtype, device=output.device).uniform_(-1, 1)
-            return output + noise.mul_(bound.to(output.device) / output.shape[-1] ** 0.5)
+            shape = output.shape if self.layout == "padded" else (1, bound.shape[1], output.shape[-1])
+            noise = torch.empty(shape, dtype=output.dtype, device=output.device).uniform_(-1, 1)
+            noise.mul_(bound.to(output.device) / output.shape[-1] ** 0.5)
+            return output + (self._forest.own_tokens(noise) if isinstance(self._forest, SharedForest) else noise)
 
         hook = self.transformer.get_input_embeddings().register_forward_hook(add_noise)
         try:

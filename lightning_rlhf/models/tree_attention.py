@@ -13,6 +13,7 @@ Shapes: T packed tokens, H query heads, K key / value heads, E head size.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,29 @@ from lightning_rlhf.utils.compilation import uncompiled
 NAME = "tree"
 _ACTIVE: ContextVar[bool] = ContextVar("a forest is being run", default=False)
 _WINDOWS: ContextVar[set[int | None] | None] = ContextVar("windows of the layers that run", default=None)
+
+
+class SharedForest(Forest, ABC):
+    """A forest of whose row this process has a stretch of the tokens; other processes have the others.
+
+    Its trees are those of the whole row. In attention tokens are exchanged for heads.
+    """
+
+    @abstractmethod
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Exchanges (1, H, t, E) of own tokens for (1, h, T, E): all tokens of the heads that are this process's."""
+
+    @abstractmethod
+    def own_heads(self, x: Tensor) -> Tensor:
+        """Returns this process's (h,) of (H,) numbers of heads."""
+
+    @abstractmethod
+    def to_tokens(self, outputs: Tensor) -> Tensor:
+        """Exchanges (1, T, h, E) of own heads for (1, t, H, E) of own tokens."""
+
+    @abstractmethod
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Returns this process's (1, t, D) of a (1, T, D) tensor."""
 
 
 class ForestNotPassedError(RuntimeError):
@@ -117,9 +141,14 @@ def tree_attention(
         windows.add(sliding_window)
     if query.shape[0] != 1:
         raise ValueError(f"Tree attention takes one packed row, got a batch of {query.shape[0]}.")
+    if isinstance(forest, SharedForest):
+        query, key, value = forest.to_heads(query, key, value)
+        s_aux = None if s_aux is None else forest.own_heads(s_aux)
     if _fused(query, key, value, dropout, softcap, s_aux):
-        return flex.attend(query, key, value, forest, scaling, sliding_window, softcap), None
-    return _loop(query, key, value, forest, scaling, sliding_window, softcap, dropout, s_aux), None
+        out = flex.attend(query, key, value, forest, scaling, sliding_window, softcap)
+    else:
+        out = _loop(query, key, value, forest, scaling, sliding_window, softcap, dropout, s_aux)
+    return forest.to_tokens(out) if isinstance(forest, SharedForest) else out, None
 
 
 def _fused(

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,8 @@ def play_episodes(
             Request([*p.prompt, *p.ids], [p.turn_key], max_new_tokens=min(sampling.max_new_tokens, p.left))
             for p in waiting
         ]
-        found = engine.generate(policy, tokenizer, requests, sampling, stop_token_ids)
+        speak = partial(engine.generate, policy, tokenizer, requests, sampling, stop_token_ids)
+        found = once_per_copy(speak, together=True)
         for player, (completion,) in zip(waiting, found, strict=True):
             player.add(completion.input_ids, sampled=True)
             player.logprobs += completion.logprobs

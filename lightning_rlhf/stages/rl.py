@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -92,7 +93,7 @@ from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
 from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
 from lightning_rlhf.strategies.gradients import sharding
-from lightning_rlhf.utils.collectives import all_reduce, data_rank, gather_objects
+from lightning_rlhf.utils.collectives import all_reduce, data_rank, gather_objects, once_per_copy
 from lightning_rlhf.utils.random import generator, sample_key
 
 #: In place of an iteration in the keys of validation samples: validations can then be compared.
@@ -515,7 +516,9 @@ class RLStage(Stage):
             if self.environment is not None:
                 return self.play_episodes(prompts, keys, self.sampling, self._length_limits(iteration != VALIDATION))
             requests = [Request(ids, own) for ids, own in zip(prompts.prompts, keys, strict=True)]
-            found = self.engine.generate(self.policy, self.tokenizer, requests, self.sampling, self.stop_token_ids)
+            asked = (self.policy, self.tokenizer, requests, self.sampling, self.stop_token_ids)
+            # ranks with whole weights sample alike; should they round apart, all learn from the first one's tokens
+            found = once_per_copy(partial(self.engine.generate, *asked), together=True)
         return as_answers(self.tokenizer, prompts.messages, found)
 
     def play_episodes(

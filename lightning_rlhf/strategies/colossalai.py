@@ -32,7 +32,14 @@ from lightning_rlhf.strategies import checkpoints
 from lightning_rlhf.strategies.backward import Backward
 from lightning_rlhf.strategies.gemini import GeminiBoosted
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer, refuse_optimizer, sharded_optimizer
-from lightning_rlhf.strategies.parallel import Mesh, TensorParallel, check_world, draw_alike, make_mesh
+from lightning_rlhf.strategies.parallel import (
+    Mesh,
+    SequenceParallel,
+    TensorParallel,
+    check_world,
+    draw_alike,
+    make_mesh,
+)
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
 from lightning_rlhf.strategies.sharded import Boosted, ZeroBoosted, container, is_persistent, named_buffers
 from lightning_rlhf.strategies.trained import Part, find_trained
@@ -198,6 +205,7 @@ class ColossalAIStrategy(DDPStrategy):
         self.timeout = timeout
         self._mesh: Mesh | None = None
         self.tensor_parallel: TensorParallel | None = None
+        self._sequence_parallel: SequenceParallel | None = None
         self._sharded_checkpoint: checkpoints.ShardedCheckpoint | None = None
         super().__init__(
             accelerator=accelerator,
@@ -359,6 +367,9 @@ class ColossalAIStrategy(DDPStrategy):
         self._broadcast_weights(module)
         if self.tp > 1:
             self._cut_models(mesh)
+        if self.sp > 1:
+            self._sequence_parallel = SequenceParallel(mesh.sequence, self.tp)
+            self._sequence_parallel.spread_models(module)
         for part in module.modules():
             if isinstance(part, Metric):
                 part.process_group = mesh.data.group
@@ -389,6 +400,8 @@ class ColossalAIStrategy(DDPStrategy):
         """Lets each rank run whole models again. Optimizer states stay cut; checkpoints join them."""
         if self._mesh is None:
             return
+        if self._sequence_parallel is not None:
+            self._sequence_parallel.undo()
         if self.tensor_parallel is not None and self.tensor_parallel.active:
             self.tensor_parallel.undo(weights=not self._failed)
         assert self.lightning_module is not None

@@ -213,11 +213,11 @@ def test_ranks_are_devices_times_nodes(devices, accelerator, ranks, no_weights, 
     assert made.trainer.ranks == ranks
 
 
-@pytest.mark.parametrize("strategy", ["tp2_dp2.yaml", "colossalai_hybrid"])
+@pytest.mark.parametrize("strategy", ["tp2_dp2.yaml", "sp2.yaml", "colossalai_hybrid"])
 def test_ranks_that_share_a_model_read_the_same_rows(strategy, no_weights):
     trainer = ["--trainer.devices", "4", "--trainer.strategy", strategy]
     if strategy.endswith(".yaml"):
-        trainer = ["--config", str(CONFIGS / "parallel" / strategy)]
+        trainer = ["--config", str(CONFIGS / "parallel" / strategy), *trainer[:2]]
     made = cli([*small(CONFIGS / "sft" / "smollm2_lora.yaml", no_weights)[1:], *trainer], run=False, kind=InspectCLI)
     assert made.trainer.ranks == 2
 

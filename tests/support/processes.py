@@ -1,5 +1,6 @@
-"""Starts the ranks of a script."""
+"""Starts the ranks of a script, or stages in processes of their own."""
 
+import json
 import os
 import socket
 import subprocess
@@ -30,3 +31,12 @@ def run_ranks(script, *arguments, ranks=2, logs=None):
         where = (logs / f"rank{rank}.txt").read_text()[-4000:] if logs else ""
         assert process.returncode == 0, f"rank {rank} of {ranks} failed: {where}\n{error[-3000:]}"
     return [out for out, _ in outputs]
+
+
+def run_stages(model_dir, out, cases, check=True):
+    """Runs stages of tests/strategies/run.py one after the other, in one start of processes."""
+    script = Path(__file__).parents[1] / "strategies" / "run.py"
+    command = [python(), str(script), str(model_dir), str(out), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -2,6 +2,7 @@
 
 from lightning_rlhf.strategies.parallel.mesh import Mesh, check_world, make_mesh
 from lightning_rlhf.strategies.parallel.noise import draw_alike
+from lightning_rlhf.strategies.parallel.sequence import SequenceParallel
 from lightning_rlhf.strategies.parallel.tensor import TensorParallel
 
-__all__ = ["Mesh", "TensorParallel", "check_world", "draw_alike", "make_mesh"]
+__all__ = ["Mesh", "SequenceParallel", "TensorParallel", "check_world", "draw_alike", "make_mesh"]

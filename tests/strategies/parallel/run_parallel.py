@@ -344,17 +344,19 @@ ON_FOUR = {
 }  # fmt: skip
 
 
-def main(out, names):
+def main(out, names, cases=None, **axes):
+    """Runs cases by their names. The axes are those of ``make_mesh``; without any the layers are cut over all ranks."""
+    cases = cases or CASES | ON_FOUR
     dist.init_process_group("gloo", init_method="env://", rank=int(os.environ["LOCAL_RANK"]),
                             timeout=timedelta(seconds=300))  # fmt: skip
-    mesh = make_mesh(timedelta(seconds=300), tensor=dist.get_world_size())
+    mesh = make_mesh(timedelta(seconds=300), **(axes or {"tensor": dist.get_world_size()}))
     found = {}
     with open(Path(out) / f"rank{dist.get_rank()}.txt", "w", buffering=1) as log:
         faulthandler.dump_traceback_later(600, exit=True, file=log)
         for name in names or CASES:
             log.write(f"{time.process_time():.1f} s {name}\n")
             try:
-                found[name] = (CASES | ON_FOUR)[name](mesh)
+                found[name] = cases[name](mesh)
             except Exception:
                 found[name] = traceback.format_exc()
                 log.write(found[name])

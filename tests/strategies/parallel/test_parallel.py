@@ -1,15 +1,13 @@
 """Tensor parallelism on two processes against one: models, gradients, samples, stages, checkpoints, bad ends."""
 
 import json
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from curves import curve, largest_difference
-from forked import python
-from processes import run_ranks
+from processes import run_ranks, run_stages
 from runs import load_script
 from transformers import AutoModelForCausalLM
 
@@ -184,21 +182,13 @@ def runs(tiny_model_dir, tmp_path_factory):
         meshed[f"{name}, resumed on ranks"] = dict(
             resumed, strategy={"plugin": plugin, "tp": 2, "timeout": 600}, ckpt=str(out / name / "step=2.ckpt")
         )
-    start(tiny_model_dir, out, meshed)
+    run_stages(tiny_model_dir, out, meshed)
     (out / "resumed on one").mkdir()
     one.run(
         str(tiny_model_dir), str(out / "resumed on one"),
         **dict(resumed, devices=1, ckpt=str(out / "sft lora, tp" / "step=2.ckpt")),
     )  # fmt: skip
     return out
-
-
-def start(model_dir, out, cases, check=True):
-    """Runs cases one after the other in one start of processes."""
-    command = [python(), str(RUN), str(model_dir), str(out), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -264,13 +254,13 @@ def test_four_ranks(tmp_path):
 def test_copies_with_different_data(tiny_model_dir, tmp_path):
     """Two copies of two ranks: the same curves as one process on the same global batches."""
     chosen = {name: STAGES[name][0] for name in ("sft", "reward", "ppo", "ppo lora", "grpo", "kto")}
-    start(tiny_model_dir, tmp_path, chosen)
+    run_stages(tiny_model_dir, tmp_path, chosen)
     plugins = {"sft": "zero2", "reward": "ddp", "ppo": "zero1", "ppo lora": "zero2", "grpo": "ddp", "kto": "zero1"}
     meshed = {
         f"{name}, tp": dict(options, devices=4, strategy={"plugin": plugins[name], "tp": 2, "timeout": 600})
         for name, options in chosen.items()
     }
-    start(tiny_model_dir, tmp_path, meshed)
+    run_stages(tiny_model_dir, tmp_path, meshed)
     for name in chosen:
         assert largest_difference(curve(tmp_path / f"{name}, tp"), curve(tmp_path / name)) < 1e-5, name
 
@@ -279,9 +269,9 @@ def test_copies_with_different_data(tiny_model_dir, tmp_path):
 def test_twenty_steps_in_double_precision(tiny_model_dir, tmp_path):
     run = dict(stage="sft", max_steps=20, clip=0.3, precision="64-true", lr=1e-2)
     both = {"full": run, "lora": dict(run, lora=True)}
-    start(tiny_model_dir, tmp_path, both)
+    run_stages(tiny_model_dir, tmp_path, both)
     mesh = dict(devices=2, strategy={"plugin": "ddp", "tp": 2, "timeout": 600})
-    start(tiny_model_dir, tmp_path, {f"{name}, tp": dict(options, **mesh) for name, options in both.items()})
+    run_stages(tiny_model_dir, tmp_path, {f"{name}, tp": dict(options, **mesh) for name, options in both.items()})
     for name in both:
         a, b = (torch.load(tmp_path / place / "weights.pt") for place in (f"{name}, tp", name))
         assert max((a[k].double() - b[k].double()).abs().max().item() for k in a) < 1e-9
@@ -290,9 +280,9 @@ def test_twenty_steps_in_double_precision(tiny_model_dir, tmp_path):
 @pytest.mark.slow
 def test_bf16_curves(tiny_model_dir, tmp_path):
     run = dict(stage="sft", max_steps=8, lr=1e-3, precision="bf16-mixed")
-    start(tiny_model_dir, tmp_path, {"one": run})
+    run_stages(tiny_model_dir, tmp_path, {"one": run})
     mesh = {p: dict(run, devices=2, strategy={"plugin": p, "tp": 2, "timeout": 600}) for p in ("ddp", "zero2")}
-    start(tiny_model_dir, tmp_path, mesh)
+    run_stages(tiny_model_dir, tmp_path, mesh)
     for name in mesh:
         assert largest_difference(curve(tmp_path / name), curve(tmp_path / "one")) < 3e-2
 
@@ -301,7 +291,7 @@ def test_bf16_curves(tiny_model_dir, tmp_path):
 def test_a_killed_rank_ends_the_others(tiny_model_dir, tmp_path):
     mesh = dict(devices=2, strategy={"plugin": "zero1", "tp": 2, "timeout": 30})
     run = dict(stage="sft", max_steps=20, save_every=2, kill=[1, 5], **mesh)
-    done = start(tiny_model_dir, tmp_path, {"killed": run}, check=False)
+    done = run_stages(tiny_model_dir, tmp_path, {"killed": run}, check=False)
     assert done.returncode != 0 and not (tmp_path / "killed" / "curve.json").exists()
     assert "Connection closed by peer" in done.stderr or "Connection reset" in done.stderr, done.stderr[-2000:]
     checkpoint = torch.load(sorted((tmp_path / "killed").glob("step=*.ckpt"))[-1], weights_only=True)
@@ -311,7 +301,7 @@ def test_a_killed_rank_ends_the_others(tiny_model_dir, tmp_path):
 @pytest.mark.slow
 def test_a_world_that_the_ranks_of_a_copy_do_not_divide(tiny_model_dir, tmp_path):
     run = dict(stage="sft", max_steps=2, strategy={"plugin": "ddp", "tp": 2, "timeout": 600})
-    done = start(tiny_model_dir, tmp_path, {"one": run}, check=False)
+    done = run_stages(tiny_model_dir, tmp_path, {"one": run}, check=False)
     assert (
         "tp=2 does not divide the 1 processes of the run (trainer.devices x trainer.num_nodes). Use a multiple of 2 "
         "processes, or a product of 1." in done.stderr
