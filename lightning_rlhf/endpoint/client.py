@@ -83,11 +83,7 @@ class Endpoint:
         backoff: float = 1.0,
         patience: int = 5,
     ) -> None:
-        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url) or not _has_port(base_url):
-            raise ValueError(
-                f"base_url={re.sub('//.*@', '//***@', base_url)!r} is not a URL without password and query. Use one "
-                "like http://127.0.0.1:8000/v1."
-            )
+        check_url(base_url)
         if not model:
             raise ValueError(f"model is empty. Set it to the name of a model that {base_url} serves.")
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0), ("patience", patience, 1)):
@@ -194,6 +190,26 @@ class Endpoint:
     def _key(self) -> str:
         """Reads the API key. It is not stored."""
         return read_key(self.api_key_env)
+
+
+def check_url(base_url: str) -> str:
+    """Checks the URL of a server.
+
+    Args:
+        base_url: The URL.
+
+    Returns:
+        The same URL.
+
+    Raises:
+        ValueError: It is none, or has a password or a query.
+    """
+    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base_url) or not _has_port(base_url):
+        raise ValueError(
+            f"base_url={re.sub('//.*@', '//***@', base_url)!r} is not a URL without password and query. Use one like "
+            "http://127.0.0.1:8000/v1."
+        )
+    return base_url
 
 
 def _has_port(url: str) -> bool:

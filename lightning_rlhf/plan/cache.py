@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning_rlhf.plan.layout import Layout, Moment
 from lightning_rlhf.plan.measure import Found
 from lightning_rlhf.plan.shapes import Shape
-from lightning_rlhf.rollout import CachedEngine
+from lightning_rlhf.rollout import CachedEngine, RemoteEngine
 from lightning_rlhf.stages.rl import RLStage
 
 
@@ -27,7 +27,9 @@ class Sampled(NamedTuple):
 
 
 def sampled_together(module: RLStage, shape: Shape) -> Sampled:
-    """Tells how many completions the engine decodes at once."""
+    """Tells how many completions the engine decodes at once; none, if it decodes elsewhere."""
+    if isinstance(module.engine, RemoteEngine):
+        return Sampled(0, 0, 0)
     shares = shape.completions > 1
     each = shape.completions * shape.answer + shape.prompt * (1 if shares else shape.completions)
     total = shape.prompts * shape.completions
@@ -68,7 +70,7 @@ def rollout(
     """
     sampled = sampled_together(module, shape)
     engine: Any = module.engine
-    prefilled = min(shape.prompts * shape.prompt, getattr(engine, "prefill_tokens", shape.prompt))
+    prefilled = min(shape.prompts * shape.prompt, getattr(engine, "prefill_tokens", shape.prompt)) * (sampled.rows > 0)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     parts = Counter(
         {

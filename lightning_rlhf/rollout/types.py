@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.checks import check_arguments
@@ -215,5 +216,39 @@ class RolloutEngine(Protocol):
 
         Raises:
             ValueError: A prompt is empty, has a token that the model does not know, or exceeds the model's context.
+        """
+        ...
+
+
+@runtime_checkable
+class RemoteEngine(RolloutEngine, Protocol):
+    """An engine with weights of its own, elsewhere: it learns of new ones only when they are handed over.
+
+    Its log-probs are near those of the policy, not the same.
+    """
+
+    def check(self, sampling: Sampling) -> None:
+        """Refuses, before a run, settings that the engine can't follow.
+
+        Raises:
+            ValueError: It is one; the message names it.
+        """
+        ...
+
+    def hand_over(
+        self,
+        policy: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        state_dict: Mapping[str, Tensor] | None = None,
+        alone: bool = False,
+    ) -> None:
+        """Gives the engine the policy's weights of now, which it uses until the next time. All ranks call.
+
+        Args:
+            policy: The policy. Its active adapter applies.
+            tokenizer: The model's tokenizer.
+            state_dict: Whole weights by the names of ``policy.model``, if its tensors are shards; the first rank's
+                counts.
+            alone: Only this process calls.
         """
         ...

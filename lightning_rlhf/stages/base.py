@@ -39,7 +39,16 @@ from lightning_rlhf.models.loading import load_config, load_stop_token_ids, quan
 from lightning_rlhf.models.quantization import is_quantized_layer, refuse_again, require_bitsandbytes
 from lightning_rlhf.moved import find_moved, refuse_moved, write_argument
 from lightning_rlhf.quiet import quiet_libraries
-from lightning_rlhf.rollout import CachedEngine, Completion, RolloutEngine, Sampling, as_answers, complete, sample_key
+from lightning_rlhf.rollout import (
+    CachedEngine,
+    Completion,
+    RemoteEngine,
+    RolloutEngine,
+    Sampling,
+    as_answers,
+    complete,
+    sample_key,
+)
 from lightning_rlhf.stages.inputs import Kind, check_batch, check_data
 from lightning_rlhf.stages.optim import fit_schedules, parameter_groups
 from lightning_rlhf.strategies import ColossalAIStrategy, holds_whole_models
@@ -257,6 +266,8 @@ class Stage(L.LightningModule):
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in asked]
         keys = [sample_key(seed, i) for i in range(len(asked))]
         sampling = sampling or self.sampling
+        if isinstance(self.engine, RemoteEngine):
+            self.engine.hand_over(self.model_to_export, self.tokenizer, alone=True)
         found = complete(self.engine, self.model_to_export, self.tokenizer, ids, keys, sampling, self.stop_token_ids)
         return [completion for (completion,) in as_answers(self.tokenizer, asked, [[c] for c in found])]
 

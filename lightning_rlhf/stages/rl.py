@@ -82,6 +82,7 @@ from lightning_rlhf.rl.records import Sampled, completion_records
 from lightning_rlhf.rl.settings import check_kind
 from lightning_rlhf.rollout import (
     Completion,
+    RemoteEngine,
     Request,
     RolloutEngine,
     Sampling,
@@ -91,7 +92,7 @@ from lightning_rlhf.rollout import (
 )
 from lightning_rlhf.stages.base import LOAD, SettingsError, Stage
 from lightning_rlhf.stages.optim import CosineWarmup, parameter_groups, rl_optimizer
-from lightning_rlhf.strategies import ColossalAIStrategy, whole_weights
+from lightning_rlhf.strategies import ColossalAIStrategy, whole_state_dict, whole_weights
 from lightning_rlhf.strategies.gradients import sharding
 from lightning_rlhf.utils.collectives import all_reduce, data_rank, gather_objects, once_per_copy
 from lightning_rlhf.utils.random import generator, sample_key
@@ -420,23 +421,34 @@ class RLStage(Stage):
                 f"{type(self).__name__} samples before its first training step, which Gemini's placement='auto' does "
                 "not allow: set the strategy's placement to static."
             )
+        if isinstance(self.engine, RemoteEngine):
+            self.engine.check(self.sampling)
+            if self.loss.old_logprobs == "rollout":
+                raise ValueError(
+                    f"loss.old_logprobs rollout takes the engine's log-probs for the policy's own, and those of "
+                    f"{type(self.engine).__name__} are only near them: set it to recompute. GRPO's loss.correction "
+                    "then weighs the difference."
+                )
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_lengths("train", "val")
         check_beside(self.beside, self.beside_weight, self.updates.micro_batch_tokens, data)
         check_adaptive_kl(self.kl, self.rollout.samples_per_prompt, data)
 
     def on_validation_start(self) -> None:
-        """Refuses lengths that no model can read."""
+        """Refuses lengths that no model can read; hands weights to an engine elsewhere."""
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self._check_lengths("val")
+        self.hand_over()
 
     def on_test_start(self) -> None:
-        """Refuses lengths that no model can read."""
+        """Refuses lengths that no model can read; hands weights to an engine elsewhere."""
         self._check_lengths("test")
+        self.hand_over()
 
     def on_predict_start(self) -> None:
-        """Refuses lengths that no model can read."""
+        """Refuses lengths that no model can read; hands weights to an engine elsewhere."""
         self._check_lengths("predict")
+        self.hand_over()
 
     def _check_lengths(self, *parts: str) -> None:
         most, setting = self.sampling.max_new_tokens, "rollout.sampling.max_new_tokens"
@@ -460,6 +472,7 @@ class RLStage(Stage):
         clock = [self._clock()]
         prompts, beside = (batch["prompts"], batch.get(self.beside.name)) if isinstance(batch, dict) else (batch, None)
         check_beside(self.beside, self.beside_weight, None, given=beside is not None)
+        self.hand_over()
         experience, samples = self.run_rollout(prompts, self.iteration)
         clock.append(self._clock())
         experience.cached_outputs = {} if self._can_reuse_forward(experience) else None
@@ -486,6 +499,17 @@ class RLStage(Stage):
     def _clock(self) -> float:
         """Seconds, without those of rewards, which a rollout may ask too."""
         return time.perf_counter() - self._reward_seconds
+
+    def hand_over(self) -> None:
+        """Gives an engine elsewhere the policy's weights; all ranks must call."""
+        if not isinstance(self.engine, RemoteEngine):
+            return
+        weights = None
+        if self.strategy is not None:
+            names = {id(module): name for name, module in self.named_modules()}
+            prefix, every = f"{names[id(self.policy.model)]}.", whole_state_dict(self.strategy)
+            weights = {k.removeprefix(prefix): v for k, v in every.items() if k.startswith(prefix)}
+        self.engine.hand_over(self.policy, self.tokenizer, weights)
 
     def run_rollout(self, prompts: PromptBatch, iteration: int) -> tuple[Experience, Samples | None]:
         """Samples completions of this rank's prompts.

@@ -146,20 +146,38 @@ def once_per_copy(compute: Callable[[], _T], together: bool = False) -> _T:
     Raises:
         RuntimeError: The first rank failed. That rank raises its own error.
     """
-    if _copy is None:
-        return compute()
+    return compute() if _copy is None else _by_first(compute, _copy, together)
+
+
+def once_for_all(compute: Callable[[], _T]) -> _T:
+    """Computes what all ranks must agree on. All ranks must call it.
+
+    Args:
+        compute: Returns a picklable object without tensors on a GPU. The first rank calls it.
+
+    Returns:
+        The first rank's result, on all ranks.
+
+    Raises:
+        RuntimeError: The first rank failed. That rank raises its own error.
+    """
+    ranks = all_ranks()
+    return compute() if ranks.size == 1 else _by_first(compute, ranks)
+
+
+def _by_first(compute: Callable[[], _T], ranks: Ranks, together: bool = False) -> _T:
     result: Any = None
     error: Exception | None = None
-    if together or _copy.place == 0:
+    if together or ranks.place == 0:
         try:
             result = compute()
         except Exception as problem:  # the other ranks wait for the result
             error = problem
-    said = [(result, None if error is None else f"{type(error).__name__}: {error}")] if _copy.place == 0 else [None]
-    dist.broadcast_object_list(said, _copy.members[0], group=_copy.group)
+    said = [(result, None if error is None else f"{type(error).__name__}: {error}")] if ranks.place == 0 else [None]
+    dist.broadcast_object_list(said, ranks.members[0], group=ranks.group)
     if error is not None:
         raise error
     result, failure = cast(Any, said[0])
     if failure is not None:
-        raise RuntimeError(f"Rank {_copy.members[0]} failed. {failure}")
+        raise RuntimeError(f"Rank {ranks.members[0]} failed. {failure}")
     return cast(_T, result)

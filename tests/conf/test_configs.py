@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 from ballots import ballot
 from forked import python
+from vllm_server import StandIn
 
 from lightning_rlhf.cli import cli, main
 from lightning_rlhf.serving.votes import Votes
@@ -56,11 +58,25 @@ def votes(path, folder):
     return ["--data.train", str(written.folder / "preferences.jsonl")]
 
 
+@contextmanager
+def server_of(path, model_dir, folder):
+    """Options for a config that asks a server, with a stand-in that runs meanwhile."""
+    if not path.stem.endswith("_vllm"):
+        yield []
+        return
+    with StandIn(model_dir, name="sft") as server:
+        engine = "--model.engine.init_args"
+        yield [f"{engine}.base_url", server.url, f"{engine}.directory", str(folder)]
+        assert server.bodies(), "it was not asked"
+
+
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_config_runs_a_step(path, tiny_model_dir, tmp_path):
     if yaml.safe_load(path.read_text())["model"]["init_args"].get("quantization"):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
-    cli(["fit", "--config", str(path), *options(tiny_model_dir, tmp_path, path.parent.name), *votes(path, tmp_path)])
+    arguments = [*options(tiny_model_dir, tmp_path, path.parent.name), *votes(path, tmp_path)]
+    with server_of(path, tiny_model_dir, tmp_path / "server") as more:
+        cli(["fit", "--config", str(path), *arguments, *more])
     found = {file.name for file in tmp_path.rglob("*config.json")}
     assert found & {"config.json", "adapter_config.json"}, "no Hugging Face directory was exported"
 

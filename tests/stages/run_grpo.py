@@ -26,6 +26,7 @@ from lightning_rlhf import (
     Updates,
 )
 from lightning_rlhf.data import PromptBatch
+from lightning_rlhf.rollout import VLLMEngine
 from lightning_rlhf.utils.collectives import gather_objects
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -91,7 +92,7 @@ class Uneven(GRPOModule):
 def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckpt=None, save_every=0, batch_size=4,
         rows=None, reward="letters", lr=3e-3, seed=0, samples=3, kl=None, shaping=None, groups=None, loss=None,
         updates=None, kind=GRPOModule, val_fraction=0.0, sampling=None, callbacks=(), table=0,
-        uneven=False, data=None, environment=None, max_total_tokens=None, **options):  # fmt: skip
+        uneven=False, data=None, environment=None, max_total_tokens=None, engine=None, **options):  # fmt: skip
     """One run; returns the trainer and the module. With ``uneven``, rank 0 has all prompts of a batch."""
     L.seed_everything(seed, verbose=False)
     module = (Uneven if uneven else kind)(
@@ -100,6 +101,7 @@ def run(model_dir, out_dir, devices=1, lora=False, dropout=0.0, max_steps=3, ckp
         lora=LoRA(r=4, dropout=dropout) if lora else None,
         rollout=Rollout(samples, Sampling(**(sampling or dict(max_new_tokens=10, temperature=0.7,
                                                               stop_strings=("e", "o")))), max_total_tokens),
+        engine=VLLMEngine(**engine) if isinstance(engine, dict) else engine,
         environment=Talkative(**environment) if isinstance(environment, dict) else environment,
         kl=KL(**(kl or {"coef": 0.0})),
         shaping=Shaping(**(shaping or {})),
