@@ -203,7 +203,7 @@ def _loop(
             if len(lengths) > 1:
                 q, k, v = (t.unflatten(2, (len(lengths), lengths[0]))[0].transpose(0, 1) for t in (q, k, v))
             result = attend(q, k, v, 0).transpose(1, 2).flatten(0, 1)[None]
-        elif merges and prefix.length and not (window and window < prefix.length + max(lengths)):
+        elif merges and len(lengths) > 2 and prefix.length and not (window and window < prefix.length + max(lengths)):
             result = branches.attend(q, k, v, prompt, lengths, scaling).transpose(1, 2)
         else:
             each = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)
