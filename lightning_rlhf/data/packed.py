@@ -124,7 +124,8 @@ class Forest:
             lengths = tuple(branch.length for branch in branches)
             if len(branches) == 1:
                 length = prompt.length + lengths[0]
-                start, before = prompt.start, ()
+                start = prompt.start
+                before: tuple[int, ...] = ()
                 if calls and calls[-1].prefix is None and calls[-1].lengths[0] == length:
                     (start, _), before, _ = calls.pop()
                 own = (*before, length)
