@@ -132,7 +132,8 @@ class Forest:
                 calls.append(Attend(Span(start, sum(own)), own))
             else:
                 calls.append(Attend(prompt, (prompt.length,)))
-                calls.append(Attend(Span(branches[0].start, sum(lengths)), lengths, prompt))
+                if branches:
+                    calls.append(Attend(Span(branches[0].start, sum(lengths)), lengths, prompt))
         self.calls: tuple[Attend, ...] = tuple(calls)
 
     def mask(self, prefix: int, own: int, window: int | None, device: torch.device) -> Tensor:
