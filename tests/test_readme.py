@@ -103,7 +103,7 @@ ALSO = dict.fromkeys(
     "--data.batch_size 4",
 )
 #: tests/conf runs them with 2 processes.
-ALSO |= {f"configs/parallel/{axis}2": f"--trainer.strategy.init_args.{axis} 1" for axis in ("tp", "sp")}
+ALSO |= {f"configs/parallel/{axis}2": f"--trainer.strategy.init_args.{axis} 1" for axis in ("tp", "pp", "sp")}
 
 
 def blocks(path, language):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, groupby
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -90,19 +91,14 @@ class Span(NamedTuple):
 
 
 class Attend(NamedTuple):
-    """Sequences that lie side by side, and attend alike: to all of ``prefix`` and, causally, to themselves.
+    """One attention call: the queries of ``own`` see all of ``prefix`` and, causally, themselves.
 
-    Either a prompt, or the branches of one, or whole sequences of the same length.
-
-    Attributes:
-        own: The place of all of them.
-        lengths: Tokens of each.
-        prefix: The place of their prompt; None if they see themselves only.
+    ``repeats`` spans of equal length that lie side by side, none with a prefix, are one call.
     """
 
     own: Span
-    lengths: tuple[int, ...]
-    prefix: Span | None = None
+    prefix: Span | None
+    repeats: int = 1
 
 
 @dataclass(eq=False)
@@ -121,19 +117,16 @@ class Forest:
         """Lists the attention calls. A tree with one branch is a plain causal sequence."""
         calls: list[Attend] = []
         for prompt, branches in self.trees:
-            lengths = tuple(branch.length for branch in branches)
             if len(branches) == 1:
-                length = prompt.length + lengths[0]
-                start = prompt.start
-                before: tuple[int, ...] = ()
-                if calls and calls[-1].prefix is None and calls[-1].lengths[0] == length:
-                    (start, _), before, _ = calls.pop()
-                own = (*before, length)
-                calls.append(Attend(Span(start, sum(own)), own))
+                call = Attend(Span(prompt.start, prompt.length + branches[0].length), None)
+                before = calls[-1] if calls else None
+                if before is not None and before.prefix is None and before.own.length == call.own.length:
+                    calls[-1] = before._replace(repeats=before.repeats + 1)
+                else:
+                    calls.append(call)
             else:
-                calls.append(Attend(prompt, (prompt.length,)))
-                if branches:
-                    calls.append(Attend(Span(branches[0].start, sum(lengths)), lengths, prompt))
+                calls.append(Attend(prompt, None))
+                calls.extend(Attend(branch, prompt) for branch in branches)
         self.calls: tuple[Attend, ...] = tuple(calls)
 
     def mask(self, prefix: int, own: int, window: int | None, device: torch.device) -> Tensor:
@@ -474,6 +467,56 @@ def split(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
         )
         for part in parts
     ]
+
+
+def deal(batch: PackedBatch, parts: int) -> list[PackedBatch]:
+    """Deals whole trees, in order, to at most ``parts`` batches of about equal numbers of tokens.
+
+    Parts are views of the batch's tensors. They have its totals, and no pairs, labels or rows.
+
+    Args:
+        batch: The batch.
+        parts: Maximum number of parts. There are fewer if trees are few, or differ much in size.
+    """
+    sizes = [prompt.length + sum(b.length for b in branches) for prompt, branches in batch.forest.trees]
+    if parts == 1 or len(sizes) == 1:
+        return [batch]
+    ends = list(accumulate(sizes))
+    scored = [0, *accumulate(batch.sequence.bincount(minlength=batch.num_sequences).tolist())]
+    found: list[PackedBatch] = []
+    token = sequence = 0
+    for _, group in groupby(range(len(sizes)), lambda i: (2 * ends[i] - sizes[i]) * parts // (2 * ends[-1])):
+        numbers = list(group)
+        spans = [batch.forest.trees[i] for i in numbers]
+        end, last = ends[numbers[-1]], sequence + sum(len(branches) for _, branches in spans)
+        tokens, of_scored, of_sequences = (
+            slice(token, end),
+            slice(scored[sequence], scored[last]),
+            slice(sequence, last),
+        )
+        moved = [
+            (Span(p.start - token, p.length), tuple(Span(b.start - token, b.length) for b in branches))
+            for p, branches in spans
+        ]
+        found.append(
+            replace(
+                batch,
+                input_ids=batch.input_ids[tokens],
+                position_ids=batch.position_ids[tokens],
+                forest=Forest(tuple(moved)),
+                predictor=batch.predictor[of_scored] - token,
+                target=batch.target[of_scored],
+                sequence=batch.sequence[of_scored] - sequence,
+                last=batch.last[of_sequences] - token,
+                weight=batch.weight[of_scored],
+                pairs=Pairs(*(column[:0] for column in batch.pairs)),
+                labels=Labels(*(column[:0] for column in batch.labels)),
+                rows=(),
+                mismatched=None,
+            )
+        )
+        token, sequence = end, last
+    return found
 
 
 def within_budget(trees: Sequence[Tree], max_tokens: int | None, setting: str = "max_tokens") -> list[list[Tree]]:

@@ -97,7 +97,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _ranks_per_copy(strategy: Any) -> int:
     """Number of ranks that read the same data, from a strategy that is not made."""
     named = NAMES.get(strategy, {}) if isinstance(strategy, str) else getattr(strategy, "init_args", None) or {}
-    return int(named.get("tp", 1)) * int(named.get("sp", 1))
+    return int(named.get("tp", 1)) * int(named.get("pp", 1)) * int(named.get("sp", 1))
 
 
 def _ranks(trainer: Any) -> int:

@@ -96,6 +96,10 @@ class Backbone(nn.Module):
             out = self._decoder(**inputs, use_cache=False)
         return Hidden(out.last_hidden_state[0], batch.predictor, batch.last)
 
+    def trunk(self, batch: PackedBatch, *args: Any, **kwargs: Any) -> Hidden:
+        """Runs what a call of ``forward`` with the same arguments runs before its head."""
+        return self.hidden(batch)
+
     @contextmanager
     def _on(self, forest: Forest) -> Iterator[None]:
         """Within it, layers run on a forest. In the layout ``inject`` hooks pass it to them."""

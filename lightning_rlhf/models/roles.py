@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_rlhf.data import PackedBatch
 from lightning_rlhf.functional import ScoredTokens
 from lightning_rlhf.functional.logprobs import CHUNK
-from lightning_rlhf.models.backbone import LayoutChoice
+from lightning_rlhf.models.backbone import Hidden, LayoutChoice
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reward import read_head
 from lightning_rlhf.models.saving import ADAPTED
@@ -142,6 +142,11 @@ class RoleModel(Policy):
                 states, _, last = self.hidden(batch)
                 return read_head(self.score_head, states[last]) - self.score_offset
             return super().forward(batch, entropy=entropy, temperature=temperature, weights=weights)
+
+    def trunk(self, batch: PackedBatch, role: Role = "policy", **kwargs: Any) -> Hidden:
+        """As :meth:`Backbone.trunk`, in a role."""
+        with self.playing(role):
+            return self.hidden(batch)
 
     @contextmanager
     def playing(self, role: Role) -> Iterator[None]:

@@ -182,8 +182,9 @@ def _arguments(strategy: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Arguments of a layout."""
     fields = {to: strategy[name] for name, to in _FIELDS.items() if name in strategy}
     plugin = strategy.get("plugin", "zero2")
-    if strategy.get("sp", 1) > 1:
-        raise ValueError("plan can't tell what sequence parallelism takes. Leave out trainer.strategy's sp.")
+    for axis, kind in {"pp": "pipeline", "sp": "sequence"}.items():
+        if strategy.get(axis, 1) > 1:
+            raise ValueError(f"plan can't tell what {kind} parallelism takes. Leave out trainer.strategy's {axis}.")
     if strategy.get("cpu_offload"):
         fields["offload_states"] = 1.0
     if plugin != "gemini":

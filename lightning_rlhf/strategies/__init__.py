@@ -1,4 +1,4 @@
-"""ColossalAI's data parallelism for Lightning's Trainer, and tensor parallelism: DDP, ZeRO, Gemini, ``tp``.
+"""ColossalAI's data parallelism for Lightning's Trainer, and tensor parallelism: DDP, ZeRO, Gemini, ``tp``, ``pp``.
 
 Importing this package registers the names of :data:`~lightning_rlhf.strategies.colossalai.NAMES` with Lightning. It
 does not import ColossalAI.
@@ -48,7 +48,7 @@ def holds_whole_models(strategy: Strategy) -> bool:
     Args:
         strategy: Any strategy.
     """
-    parts = isinstance(strategy, ColossalAIStrategy) and (strategy.sharded or strategy.tp > 1)
+    parts = isinstance(strategy, ColossalAIStrategy) and (strategy.sharded or strategy.cuts_models)
     return runs_alone(strategy) and not parts
 
 

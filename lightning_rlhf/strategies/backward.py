@@ -63,6 +63,7 @@ class Backward:
 
     def __init__(self, boosted: Sequence[Boosted], device: torch.device) -> None:
         self._boosted, self._device = boosted, device
+        self._group = boosted[0].ranks.group  # other ranks of a copy may hold other parameters
         every = (slot.parameter for b in boosted for slot in b.slots)
         self._numbers = {id(p): number for number, p in enumerate(every)}
 
@@ -138,7 +139,7 @@ class Backward:
         own = [digest([*mine, -1, *sorted(pending)]), digest(n for b in self._boosted for n in b.order()), state]
         own += [int(bool(mine) or hidden)]
         flat = torch.tensor([*own, *(-v for v in own)], dtype=torch.int64, device=self._device)
-        dist.all_reduce(flat, dist.ReduceOp.MAX)
+        dist.all_reduce(flat, dist.ReduceOp.MAX, group=self._group)
         most, least = flat[: len(own)].tolist(), (-flat[len(own) :]).tolist()
         if least[2] == most[2] == 1:
             return True
@@ -173,7 +174,7 @@ class Backward:
         if not alike:
             parameters = [slot.parameter for b in units for slot in b.slots]
             has = torch.tensor([int(p.grad is not None) for p in parameters], device=self._device)
-            dist.all_reduce(has, dist.ReduceOp.MAX)
+            dist.all_reduce(has, dist.ReduceOp.MAX, group=self._group)
             wanted = {id(p) for p, there in zip(parameters, has.tolist(), strict=True) if there}
             for b in units:
                 b.add_all(wanted)

@@ -64,8 +64,8 @@ def optimizer_state(boosted: Boosted) -> dict[str, Any]:
         if entry:
             whole[slot.number] = entry
     gathered: dict[str, Any] = {**group_settings(boosted), "state": whole if boosted.ranks.place == 0 else {}}
-    if boosted.tensor is not None:
-        gathered = boosted.tensor.whole_optimizer_state(gathered, parameters(boosted))
+    if boosted.cuts is not None:
+        gathered = boosted.cuts.whole_optimizer_state(gathered, parameters(boosted))
     return {**gathered, "state": gathered["state"] if dist.get_rank() == 0 else {}}
 
 
@@ -125,8 +125,8 @@ def load_optimizer_state(boosted: Boosted, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: The state belongs to a different optimizer.
     """
-    if boosted.tensor is not None and not saved["state"].keys() - range(len(parameters(boosted))):
-        saved = boosted.tensor.slice_optimizer_state(saved, parameters(boosted))
+    if boosted.cuts is not None and not saved["state"].keys() - range(len(parameters(boosted))):
+        saved = boosted.cuts.part_optimizer_state(saved, parameters(boosted))
 
     def read(slot: Slot, shard: LocalShard) -> dict[str, Any]:
         return {
@@ -336,8 +336,8 @@ def whole_weights(boosted: Boosted, exact: bool) -> dict[str, Tensor]:
     boosted.sync_master_weights()
     for slot in boosted.slots:
         value = boosted.gather(slot, lambda shard: shard.weight)
-        if value is not None and boosted.tensor is not None:
-            value = boosted.tensor.whole(slot.parameter, value)
+        if value is not None and boosted.cuts is not None:
+            value = boosted.cuts.whole_slices(slot.parameter, value)
         if value is not None:
             found |= dict.fromkeys(
                 names[slot.name], value if exact and boosted.master_weights else value.to(slot.dtype)

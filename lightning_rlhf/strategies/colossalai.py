@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -33,7 +33,9 @@ from lightning_rlhf.strategies.backward import Backward
 from lightning_rlhf.strategies.gemini import GeminiBoosted
 from lightning_rlhf.strategies.optimizer import ShardedOptimizer, refuse_optimizer, sharded_optimizer
 from lightning_rlhf.strategies.parallel import (
+    Cuts,
     Mesh,
+    PipelineParallel,
     SequenceParallel,
     TensorParallel,
     check_world,
@@ -82,9 +84,15 @@ class ColossalAIStrategy(DDPStrategy):
         tp: Tensor parallelism: number of ranks that hold one copy of a model together, each a slice of every layer, and
             read the same data. A larger value takes less memory per rank and exchanges more; it must divide the
             model's heads. The other plugins act between the copies. Not for Gemini. ``docs/parallel.md`` explains it.
+        pp: Pipeline parallelism: number of ranks that hold one copy of a model together, each some of its layers. A
+            larger value takes less memory per rank, and ranks wait longer for each other; a model needs as many layers.
+            Not for Gemini. ``docs/parallel.md`` explains it.
         sp: Sequence parallelism: number of ranks that run one copy of a model together, each a stretch of every packed
             row, with whole weights. A larger value takes less memory for activations per rank and exchanges more; it
             must divide the attention heads. Not for Gemini. ``docs/parallel.md`` explains it.
+        micro_batches: ``pp``: maximum number of parts into which a batch is dealt. With m parts and p stages ranks wait
+            for ``(p - 1) / (m + p - 1)`` of the time, so a larger value waits less; parts that are too small keep no
+            GPU busy.
         checkpoint: ``full``: one file, gathered on rank 0, that can be read without ColossalAI. ``sharded``: a
             directory with one file per rank, which takes no extra memory; any number of ranks can read it.
         cpu_offload: ZeRO: keep and update optimizer states and fp32 weights in CPU memory. This frees 12 bytes per
@@ -134,7 +142,9 @@ class ColossalAIStrategy(DDPStrategy):
         self,
         plugin: Plugin = "zero2",
         tp: int = 1,
+        pp: int = 1,
         sp: int = 1,
+        micro_batches: int = 8,
         checkpoint: Literal["full", "sharded"] = "full",
         cpu_offload: bool = False,
         overlap_communication: bool = True,
@@ -162,11 +172,19 @@ class ColossalAIStrategy(DDPStrategy):
         if plugin not in get_args(Plugin):
             hybrid = " Tensor parallelism is tp, an argument of the first three." if str(plugin) == "hybrid" else ""
             raise ValueError(f"plugin must be one of {', '.join(get_args(Plugin))}; got {plugin!r}.{hybrid}")
-        for name, size in (("tp", tp), ("sp", sp)):
+        for name, size in (("tp", tp), ("pp", pp), ("sp", sp), ("micro_batches", micro_batches)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number from 1 on; got {size!r}.")
         if tp > 1 and plugin == "gemini":
             raise ValueError("tp cuts layers, and Gemini's chunks hold whole ones. Use plugin zero1 or zero2 with tp.")
+        if pp > 1 and plugin == "gemini":
+            raise ValueError(
+                "pp deals layers to ranks, and Gemini's chunks span them. Use plugin zero1 or zero2 with pp."
+            )
+        if pp > 1 and sp > 1:
+            raise ValueError("pp and sp do not go together, since both cut rows. Leave out one; tp goes with either.")
+        if pp > 1 and checkpoint == "sharded":
+            raise ValueError("checkpoint='sharded' is for whole models, and pp cuts them. Use checkpoint='full'.")
         if sp > 1 and plugin == "gemini":
             raise ValueError("sp does not support Gemini's chunks. Use plugin ddp, zero1 or zero2 with sp.")
         if tp > 1 and checkpoint == "sharded":
@@ -189,7 +207,7 @@ class ColossalAIStrategy(DDPStrategy):
         if plugin != "gemini" and (fractions != (1, 0, 0) or placement != "static"):
             raise ValueError(f"placement and the three fractions need plugin='gemini'; plugin={plugin!r} ignores them.")
         self.plugin_name, self.checkpoint = plugin, checkpoint
-        self.tp, self.sp = tp, sp
+        self.tp, self.pp, self.sp, self.micro_batches = tp, pp, sp, micro_batches
         self.cpu_offload, self.overlap_communication = cpu_offload, overlap_communication
         self.bucket_elements, self.initial_scale = bucket_elements, initial_scale
         self.placement, self.shard_param_frac = placement, shard_param_frac
@@ -204,7 +222,7 @@ class ColossalAIStrategy(DDPStrategy):
         self._failed = False
         self.timeout = timeout
         self._mesh: Mesh | None = None
-        self.tensor_parallel: TensorParallel | None = None
+        self.cuts: Cuts | None = None
         self._sequence_parallel: SequenceParallel | None = None
         self._sharded_checkpoint: checkpoints.ShardedCheckpoint | None = None
         super().__init__(
@@ -234,7 +252,12 @@ class ColossalAIStrategy(DDPStrategy):
     @property
     def ranks_per_copy(self) -> int:
         """Number of ranks that run one copy of a model together."""
-        return self.tp * self.sp
+        return self.tp * self.pp * self.sp
+
+    @property
+    def cuts_models(self) -> bool:
+        """Whether ranks hold parts of the models that they run together."""
+        return self.tp > 1 or self.pp > 1
 
     @property
     def loss_scale(self) -> float:
@@ -267,7 +290,7 @@ class ColossalAIStrategy(DDPStrategy):
             ModuleNotFoundError: The plugin needs ColossalAI, which is not installed.
             ValueError: The ranks of a copy do not divide the number of processes.
         """
-        check_world({"tp": self.tp, "sp": self.sp}, self.num_nodes * self.num_processes)
+        check_world({"tp": self.tp, "pp": self.pp, "sp": self.sp}, self.num_nodes * self.num_processes)
         if self.sharded and importlib.util.find_spec("colossalai") is None:
             raise ModuleNotFoundError(
                 f"strategy='colossalai_...' needs ColossalAI. Install it: {INSTALL} (see docs/strategies.md)",
@@ -276,7 +299,7 @@ class ColossalAIStrategy(DDPStrategy):
         super().setup_environment()
         if self.ranks_per_copy > 1:
             if self._mesh is None:
-                self._mesh = make_mesh(self.timeout, tensor=self.tp, sequence=self.sp)
+                self._mesh = make_mesh(self.timeout, pipe=self.pp, sequence=self.sp, tensor=self.tp)
             set_copies(self._mesh.data, self._mesh.copy, self._mesh.replicas)
 
     @property
@@ -342,7 +365,8 @@ class ColossalAIStrategy(DDPStrategy):
         for optimizer in self.optimizers if self.plugin_name != "gemini" else ():  # it takes Adam alone
             refuse_optimizer(optimizer)
         self._move_others(module, [part for parts in found for part in parts.values()])
-        self._boost(found)
+        with self._hiding():
+            self._boost(found)
         self.optimizers = [sharded_optimizer(b) for b in self.boosted]
         self.setup_precision_plugin()
 
@@ -353,7 +377,13 @@ class ColossalAIStrategy(DDPStrategy):
             self._ddp_kwargs["find_unused_parameters"] = True  # arguments of torch's DDP; there is no public way
         if self._mesh is not None:
             self._ddp_kwargs["process_group"] = self._mesh.replicas.group
-        super().configure_ddp()
+        if self.cuts is not None:
+            self.cuts.check_trained(self.lightning_module)
+        with self._hiding():
+            super().configure_ddp()
+
+    def _hiding(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.cuts is None else self.cuts.hiding()
 
     def _join_ranks(self, trainer: Trainer, mesh: Mesh) -> None:
         """Lets the ranks of a copy run the module's models together.
@@ -365,7 +395,7 @@ class ColossalAIStrategy(DDPStrategy):
         assert self.accelerator is not None and module is not None
         self.accelerator.setup(trainer)
         self._broadcast_weights(module)
-        if self.tp > 1:
+        if self.cuts_models:
             self._cut_models(mesh)
         if self.sp > 1:
             self._sequence_parallel = SequenceParallel(mesh.sequence, self.tp)
@@ -385,11 +415,15 @@ class ColossalAIStrategy(DDPStrategy):
         assert module is not None
         if not self.sharded and self.precision_plugin.precision == "16-mixed":
             raise ValueError(
-                "tp under plugin='ddp' does not support trainer.precision='16-mixed': ranks would find overflows on "
-                "their own. Set trainer.precision to bf16-mixed, or plugin to zero1."
+                f"{'tp' if self.tp > 1 else 'pp'} under plugin='ddp' does not support trainer.precision='16-mixed': "
+                "ranks would find overflows on their own. Set trainer.precision to bf16-mixed, or plugin to zero1."
             )
-        self.tensor_parallel = TensorParallel(mesh.tensor, self.root_device)
-        self.tensor_parallel.cut_models(module)
+        device = self.root_device
+        self.cuts = Cuts(
+            TensorParallel(mesh.tensor, device) if self.tp > 1 else None,
+            PipelineParallel(mesh.pipe, device, self.micro_batches) if self.pp > 1 else None,
+        )
+        self.cuts.cut_models(module)
         if not self.sharded:  # there is no hook for how a precision plugin clips
             self.precision_plugin.clip_grad_by_norm = self._clip_optimizer  # type: ignore[method-assign]
 
@@ -402,8 +436,8 @@ class ColossalAIStrategy(DDPStrategy):
             return
         if self._sequence_parallel is not None:
             self._sequence_parallel.undo()
-        if self.tensor_parallel is not None and self.tensor_parallel.active:
-            self.tensor_parallel.undo(weights=not self._failed)
+        if self.cuts is not None:
+            self.cuts.undo(weights=not self._failed)
         assert self.lightning_module is not None
         for part in self.lightning_module.modules():
             if isinstance(part, Metric):
@@ -481,9 +515,7 @@ class ColossalAIStrategy(DDPStrategy):
             path, child = next(iter(parts.items()))
             if len(parts) > 1 or not isinstance(child, nn.Module):
                 path, child = "", container(parts)
-            boosted = kind(
-                path, child, optimizer, plugin, precision.dtype, precision.master_weights, self.tensor_parallel
-            )
+            boosted = kind(path, child, optimizer, plugin, precision.dtype, precision.master_weights, self.cuts)
             self.boosted.append(boosted)
         if self.plugin_name == "gemini":
             GeminiBoosted.share_hook(self.boosted, self.lightning_module)  # type: ignore[arg-type]
@@ -577,8 +609,8 @@ class ColossalAIStrategy(DDPStrategy):
         Returns:
             The scalar norm before clipping.
         """
-        if not self.sharded and self.tensor_parallel is not None:
-            return self.tensor_parallel.clip_grad_norm(parameters, max_norm)
+        if not self.sharded and self.cuts is not None:
+            return self.cuts.clip_grad_norm(parameters, max_norm)
         if not self.sharded:
             return nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
         return clip_grad_norm(self.boosted, parameters, max_norm)
@@ -601,6 +633,8 @@ class ColossalAIStrategy(DDPStrategy):
             for boosted in self.boosted:
                 if any(id(slot.parameter) in its for slot in boosted.slots):
                     stack.enter_context(boosted.gathered())
+            if self.cuts is not None:
+                stack.enter_context(self.cuts.whole_stages(child))
             yield
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -613,18 +647,18 @@ class ColossalAIStrategy(DDPStrategy):
         """
         module = self.lightning_module
         assert module is not None
-        if not self.boosted and self.tensor_parallel is None:
+        if not self.boosted and self.cuts is None:
             return module.state_dict()
         trained: dict[str, Tensor] = {}
         state = module.state_dict()
         for boosted in self.boosted:
             found = checkpoints.whole_weights(boosted, exact)
             trained |= {boosted.full_name(name): value for name, value in found.items()}
-            if self.is_global_zero or self.tensor_parallel is not None:
+            if self.is_global_zero or self.cuts is not None:
                 state |= {boosted.full_name(name): value for name, value in boosted.frozen().items()}
-        if self.tensor_parallel is not None:
+        if self.cuts is not None:
             rest = state.keys() - self._trained_names().keys()
-            state = self.tensor_parallel.whole_state_dict(module, {k: v for k, v in state.items() if k in rest})
+            state = self.cuts.whole_state_dict(module, {k: v for k, v in state.items() if k in rest}, trained)
         return {**state, **trained} if self.is_global_zero else {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -649,10 +683,10 @@ class ColossalAIStrategy(DDPStrategy):
             assert isinstance(optimizer, ShardedOptimizer)
             return checkpoints.group_settings(optimizer.boosted)
         state = super().optimizer_state(optimizer)
-        if self.tensor_parallel is None or isinstance(optimizer, ShardedOptimizer):
+        if self.cuts is None or isinstance(optimizer, ShardedOptimizer):
             return state
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return self.tensor_parallel.whole_optimizer_state(state, parameters)
+        return self.cuts.whole_optimizer_state(state, parameters)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a file on rank 0, or a directory on all ranks.
@@ -688,8 +722,8 @@ class ColossalAIStrategy(DDPStrategy):
                 f"{self._sharded_checkpoint.directory} is a sharded checkpoint, which only fit under ColossalAI's "
                 "strategy reads. Convert it with lightning_rlhf.strategies.checkpoints.consolidate(directory, file)."
             )
-        if self.tensor_parallel is not None:
-            state = self.tensor_parallel.slice_state_dict(module, state)
+        if self.cuts is not None:
+            state = self.cuts.part_state_dict(module, state)
             checkpoint = {**checkpoint, "state_dict": state}
         if not self.boosted:
             super().load_model_state_dict(checkpoint, strict)
@@ -727,9 +761,9 @@ class ColossalAIStrategy(DDPStrategy):
         elif self.sharded:
             for boosted, state in zip(self.boosted, checkpoint["optimizer_states"], strict=True):
                 checkpoints.load_optimizer_state(boosted, state)
-        elif self.tensor_parallel is not None:
+        elif self.cuts is not None:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                optimizer.load_state_dict(self.tensor_parallel.slice_optimizer_state(state, parameters))
+                optimizer.load_state_dict(self.cuts.part_optimizer_state(state, parameters))
         else:
             super().load_optimizer_state_dict(checkpoint)

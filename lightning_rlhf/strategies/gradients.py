@@ -37,7 +37,7 @@ def clip_grad_norm(strategy: Strategy, parameters: Sequence[nn.Parameter], max_g
     Returns:
         Scalar norm before clipping.
     """
-    if isinstance(strategy, ColossalAIStrategy) and (strategy.sharded or strategy.tp > 1):
+    if isinstance(strategy, ColossalAIStrategy) and (strategy.sharded or strategy.cuts_models):
         return strategy.clip_grad_norm(list(parameters), max_grad_norm)
     if max_grad_norm is None:
         return grad_norm(parameters)

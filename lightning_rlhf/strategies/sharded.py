@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from lightning_rlhf.strategies.parallel import TensorParallel
+from lightning_rlhf.strategies.parallel import Cuts
 from lightning_rlhf.utils.collectives import replica_ranks
 
 
@@ -87,7 +87,7 @@ class Boosted(ABC):
         plugin: A ColossalAI plugin.
         dtype: Data type to which the plugin casts weights. None: weights are not cast.
         master_weights: Whether the optimizer updates fp32 copies of the weights.
-        tensor: What cuts parameters over ranks that share a copy of the model. None: nothing does.
+        cuts: What the ranks of a copy hold of its models. None: each holds all.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Boosted(ABC):
         plugin: Any,
         dtype: torch.dtype | None = None,
         master_weights: bool = False,
-        tensor: TensorParallel | None = None,
+        cuts: Cuts | None = None,
     ) -> None:
         from colossalai.booster import Booster
 
-        self.ranks, self.tensor = replica_ranks(), tensor
+        self.ranks, self.cuts = replica_ranks(), cuts
         self.path, self.child, self.master_weights = path, child, master_weights
         self.parts: dict[str, nn.Module | nn.Parameter] = {path: child} if path else vars(child)["placed"]
         self._dtype, self._in_backward, self._depth = dtype, False, 0
@@ -117,7 +117,8 @@ class Boosted(ABC):
         self.slots = [
             Slot(names[id(p)], i, g, p, p.shape, p.dtype) for i, (g, p) in enumerate(every) if p.requires_grad
         ]
-        self._trainable = {id(p): p.requires_grad for p in child.parameters()}
+        absent = cuts.is_absent if cuts is not None else lambda p: False
+        self._trainable = {id(p): p.requires_grad or absent(p) for p in child.parameters()}
         edges = itertools.accumulate((len(group["params"]) for group in optimizer.param_groups), initial=0)
         # ColossalAI replaces these lists' parameters in the groups
         self.group_parameters = [list(group["params"]) for group in optimizer.param_groups]
@@ -351,16 +352,14 @@ class Boosted(ABC):
 
     def grad_squares(self, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """Returns the (1,) sum of squared gradients over all ranks, in fp64."""
-        total = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
         for slot, shard, gradient in self.gradients(parameters):  # summed on the device, to wait for it only once
-            cut = self.tensor is not None and self.tensor.is_cut(slot.parameter)
-            total[int(shard.replicated), int(cut)] += gradient.float().norm().double().to(self.device) ** 2
+            kind = 0 if self.cuts is None else self.cuts.kind(slot.parameter)
+            total[int(shard.replicated), kind] += gradient.float().norm().double().to(self.device) ** 2
         dist.all_reduce(total[0], group=self.ranks.group)
-        whole, parts = total.sum(0).split(1)
-        if self.tensor is not None:
-            dist.all_reduce(parts, group=self.tensor.ranks.group)
-        squares: Tensor = (whole + parts).cpu() / self.scale**2
-        return squares
+        squares = total.sum(0)
+        squares = squares.sum() if self.cuts is None else self.cuts.sum_squares(squares)
+        return squares[None].cpu() / self.scale**2
 
     def state(self, key: Tensor) -> dict[str, Any]:
         """Returns the optimizer's state of a shard."""

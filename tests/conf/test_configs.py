@@ -111,7 +111,7 @@ def test_parallel_config_wins_over_each_stage(path, tiny_model_dir, tmp_path):
 
 def test_parallel_configs_run_a_step(tiny_model_dir, tmp_path):
     # ColossalAI's CPU mode replaces parts of it, and a process group stays: all in one process that isn't this one
-    alone = [path for path in PARALLEL if not path.name.startswith(("tp", "sp"))]
+    alone = [path for path in PARALLEL if not path.name.startswith(("tp", "pp", "sp"))]
     pairs = [("sft", path) for path in alone] + [("ppo", CONFIGS / "parallel" / "gemini_offload.yaml")]
     # generation in bf16 is slow on a CPU
     callbacks = [{"class_path": "HFExport"}]
@@ -130,13 +130,15 @@ def test_parallel_configs_run_a_step(tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("mesh", ["tp2", "sp2"])
-def test_a_mesh_file_runs_a_step_on_several_ranks(mesh, tiny_model_dir, tmp_path):
-    files = (CONFIGS / "ppo" / "smollm2_lora.yaml", CONFIGS / "parallel" / f"{mesh}.yaml")
+@pytest.mark.parametrize(
+    "mesh, stage, ranks", [("tp2", "ppo", 2), ("sp2", "ppo", 2), ("pp2", "ppo", 2), ("tp2_pp2_zero1", "sft", 4)]
+)
+def test_a_mesh_file_runs_a_step_on_several_ranks(mesh, stage, ranks, tiny_model_dir, tmp_path):
+    files = (CONFIGS / stage / "smollm2_lora.yaml", CONFIGS / "parallel" / f"{mesh}.yaml")
     both = [part for file in files for part in ("--config", str(file))]
     trainer = ("--trainer.precision", "32-true", "--trainer.callbacks", json.dumps([{"class_path": "HFExport"}]))
-    small = options(tiny_model_dir, tmp_path, "ppo", trainer=trainer)
-    command = [python(), "-m", "lightning_rlhf", "fit", *both, *small, "--trainer.devices", "2"]
+    small = options(tiny_model_dir, tmp_path, stage, trainer=trainer)
+    command = [python(), "-m", "lightning_rlhf", "fit", *both, *small, "--trainer.devices", str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert list(tmp_path.rglob("config.json"))

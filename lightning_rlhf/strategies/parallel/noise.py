@@ -6,7 +6,8 @@ part of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class BlockNoise:
 
         def enter(module: nn.Module, args: Any) -> None:
             self._common = None
-            if module.training and _has_dropout(module):
+            if module.training and has_dropout(module):
                 seed = int(torch.randint(2**62, ()))
                 self._common = _state()
                 torch.manual_seed(seed + self._ranks.place)
@@ -70,13 +71,24 @@ class BlockNoise:
         return first.remove, last.remove
 
 
-def _has_dropout(block: nn.Module) -> bool:
+def has_dropout(block: nn.Module) -> bool:
     """Whether a block, or a layer in it, draws random numbers in training."""
     for module in block.modules():
         own = {"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)
         if any("dropout" in name and isinstance(value, float) and value > 0 for name, value in own.items()):
             return True
     return False
+
+
+@contextmanager
+def own_stream(number: int) -> Iterator[None]:
+    """Within it, random numbers come from a stream of its own, which the common stream and ``number`` determine."""
+    seed, common = int(torch.randint(2**62, ())), _state()
+    torch.manual_seed(seed + number)
+    try:
+        yield
+    finally:
+        _set_state(common)
 
 
 def _state() -> _State:

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_rlhf.functional.precision import wide
 from lightning_rlhf.models.backbone import Backbone, evaluating, probe, tolerance
 from lightning_rlhf.strategies.parallel.functions import join, part_of, sum_gradients, sum_outputs
 from lightning_rlhf.strategies.parallel.noise import BlockNoise
@@ -313,29 +312,6 @@ class TensorParallel:
             for number, entry in state["state"].items()
         }
         return {**state, "state": found}
-
-    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-        """As ``torch.nn.utils.clip_grad_norm_``: slices count on all ranks, whole parameters once.
-
-        Args:
-            parameters: Parameters whose common norm is clipped.
-            max_norm: Largest norm. None: no clipping.
-
-        Returns:
-            The scalar norm before clipping, the same on all ranks.
-        """
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-        for parameter, gradient in gradients:
-            squares[int(self.is_cut(parameter))] += wide(gradient).norm().double() ** 2
-        dist.all_reduce(squares[1:], group=self.ranks.group)
-        exact = any(gradient.dtype == torch.float64 for _, gradient in gradients)
-        norm = squares.sum().sqrt().to(torch.float64 if exact else torch.float32)
-        if max_norm is not None:
-            shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for _, gradient in gradients:
-                gradient.mul_(shrink.to(gradient))
-        return norm
 
 
 class _Block:

@@ -27,7 +27,7 @@ from lightning_rlhf.models import Policy, RewardModel
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.value import ValueModel
 from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request
-from lightning_rlhf.strategies.parallel import TensorParallel, draw_alike, make_mesh
+from lightning_rlhf.strategies.parallel import Cuts, TensorParallel, draw_alike, make_mesh
 from lightning_rlhf.strategies.parallel.functions import part_of
 from lightning_rlhf.utils.collectives import once_per_copy, set_copies
 
@@ -93,7 +93,7 @@ def outputs(model, packed):
         values = model(packed)
         values = list(values) if isinstance(values, tuple) else [values]
         nll = 0.0
-    loss = sum((v * torch.linspace(-1, 1, len(v), dtype=v.dtype)).sum() for v in values) + nll
+    loss = sum((v * torch.linspace(-1, 2, len(v), dtype=v.dtype)).sum() for v in values) + nll
     loss.backward()
     return [value.detach() for value in (*values, loss)]
 
@@ -112,7 +112,9 @@ def compare(make_backbone, mesh, packed=None):
     found = dict(
         outputs=max(far(a, b) for a, b in zip(got, want, strict=True)),
         gradients=max(far(g, own[n].grad) for n, g in grads.items()),
-        norm=far(cutter.clip_grad_norm(list(two.parameters()), 0.1), nn.utils.clip_grad_norm_(one.parameters(), 0.1)),
+        norm=far(
+            Cuts(cutter).clip_grad_norm(list(two.parameters()), 0.1), nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+        ),
         clipped=max(far(cutter.whole(p, p.grad), own[n].grad) for n, p in two.named_parameters() if p.grad is not None),
         share=sum(p.numel() for p in two.parameters()) / sum(p.numel() for p in own.values()),
         layout=two.layout,
