@@ -34,7 +34,8 @@ ColossalAIStrategy.register_strategies(StrategyRegistry)
 def runs_alone(strategy: Strategy) -> bool:
     """Whether a rank can run a model without the other ranks, possibly within :func:`whole_weights`.
 
-    Under tensor parallelism it needs those ranks that hold the model with it, but none that have other data.
+    Under tensor and sequence parallelism it needs those ranks that run the model with it, but none that have other
+    data.
 
     Args:
         strategy: Any strategy.

@@ -89,7 +89,7 @@ def cut_places(mesh):
 # ------------------------------------------------------------------------------------------------- models
 
 
-def policy(family="llama", lora=None, checkpointing=False, layout="tree", dtype=None, packed=None, trunk_grad=None,
+def policy(family="llama", lora=None, checkpointing=False, layout="auto", dtype=None, packed=None, trunk_grad=None,
            z_loss=0.0, **changes):  # fmt: skip
     def build():
         model = make(family, lora=lora, **changes)

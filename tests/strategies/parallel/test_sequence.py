@@ -104,6 +104,7 @@ STAGES = {
     "sft lora": (dict(stage="sft", max_steps=4, lora=True, checkpointing=True, save_every=2, export=True), "ddp"),
     "reward": (dict(stage="reward", max_steps=2, lr=1e-3, clip=0.3), "zero2"),
     "dpo": (dict(stage="dpo", max_steps=2, lora=True, lr=1e-3), "zero1"),
+    "kto": (dict(stage="kto", max_steps=2, lr=1e-3), "ddp"),
     "ppo": (dict(stage="ppo", max_steps=2, lr=3e-3, max_norm=0.5, ptx_coef=0.5), "zero1"),
     "ppo lora": (dict(stage="ppo", max_steps=2, lr=3e-3, lora=True, max_norm=0.5, checkpointing=True), "ddp"),
     "ppo head": (dict(stage="ppo", max_steps=2, lr=3e-3, max_norm=0.5, critic_kind="head"), "zero2"),
