@@ -91,14 +91,19 @@ class Span(NamedTuple):
 
 
 class Attend(NamedTuple):
-    """One attention call: the queries of ``own`` see all of ``prefix`` and, causally, themselves.
+    """Sequences that lie side by side, and attend alike: to all of ``prefix`` and, causally, to themselves.
 
-    ``repeats`` spans of equal length that lie side by side, none with a prefix, are one call.
+    Either a prompt, or the branches of one, or whole sequences of the same length.
+
+    Attributes:
+        own: The place of all of them.
+        lengths: Tokens of each.
+        prefix: The place of their prompt; None if they see themselves only.
     """
 
     own: Span
-    prefix: Span | None
-    repeats: int = 1
+    lengths: tuple[int, ...]
+    prefix: Span | None = None
 
 
 @dataclass(eq=False)
@@ -117,16 +122,19 @@ class Forest:
         """Lists the attention calls. A tree with one branch is a plain causal sequence."""
         calls: list[Attend] = []
         for prompt, branches in self.trees:
+            lengths = tuple(branch.length for branch in branches)
             if len(branches) == 1:
-                call = Attend(Span(prompt.start, prompt.length + branches[0].length), None)
-                before = calls[-1] if calls else None
-                if before is not None and before.prefix is None and before.own.length == call.own.length:
-                    calls[-1] = before._replace(repeats=before.repeats + 1)
-                else:
-                    calls.append(call)
+                length = prompt.length + lengths[0]
+                start = prompt.start
+                before: tuple[int, ...] = ()
+                if calls and calls[-1].prefix is None and calls[-1].lengths[0] == length:
+                    (start, _), before, _ = calls.pop()
+                own = (*before, length)
+                calls.append(Attend(Span(start, sum(own)), own))
             else:
-                calls.append(Attend(prompt, None))
-                calls.extend(Attend(branch, prompt) for branch in branches)
+                calls.append(Attend(prompt, (prompt.length,)))
+                if branches:
+                    calls.append(Attend(Span(branches[0].start, sum(lengths)), lengths, prompt))
         self.calls: tuple[Attend, ...] = tuple(calls)
 
     def mask(self, prefix: int, own: int, window: int | None, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lightning_rlhf.data.packed import Forest
-from lightning_rlhf.models import flex
+from lightning_rlhf.models import branches, flex
 from lightning_rlhf.utils.compilation import uncompiled
 
 NAME = "tree"
@@ -173,38 +173,43 @@ def _loop(
     dropout: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Computes (1, T, H, E) attention with one call per prompt and per branch."""
-    if softcap is not None or sinks is not None:
+    """Computes (1, T, H, E) attention by prompts, branches, and sequences of the same length."""
+    eager = softcap is not None or sinks is not None
+    if eager:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    merges = not eager and not dropout and branches.usable(query, key, value)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, before: int) -> Tensor:
+        """Sequences of one length, behind so many keys that all of them see."""
+        near = window if window and window < k.shape[2] else None
+        if eager:
+            seen = forest.mask(before, q.shape[2], near, query.device)
+            return _eager_attention(q, k, v, seen, scaling, dropout, softcap, sinks)
+        # SDPA's is_causal is aligned at the top left, which is right for a prompt, but wrong for a branch
+        causal = not before and near is None
+        mask = None if causal else forest.mask(before, q.shape[2], near, query.device)
+        alike = q.shape[1] == k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=not alike)
+
     # split each tensor once: in the backward pass each slice would allocate a gradient of the whole tensor
-    sizes = [own.length * repeats for own, _, repeats in forest.calls]
+    sizes = [call.own.length for call in forest.calls]
     pieces = zip(forest.calls, *(t.split(sizes, 2) for t in (query, key, value)), strict=True)
-    prompts: dict[int, tuple[Tensor, Tensor]] = {}
+    prompt = key, value
     out: list[Tensor] = []
-    for (own, prefix, repeats), q, k, v in pieces:
-        if repeats > 1:  # neighboring branches of the same length form a batch
-            q, k, v = (t.unflatten(2, (repeats, own.length))[0].transpose(0, 1) for t in (q, k, v))
-        before = 0
+    for (_, lengths, prefix), q, k, v in pieces:
         if prefix is None:
-            prompts[own.start] = k, v
+            prompt = k, v
+            if len(lengths) > 1:
+                q, k, v = (t.unflatten(2, (len(lengths), lengths[0]))[0].transpose(0, 1) for t in (q, k, v))
+            result = attend(q, k, v, 0).transpose(1, 2).flatten(0, 1)[None]
+        elif merges and len(lengths) > 2 and prefix.length and not (window and window < prefix.length + max(lengths)):
+            result = branches.attend(q, k, v, prompt, lengths, scaling).transpose(1, 2)
         else:
-            before = prefix.length
-            shared_k, shared_v = prompts[prefix.start]
-            k, v = torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2)
-        near = window if window and window < before + own.length else None
-        if softcap is not None or sinks is not None:
-            seen = forest.mask(before, own.length, near, query.device)
-            result = _eager_attention(q, k, v, seen, scaling, dropout, softcap, sinks)
-        else:
-            # SDPA's is_causal is aligned at the top left, which is right for a prompt, but wrong for a branch
-            causal = prefix is None and near is None
-            mask = None if causal else forest.mask(before, own.length, near, query.device)
-            result = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        result = result.transpose(1, 2)
-        out.append(result if repeats == 1 else result.flatten(0, 1)[None])
+            each = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)
+            behind = ((q, *(torch.cat(pair, 2) for pair in zip(prompt, kv, strict=True))) for q, *kv in each)
+            result = torch.cat([attend(q, k, v, prefix.length).transpose(1, 2) for q, k, v in behind], 1)
+        out.append(result)
     return torch.cat(out, 1)
 
 

@@ -74,7 +74,7 @@ def expected(logits, prompt, s):
     ids=str,
 )
 def test_tokens_have_the_exact_distribution(settings):
-    n = 20_000
+    n = 6_000
     tokens, logprobs = sample_tokens(LOGITS.expand(n, -1), rows(n, **settings))
     want = expected(LOGITS, PROMPT, Sampling(**settings)).double()
     counts = torch.bincount(torch.tensor(tokens), minlength=VOCABULARY)
@@ -88,7 +88,7 @@ def test_tokens_have_the_exact_distribution(settings):
 
 def test_steps_and_keys_are_independent():
     """Of one key over many steps, and of neighbors at one step: pairs of tokens have the product distribution."""
-    n = 20_000
+    n = 6_000
     many = rows(n)
     first, _ = sample_tokens(LOGITS.expand(n, -1), many)
     for row in many:
