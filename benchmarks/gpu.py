@@ -1,10 +1,15 @@
-"""Speed and memory on one CUDA card: fine-tuning, PPO, and ColossalAI's offloading.
+"""Results, speed and memory on one CUDA card: fine-tuning, PPO, decoding, and ColossalAI's offloading.
 
     pip install -e '.[colossalai]'
+    python benchmarks/gpu.py --check                 # is all right? in 2 minutes: benchmarks/gpu_checks.py
+    python benchmarks/gpu.py --all --minutes 8       # the same, then all figures, the least valuable last
     python benchmarks/gpu.py                         # all recipes, one table
     python benchmarks/gpu.py ppo_120m                # one of them
     python benchmarks/gpu.py --peak-tflops 312       # on a card that is not in the list
     python benchmarks/gpu.py --cpu-smoke             # the same code at toy size on a CPU: shows only that it runs
+
+--check and --all add a line of JSON for each step to --out as it comes. A step runs in a process of its own, with a
+time that it may take, so that a fault costs that step alone; where --minutes are over, the rest is noted as "no time".
 
 Each recipe trains a random Llama of its own size in a process of its own, on made-up rows of one length, in bf16. The
 figures are of the steps after a warm-up, by the clock, with the card's queue emptied at the end of each step. Tokens
@@ -40,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import lightning.pytorch as L
+import schedule
 import torch
 from common import BenchmarkParser, Meter
 from memory import first_letters
@@ -114,6 +120,13 @@ RECIPES = {
     "zero2_offload": Recipe("sft", "colossalai_zero2_offload", checkpointing=True),
     "gemini_offload": Recipe("sft", "colossalai_gemini_offload", checkpointing=True),
 }
+#: What --check and --all run, by where it is, in this order; the least valuable last.
+CHECKS = ("card", "trees", "greedy", "ppo", "exports", "resume")
+SHARDED_CHECKS = ("zero2", "zero2_offload", "gemini", "gemini_offload", "gemini_auto")
+FIGURES = ("decode", "sft", "groups", "head", "ppo_120m", "ppo")
+SHARDED_FIGURES = ("zero2_offload", "gemini_offload")
+#: Seconds that a step may take; ColossalAI's optimizers are compiled at their first use.
+LONGEST, LONGEST_SHARDED = 90.0, 240.0
 #: Just large enough for Gemini to make chunks of.
 SMOKE = {"width": HEAD, "layers": 1, "rows": 2, "length": 6, "new": 4, "vocab_size": 8192, "steps": 2, "warmup": 1}
 
@@ -272,10 +285,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = BenchmarkParser(__doc__, RECIPES, **sizes)
     parser.add_argument("recipes", nargs="*", help=f"some of {', '.join(RECIPES)}; default: all")
     parser.add_argument("--cpu-smoke", action="store_true", help="toy size on a CPU, without MFU and memory")
+    parser.add_argument("--check", action="store_true", help="check results alone, as JSON lines")
+    parser.add_argument("--all", action="store_true", help="check results, then measure all, as JSON lines")
+    parser.add_argument("--minutes", type=float, help="time for --check (default 2) or --all (default 8)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu.jsonl"), help="file of their lines; default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peak-tflops", type=float, help="peak of the card in dense bf16, 10^12 operations per second")
     options = parser.parse(arguments)
     if unknown := [name for name in options.recipes if name not in RECIPES]:
         parser.error(f"There is no recipe {', '.join(unknown)}. Choose from {', '.join(RECIPES)}.")
+    if options.check + options.all + bool(options.recipes) > 1:
+        parser.error("Choose one of --check, --all and recipes.")
+    if options.minutes is not None and not (options.check or options.all):
+        parser.error("--minutes belongs to --check or --all.")
     options.recipes = options.recipes or list(RECIPES)
     for name, value in (SMOKE if options.cpu_smoke else {"steps": 10, "warmup": 3, "vocab_size": 32_000}).items():
         if getattr(options, name) is None:
@@ -300,6 +324,36 @@ def find_peak(options: argparse.Namespace) -> float | None:
     return peak
 
 
+def steps_of(options: argparse.Namespace) -> list[schedule.Step]:
+    """The steps of --check or --all."""
+    smoke = ["--cpu-smoke"] * options.cpu_smoke
+    peak = [] if options.peak_tflops is None else ["--peak-tflops", str(options.peak_tflops)]
+    here = Path(__file__)
+
+    def check(name: str, longest: float) -> schedule.Step:
+        return schedule.Step(name, schedule.python(here.with_name("gpu_checks.py"), name, *smoke), longest)
+
+    def measure(name: str, longest: float) -> schedule.Step:
+        if name not in RECIPES:
+            return check(name, longest)
+        return schedule.Step(f"{name}, figures", schedule.python(here, name, "--json", *smoke, *peak), longest)
+
+    found = [check(name, LONGEST) for name in CHECKS]
+    found += [measure(name, LONGEST) for name in FIGURES if options.all]
+    found += [check(name, LONGEST_SHARDED) for name in SHARDED_CHECKS]
+    return found + [measure(name, LONGEST_SHARDED) for name in SHARDED_FIGURES if options.all]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Runs the steps; exits with 1 if one was not right."""
+    minutes = options.minutes if options.minutes is not None else 8.0 if options.all else 2.0
+    found = schedule.run_steps(steps_of(options), minutes, options.out)
+    wrong = [f"{line['step']} ({line['status']})" for line in found if line["status"] in ("failed", "timeout")]
+    print(f"{sum(line['status'] == 'ok' for line in found)} of {len(found)} steps are ok: {options.out}")
+    if wrong:
+        sys.exit(f"Not right: {', '.join(wrong)}.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures, and prints the table."""
     options = parse(arguments)
@@ -307,6 +361,9 @@ def main(arguments: list[str] | None = None) -> None:
         work(options)
         return
     peak = find_peak(options)
+    if options.check or options.all:
+        run_all(options)
+        return
     passed = ["steps", "warmup", "rows", "length", "new", "width", "layers", "vocab_size"]
     flags = common.flags(options, passed) + ["--cpu-smoke"] * options.cpu_smoke
     lines = []
@@ -315,6 +372,8 @@ def main(arguments: list[str] | None = None) -> None:
         meter = common.measure(__file__, ["--worker", name, *flags])
         parameters = num_parameters(model_config(recipe, options.vocab_size))
         lines.append(row(name, recipe, parameters, meter, peak))
+        if options.json:
+            schedule.say({k: v for k, v in zip(COLUMNS[1:], lines[-1][1:], strict=True) if v})
         print(f"{name}: {meter.speed:,.0f} tokens a second", file=sys.stderr, flush=True)
     print(common.markdown(lines, COLUMNS))
 

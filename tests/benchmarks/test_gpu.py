@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,97 @@ def test_what_can_not_be_measured_is_refused(gpu, capsys, arguments, words):
     with pytest.raises(SystemExit):
         gpu.parse(arguments)
     assert words in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- --check and --all
+
+
+def test_a_fault_costs_one_step_and_each_line_is_written_as_it_comes(gpu, tmp_path):
+    out = tmp_path / "runs" / "gpu.jsonl"
+    python, step = gpu.schedule.python, gpu.schedule.Step
+    say = tmp_path / "say.py"
+    say.write_text(
+        "import json, sys, time\n"
+        "print('RESULT ' + json.dumps({'figure': 1.5}), flush=True)\n"
+        "time.sleep(float(sys.argv[1]))\n"
+        f"print(len(open({str(out)!r}).readlines()))\n"
+        "sys.exit(sys.argv[2])\n"
+    )
+    say.write_text(say.read_text().replace("sys.exit(sys.argv[2])", "sys.exit(sys.argv[2] or 0)"))
+    silent = tmp_path / "silent.py"
+    silent.write_text("print('nothing')")
+    steps = [
+        step("good", python(silent.with_name("good.py"))),
+        step("faulty", python(say, "0", "a fault")),
+        step("slow", python(say, "60", ""), 6.0),
+        step("silent", python(silent)),
+    ]
+    silent.with_name("good.py").write_text("print('RESULT {\"figure\": 2}')")
+    found = gpu.schedule.run_steps(steps, 5.0, out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found
+    assert [(line["step"], line["status"]) for line in found] == [
+        ("good", "ok"), ("faulty", "failed"), ("slow", "timeout"), ("silent", "failed"),
+    ]  # fmt: skip
+    assert found[0]["figure"] == 2 and found[1]["figure"] == 1.5, "what was said before the fault is kept"
+    assert found[1]["end"].splitlines() == ["1", "a fault"], "the line before was not on the disk"
+    assert found[2]["seconds"] < 30 and found[3]["end"] == "nothing"
+
+
+def test_what_has_no_time_is_noted(gpu, tmp_path):
+    start = time.monotonic()
+    steps = [gpu.schedule.Step(name, ["false"]) for name in ("one", "other")]
+    found = gpu.schedule.run_steps(steps, 0.01, tmp_path / "gpu.jsonl")
+    assert [line["status"] for line in found] == ["no time"] * 2 and time.monotonic() - start < 5
+
+
+def test_the_most_valuable_is_first(gpu):
+    check = [step.name for step in gpu.steps_of(gpu.parse(["--check", "--cpu-smoke"]))]
+    every = [step.name for step in gpu.steps_of(gpu.parse(["--all", "--minutes", "8"]))]
+    assert check[:2] == ["card", "trees"] and check[-1] == "gemini_auto" and "decode" not in check
+    assert set(check) < set(every) and every[-1] == "gemini_offload, figures"
+    assert every.index("decode") < every.index("zero2"), "what compiles for minutes comes last"
+    assert {name.removesuffix(", figures") for name in every if name.endswith("figures")} == set(gpu.RECIPES)
+
+
+@pytest.mark.parametrize("given", [["--check", "--all"], ["--check", "sft"], ["--minutes", "3"]])
+def test_what_does_not_go_together_is_refused(gpu, given, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(given)
+    assert "--check" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def checks(gpu):
+    spec = importlib.util.spec_from_file_location("benchmarks_gpu_checks", BENCHMARKS / "gpu_checks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["card", "trees", "greedy", "ppo", "exports", "resume", "decode", "head", "groups"])
+def test_a_check_runs_at_toy_size(checks, name, tmp_path):
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        found = {**checks.CHECKS, **checks.FIGURES}[name](checks.Place(True, tmp_path))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert found and json.dumps(found)
+
+
+def test_a_figure_beyond_its_bound_ends_with_an_error(checks, capsys):
+    with pytest.raises(SystemExit, match=r"difference is 0.2, above 0.1"):
+        checks.expect({"other": 1}, "difference", 0.2, 0.1)
+    assert json.loads(capsys.readouterr().out.removeprefix("RESULT ")) == {"other": 1, "difference": 0.2}
+    with pytest.raises(SystemExit):
+        checks.expect({}, "difference", float("nan"), 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "gemini", "gemini_offload"])
+def test_a_sharded_check_runs_at_toy_size(gpu, name, tmp_path, monkeypatch):
+    pytest.importorskip("colossalai")
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    command = gpu.schedule.python(BENCHMARKS / "gpu_checks.py", name, "--cpu-smoke")
+    [found] = gpu.schedule.run_steps([gpu.schedule.Step(name, command, 250.0)], 5.0, tmp_path / "gpu.jsonl")
+    assert found["status"] == "ok", found
