@@ -245,7 +245,7 @@ def test_twenty_steps_in_double_precision(tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others(tiny_model_dir, tmp_path):
-    mesh = dict(devices=2, strategy={"plugin": "zero1", "pp": 2, "timeout": 30})
+    mesh = dict(devices=2, strategy={"plugin": "zero1", "pp": 2, "timeout": 120})
     run = dict(stage="sft", max_steps=20, save_every=2, kill=[1, 5], **mesh)
     done = run_stages(tiny_model_dir, tmp_path, {"killed": run}, check=False)
     assert done.returncode != 0 and not (tmp_path / "killed" / "curve.json").exists()
