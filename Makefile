@@ -15,8 +15,8 @@ VENV := .venv
 BRIDGE := .venv-4.51
 NEWEST := .newest
 TEST_EXTRAS := demo,test,docs
-# Files stay whole: what a file's tests share is made once.
-PYTEST := python -m pytest -n $(JOBS) --dist loadfile
+# Files stay whole: what a file's tests share is made once. They start in the order of tests/conftest.py.
+PYTEST := python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # What the targets test-* run
 FAST := lightning_rlhf $(addprefix tests/,cleaning data endpoint evaluation functional metrics models report rewards rollout utils)
 OLDEST := $(addprefix tests/,models functional data rollout rewards strategies)

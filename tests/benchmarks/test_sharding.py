@@ -160,6 +160,7 @@ def test_two_ranks_share_all_under_gemini(sharding, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.exhaustive
 def test_two_ranks_share_states_alone_under_zero1(sharding, monkeypatch):
     pytest.importorskip("colossalai")
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))

@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 
 import httpx
 import pytest
+from forked import python
 
 from lightning_rlhf.chat.client import ChatError, Client
 from lightning_rlhf.chat.terminal import Terminal
@@ -170,7 +170,7 @@ def test_the_history_is_kept_and_gone_on_with(server, tmp_path):
     history = tmp_path / "chat.jsonl"
     Chat(server.url, ["base"], history=history)("One")
     lines = "Two\n/quit\n"
-    command = [sys.executable, "-m", "lightning_rlhf", "chat", server.url, "--history", str(history), "--models", "sft"]
+    command = [python(), "-m", "lightning_rlhf", "chat", server.url, "--history", str(history), "--models", "sft"]
     done = subprocess.run(
         [*command, "--max-new-tokens", "5"], input=lines, capture_output=True, text=True, timeout=120, check=True
     )
@@ -181,7 +181,7 @@ def test_the_history_is_kept_and_gone_on_with(server, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_served_for_the_chat_alone(run_dir, tmp_path):
-    command = [sys.executable, "-m", "lightning_rlhf", "chat", str(run_dir), "--votes", str(tmp_path / "votes")]
+    command = [python(), "-m", "lightning_rlhf", "chat", str(run_dir), "--votes", str(tmp_path / "votes")]
     done = subprocess.run(
         [*command, "--models", "sft", "ppo", "--max-new-tokens", "5"],
         input="Hello\n/better sft\n",
@@ -203,7 +203,7 @@ def test_a_run_is_served_for_the_chat_alone(run_dir, tmp_path):
     ],
 )
 def test_a_wrong_run_is_one_line(arguments, words):
-    command = [sys.executable, "-m", "lightning_rlhf", "chat", *arguments]
+    command = [python(), "-m", "lightning_rlhf", "chat", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
 

@@ -31,7 +31,12 @@ def test_a_rank_makes_no_second_group():
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "plugin, tp, precision",
-    [("ddp", 1, "32-true"), ("zero1", 1, "32-true"), ("zero2", 1, "bf16-mixed"), ("ddp", 2, "32-true")],
+    [
+        pytest.param("ddp", 1, "32-true", marks=pytest.mark.exhaustive),
+        pytest.param("zero1", 1, "32-true", marks=pytest.mark.exhaustive),
+        ("zero2", 1, "bf16-mixed"),
+        ("ddp", 2, "32-true"),
+    ],
 )
 def test_a_rank_of_two(plugin, tp, precision, small_model, tmp_path):
     if plugin != "ddp":

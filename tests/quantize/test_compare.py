@@ -157,7 +157,7 @@ GRIDS = [Grid(4, size, sym) for sym in (True, False) for size in (32, 64)]
 
 
 @needs_gptqmodel
-@pytest.mark.parametrize("seed", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (3, 4))])
 def test_gptq_beats_rounding_on_every_grid(wide_stories, tell, held_out, tmp_path, seed):
     """In 4 bits, on stories that the model never told while it was calibrated."""
     rows = Rows(list(tell(32, 128, seed)), list(held_out))

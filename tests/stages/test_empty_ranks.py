@@ -84,6 +84,7 @@ def test_two_ranks_find_what_one_process_finds(one, two):
     check(two, one)
 
 
+@pytest.mark.exhaustive
 def test_three_ranks_find_what_one_process_finds(one, three):
     check(three, one)
 

@@ -168,11 +168,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
-    """kill -9, ten times, resumed from the last checkpoint each time."""
-    options = dict(TURNS, **RESUMED, lora=True, max_steps=25)
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path, kills):
+    """kill -9, resumed from the last checkpoint each time."""
+    options = dict(TURNS, **RESUMED, lora=True, max_steps=5 * kills // 2)
     whole = spawn(HERE / "run_grpo.py", tiny_model_dir, tmp_path / "whole", **options)
-    assert_equal(spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", 10, save_every=1, **options), whole)
+    assert_equal(spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", kills, save_every=1, **options), whole)
 
 
 # ------------------------------------------------------------------------------------------------- what people see

@@ -337,7 +337,10 @@ def test_passes_that_an_update_does_not_make_again_are_not_kept(tiny_model_dir, 
 @pytest.mark.parametrize(
     "options",
     [
-        dict(lora=True, kl_target=0.01, kl_horizon=50, scale_scores=True, whiten_rewards=True),
+        pytest.param(
+            dict(lora=True, kl_target=0.01, kl_horizon=50, scale_scores=True, whiten_rewards=True),
+            marks=pytest.mark.exhaustive,
+        ),
         dict(
             lora=True,
             critic_kind="separate",

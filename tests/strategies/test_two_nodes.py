@@ -113,7 +113,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("stage", SMALL)
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.exhaustive), "ppo"])
 def test_a_stage_runs_on_two_machines(stage, machines, tiny_model_dir, tmp_path):
     with started(machines, stage, tiny_model_dir, tmp_path / "two", **SMALL[stage]) as (processes, logs):
         ended = [process.wait(300) for process in processes]
