@@ -6,6 +6,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked import python
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 from lightning_rlhf.functional import LOSSES
@@ -69,7 +71,9 @@ def run(settings, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in variables.items():
                     patch.setenv(name, str(value))
-                NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+                kernel = AsyncKernelManager(kernel_name="python3")
+                kernel.kernel_spec.argv[0] = python()
+                NotebookClient(notebook, km=kernel, timeout=240, resources=where).execute()
             done[path] = notebook, folder
         return done[path]
 

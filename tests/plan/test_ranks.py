@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import python
 
 from lightning_rlhf import SFTModule
 from lightning_rlhf.plan.layout import Layout, moments, peak
@@ -42,7 +42,7 @@ def test_a_rank_of_two(plugin, tp, precision, small_model, tmp_path):
     if plugin != "ddp":
         pytest.importorskip("colossalai")
     script, out = Path(__file__).with_name("run_ranks.py"), tmp_path / "found.json"
-    command = [sys.executable, str(script), str(small_model), str(out), plugin, str(tp), precision]
+    command = [python(), str(script), str(small_model), str(out), plugin, str(tp), precision]
     root = Path(__file__).resolve().parents[2]
     paths = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{script.parent}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=paths)
