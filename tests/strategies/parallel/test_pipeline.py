@@ -28,6 +28,7 @@ REFUSALS = {
     "idle stage": "Stage 0 of pp=2 (from 0) trains none of its parameters, which plugin='ddp' does not support.",
     "shared layers": "pp cannot train model.model.layers.0.self_attn.q_proj.weight of LlamaForCausalLM, which several",
 }
+TIED = ("gemma2", "gemma2 lora", "checkpointing", "one micro-batch", "fp64")
 EXACT = [name for name in cases.CASES if name not in (*REFUSALS, "bf16")]
 
 
@@ -100,7 +101,8 @@ def test_results_and_gradients_equal_one_process(found, name):
         assert case["without gradients"] < 5e-6 and case["again"] < 5e-6
         assert (case["layout"] == "padded") == (name == "padded")
         assert case["names"] and case["whole"] and case["alone"] == case["undone"] == 0.0
-    assert found[0][name]["share"] + found[1][name]["share"] < (1.4 if "gemma2" in name else 1.001)
+    # a weight that is embeddings and head lies at both ends
+    assert found[0][name]["share"] + found[1][name]["share"] < (1.2 if name in TIED else 1.001)
 
 
 @pytest.mark.slow
