@@ -54,6 +54,7 @@ from lightning_rlhf.models import load_causal_lm
 from lightning_rlhf.models.saving import save_pretrained
 from lightning_rlhf.rollout import CachedEngine, Request
 from lightning_rlhf.strategies import ColossalAIStrategy
+from lightning_rlhf.strategies.colossalai import NAMES
 
 #: Families with what is special about their attention.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -249,10 +250,11 @@ def exports(place: Place) -> dict[str, Any]:
     return figures
 
 
-def _colossalai(plugin: str, precision: str, **options: Any) -> Callable[[Place], dict[str, Any]]:
+def _colossalai(name: str, precision: str, **options: Any) -> Callable[[Place], dict[str, Any]]:
     def check(place: Place) -> dict[str, Any]:
         losses, figures = [], {}
-        for strategy, digits in (("auto", "32-true"), (ColossalAIStrategy(plugin, **options), precision)):
+        sharded = ColossalAIStrategy(**NAMES[f"colossalai_{name}"], **options)
+        for strategy, digits in (("auto", "32-true"), (sharded, precision)):
             L.seed_everything(0, verbose=False)
             module, data = small_sft(place)
             trainer = train(place, module, data, max_steps=4, max_epochs=1, strategy=strategy, precision=digits)

@@ -210,6 +210,7 @@ def end(status):
     import threading
 
     if isinstance(status, str):
+        sys.stdout.flush()
         print(status, file=sys.stderr)
     threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
