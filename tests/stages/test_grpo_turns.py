@@ -171,7 +171,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path, kills):
     """kill -9, resumed from the last checkpoint each time."""
-    options = dict(TURNS, **RESUMED, lora=True, max_steps=5 * kills // 2)
+    options = dict(TURNS, **RESUMED, lora=True, max_steps=3 * kills + 3)
     whole = spawn(HERE / "run_grpo.py", tiny_model_dir, tmp_path / "whole", **options)
     assert_equal(spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", kills, save_every=1, **options), whole)
 
