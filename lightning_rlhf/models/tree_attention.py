@@ -29,6 +29,9 @@ from lightning_rlhf.models import branches, flex
 from lightning_rlhf.utils.compilation import uncompiled
 
 NAME = "tree"
+#: Branches of a prompt from which on they are merged. Fewer gain little, and then a branch's result is the same to the
+#: last bit whichever others are beside it, so that a policy that equals its reference has margins of exactly 0.
+MERGED = 8
 _ACTIVE: ContextVar[bool] = ContextVar("a forest is being run", default=False)
 _WINDOWS: ContextVar[set[int | None] | None] = ContextVar("windows of the layers that run", default=None)
 
@@ -203,7 +206,12 @@ def _loop(
             if len(lengths) > 1:
                 q, k, v = (t.unflatten(2, (len(lengths), lengths[0]))[0].transpose(0, 1) for t in (q, k, v))
             result = attend(q, k, v, 0).transpose(1, 2).flatten(0, 1)[None]
-        elif merges and len(lengths) > 2 and prefix.length and not (window and window < prefix.length + max(lengths)):
+        elif (
+            merges
+            and prefix.length
+            and len(lengths) >= MERGED
+            and not (window and window < prefix.length + max(lengths))
+        ):
             result = branches.attend(q, k, v, prompt, lengths, scaling).transpose(1, 2)
         else:
             each = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)

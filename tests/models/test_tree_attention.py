@@ -16,7 +16,7 @@ def packed():
     return pack(
         [
             Tree(ids[:5], [Branch(ids[5:9]), Branch(ids[9:12]), Branch(ids[12:13])]),
-            Tree(ids[2:4], [Branch(ids[1:4]), Branch(ids[5:6])]),
+            Tree(ids[2:4], [Branch(ids[i : 2 * i]) for i in range(1, tree.MERGED + 1)]),
             Tree(ids[13:15], [Branch(ids[15:20])]),
             Tree(ids[20:22], [Branch(ids[22:27])]),  # as long as the one before: one call for both
             Tree(ids[27:28], [Branch(ids[28:40])]),

@@ -92,10 +92,10 @@ def outputs(model, packed):
     else:
         values = model(packed)
         values = list(values) if isinstance(values, tuple) else [values]
-        nll = 0.0
+        nll = torch.zeros(())
     loss = sum((v * torch.linspace(-1, 2, len(v), dtype=v.dtype)).sum() for v in values) + nll
     loss.backward()
-    return [value.detach() for value in (*values, loss)]
+    return [value.detach() for value in (*values, nll)]  # the loss is a sum in which much cancels
 
 
 def compare(make_backbone, mesh, packed=None):
@@ -121,7 +121,7 @@ def compare(make_backbone, mesh, packed=None):
     )
     cutter.undo(weights=True)
     found["whole"] = all(torch.equal(p, own[n]) for n, p in two.named_parameters())
-    found["undone"] = far(outputs(two, packed)[-1], want[-1])
+    found["undone"] = far(outputs(two, packed)[0], want[0])
     return found
 
 
