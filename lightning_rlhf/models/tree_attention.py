@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lightning_rlhf.data.packed import Forest
+from lightning_rlhf.data.packed import Forest, Span
 from lightning_rlhf.models import branches, flex
 from lightning_rlhf.utils.compilation import uncompiled
 
@@ -181,7 +181,12 @@ def _loop(
     if eager:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    merges = not eager and not dropout and branches.usable(query, key, value)
+    usable = not eager and not dropout and branches.usable(query, key, value)
+
+    def merges(prompt: Span, lengths: Sequence[int]) -> bool:
+        """Whether branches see all of their prompt, and are many."""
+        many = len(lengths) >= MERGED and prompt.length > 0
+        return usable and many and not (window and window < prompt.length + max(lengths))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, before: int) -> Tensor:
         """Sequences of one length, behind so many keys that all of them see."""
@@ -206,12 +211,7 @@ def _loop(
             if len(lengths) > 1:
                 q, k, v = (t.unflatten(2, (len(lengths), lengths[0]))[0].transpose(0, 1) for t in (q, k, v))
             result = attend(q, k, v, 0).transpose(1, 2).flatten(0, 1)[None]
-        elif (
-            merges
-            and prefix.length
-            and len(lengths) >= MERGED
-            and not (window and window < prefix.length + max(lengths))
-        ):
+        elif merges(prefix, lengths):
             result = branches.attend(q, k, v, prompt, lengths, scaling).transpose(1, 2)
         else:
             each = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)

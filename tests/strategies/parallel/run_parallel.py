@@ -92,10 +92,11 @@ def outputs(model, packed):
     else:
         values = model(packed)
         values = list(values) if isinstance(values, tuple) else [values]
-        nll = torch.zeros(())
-    loss = sum((v * torch.linspace(-1, 2, len(v), dtype=v.dtype)).sum() for v in values) + nll
+        nll = None
+    loss = sum((v * torch.linspace(-1, 2, len(v), dtype=v.dtype)).sum() for v in values) + (0.0 if nll is None else nll)
     loss.backward()
-    return [value.detach() for value in (*values, nll)]  # the loss is a sum in which much cancels
+    # not the loss, which is a sum in which much cancels
+    return [value.detach() for value in (*values, nll) if value is not None]
 
 
 def compare(make_backbone, mesh, packed=None):
