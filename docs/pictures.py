@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,12 @@ def draw_mask(panel: Any, batch: PackedBatch, colors: list[str]) -> None:
     """Queries below each other, keys side by side, by the attention calls of the forest."""
     title(panel, "what each token sees")
     for call in batch.forest.calls:
-        for start in range(call.own.start, call.own.start + call.repeats * call.own.length, call.own.length):
-            for query in range(start, start + call.own.length):
+        starts = accumulate(call.lengths, initial=call.own.start)
+        for start, length in zip(starts, call.lengths, strict=False):
+            for query in range(start, start + length):
                 runs = [(call.prefix.start, call.prefix.length)] if call.prefix else []
-                for key, length in [*runs, (start, query - start + 1)]:
-                    run = Rectangle((key, query), length, 1, facecolor=colors[key], edgecolor="none", clip_on=False)
+                for key, width in [*runs, (start, query - start + 1)]:
+                    run = Rectangle((key, query), width, 1, facecolor=colors[key], edgecolor="none", clip_on=False)
                     panel.add_patch(run)
     size = batch.num_tokens
     for place, token in enumerate(batch.input_ids):

@@ -82,7 +82,7 @@ def test_prompts_last_token_predicts_the_first_of_every_branch():
 
 def test_equal_lone_sequences_share_one_attention_call():
     batch = pack([Tree([1, 2], [Branch([3])]), Tree([1], [Branch([2, 3])]), Tree([1], [Branch([2])])])
-    assert [(c.own.length, c.repeats) for c in batch.forest.calls] == [(3, 2), (2, 1)]
+    assert [(c.own.length, c.lengths) for c in batch.forest.calls] == [(6, (3, 3)), (2, (2,))]
 
 
 def test_moves_with_its_totals_and_a_fresh_mask_cache():

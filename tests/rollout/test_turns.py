@@ -272,12 +272,12 @@ class Silent(Talkative):
 def test_one_rank_of_a_copy_calls_the_environment_and_all_go_on_alike(speakers, monkeypatch):
     said = []
 
-    def first(compute):
+    def first(compute, together=False):
         said.append(pickle.dumps(compute()))
         return pickle.loads(said[-1])
 
     monkeypatch.setattr("lightning_rlhf.rollout.turns.once_per_copy", first)
     want = play(speakers, Talkative())
     heard = iter(list(said))
-    monkeypatch.setattr("lightning_rlhf.rollout.turns.once_per_copy", lambda compute: pickle.loads(next(heard)))
+    monkeypatch.setattr("lightning_rlhf.rollout.turns.once_per_copy", lambda *_, **__: pickle.loads(next(heard)))
     assert play(speakers, Silent()) == want and len(said) > 2
