@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from lightning_rlhf.export.weights import require_space
 from lightning_rlhf.models.loading import load_stop_token_ids, load_tokenizer
 from lightning_rlhf.models.quantization import DTYPE
 from lightning_rlhf.models.saving import no_progress_bars
+from lightning_rlhf.utils.logs import errors_only
 
 Quant = Literal["q8_0", "q4_0", "q4_k_m"]
 """``q8_0``: 8.5 bits per weight, in blocks of 32 with one scale. ``q4_0``: 4.5 bits, the same blocks. ``q4_k_m``: about
@@ -189,15 +189,10 @@ def _quiet() -> Iterator[None]:
     """Hides auto-round's lines per tensor; what concerns users is reported by us."""
     import auto_round  # noqa: F401  sets up its own logger
 
-    loggers = [logging.getLogger(name) for name in ("autoround", "hf-to-gguf", "gguf.vocab", "gguf.gguf_writer")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with errors_only("autoround", "hf-to-gguf", "gguf.vocab", "gguf.gguf_writer"):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         torch.set_printoptions(profile="default")  # it changes how tensors are printed
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ from lightning_rlhf.plan.speed import Device
 from lightning_rlhf.plan.text import as_config, as_text, in_a_line, ranking
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.strategies.colossalai import NAMES
+from lightning_rlhf.utils.logs import errors_only
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _DEVICE = Device()
@@ -83,7 +82,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = [a if a != "--search" else "--search=true" for a in (sys.argv[2:] if args is None else args)]
     try:
-        with _quiet():
+        # what libraries warn of and log concerns runs, and nothing runs
+        with warnings.catch_warnings(), errors_only("lightning.pytorch", "lightning_rlhf", "transformers"):
+            warnings.simplefilter("ignore")
             made = cli(arguments, run=False, kind=PlanCLI)
             text, answer, settings = plan(made)
     except (OSError, ValueError) as error:
@@ -94,22 +95,6 @@ def main(args: Sequence[str] | None = None) -> None:
         config = as_config(answer, type(made.model).__name__, not by_stage, settings.on_gpu, settings.precision)
         Path(made.config.out).write_text(config, encoding="utf-8")
         print(f"\nA config of it: {made.config.out}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides warnings and what libraries log: they speak of runs, and nothing runs."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_rlhf", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def plan(made: PlanCLI) -> tuple[str, Answer, Settings]:

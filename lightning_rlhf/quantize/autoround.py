@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lightning_rlhf.models.gptq import quick_collections, require
 from lightning_rlhf.quantize.grid import Grid, Rounded, linear_layers, weight_of
 from lightning_rlhf.quantize.layerwise import BATCH, LayerwiseRun
+from lightning_rlhf.utils.logs import errors_only
 from lightning_rlhf.utils.random import rng_state, set_rng_state
 
 STEPS = 200
@@ -107,14 +107,10 @@ def _as_before() -> Iterator[None]:
     """Within it, auto-round logs errors only. It seeds all generators and changes how tensors are printed."""
     importlib.import_module("auto_round")  # it sets the level of its log
     os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")  # other formats cannot hold 8 asymmetric bits; GPTQ's can
-    logger = logging.getLogger("autoround")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     state = rng_state()
     try:
-        with quick_collections():
+        with errors_only("autoround"), quick_collections():
             yield
     finally:
         set_rng_state(state)
-        logger.setLevel(level)
         torch.set_printoptions(profile="default")
