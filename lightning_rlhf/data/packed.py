@@ -125,12 +125,11 @@ class Forest:
             lengths = tuple(branch.length for branch in branches)
             if len(branches) == 1:
                 length = prompt.length + lengths[0]
-                start = prompt.start
-                before: tuple[int, ...] = ()
-                if calls and calls[-1].prefix is None and calls[-1].lengths[0] == length:
-                    (start, _), before, _ = calls.pop()
-                own = (*before, length)
-                calls.append(Attend(Span(start, sum(own)), own))
+                last = calls[-1] if calls else None
+                if last is not None and last.prefix is None and last.lengths[0] == length:
+                    calls[-1] = Attend(Span(last.own.start, last.own.length + length), (*last.lengths, length))
+                else:
+                    calls.append(Attend(Span(prompt.start, length), (length,)))
             else:
                 calls.append(Attend(prompt, (prompt.length,)))
                 if branches:

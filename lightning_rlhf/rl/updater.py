@@ -188,7 +188,8 @@ class Updater:
             gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
             flat = torch.cat([g.flatten() for g in gradients])
             dist.all_reduce(flat, group=ranks.group)
-            flat *= data_size() / ranks.size  # under sequence parallelism gradients are made to be averaged over a copy
+            if data_size() < ranks.size:  # under sequence parallelism gradients are made to be averaged over a copy
+                flat *= data_size() / ranks.size
             for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
