@@ -211,6 +211,17 @@ def rollout(engine, family, lora=None, **changes):
     return case
 
 
+def note_masks(model):
+    """Collects what dropout of a model's second layer sets to 0, by the layer that reads it."""
+    masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "layers.1" in name:
+            module.register_forward_hook(
+                lambda m, args, out, name=name: masks.setdefault(name.split(".")[-3], []).append((out == 0).clone())
+            )
+    return masks
+
+
 def dropout(mesh):
     """Masks on whole activations are the same on all ranks, those on heads and inner features are not."""
     model = Policy(make("llama", lora=LoRA(r=4, dropout=0.3), attention_dropout=0.3)).train()
@@ -219,12 +230,7 @@ def dropout(mesh):
     torch.manual_seed(5 + mesh.tensor.place)  # ranks that went apart
     cutter.cut_models(nn.ModuleList([model]))
     draw_alike(mesh.copy)
-    masks = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "layers.1" in name:
-            module.register_forward_hook(
-                lambda m, args, out, name=name: masks.setdefault(name.split(".")[-3], []).append((out == 0).clone())
-            )
+    masks = note_masks(model)
     states = []
     for _ in range(2):
         out = model(batch())

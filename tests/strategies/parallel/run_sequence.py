@@ -11,7 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from run_parallel import CPU, batch, far, main, make
+from run_parallel import CPU, batch, far, main, make, note_masks
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -123,12 +123,7 @@ def dropout(mesh):
     spread(model, mesh)
     torch.manual_seed(5 + mesh.sequence.place)  # ranks that went apart
     draw_alike(mesh.copy)
-    masks = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "layers.1" in name:
-            module.register_forward_hook(
-                lambda m, args, out, name=name: masks.setdefault(name.split(".")[-3], []).append((out == 0).clone())
-            )
+    masks = note_masks(model)
     packed = pack([Tree(list(range(5, 25)), [Branch(list(range(30, 50)))])])  # halves of equal length
     states = []
     for _ in range(2):

@@ -1,13 +1,13 @@
 """Tensor parallelism on two processes against one: models, gradients, samples, stages, checkpoints, bad ends."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from curves import curve, largest_difference
-from processes import run_ranks, run_stages
+from meshes import assert_same_run, assert_same_scores, run_cases, values
+from processes import run_stages
 from runs import load_script
 from transformers import AutoModelForCausalLM
 
@@ -83,16 +83,7 @@ def test_arguments_that_do_not_fit(options, said):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two ranks found, by case."""
-    out = tmp_path_factory.mktemp("cases")
-    run_ranks(HERE / "run_parallel.py", out, logs=out)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def values(found, name):
-    """A case's values on both ranks; an error of a case is the test's."""
-    for side in found:
-        assert "Traceback" not in str(side[name]), side[name]
-    return [side[name] for side in found]
+    return run_cases(HERE / "run_parallel.py", tmp_path_factory.mktemp("cases"))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
@@ -193,17 +184,11 @@ def runs(tiny_model_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_curves_of_one_process(runs, name):
-    assert largest_difference(curve(runs / f"{name}, tp"), curve(runs / name)) < 1e-5
-    a, b = (torch.load(runs / place / "weights.pt") for place in (f"{name}, tp", name))
-    assert a.keys() == b.keys()
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3  # Adam makes whole steps of rounding
+    assert_same_run(runs / f"{name}, tp", runs / name)
 
 
 def test_validation_and_win_rates_are_those_of_one_process(runs):
-    for before, after in zip(
-        *(json.loads((runs / n / "scores.json").read_text()) for n in ("sft, tp", "sft")), strict=True
-    ):
-        assert before[0] == pytest.approx(after[0], rel=1e-5, abs=1e-5)
+    assert_same_scores(runs / "sft, tp", runs / "sft")
     pairs = [(runs / name / "win_rate.jsonl").read_text() for name in ("sft, tp", "sft")]
     assert pairs[0] == pairs[1] and len(pairs[0].splitlines()) == 6
 
@@ -237,9 +222,7 @@ def test_an_export_is_whole(runs):
 @pytest.mark.slow
 def test_four_ranks(tmp_path):
     names = ["llama on four", "qwen3 on four", "scored head", "rollout on four", "grid"]
-    run_ranks(HERE / "run_parallel.py", tmp_path, *names, ranks=4, logs=tmp_path)
-    for rank in range(4):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+    for rank, found in enumerate(run_cases(HERE / "run_parallel.py", tmp_path, *names, ranks=4)):
         assert not any("Traceback" in str(value) for value in found.values()), found
         for name in names[:2]:
             assert found[name]["gradients"] < 1e-5 and found[name]["clipped"] < 1e-5 and found[name]["share"] < 0.3

@@ -1,12 +1,12 @@
 """Pipeline parallelism on two processes against one: models, gradients, stages, checkpoints, bad ends."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from curves import curve, largest_difference
-from processes import run_ranks, run_stages
+from meshes import assert_same_run, assert_same_scores, run_cases, values
+from processes import run_stages
 from runs import load_script
 from transformers import AutoModelForCausalLM
 
@@ -81,16 +81,7 @@ def test_arguments_that_do_not_fit(options, said):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two ranks found, by case."""
-    out = tmp_path_factory.mktemp("cases")
-    run_ranks(HERE / "run_pipeline.py", out, logs=out)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def values(found, name):
-    """A case's values on both ranks; an error of a case is the test's."""
-    for side in found:
-        assert "Traceback" not in str(side[name]), side[name]
-    return [side[name] for side in found]
+    return run_cases(HERE / "run_pipeline.py", tmp_path_factory.mktemp("cases"))
 
 
 @pytest.mark.slow
@@ -162,18 +153,12 @@ def runs(tiny_model_dir, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_curves_of_one_process(runs, name):
-    assert largest_difference(curve(runs / f"{name}, pp"), curve(runs / name)) < 1e-5
-    a, b = (torch.load(runs / place / "weights.pt") for place in (f"{name}, pp", name))
-    assert a.keys() == b.keys()
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3  # Adam makes whole steps of rounding
+    assert_same_run(runs / f"{name}, pp", runs / name)
 
 
 @pytest.mark.slow
 def test_validation_and_win_rates_are_those_of_one_process(runs):
-    for before, after in zip(
-        *(json.loads((runs / n / "scores.json").read_text()) for n in ("sft, pp", "sft")), strict=True
-    ):
-        assert before[0] == pytest.approx(after[0], rel=1e-5, abs=1e-5)
+    assert_same_scores(runs / "sft, pp", runs / "sft")
     pairs = [(runs / name / "win_rate.jsonl").read_text() for name in ("sft, pp", "sft")]
     assert pairs[0] == pairs[1] and len(pairs[0].splitlines()) == 6
 

@@ -1,12 +1,12 @@
 """Sequence parallelism on two processes against one: models, gradients, stages, checkpoints, what is refused."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from curves import curve, largest_difference
-from processes import run_ranks, run_stages
+from meshes import assert_same_run, assert_same_scores, run_cases, values
+from processes import run_stages
 from runs import load_script
 
 HERE = Path(__file__).parent
@@ -29,19 +29,7 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two ranks found, by case."""
-    return run_cases(tmp_path_factory.mktemp("cases"), 2, 1)
-
-
-def run_cases(out, ranks, slices, *names):
-    run_ranks(HERE / "run_sequence.py", out, slices, *names, ranks=ranks, logs=out)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
-
-
-def values(found, name):
-    """A case's values on all ranks; an error of a case is the test's."""
-    for side in found:
-        assert "Traceback" not in str(side[name]), side[name]
-    return [side[name] for side in found]
+    return run_cases(HERE / "run_sequence.py", tmp_path_factory.mktemp("cases"), 1)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *(f"{family} lora" for family in FAMILIES), *OTHERS])
@@ -137,16 +125,11 @@ def runs(tiny_model_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_curves_of_one_process(runs, name):
-    assert largest_difference(curve(runs / f"{name}, sp"), curve(runs / name)) < 1e-5
-    a, b = (torch.load(runs / place / "weights.pt") for place in (f"{name}, sp", name))
-    assert a.keys() == b.keys()
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-3  # Adam makes whole steps of rounding
+    assert_same_run(runs / f"{name}, sp", runs / name)
 
 
 def test_validation_is_that_of_one_process(runs):
-    both = (json.loads((runs / name / "scores.json").read_text()) for name in ("sft, sp", "sft"))
-    for before, after in zip(*both, strict=True):
-        assert before[0] == pytest.approx(after[0], rel=1e-5, abs=1e-5)
+    assert_same_scores(runs / "sft, sp", runs / "sft")
 
 
 def test_a_checkpoint_is_ordinary_and_goes_on_anywhere(runs):
@@ -165,7 +148,8 @@ def test_a_checkpoint_is_ordinary_and_goes_on_anywhere(runs):
 
 @pytest.mark.slow
 def test_fewer_tokens_than_ranks(tmp_path):
-    for side in run_cases(tmp_path, 4, 1, "llama", "one key-value head", "two tokens", "five tokens", "critic"):
+    names = ("llama", "one key-value head", "two tokens", "five tokens", "critic")
+    for side in run_cases(HERE / "run_sequence.py", tmp_path, 1, *names, ranks=4):
         for name, case in side.items():
             assert "Traceback" not in str(case), case
             assert case["outputs"] < 5e-6 and case["gradients"] < (1e-4 if name == "two tokens" else 1e-5), (name, case)
@@ -174,7 +158,7 @@ def test_fewer_tokens_than_ranks(tmp_path):
 @pytest.mark.slow
 def test_slices_of_layers_and_stretches_of_rows(tmp_path):
     names = ["llama", "qwen3 lora", "value head", "checkpointing", "two tokens", "reward lora"]
-    for side in run_cases(tmp_path, 4, 2, *names):
+    for side in run_cases(HERE / "run_sequence.py", tmp_path, 2, *names, ranks=4):
         for name, case in side.items():
             assert "Traceback" not in str(case), case
             assert case["outputs"] < 5e-6 and case["gradients"] < (1e-4 if name == "two tokens" else 1e-5), (name, case)
