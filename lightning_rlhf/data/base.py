@@ -166,7 +166,7 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
 
     @property
     def streaming(self) -> bool:
-        """Whether each epoch reads the rows again. If not, they are held in memory."""
+        """True if each epoch reads the rows again; False if memory holds them."""
         return self.streaming_window is not None
 
     # ------------------------------------------------------------------------------------------------- subclasses

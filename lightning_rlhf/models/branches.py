@@ -23,7 +23,7 @@ _attention_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attenti
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes such tensors."""
+    """True if the kernel can compute with these tensors."""
     known = _attention is not None and _attention_backward is not None
     return known and query.device.type == "cpu" and query.shape[-1] == key.shape[-1] == value.shape[-1]
 

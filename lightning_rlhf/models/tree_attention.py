@@ -184,7 +184,7 @@ def _loop(
     usable = not eager and not dropout and branches.usable(query, key, value)
 
     def merges(prompt: Span, lengths: Sequence[int]) -> bool:
-        """Whether branches see all of their prompt, and are many."""
+        """True if there are many branches, and all of them see the whole prompt."""
         many = len(lengths) >= MERGED and prompt.length > 0
         return usable and many and not (window and window < prompt.length + max(lengths))
 

@@ -173,7 +173,7 @@ class Planner:
                         yield self.answer(self.layout(plugin, tp, rows, checkpointing=checkpointing))
 
     def _has(self, plugin: Plugin) -> bool:
-        """Whether a plugin has the precision."""
+        """True if a plugin supports the precision."""
         if plugin == "ddp":
             return True
         try:
