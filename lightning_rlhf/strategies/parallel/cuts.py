@@ -30,11 +30,15 @@ class Cuts:
         """Cuts all models in a module.
 
         Raises:
-            ValueError: One cannot be cut; the message says why.
+            ValueError: One cannot be cut; the message says why. Then all are whole.
         """
-        for each in (self.tensor, self.pipeline):
-            if each is not None:
-                each.cut_models(module)
+        try:
+            for each in (self.tensor, self.pipeline):
+                if each is not None:
+                    each.cut_models(module)
+        except ValueError:  # the same on all ranks
+            self.undo(weights=True)
+            raise
 
     def undo(self, weights: bool) -> None:
         """Makes the models ordinary again; see :meth:`TensorParallel.undo`."""

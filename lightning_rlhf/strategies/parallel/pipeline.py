@@ -70,15 +70,9 @@ class PipelineParallel:
         Each is tried on a few tokens before and after.
 
         Raises:
-            ValueError: There is none, or one cannot be cut; the message says why. Then all are whole.
+            ValueError: There is none, or one cannot be cut; the message says why. Others may be cut by then:
+                :meth:`undo` makes them whole.
         """
-        try:
-            self._cut_models(module)
-        except ValueError:  # the same on all ranks
-            self.undo(weights=True)
-            raise
-
-    def _cut_models(self, module: nn.Module) -> None:
         found = [part for part in module.modules() if isinstance(part, Backbone)]
         inside = {id(part) for backbone in found for part in backbone.modules()}
         if any(isinstance(part, PreTrainedModel) and id(part) not in inside for part in module.modules()) or not found:

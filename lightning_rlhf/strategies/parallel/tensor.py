@@ -66,15 +66,9 @@ class TensorParallel:
         (:func:`~lightning_rlhf.strategies.parallel.noise.draw_alike`): dropout on whole activations is then the same.
 
         Raises:
-            ValueError: There is none, or one cannot be cut; the message says why. Then all are whole.
+            ValueError: There is none, or one cannot be cut; the message says why. Others may be cut by then:
+                :meth:`undo` makes them whole.
         """
-        try:
-            self._cut_models(module)
-        except ValueError:  # the same on all ranks
-            self.undo(weights=True)
-            raise
-
-    def _cut_models(self, module: nn.Module) -> None:
         around = {id(m.transformer): m for m in module.modules() if isinstance(m, Backbone)}
         inside: set[int] = set()
         found = []

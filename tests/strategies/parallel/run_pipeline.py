@@ -19,7 +19,7 @@ from lightning_rlhf.models import Policy, RewardModel
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.roles import RoleModel
 from lightning_rlhf.models.value import ValueModel
-from lightning_rlhf.strategies.parallel.pipeline import PipelineParallel
+from lightning_rlhf.strategies.parallel import Cuts, PipelineParallel, TensorParallel
 from lightning_rlhf.utils.collectives import all_ranks
 
 sys.path[:0] = [str(Path(__file__).parent)]
@@ -135,6 +135,19 @@ def refusal(build, stages=None):
     return case
 
 
+def half_cut(mesh):
+    """Where stages are refused, slices that were cut before are joined."""
+    model = nn.ModuleList([Policy(make("llama"))])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    too_many = all_ranks()._replace(members=tuple(range(9)))
+    try:
+        Cuts(TensorParallel(all_ranks(), CPU), PipelineParallel(too_many, CPU)).cut_models(model)
+    except ValueError as error:
+        whole = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        return str(error) if whole else "it is not whole"
+    return "nothing"
+
+
 def idle_stage(mesh):
     """The first stage trains nothing."""
     model = nn.ModuleList([Policy(make("llama"))])
@@ -201,6 +214,7 @@ CASES = {
     "encoder": refusal(encoder),
     "unlike layers": refusal(unlike_layers),
     "shared layers": refusal(shared_layers),
+    "half cut": half_cut,
     "idle stage": idle_stage,
 }
 

@@ -25,6 +25,7 @@ REFUSALS = {
     "quantized": "pp does not cut LlamaForCausalLM, because its weights are quantized.",
     "encoder": "BertForSequenceClassification has no 'score' head behind its layers, so pp cannot cut it.",
     "unlike layers": "LlamaForCausalLM has no plain list of 2 layers, which pp could deal to ranks.",
+    "half cut": "pp=9 is more than the 2 layers of LlamaForCausalLM. Set pp to 2.",
     "idle stage": "Stage 0 of pp=2 (from 0) trains none of its parameters, which plugin='ddp' does not support.",
     "shared layers": "pp cannot train model.model.layers.0.self_attn.q_proj.weight of LlamaForCausalLM, which several",
 }
