@@ -403,7 +403,7 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
-        """Tells the schedule how long the run is, now that the data are known.
+        """Tells the schedule how long the run is, now that the data are known; counts a resumed run's epochs right.
 
         Raises:
             ValueError: ``limit_train_batches``, as a share, cuts a step in two.
@@ -412,6 +412,19 @@ class Stage(L.LightningModule):
         if isinstance(limit, float) and limit < 1 and n % self.trainer.accumulate_grad_batches:
             self._refuse_limit(int(n), f" of an epoch takes {n} micro-batches, which")
         fit_schedules(self.trainer)
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """Counts the epoch that begins where a run is resumed from the last batch of the one before.
+
+        Lightning 2.6 ends that epoch, and takes the new one for a part of it. If such a run is resumed once more, the
+        number of its epoch stays behind: an order of rows comes twice, and ``max_epochs`` comes later.
+        """
+        loop = self.trainer.fit_loop
+        epochs = loop.epoch_progress
+        if loop.restarted_mid_epoch and epochs.total.ready == epochs.total.completed:
+            epochs.increment_ready()
+            epochs.increment_started()
 
     def on_fit_start(self) -> None:
         """Refuses settings under which steps would not be what the planner dealt.

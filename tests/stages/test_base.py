@@ -42,13 +42,54 @@ from lightning_rlhf.utils import CheckpointError
 ROWS = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(8)]
 
 
-def fit(model_dir, tmp_path, val=None, **options):
+def fit(model_dir, tmp_path, val=None, ckpt=None, **options):
     settings = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
                     enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
     trainer = L.Trainer(**{**settings, **options})
     module = SFTModule(model_dir)
-    trainer.fit(module, InstructionDataModule(ROWS, val=val, batch_size=4, val_fraction=0.0, cache_dir=tmp_path))
+    data = InstructionDataModule(ROWS, val=val, batch_size=4, val_fraction=0.0, cache_dir=tmp_path)
+    trainer.fit(module, data, ckpt_path=ckpt)
     return trainer, module
+
+
+class Seen(L.Callback):
+    """Notes the rows of each step in ``by_step``, and stops the run before step ``end``."""
+
+    def __init__(self, by_step, end):
+        self.by_step, self.end = by_step, end
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.end:
+            raise Stopped
+        self.by_step[trainer.global_step] = batch.rows, trainer.current_epoch
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_and_resume(model_dir, out, ends, **saves):
+    """Rows and epochs by step of a run of three epochs that is stopped before each of the steps; its last trainer."""
+    by_step, last = {}, None
+    for end in (*ends, None):
+        saver = ModelCheckpoint(out, filename="{step}", save_top_k=-1, **saves)
+        with nullcontext() if end is None else pytest.raises(Stopped):
+            trainer, _ = fit(model_dir, out, val=ROWS[:2], callbacks=[Seen(by_step, end), saver], max_epochs=3,
+                             enable_checkpointing=True, ckpt=last)  # fmt: skip
+        last = max(out.glob("*.ckpt"), key=lambda path: int(path.stem[5:]), default=None)
+    return by_step, trainer
+
+
+@pytest.mark.parametrize("saves", [dict(every_n_train_steps=1), dict(every_n_epochs=1),
+                                   dict(every_n_epochs=1, save_on_train_epoch_end=True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("ends", [(1, 2, 3, 4, 5), (2, 4), (2, 3, 4), (4, 5)], ids=str)
+def test_epochs_are_counted_however_often_a_run_is_resumed(tiny_model_dir, tmp_path, ends, saves):
+    whole, _ = stop_and_resume(tiny_model_dir, tmp_path / "whole", (), **saves)
+    assert [epoch for _, epoch in whole.values()] == [0, 0, 1, 1, 2, 2]
+    assert len({rows for rows, _ in whole.values()}) == 6, "epochs can be told apart"
+    found, trainer = stop_and_resume(tiny_model_dir, tmp_path / "stopped", ends, **saves)
+    assert found == whole
+    assert trainer.global_step == 6 and trainer.current_epoch == 3
 
 
 def draw():
