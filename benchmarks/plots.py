@@ -25,7 +25,11 @@ from learning import RESULTS, ROOT, smooth, turning_point
 IMAGES = ROOT / "docs" / "images"
 PARTS = {"gold": "#b8860b", "proxy": "#3465a4", "variety": "#5c7a29"}
 #: Studies with a learning curve: what they are called, and their color.
-CURVES = {"ppo_stories260k": ("kl_coef 0.03", "#3465a4"), "ppo_stories260k_large_kl": ("kl_coef 10", "#8b949e")}
+CURVES = {
+    "ppo_stories260k": ("kl_coef 0.03", "#3465a4"),
+    "ppo_stories260k_head": ("its critic as a head", "#c17d11"),
+    "ppo_stories260k_large_kl": ("kl_coef 10", "#8b949e"),
+}
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -66,7 +70,8 @@ def over_optimization(runs: Sequence[dict[str, Any]], image: Path) -> None:
 
 
 def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
-    """Score and KL by iterations, a line a run; the first of each study has the label."""
+    """Score and KL by iterations, a line a run of the studies shown; the first of each study has the label."""
+    runs = [run for run in runs if run["study"] in CURVES]
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     labeled: set[str] = set()
     for run in runs:
