@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_rlhf.arguments import did_you_mean
@@ -107,6 +110,8 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
 
     if of_settings and isinstance(error, (OSError, ValueError)):
         return True
+    if isinstance(error, ValueError) and _raised_here(error):
+        return True
     if isinstance(error, FileNotFoundError):
         return error.errno is None  # with a number it comes from the system
     if isinstance(error, ImportError):
@@ -114,14 +119,36 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
     return isinstance(error, (DataError, RewardError, TurnError, CheckpointError, MisconfigurationException))
 
 
+def _raised_here(error: BaseException) -> bool:
+    """Whether a statement of this package raised an error, so that its message was written for people."""
+    frames = traceback.extract_tb(error.__traceback__)
+    within = Path(__file__).parent
+    return bool(frames) and within in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")
+
+
+#: How jsonargparse begins a message on a value that fits none of the types of its key, and that on one of these types.
+_NO_TYPE, _OTHER_TYPE = "Does not validate against any of the Union subtypes", "Expected a "
+
+
 def root_cause(error: BaseException) -> BaseException:
     """Finds the error of a class with wrong settings, which jsonargparse hides in a long error of its own.
+
+    It tries all types of a key, and names the first one's error as the cause: of ``trainer.strategy``, that an object
+    is not a string. What the object's class said is only in the text.
 
     Args:
         error: An error. Any other error is returned unchanged.
     """
-    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
-        error = error.__cause__
+    while str(error).startswith(_NO_TYPE):
+        told = str(error).partition("\nErrors:\n")[2].rpartition("\nGiven value type:")[0]
+        reasons = re.split(r"^  - ", told, flags=re.MULTILINE)[1:]
+        meant = [reason for reason in reasons if not reason.startswith(_OTHER_TYPE)]
+        if meant and meant[0] is not reasons[0]:
+            error = ValueError(re.sub(r"^    ", "", meant[0].rstrip(), flags=re.MULTILINE))
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
     return error
 
 

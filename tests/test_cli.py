@@ -187,6 +187,40 @@ def test_lightnings_own_refusals_are_told_in_a_line(tiny_model_dir, rows, tmp_pa
         main([*arguments("fit", tiny_model_dir, rows, tmp_path), "--trainer.profiler", "none such"])
 
 
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("micro_batches", "0", "micro_batches must be a whole number from 1 on; got 0."),
+        ("sp", "2", "pp and sp do not go together"),
+        ("plugin", "gemini", "pp deals layers to ranks"),
+        ("checkpoint", "sharded", "checkpoint='sharded' is for whole models"),
+    ],
+)
+def test_settings_of_a_strategy_are_refused_in_a_line(key, value, words, tiny_model_dir, rows, tmp_path):
+    """Its key takes names too, and jsonargparse would say that an object is not a name."""
+    pipeline = ["--config", str(folder() / "parallel" / "pp2.yaml"), f"--trainer.strategy.init_args.{key}", value]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments("fit", tiny_model_dir, rows, tmp_path), *pipeline])
+    assert stop.value.code.startswith(f"lightning-rlhf fit: {words}")
+
+
+def test_what_is_refused_once_a_run_starts_is_told_in_a_line(tiny_model_dir, rows, tmp_path):
+    pipeline = ["--config", str(folder() / "parallel" / "pp2.yaml"), "--trainer.accelerator", "cpu"]
+    options = ["--trainer.devices", "1", "--trainer.precision", "32-true"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments("fit", tiny_model_dir, rows, tmp_path), *pipeline, *options])
+    assert stop.value.code.startswith("lightning-rlhf fit: pp=2 does not divide the 1 processes of the run")
+
+
+def test_errors_of_values_within_libraries_keep_their_traceback(tiny_model_dir, rows, tmp_path, monkeypatch):
+    exec(
+        compile("def broken(self):\n    int('none')", lightning_rlhf.cli.__file__, "exec"), made := {}
+    )  # a line of ours
+    monkeypatch.setattr("lightning_rlhf.stages.sft.SFTModule.configure_model", made["broken"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(arguments("fit", tiny_model_dir, rows, tmp_path))
+
+
 def test_other_errors_keep_their_traceback(tiny_model_dir, rows, tmp_path, monkeypatch):
     def broken(self):
         raise KeyError("a fault of ours")
