@@ -8,10 +8,11 @@ rounding would change a token whenever the number falls close to the border of t
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,25 +36,32 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
         whose logits are not finite is NaN, and its token means nothing.
     """
     settings = [row.sampling for row in rows]
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     if any(s.temperature not in (0, 1) for s in settings):
         scaled = scaled / scaled.new_tensor([s.temperature or 1.0 for s in settings])[:, None]
-    scores = _process_scores(scaled, rows)
-    token = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    with _processed(scaled, rows):
+        token = _sample(scaled, rows)
+    logprobs: list[float] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
+    return token.tolist(), logprobs
+
+
+def _sample(scores: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
+    """Samples (S,) tokens from (S, V) scores."""
+    settings = [row.sampling for row in rows]
+    token = torch.empty(len(rows), dtype=torch.long, device=scores.device)
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0]
     cut = [i for i, s in enumerate(settings) if s.temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p)]
     plain = sorted({*range(len(rows))} - {*greedy, *cut})
     if greedy:
         token[greedy] = scores[_span(greedy)].argmax(-1)
-    chunk = max(1, _CHUNK // scores.shape[1]) if logits.device.type == "cpu" else len(rows)
-    ids = _mixed_ids(scores.shape[1], logits.device)
+    chunk = max(1, _CHUNK // scores.shape[1]) if scores.device.type == "cpu" else len(rows)
+    ids = _mixed_ids(scores.shape[1], scores.device)
     for start in range(0, len(plain), chunk):
         part = plain[start : start + chunk]
         token[part] = (scores[_span(part)] - _log_exponential(_keys(rows, part, ids), ids)).argmax(-1)
     if cut:
         token[cut] = _sample_likeliest(scores[_span(cut)], [rows[i] for i in cut], ids)
-    logprobs: list[float] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
-    return token.tolist(), logprobs
+    return token
 
 
 def likeliest_tokens(logits: Tensor, row: ActiveSequence) -> list[tuple[int, float]]:
@@ -74,37 +82,35 @@ def _span(indices: list[int]) -> slice | list[int]:
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
-def _process_scores(scaled: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
-    """Applies penalties, biases and minimum length; returns ``scaled`` itself if there is nothing to apply."""
-    penalized = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
-    shifted = [(i, shifts) for i, row in enumerate(rows) if (shifts := _shifts(row))]
-    short = [i for i, row in enumerate(rows) if row.too_short and row.stops]
-    if not penalized and not shifted and not short:
-        return scaled
-    scores = scaled.clone()
-    if penalized:
-        longest = max(rows[i].position + 1 for i in penalized)
-        seen = [[*rows[i].prompt, *rows[i].ids] for i in penalized]
-        columns = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in seen], device=scores.device)
-        lines = torch.tensor(penalized, device=scores.device)[:, None]
-        penalty = scores.new_tensor([rows[i].sampling.repetition_penalty for i in penalized])[:, None]
-        old = scores[lines, columns]
-        scores[lines, columns] = torch.where(old < 0, old * penalty, old / penalty)
-    for i, shifts in shifted:
-        scores[i, list(shifts)] += scores.new_tensor(list(shifts.values())) / (rows[i].sampling.temperature or 1.0)
-    for i in short:
-        scores[i, list(rows[i].stops)] = -torch.inf
-    return scores
+@contextmanager
+def _processed(scores: Tensor, rows: Sequence[ActiveSequence]) -> Iterator[None]:
+    """Within it, (S, V) scores have penalties, biases and minimum length applied, in place.
 
-
-def _shifts(row: ActiveSequence) -> dict[int, float]:
-    """Returns what to add to the logits of single tokens, by token id."""
-    s = row.sampling
-    shifts = dict(s.logit_bias)
-    if s.presence_penalty or s.frequency_penalty:
-        for token, count in Counter(row.ids).items():
-            shifts[token] = shifts.get(token, 0.0) - s.presence_penalty - s.frequency_penalty * count
-    return shifts
+    They change few columns, which get their scores back afterwards: a copy of all scores would take longer.
+    """
+    width = scores.shape[1]
+    edited = [(i, edits) for i, row in enumerate(rows) if (edits := row.edits) is not None]
+    barred = [i * width + token for i, row in enumerate(rows) if row.too_short for token in row.stops]
+    if not edited and not barred:
+        yield
+        return
+    columns = np.hstack([*(np.asarray(edits.ids) + i * width for i, edits in edited), np.array(barred, np.int64)])
+    tables = [
+        np.stack([edits.penalties, edits.shifts, np.full(len(edits.ids), rows[i].sampling.temperature or 1.0)])
+        for i, edits in edited
+    ]
+    changes = torch.from_numpy(np.hstack([np.empty((3, 0)), *tables])).to(scores.dtype).to(scores.device)
+    penalty, shift, temperature = changes
+    at = torch.from_numpy(columns).to(scores.device)
+    flat = scores.view(-1)
+    before = flat[at]
+    old = before[: len(penalty)]
+    flat.scatter_(0, at[: len(old)], torch.where(old < 0, old * penalty, old / penalty) + shift / temperature)
+    flat.index_fill_(0, at[len(old) :], -torch.inf)
+    try:
+        yield
+    finally:
+        flat.scatter_(0, at, before)
 
 
 def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, width: int = _NUCLEUS) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.models.backbone import vocabulary_size
 from lightning_rlhf.rollout.detokenizer import Detokenizer, decode, tail
 from lightning_rlhf.rollout.kv_cache import Shared
+from lightning_rlhf.rollout.token_edits import TokenEdits
 from lightning_rlhf.rollout.types import Completion, Request, Sampling, Token
 from lightning_rlhf.utils.random import sample_key
 
@@ -71,6 +72,7 @@ class ActiveSequence:
         self.future: Future[Completion] = Future()
         self.done = False  # future.done() takes a lock, and each row is asked several times per token
         self.future.add_done_callback(self._end)
+        self._edits = TokenEdits(sampling, prompt) if TokenEdits.needed(sampling) else None
         self._tokenizer, self._on_token = tokenizer, on_token
         streams = on_token is not None or sampling.stop_strings
         self._stream = Detokenizer(tokenizer, sampling.stop_strings, tail(tokenizer, prompt)) if streams else None
@@ -123,6 +125,13 @@ class ActiveSequence:
     def noise_key(self) -> int:
         """Seed of the next token's noise."""
         return sample_key(self.key, len(self.ids))
+
+    @property
+    def edits(self) -> TokenEdits | None:
+        """What penalties and biases change in the next token's scores, if there are any."""
+        if self._edits is not None:
+            self._edits.follow(self.ids)
+        return self._edits
 
     @property
     def too_short(self) -> bool:

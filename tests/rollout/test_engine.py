@@ -57,10 +57,10 @@ WRONG = {"Gemma2"} if OLD else set()
 """Whose own cache goes wrong beyond the window: transformers 4.51's generate differs from itself without a cache."""
 
 
-def greedy_alone(model, prompt, new, use_cache=True):
+def greedy_alone(model, prompt, new, use_cache=True, stops=None, **more):
     """By transformers, with one prompt a batch."""
     settings = transformers.GenerationConfig(
-        max_new_tokens=new, do_sample=False, use_cache=use_cache, pad_token_id=0, eos_token_id=None
+        max_new_tokens=new, do_sample=False, use_cache=use_cache, pad_token_id=0, eos_token_id=stops, **more
     )
     row = torch.tensor([prompt])
     return model.generate(row, attention_mask=torch.ones_like(row), generation_config=settings)[
@@ -81,6 +81,22 @@ def test_greedy_equals_generate(family, make_model, prompts, tiny_tokenizer, cap
     warnings = [r.message for r in caplog.records if "cannot use the rollout cache" in r.message]
     assert len(warnings) == (family in UNCACHED)  # once, although asked twice
     assert len(set(itertools.chain(*want))) > 2  # the answers say something
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(repetition_penalty=1.3), dict(min_new_tokens=9), dict(repetition_penalty=1.2, min_new_tokens=9)],
+    ids=str,
+)
+def test_greedy_with_penalties_and_a_minimum_equals_generate(settings, policy, prompts, tiny_tokenizer):
+    """For rows that join when others have ended."""
+    stops = list(range(0, 300, 7))
+    want = [greedy_alone(policy.transformer, p, 24, stops=stops, **settings) for p in prompts]
+    assert len({*map(len, want)}) > 2
+    sampling = Sampling(24, temperature=0, **settings)
+    for engine in (CachedEngine(max_rows=2), CachedEngine(), HFGenerateEngine(), HFGenerateEngine(max_rows=1)):
+        got = engine.generate(policy, tiny_tokenizer, requests(prompts, 2), sampling, stops)
+        assert ids(got) == [[answer, answer] for answer in want]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral, window", "Gemma2", "Bloom"])

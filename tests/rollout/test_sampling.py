@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -162,6 +163,38 @@ def test_stop_tokens_are_impossible_before_the_minimum():
     assert logprobs[0] == pytest.approx(LOGITS.log_softmax(-1)[tokens[0]].item(), abs=1e-6)
     row.ids = [0, 0]
     assert sample_tokens(LOGITS[None], [row])[0] == [stop]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("least", [0, 3])
+def test_scores_equal_those_of_transformers_processors(penalty, least):
+    """Bit for bit, in every step of rows that join late or have ended; afterwards the logits are what they were."""
+    vocabulary, stops = 50_000, [3, 49_999]
+    settings = Sampling(9, temperature=0, repetition_penalty=penalty, min_new_tokens=least)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(vocabulary, (n,), generator=draw).tolist()) for n in (40, 1, 7)]
+    prompts[1] = (3, *prompts[1] * 3, 3)  # a stop token, and tokens that come again
+    many = [ActiveSequence(p, i, settings, frozenset(stops), None) for i, p in enumerate(prompts)]
+    for step in range(6):
+        active = many if step else many[:2]
+        logits = torch.randn(len(active), vocabulary, generator=draw) * 3
+        logits[:, stops] += 20
+        kept = logits.clone()
+        with module._processed(logits, active):
+            scores = logits.clone()
+        assert torch.equal(logits, kept)
+        tokens, logprobs = sample_tokens(logits, active)
+        assert torch.equal(logits, kept)
+        for i, row in enumerate(active):
+            wanted = LogitsProcessorList([
+                RepetitionPenaltyLogitsProcessor(penalty),
+                MinNewTokensLengthLogitsProcessor(len(row.prompt), least, stops),
+            ])(torch.tensor([[*row.prompt, *row.ids]]), kept[i : i + 1].clone())[0]  # fmt: skip
+            assert torch.equal(scores[i], wanted)
+            assert tokens[i] == wanted.argmax() and logprobs[i] == kept[i].log_softmax(-1)[tokens[i]]
+            if i != 1 or step < 2:  # the other one has ended
+                row.ids.append(tokens[i])
+    assert [len(row.ids) for row in many] == [6, 2, 5]
 
 
 def test_half_precision_is_scored_in_fp32():

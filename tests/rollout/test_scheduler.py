@@ -518,6 +518,8 @@ def test_whatever_happens_each_answer_is_the_one_it_gets_alone(seed, policy, tin
             temperature=draw.choice([0, 1, 2]),
             top_k=draw.choice([0, 9]),
             presence_penalty=draw.choice([0, 1]),
+            repetition_penalty=draw.choice([1, 1.5]),
+            logit_bias=draw.choice([{}, {1: 2.0, 7: -3.0}]),
             min_p=draw.choice([0, 0.1]),
         )
         return Request(prompt, keys, alternatives=draw.choice([0, 2])), settings, [1, 2, 3]
