@@ -151,15 +151,18 @@ class PipelineParallel:
         start, end = stage_layers(len(trace.layers), self.ranks.size)[self.ranks.place]
         width = stage.backbone.transformer.config.get_text_config().hidden_size
 
+        def arrive(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (stage.received,) if trace.tuples else stage.received
+
         def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            out = hidden_states if stage.received is None else stage.received
-            return (out,) if trace.tuples else out
+            return (hidden_states,) if trace.tuples else hidden_states
 
         def embed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Only the shape counts, because a layer that is skipped returns what was received."""
+            """Only the shape counts, because layers of the stages before return what was received."""
             return x if x.is_floating_point() else torch.zeros(*x.shape, width, dtype=stage.dtype, device=x.device)
 
-        undo += [stand_in(layer, skip) for layer in (*trace.layers[:start], *trace.layers[end:])]
+        undo += [stand_in(layer, arrive) for layer in trace.layers[:start]]
+        undo += [stand_in(layer, skip) for layer in trace.layers[end:]]
         if not stage.first:
             undo += [stand_in(part, embed) for part in trace.front]
         if not stage.last:

@@ -40,7 +40,7 @@ class PipelineStage:
     """This rank's stage of a model.
 
     Args:
-        backbone: The model. Its layers of other stages return what they get, or :attr:`received`.
+        backbone: The model. Its layers of the stages before return :attr:`received`, and those behind what they get.
         ranks: The stages' ranks, in order.
         micro_batches: Maximum number of micro-batches per call.
         ties: Weights whose gradients the two ends sum.

@@ -5,6 +5,7 @@
 Writes what :mod:`run_parallel` writes.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -101,11 +102,11 @@ def tempered(mesh):
     return compare(lambda: Policy(make("llama"), z_loss=0.1).train(), call=call)
 
 
-def roles(mesh):
+def roles(**changes):
     """One backbone as policy, reference and critic."""
 
     def build():
-        model = RoleModel(make("llama", lora=LoRA(r=4)))
+        model = RoleModel(make("llama", lora=LoRA(r=4), **changes))
         torch.manual_seed(3)
         for name, p in model.named_parameters():
             if "critic" in name or "value_head" in name:
@@ -120,7 +121,7 @@ def roles(mesh):
         (loss + values.values.square().sum() + values.last_values.sum()).backward()
         return [reference, own.logprobs, values.values, values.last_values]
 
-    return compare(build, call=call)
+    return lambda mesh: compare(build, call=call)
 
 
 def refusal(build, stages=None):
@@ -206,7 +207,7 @@ CASES = {
     "reward lora": head(RewardModel, lora=LoRA(r=4)),
     "critic": head(ValueModel),
     "tempered": tempered,
-    "roles": roles,
+    "roles": roles(),
     "too many stages": refusal(lambda: Policy(make("llama")), 3),
     "no model": refusal(lambda: nn.Linear(3, 3)),
     "foreign": refusal(lambda: make("llama")),
@@ -218,6 +219,19 @@ CASES = {
     "idle stage": idle_stage,
 }
 
+#: In three stages and in four, of which those between neither embed nor score.
+SEVERAL = {
+    "llama": policy("llama", num_hidden_layers=4),
+    "gemma2": policy("gemma2", num_hidden_layers=4, tie_word_embeddings=True),
+    "gpt2": policy("gpt2", num_hidden_layers=5, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "checkpointing lora": policy("qwen2", LoRA(r=4), checkpointing=True, num_hidden_layers=4),
+    "padded": policy("llama", layout="padded", num_hidden_layers=4),
+    "one tree": policy("llama", packed=ONE_TREE, num_hidden_layers=4),
+    "value head": policy("llama", trunk_grad=0.5, num_hidden_layers=4),
+    "reward": head(RewardModel, num_hidden_layers=4),
+    "roles": roles(num_hidden_layers=4),
+}
+
 if __name__ == "__main__":
-    run_parallel.CASES = CASES
+    run_parallel.CASES = SEVERAL if int(os.environ["WORLD_SIZE"]) > 2 else CASES
     run_parallel.main(sys.argv[1], sys.argv[2:])

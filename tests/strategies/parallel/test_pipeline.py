@@ -85,14 +85,19 @@ def found(tmp_path_factory):
     return run_cases(HERE / "run_pipeline.py", tmp_path_factory.mktemp("cases"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXACT)
-def test_results_and_gradients_equal_one_process(found, name):
-    for case in values(found, name):
+def assert_exact(name, sides):
+    """What each rank found is what one process finds."""
+    for case in sides:
         assert case["outputs"] < 5e-6 and case["gradients"] < 1e-5, case
         assert case["without gradients"] < 5e-6 and case["again"] < 5e-6
         assert (case["layout"] == "padded") == (name == "padded")
         assert case["names"] and case["whole"] and case["alone"] == case["undone"] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_results_and_gradients_equal_one_process(found, name):
+    assert_exact(name, values(found, name))
     # a weight that is embeddings and head lies at both ends
     assert found[0][name]["share"] + found[1][name]["share"] < (1.2 if name in TIED else 1.001)
 
@@ -195,6 +200,15 @@ def test_an_export_is_whole(runs):
 
 
 # ------------------------------------------------------------------------------------------------- more ranks, bad ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [3, 4])
+def test_stages_between_the_ends(tmp_path, stages):
+    """Those neither embed nor score: they run what they receive, and send it on."""
+    found = run_cases(HERE / "run_pipeline.py", tmp_path, ranks=stages)
+    for name in cases.SEVERAL:
+        assert_exact(name, values(found, name))
 
 
 @pytest.mark.slow
