@@ -21,6 +21,7 @@ from transformers import (
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, make_sequences
+from lightning_rlhf.rollout.transfer import to_device
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 
@@ -111,7 +112,7 @@ class _SampleTokens(LogitsProcessor):
         for row, token, logprob, logits in zip(self.rows, tokens, logprobs, scores, strict=True):
             if not row.done:
                 row.push(token, logprob, likeliest_tokens(logits, row) if row.alternatives else ())
-        sampled = torch.tensor(tokens, device=scores.device)[:, None]
+        sampled = to_device(tokens, scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, sampled, 0.0)
 
 
@@ -122,7 +123,7 @@ class _AllDone(StoppingCriteria):
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.tensor([row.done for row in self.rows], device=input_ids.device)
+        return to_device([row.done for row in self.rows], input_ids.device, torch.bool)
 
 
 @contextmanager

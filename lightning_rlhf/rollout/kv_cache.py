@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lightning_rlhf.models.backbone import vocabulary_size
+from lightning_rlhf.rollout.transfer import to_device
 
 NAME = "rollout"
 BASE = "__base__"
@@ -72,6 +73,7 @@ class _Continued(NamedTuple):
 
     Attributes:
         prompts: The prompts.
+        lengths: (B,) their lengths.
         rows: (M,) the rows.
         places: (M,) their places.
         order: (B G) the row at each place; any row where there is none.
@@ -79,6 +81,7 @@ class _Continued(NamedTuple):
     """
 
     prompts: SharedPrompts
+    lengths: Tensor
     rows: Tensor
     places: Tensor
     order: Tensor
@@ -200,8 +203,7 @@ class SlotCache(Cache):
         """
         bases = [0 if place is None else place[0].lengths[place[1]] for place in shared] or [0] * len(positions)
         columns = [p - base for p, base in zip(positions, bases, strict=True)]
-        both = torch.tensor([positions, columns], dtype=torch.long, device=device)
-        self._positions, self._columns = both
+        self._positions, self._columns = to_device([positions, columns], device)
         self._width, self._length = max(columns) + 1, max(positions)
         self._prefill, self._first = False, first
         if self._shared != (given := list(shared)):
@@ -274,7 +276,7 @@ class SlotCache(Cache):
         if window not in part.masks:
             lengths, longest = part.prompts.lengths, max(part.prompts.lengths)
             columns = torch.arange(longest, device=like.device)
-            seen = (columns < torch.tensor(lengths, device=like.device)[:, None])[:, None, None, None]
+            seen = (columns < part.lengths[:, None])[:, None, None, None]
             if window is not None:
                 queries = self._positions[part.order].view(len(lengths), 1, -1, 1, 1)
                 seen = seen & (columns > queries - window)
@@ -328,12 +330,11 @@ def _deal(shared: Sequence[Shared | None], device: torch.device) -> list[_Contin
     found = []
     for prompts, groups in rows.items():
         most = max(map(len, groups))
-        order = torch.tensor([[*group, *[0] * (most - len(group))] for group in groups], device=device).flatten()
-        own = torch.tensor([row for group in groups for row in group], device=device)
-        places = torch.tensor(
-            [b * most + i for b, group in enumerate(groups) for i in range(len(group))], device=device
-        )
-        found.append(_Continued(prompts, own, places, order, {}))
+        order = to_device([[*group, *[0] * (most - len(group))] for group in groups], device).flatten()
+        own = to_device([row for group in groups for row in group], device)
+        places = to_device([b * most + i for b, group in enumerate(groups) for i in range(len(group))], device)
+        lengths = to_device(prompts.lengths, device)
+        found.append(_Continued(prompts, lengths, own, places, order, {}))
     return found
 
 
@@ -698,4 +699,4 @@ class Decoder:
         return logits
 
     def _tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return to_device(values, self.device)

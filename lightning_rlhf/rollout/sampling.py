@@ -8,7 +8,7 @@ rounding would change a token whenever the number falls close to the border of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.rollout.sequence import ActiveSequence
+from lightning_rlhf.rollout.transfer import take_rows, to_device, to_lists
 
 _CHUNK = 2**18
 """Number of noise elements that a CPU makes at once, so that they stay in its cache."""
@@ -38,30 +39,34 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
     settings = [row.sampling for row in rows]
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     if any(s.temperature not in (0, 1) for s in settings):
-        scaled = scaled / scaled.new_tensor([s.temperature or 1.0 for s in settings])[:, None]
+        scaled = scaled / _column((s.temperature or 1.0 for s in settings), scaled)
     with _processed(scaled, rows):
         token = _sample(scaled, rows)
-    logprobs: list[float] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
-    return token.tolist(), logprobs
+    return to_lists(token, scaled.log_softmax(-1).gather(1, token[:, None])[:, 0])
 
 
 def _sample(scores: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
     """Samples (S,) tokens from (S, V) scores."""
-    settings = [row.sampling for row in rows]
-    token = torch.empty(len(rows), dtype=torch.long, device=scores.device)
-    greedy = [i for i, s in enumerate(settings) if s.temperature == 0]
-    cut = [i for i, s in enumerate(settings) if s.temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p)]
+    width, device = scores.shape[1], scores.device
+    greedy = [i for i, row in enumerate(rows) if row.sampling.temperature == 0]
+    cut = [
+        i for i, row in enumerate(rows) if (s := row.sampling).temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p)
+    ]
     plain = sorted({*range(len(rows))} - {*greedy, *cut})
+    found = []
     if greedy:
-        token[greedy] = scores[_span(greedy)].argmax(-1)
-    chunk = max(1, _CHUNK // scores.shape[1]) if scores.device.type == "cpu" else len(rows)
-    ids = _mixed_ids(scores.shape[1], scores.device)
-    for start in range(0, len(plain), chunk):
-        part = plain[start : start + chunk]
-        token[part] = (scores[_span(part)] - _log_exponential(_keys(rows, part, ids), ids)).argmax(-1)
+        found.append(take_rows(scores, greedy).argmax(-1))
+    if plain:
+        keys, ids = _keys([rows[i] for i in plain], device), _mixed_ids(width, device)
+        chunk = max(1, _CHUNK // width) if device.type == "cpu" else len(plain)
+        for start in range(0, len(plain), chunk):
+            part = slice(start, start + chunk)
+            found.append((take_rows(scores, plain[part]) - _log_exponential(keys[part], ids)).argmax(-1))
     if cut:
-        token[cut] = _sample_likeliest(scores[_span(cut)], [rows[i] for i in cut], ids)
-    return token
+        found.append(_sample_likeliest(take_rows(scores, cut), [rows[i] for i in cut]))
+    order = [*greedy, *plain, *cut]
+    place = sorted(range(len(order)), key=order.__getitem__)
+    return take_rows(torch.cat(found), place)
 
 
 def likeliest_tokens(logits: Tensor, row: ActiveSequence) -> list[tuple[int, float]]:
@@ -73,13 +78,7 @@ def likeliest_tokens(logits: Tensor, row: ActiveSequence) -> list[tuple[int, flo
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (row.sampling.temperature or 1.0)
     values, ids = scaled.log_softmax(-1).topk(min(row.alternatives, len(logits)))
-    return list(zip(ids.tolist(), values.tolist(), strict=True))
-
-
-def _span(indices: list[int]) -> slice | list[int]:
-    """Returns consecutive indices as a slice, which copies nothing."""
-    first, last = indices[0], indices[-1]
-    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+    return list(zip(*to_lists(ids, values), strict=True))
 
 
 @contextmanager
@@ -99,9 +98,8 @@ def _processed(scores: Tensor, rows: Sequence[ActiveSequence]) -> Iterator[None]
         np.stack([edits.penalties, edits.shifts, np.full(len(edits.ids), rows[i].sampling.temperature or 1.0)])
         for i, edits in edited
     ]
-    changes = torch.from_numpy(np.hstack([np.empty((3, 0)), *tables])).to(scores.dtype).to(scores.device)
-    penalty, shift, temperature = changes
-    at = torch.from_numpy(columns).to(scores.device)
+    penalty, shift, temperature = to_device(np.hstack([np.empty((3, 0)), *tables]), scores.device, scores.dtype)
+    at = to_device(columns, scores.device)
     flat = scores.view(-1)
     before = flat[at]
     old = before[: len(penalty)]
@@ -113,38 +111,49 @@ def _processed(scores: Tensor, rows: Sequence[ActiveSequence]) -> Iterator[None]
         flat.scatter_(0, at, before)
 
 
-def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence], ids: Tensor, width: int = _NUCLEUS) -> Tensor:
+def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence], width: int = _NUCLEUS) -> Tensor:
     """Samples (S,) tokens from (S, V) scores under top-k, top-p and min-p, among the ``width`` likeliest tokens."""
     vocabulary = scores.shape[1]
     limits = [row.sampling.top_k or vocabulary for row in rows]
     width = min(vocabulary, max(width, *(k for k in limits if k < vocabulary), 1))
     best, index = scores.topk(width)
-    limit = torch.tensor(limits, device=scores.device)[:, None]
+    limit = _column(limits, index)
     # rounding may bring the sum of probabilities to 1 before the last token
-    top_p = scores.new_tensor([p if (p := row.sampling.top_p) < 1 else torch.inf for row in rows])[:, None]
-    least = best[:, :1] + scores.new_tensor([row.sampling.min_p for row in rows])[:, None].log()
+    top_p = _column((p if (p := row.sampling.top_p) < 1 else torch.inf for row in rows), scores)
+    least = best[:, :1] + _column((row.sampling.min_p for row in rows), scores).log()
     best = best.masked_fill(torch.arange(width, device=scores.device) >= limit, -torch.inf)
     whole = torch.where(limit < vocabulary, best.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True))
     mass = (best - whole).exp()
     summed = mass.cumsum(-1)
     kept = best.masked_fill((summed - mass >= top_p) | (best < least), -torch.inf)
-    noise = _log_exponential(_keys(rows, range(len(rows)), ids), ids[index])
+    noise = _log_exponential(_keys(rows, scores.device), _mixed_ids(vocabulary, scores.device)[index])
     token = index.gather(1, (kept - noise).argmax(-1, keepdim=True))[:, 0]
-    open_ended = (limit >= vocabulary) & (summed[:, -1:] < top_p) & (best[:, -1:] >= least)
-    flat = open_ended if width < vocabulary else None
-    if flat is not None and flat.any():  # so flat that the nucleus needs more tokens
-        wider: list[int] = flat[:, 0].nonzero()[:, 0].tolist()
-        token[wider] = _sample_likeliest(scores[wider], [rows[i] for i in wider], ids, vocabulary)
+    if width < vocabulary <= max(limits):
+        open_ended = (limit >= vocabulary) & (summed[:, -1:] < top_p) & (best[:, -1:] >= least)
+        # so flat that the nucleus needs more tokens
+        if wider := [i for i, flat in enumerate(open_ended[:, 0].tolist()) if flat]:
+            found = _sample_likeliest(take_rows(scores, wider), [rows[i] for i in wider], vocabulary)
+            token.index_copy_(0, to_device(wider, token.device), found)
     return token
+
+
+def _column(values: Iterable[float], like: Tensor) -> Tensor:
+    """Returns (S, 1) settings of rows, in a tensor's type."""
+    return _kept_column(tuple(values), like.dtype, like.device)
+
+
+@lru_cache(maxsize=8)
+def _kept_column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return to_device(values, device, dtype)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------- noise
 
 
-def _keys(rows: Sequence[ActiveSequence], which: Sequence[int], ids: Tensor) -> Tensor:
-    """Returns (len(which), 1) noise keys of rows."""
-    signed = [(key := rows[i].noise_key) - (key >> 31 << 32) for i in which]
-    return torch.tensor(signed, dtype=torch.int32, device=ids.device)[:, None]
+def _keys(rows: Sequence[ActiveSequence], device: torch.device) -> Tensor:
+    """Returns (S, 1) noise keys of rows."""
+    signed = [(key := row.noise_key) - (key >> 31 << 32) for row in rows]
+    return to_device(signed, device, torch.int32)[:, None]
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.rollout.kv_cache import Adapters, Decoder, SharedPrompts
 from lightning_rlhf.rollout.sampling import likeliest_tokens, sample_tokens
 from lightning_rlhf.rollout.sequence import ActiveSequence, OnToken, Start, make_sequences
+from lightning_rlhf.rollout.transfer import take_rows
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
 
 _GRAIN = 128
@@ -268,7 +269,7 @@ class Scheduler:
             self._sample(rows, logits)
         else:
             chosen = [i for i, is_ready in enumerate(ready) if is_ready]
-            self._sample([rows[i] for i in chosen], logits[chosen])
+            self._sample([rows[i] for i in chosen], take_rows(logits, chosen))
 
     def _sample(self, rows: Sequence[ActiveSequence], logits: Tensor) -> None:
         if not rows:
