@@ -186,6 +186,11 @@ def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> Callable[[], Any]
     return lambda: vars(layer).pop("forward")
 
 
+def stands_in(layer: nn.Module) -> bool:
+    """Whether a module runs something else now."""
+    return "forward" in vars(layer)
+
+
 def _join(values: Sequence[Tensor | None]) -> Tensor | None:
     """Joins one result of all micro-batches: numbers are summed, others follow each other."""
     found = [v for v in values if v is not None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.functional.logprobs import VocabularySlice
 from lightning_rlhf.strategies.parallel.functions import join_outputs, part_of, sum_outputs
+from lightning_rlhf.strategies.parallel.stage import stands_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,10 @@ def _cut_embeddings(cutter: TensorParallel, embeddings: nn.Embedding) -> None:
         return (local.clamp(0, length - 1), *args[1:])
 
     def after(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return sum_outputs(torch.where(held.pop()[..., None], out, 0.0), ranks)
+        here = held.pop()
+        if stands_in(module):  # another stage of a pipeline looks tokens up
+            return out
+        return sum_outputs(torch.where(here[..., None], out, 0.0), ranks)
 
     cutter.on_undo(embeddings.register_forward_pre_hook(before).remove)
     # before hooks that add to embeddings (NEFTune), which are registered later
