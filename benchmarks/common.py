@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -304,6 +305,19 @@ def measure(script: str | Path, arguments: Sequence[str]) -> Meter:
     if done.returncode or not lines:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return Meter(**json.loads(lines[-1].removeprefix(_MARK)))
+
+
+def launch_ranks(
+    script: str | Path, arguments: Sequence[str], ranks: int, settings: Mapping[str, str] = ONE_THREAD
+) -> list[Any]:
+    """Runs ``script``, whose Trainer starts the ranks; what each of them wrote to ``--out`` as ``RANK.json``."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(script), "--out", folder, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
+        files = sorted(Path(folder).iterdir(), key=lambda file: int(file.stem))
+        if done.returncode or len(files) != ranks:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return [json.loads(file.read_text()) for file in files]
 
 
 def alternate(

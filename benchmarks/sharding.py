@@ -26,16 +26,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -258,6 +255,13 @@ class BareLoop:
         return loss.detach()
 
 
+class Loop(Protocol):
+    """Anything that trains."""
+
+    def step(self, batch: Any, /) -> Tensor:
+        """Trains on a batch; the loss."""
+
+
 class Pair(NamedTuple):
     """CPU seconds of two neighboring steps, and how far their losses are apart."""
 
@@ -267,14 +271,18 @@ class Pair(NamedTuple):
 
 
 class TakeTurns(L.Callback):
-    """Makes a bare step after each of the Trainer's, on the same batch."""
+    """Makes a bare step after each of the Trainer's, on the same batch.
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    Args:
+        make_loop: Makes what does the bare steps, when training starts.
+    """
+
+    def __init__(self, make_loop: Callable[[], Loop]) -> None:
+        self.make_loop = make_loop
         self.pairs: list[Pair] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.loop = BareLoop(self.options)
+        self.loop = self.make_loop()
         self.since = time.process_time()
 
     def on_train_batch_end(
@@ -289,7 +297,7 @@ class TakeTurns(L.Callback):
 
 def take_turns(options: argparse.Namespace) -> tuple[int, list[Pair]]:
     """All steps in this process, which is one of the ranks; its number, and what it measured after the warm-up."""
-    turns = TakeTurns(options)
+    turns = TakeTurns(lambda: BareLoop(options))
     trainer = common.make_trainer(
         options.warmup + options.steps,
         turns,
@@ -381,16 +389,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def launch(options: argparse.Namespace, ranks: int, arguments: list[str]) -> list[Any]:
     """Runs this script on so many ranks; what each of them returned."""
     passed = ["warmup", "steps", "rows", "length", "vocab_size", "width", "layers", "min_chunk_elements"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--ranks", str(ranks), "--out", folder, *arguments]
-        command += common.flags(options, passed) + ["--overhead"] * options.overhead
-        settings = {**common.ONE_THREAD, **(KEEP_MEMORY if options.overhead else {})}
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
-        files = sorted(Path(folder).iterdir(), key=lambda file: int(file.stem))
-        if done.returncode or len(files) != ranks:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        print(f"{' '.join(arguments)}, {ranks} ranks: done", file=sys.stderr, flush=True)
-        return [json.loads(file.read_text()) for file in files]
+    command = ["--ranks", str(ranks), *arguments, *common.flags(options, passed), *["--overhead"] * options.overhead]
+    settings = {**common.ONE_THREAD, **(KEEP_MEMORY if options.overhead else {})}
+    found = common.launch_ranks(__file__, command, ranks, settings)
+    print(f"{' '.join(arguments)}, {ranks} ranks: done", file=sys.stderr, flush=True)
+    return found
 
 
 def measure(options: argparse.Namespace, case: Case, ranks: int) -> dict[str, Held]:
