@@ -115,7 +115,13 @@ def wide_model_dir(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("wide-model"), width=64)
 
 
-def save_tiny_model(path, width):
+@pytest.fixture(scope="session")
+def deep_model_dir(tmp_path_factory):
+    """The tiny one with four layers."""
+    return save_tiny_model(tmp_path_factory.mktemp("deep-model"), width=32, layers=4)
+
+
+def save_tiny_model(path, width, layers=2):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
@@ -124,7 +130,7 @@ def save_tiny_model(path, width):
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

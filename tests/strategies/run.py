@@ -27,6 +27,7 @@ from lightning_rlhf import (
     KTOModule,
     LoRA,
     MeasureWinRate,
+    OnlineDPOModule,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -41,6 +42,7 @@ from lightning_rlhf.strategies import ColossalAIPrecision, ColossalAIStrategy
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from grouping import grouped
 from runs import load_script
+from talkative import Talkative
 
 torch.set_num_threads(1)
 STAGES = Path(__file__).resolve().parents[1] / "stages"
@@ -50,6 +52,7 @@ LOGGED = {
     "dpo": ["train/loss", "train/chosen_logprob"],
     "kto": ["train/loss", "train/z0"],
     "grpo": ["train/score", "train/kl", "train/loss", "train/entropy", "train/policy_grad_norm"],
+    "online_dpo": ["train/loss", "train/score", "train/chosen_logprob"],
     "ppo": ["train/score", "train/kl", "train/loss", "train/value_loss", "train/policy_grad_norm"],
     "gan": ["loss_a", "loss_b"],
 }
@@ -129,7 +132,8 @@ class Curve(L.Callback):
 
 def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="float32", **options):
     run = load({"gan": "run_sft", "ppo": "run_ppo"}.get(stage, f"run_{stage}"))
-    common = dict(lora=LoRA(r=4) if lora else None, gradient_checkpointing=checkpointing, dtype=dtype)
+    dropout = options.pop("dropout", 0.0)
+    common = dict(lora=LoRA(r=4, dropout=dropout) if lora else None, gradient_checkpointing=checkpointing, dtype=dtype)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     common["optimizer"] = lambda params: kinds[optimizer](params, lr=lr)
     files = dict(cache_dir=Path(out_dir) / "cache")
@@ -149,8 +153,15 @@ def make(stage, model_dir, out_dir, lora, checkpointing, lr, optimizer, dtype="f
         data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, **files)
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         own = dict(samples_per_prompt=3, sampling=sampling, epochs=2, minibatches=2, micro_batch_tokens=90)
+        if turns := options.pop("turns", 0):
+            own |= {"environment": Talkative(most=turns), "rollout.max_total_tokens": 70, "micro_batch_tokens": 150}
         common["optimizer"] = lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5)
         return GRPOModule(model_dir, run.letters, **grouped(**own, **common, **options)), data
+    if stage == "online_dpo":
+        data = PromptDataModule(run.prompts(), batch_size=4, val_fraction=0.2, **files)
+        sampling = Sampling(max_new_tokens=10, stop_strings=["e", "o"])
+        own = dict(samples_per_prompt=3, sampling=sampling, epochs=1, minibatches=2, micro_batch_tokens=90)
+        return OnlineDPOModule(model_dir, run.letters, **grouped(**own, **common, **options)), data
     if stage == "ppo":
         sampling = Sampling(max_new_tokens=10, temperature=0.7, stop_strings=["e", "o"])
         options = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 90, **options}

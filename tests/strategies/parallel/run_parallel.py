@@ -211,11 +211,11 @@ def rollout(engine, family, lora=None, **changes):
     return case
 
 
-def note_masks(model):
-    """Collects what dropout of a model's second layer sets to 0, by the layer that reads it."""
+def note_masks(model, layer=1):
+    """Collects what dropout in one layer of a model sets to 0, by the linear layer that reads it."""
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "layers.1" in name:
+        if isinstance(module, nn.Dropout) and f"layers.{layer}" in name:
             module.register_forward_hook(
                 lambda m, args, out, name=name: masks.setdefault(name.split(".")[-3], []).append((out == 0).clone())
             )

@@ -20,12 +20,12 @@ from lightning_rlhf.models import Policy, RewardModel
 from lightning_rlhf.models.backbone import enable_checkpointing
 from lightning_rlhf.models.roles import RoleModel
 from lightning_rlhf.models.value import ValueModel
-from lightning_rlhf.strategies.parallel import Cuts, PipelineParallel, TensorParallel
+from lightning_rlhf.strategies.parallel import Cuts, PipelineParallel, TensorParallel, draw_alike
 from lightning_rlhf.utils.collectives import all_ranks
 
 sys.path[:0] = [str(Path(__file__).parent)]
 import run_parallel  # noqa: E402
-from run_parallel import CPU, batch, far, make, outputs  # noqa: E402
+from run_parallel import CPU, batch, far, make, note_masks, outputs  # noqa: E402
 
 SIZES = (1, 2, 4, 1, 3)
 
@@ -124,6 +124,57 @@ def roles(**changes):
     return lambda mesh: compare(build, call=call)
 
 
+ALIKE = pack([Tree(list(range(3 + i, 15 + i)), [Branch(list(range(20 + i, 30 + i)))]) for i in range(3)])
+
+
+def in_stages(model):
+    """Cuts a model, of which each of three equal trees is then a micro-batch."""
+    PipelineParallel(all_ranks(), CPU, 3).cut_models(nn.ModuleList([model]))
+    torch.manual_seed(5 + dist.get_rank())  # ranks that went apart
+    draw_alike(all_ranks())
+    return model
+
+
+def everywhere(value):
+    """What each rank has."""
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def dropout(mesh):
+    """Each stage and micro-batch draws masks of its own; recomputed layers draw again what they drew."""
+    model = Policy(make("llama", lora=LoRA(r=4, dropout=0.3), attention_dropout=0.3)).train()
+    enable_checkpointing(model.transformer)
+    masks = note_masks(in_stages(model), layer=dist.get_rank())
+    out = model(ALIKE)
+    (out.logprobs * torch.linspace(-1, 1, len(out.logprobs))).sum().backward()
+    first, other = everywhere(masks)
+    states = everywhere(torch.get_rng_state())
+    return dict(
+        seen=sorted(masks),
+        parts=all(not torch.equal(m[0], m[1]) and not torch.equal(m[1], m[2]) for m in masks.values()),
+        stages=all(not torch.equal(a, b) for n in first for a, b in zip(first[n], other[n], strict=True)),
+        recomputed=all(torch.equal(a, b) for m in masks.values() for a, b in zip(m[:3], m[:2:-1], strict=True)),
+        states=torch.equal(*states),
+    )
+
+
+def noise(mesh):
+    """The first stage adds to each micro-batch what one process would add to its trees."""
+    model = in_stages(Policy(make("llama")).train())
+    inputs = []
+    model.transformer.model.layers[0].register_forward_pre_hook(lambda layer, args: inputs.append(args[0].detach()))
+    with model.noisy_embeddings(ALIKE, 20.0):
+        noisy = model(ALIKE).logprobs.detach()
+    plain = model(ALIKE).logprobs.detach()
+    added = torch.stack(inputs[:3]) - torch.stack(inputs[3:])
+    bound = 20.0 / (22 * 32) ** 0.5  # tokens of a tree, and width
+    return dict(effect=far(noisy, plain), alike=torch.equal(*everywhere(noisy)), states=torch.equal(*everywhere(
+        torch.get_rng_state())), most=(added.abs().max() / bound).item(), square=(added / bound).square().mean().item(),
+        parts=not torch.equal(added[0], added[1]))  # fmt: skip
+
+
 def refusal(build, stages=None):
     def case(mesh):
         ranks = all_ranks() if stages is None else all_ranks()._replace(members=tuple(range(stages)))
@@ -208,6 +259,8 @@ CASES = {
     "critic": head(ValueModel),
     "tempered": tempered,
     "roles": roles(),
+    "dropout": dropout,
+    "noise": noise,
     "too many stages": refusal(lambda: Policy(make("llama")), 3),
     "no model": refusal(lambda: nn.Linear(3, 3)),
     "foreign": refusal(lambda: make("llama")),

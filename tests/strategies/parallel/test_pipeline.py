@@ -30,7 +30,7 @@ REFUSALS = {
     "shared layers": "pp cannot train model.model.layers.0.self_attn.q_proj.weight of LlamaForCausalLM, which several",
 }
 TIED = ("gemma2", "gemma2 lora", "checkpointing", "one micro-batch", "fp64")
-EXACT = [name for name in cases.CASES if name not in (*REFUSALS, "bf16")]
+EXACT = [name for name in cases.CASES if name not in (*REFUSALS, "bf16", "dropout", "noise")]
 
 
 def test_layers_are_dealt_to_stages():
@@ -106,6 +106,21 @@ def test_results_and_gradients_equal_one_process(found, name):
 def test_bf16_rounds_as_usual(found):
     for case in values(found, "bf16"):
         assert case["outputs"] < 3e-2 and case["gradients"] < 3e-2
+
+
+@pytest.mark.slow
+def test_stages_and_micro_batches_drop_out_apart(found):
+    for case in values(found, "dropout"):
+        assert case["parts"] and case["stages"] and case["recomputed"] and case["states"], case
+        assert case["seen"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.mark.slow
+def test_noise_on_embeddings_is_distributed_as_in_one_process(found):
+    first, _ = values(found, "noise")
+    assert 0.99 < first["most"] <= 1 + 1e-5 and first["square"] == pytest.approx(1 / 3, rel=0.1) and first["parts"]
+    for case in values(found, "noise"):
+        assert case["effect"] > 1e-3 and case["alike"] and case["states"]
 
 
 @pytest.mark.slow
