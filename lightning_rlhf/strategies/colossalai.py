@@ -464,11 +464,16 @@ class ColossalAIStrategy(DDPStrategy):
                     raise ValueError(f"{type(callback).__name__} {reason}. Use {other}, or remove the callback.")
 
     def _broadcast_weights(self, module: nn.Module) -> None:
-        """Copies all parameters and buffers from rank 0, because each rank has initialized its own."""
+        """Copies all parameters and buffers from rank 0, because each rank has initialized its own.
+
+        What is equal is not written: weights are often a map of their file, whose memory ranks of a machine share.
+        """
         for tensor in chain(module.parameters(), module.buffers()):
-            value = tensor.data.to(self.root_device)
+            own = tensor.data.to(self.root_device)
+            value = own.clone()
             dist.broadcast(value, 0)
-            tensor.data.copy_(value)
+            if not torch.equal(value, own):
+                tensor.data.copy_(value)
 
     def _broadcast_buffers(self) -> None:
         """Copies persistent buffers, such as running statistics, from rank 0, as DDP does."""

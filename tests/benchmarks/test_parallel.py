@@ -8,7 +8,7 @@ import torch
 from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SMALL = ["--width", "16", "--layers", "2", "--vocab-size", "32", "--rows", "4", "--length", "8"]
+SMALL = ["--width", "32", "--layers", "2", "--vocab-size", "32", "--rows", "4", "--length", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +29,32 @@ def table(text):
 @pytest.mark.parametrize(
     ("mesh", "numbers"),
     [
-        # 32 tokens of which 16 are scored, of 16 numbers; two layers of 3088 weights, tables of 512
-        ("tp2", {"tensor sums": 32 * 16 * (1 + 2 * 4) + 16 * (16 + 3)}),
-        ("sp2", {"sequence all-to-alls": 16 * 2 * 2 * (4 * 16), "gradients": 2 * 3120 + 2 * 512 + 16}),
-        ("pp2", {"pipeline sends": 32 * 16}),
-        ("dp2", {"gradients": 2 * 3120 + 2 * 512 + 16}),
-        ("pp2_dp2", {"pipeline sends": 32 * 16, "gradients": 3120 + 512 + 16}),
-        ("tp2_dp2", {"tensor sums": 32 * 16 * 9 + 16 * 19, "gradients": 2 * (3088 // 2 + 32) + 512 + 16}),
+        # 32 tokens of which 16 are scored, of 32 numbers; two layers of 12352 weights and 64 in norms, tables of 1024
+        ("tp2", {"tensor sums": 32 * 32 * (1 + 2 * 4) + 16 * (32 + 3)}),
+        ("sp2", {"sequence all-to-alls": 16 * 2 * 2 * (4 * 32), "gradients": 2 * 12416 + 2 * 1024 + 32}),
+        ("pp2", {"pipeline sends": 32 * 32}),
+        ("dp2", {"gradients": 2 * 12416 + 2 * 1024 + 32}),
+        ("pp2_dp2", {"pipeline sends": 32 * 32, "gradients": 12416 + 1024 + 32}),
+        ("tp2_dp2", {"tensor sums": 32 * 32 * 9 + 16 * 35, "gradients": 2 * (12352 // 2 + 64) + 1024 + 32}),
     ],
 )
 def test_bytes_by_formula(parallel, mesh, numbers):
     options = parallel.parse(["--bytes", *SMALL])
-    assert parallel.model_config(options).intermediate_size == 43  # 4 * 16 * 16 + 3 * 16 * 43 = 3088
+    assert parallel.model_config(options).intermediate_size == 86  # 4 * 32 * 32 + 3 * 32 * 86 = 12352
     want = {kind: 4 * number for kind, number in numbers.items()}
     assert parallel.by_formula(options, parallel.Grid.read(mesh)) == want
 
 
 def test_stages_between_the_ends_send_both_ways(parallel):
     options = parallel.parse(["--bytes", *SMALL, "--layers", "3"])
-    assert parallel.by_formula(options, parallel.Grid.read("pp3")) == {"pipeline sends": 2 * 4 * 32 * 16}
+    assert parallel.by_formula(options, parallel.Grid.read("pp3")) == {"pipeline sends": 2 * 4 * 32 * 32}
 
 
 def test_a_table_has_the_rank_with_the_most(parallel):
     options = parallel.parse(["--bytes", *SMALL])
-    found = [{"pipeline sends": [2, 2048, 2048.0]}, {"pipeline sends": [1, 1024, 1024.0], "others": [1, 64, 32.0]}]
+    found = [{"pipeline sends": [2, 4096, 4096.0]}, {"pipeline sends": [1, 1024, 1024.0], "others": [1, 64, 32.0]}]
     assert parallel.byte_rows(options, "pp2", found) == [
-        ["pp2", "pipeline sends", "2", "64.0", "64.0", "64.0"],
+        ["pp2", "pipeline sends", "2", "128.0", "128.0", "128.0"],
         ["pp2", "others", "1", "2.0", "", "1.0"],
     ]
 
