@@ -200,7 +200,7 @@ def _product_gradient(block: _Block, d_log_p: Tensor, d_log_z: Tensor | None = N
     gradient = block.log_p.exp_().mul_((-d_log_p if d_log_z is None else d_log_z - d_log_p)[:, None])
     d_target = d_log_p if block.held is None else d_log_p * block.held
     gradient.scatter_add_(-1, block.target[:, None], d_target[:, None])
-    return gradient.mul_(block.slope)
+    return gradient if isinstance(block.slope, float) and block.slope == 1 else gradient.mul_(block.slope)
 
 
 class _GradientSums:

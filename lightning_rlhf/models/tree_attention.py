@@ -202,7 +202,8 @@ def _loop(
 
     # split each tensor once: in the backward pass each slice would allocate a gradient of the whole tensor
     sizes = [call.own.length for call in forest.calls]
-    pieces = zip(forest.calls, *(t.split(sizes, 2) for t in (query, key, value)), strict=True)
+    split = [t.split(sizes, 2) if len(sizes) > 1 else (t,) for t in (query, key, value)]  # one piece is not copied
+    pieces = zip(forest.calls, *split, strict=True)
     prompt = key, value
     out: list[Tensor] = []
     for (_, lengths, prefix), q, k, v in pieces:
@@ -218,7 +219,7 @@ def _loop(
             behind = ((q, *(torch.cat(pair, 2) for pair in zip(prompt, kv, strict=True))) for q, *kv in each)
             result = torch.cat([attend(q, k, v, prefix.length).transpose(1, 2) for q, k, v in behind], 1)
         out.append(result)
-    return torch.cat(out, 1)
+    return torch.cat(out, 1) if len(out) > 1 else out[0]
 
 
 def _eager_attention(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightning_rlhf.data.packed import Branch, Tree, pack
@@ -65,6 +66,18 @@ def test_equals_a_dense_mask_forward_and_backward(window, extra):
     got = torch.autograd.grad((out * direction).sum(), (q, k, v))
     for a, b in zip(got, torch.autograd.grad((want * direction).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_sequences_of_one_length_are_attended_to_without_copies():
+    """Nothing is cut and joined again, forward or backward."""
+    batch = pack([Tree([i], [Branch(list(range(5)))]) for i in range(3)])
+    q, k, v = (torch.randn(1, h, 18, E, dtype=torch.float64, requires_grad=True) for h in (H, K, K))
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        out, _ = tree.tree_attention(nn.Identity(), q, k, v, None, scaling=0.3, forest=batch.forest)
+        out.sum().backward()
+    names = {event.key for event in found.key_averages()}
+    assert "aten::scaled_dot_product_attention" in names and "aten::cat" not in names
+    torch.testing.assert_close(out, dense(q, k, v, sees(batch, None), 0.3), atol=1e-12, rtol=0)
 
 
 def test_a_layer_without_its_forest_is_an_error_not_a_leak():
