@@ -371,7 +371,7 @@ class ColossalAIStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
-        """Wraps the module, under ddp."""
+        """Wraps the module, under ddp. If there is one copy of it, no other rank has gradients of the same weights."""
         assert self.lightning_module is not None
         if not self.lightning_module.automatic_optimization:  # a loss may depend on one of several networks only
             self._ddp_kwargs["find_unused_parameters"] = True  # arguments of torch's DDP; there is no public way
@@ -379,6 +379,8 @@ class ColossalAIStrategy(DDPStrategy):
             self._ddp_kwargs["process_group"] = self._mesh.replicas.group
         if self.cuts is not None:
             self.cuts.check_trained(self.lightning_module)
+        if self._mesh is not None and self._mesh.replicas.size == 1:
+            return
         with self._hiding():
             super().configure_ddp()
 
@@ -566,7 +568,7 @@ class ColossalAIStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Makes the children ordinary modules again."""
-        trained = self.boosted or isinstance(self.model, DistributedDataParallel)
+        trained = self.boosted or self._mesh is not None or isinstance(self.model, DistributedDataParallel)
         if trained and not self._failed:
             self._broadcast_buffers()
         for boosted in self.boosted:

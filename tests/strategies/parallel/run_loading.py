@@ -44,6 +44,7 @@ class Loaded(L.LightningModule):
 
     def on_train_start(self):
         self.memory["cut"] = own_memory()
+        self.memory["wrapped"] = self.trainer.strategy.model is not self
         found = self.trainer.strategy.whole_state_dict(exact=True)
         want = load_file(self.file)
         own = {name.removeprefix("policy.model."): value for name, value in found.items()}
