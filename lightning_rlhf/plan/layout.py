@@ -78,13 +78,13 @@ def moments(found: Found, layout: Layout, manual: bool = False) -> list[Moment]:
 
 
 def _replicated(found: Found, layout: Layout, manual: bool) -> list[Moment]:
-    """DDP: buckets of all gradients beside them, also where there is one copy and several ranks hold it."""
+    """DDP: between copies, buckets of all gradients beside them."""
     places = []
     for segment in found.segments:
         parts = segment.peak.copy()
-        if layout.copies * layout.tp > 1:
+        if layout.copies > 1:
             parts["temporary"] += round(found.gradients)
-            if layout.copies > 1 and manual and segment.name == "optimizer step":  # one exchange of all gradients
+            if manual and segment.name == "optimizer step":  # one exchange of all gradients
                 parts["temporary"] += round(found.gradients)
         places.append(Moment(segment.name, parts))
     return places
