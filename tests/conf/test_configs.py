@@ -48,6 +48,15 @@ def options(model_dir, out, stage, trainer=("--trainer.strategy", "auto", "--tra
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", ["dpo", "online_dpo"])
+@pytest.mark.parametrize("loss, scale", [("sigmoid", 0.1), ("simpo", 2.0), ("orpo", 1.0)])
+def test_a_loss_is_changed_by_its_name_alone(tiny_model_dir, tmp_path, stage, loss, scale):
+    """The config's beta is the loss's own, or none."""
+    config = ["--config", str(CONFIGS / stage / "smollm2_lora.yaml"), "--model.loss", loss]
+    made = cli([*config, *options(tiny_model_dir, tmp_path, stage)], run=False)
+    assert (made.model.loss if stage == "dpo" else made.model.pair_loss).scale == scale
+
+
 def votes(path, folder):
     """The option for the data of a config that trains on votes: some votes."""
     if path.stem != "from_chat":
