@@ -30,6 +30,7 @@ _FIELDS = {
     "min_chunk_elements": "chunk",
     "offload_optim_frac": "offload_states",
     "offload_param_frac": "offload_weights",
+    "micro_batches": "micro_batches",
 }
 
 
@@ -167,14 +168,13 @@ def _arguments(strategy: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Arguments of a layout."""
     fields = {to: strategy[name] for name, to in _FIELDS.items() if name in strategy}
     plugin = strategy.get("plugin", "zero2")
-    for axis, kind in {"pp": "pipeline", "sp": "sequence"}.items():
-        if strategy.get(axis, 1) > 1:
-            raise ValueError(f"plan can't tell what {kind} parallelism takes. Leave out trainer.strategy's {axis}.")
+    if strategy.get("sp", 1) > 1:
+        raise ValueError("plan can't tell what sequence parallelism takes. Leave out trainer.strategy's sp.")
     if strategy.get("cpu_offload"):
         fields["offload_states"] = 1.0
     if plugin != "gemini":
         fields["overlaps"] = strategy.get("overlap_communication", True) and settings.on_gpu
-    return {"plugin": plugin, "tp": strategy.get("tp", 1), **fields}
+    return {"plugin": plugin, "tp": strategy.get("tp", 1), "pp": strategy.get("pp", 1), **fields}
 
 
 def count_devices(trainer: Any) -> int:

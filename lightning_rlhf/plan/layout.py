@@ -22,7 +22,7 @@ class Layout:
 
     Args:
         plugin: What is sharded between copies of the model.
-        tp: Ranks that hold a copy together.
+        tp: Ranks that hold each layer of a copy together.
         copies: Copies, with different data.
         checkpointing: Activations are computed again in the backward pass.
         rows: Rows of a micro-batch.
@@ -32,6 +32,8 @@ class Layout:
         chunk: Gemini: elements of the smallest chunk.
         offload_states: Share of the states in the host's memory.
         offload_weights: Gemini: share of the weights in the host's memory.
+        pp: Stages of a copy.
+        micro_batches: Most parts of a micro-batch that stages work on at the same time.
     """
 
     plugin: Plugin
@@ -45,6 +47,13 @@ class Layout:
     chunk: int = 2**20
     offload_states: float = 0.0
     offload_weights: float = 0.0
+    pp: int = 1
+    micro_batches: int = 8
+
+    @property
+    def parts(self) -> int:
+        """Parts of a micro-batch."""
+        return min(self.micro_batches, self.rows) if self.pp > 1 else 1
 
 
 class Moment(NamedTuple):
@@ -119,7 +128,7 @@ def _sharded(found: Found, layout: Layout) -> list[Moment]:
             )
         elif layout.plugin == "gemini":
             parts["temporary"] += round(whole + min(seen, whole))
-        elif segment.name.endswith("backward") and (layout.overlaps or layout.plugin == "zero2"):
+        elif n > 1 and segment.name.endswith("backward") and (layout.overlaps or layout.plugin == "zero2"):
             parts["temporary"] += round(2 * min(seen, bucket))
         if layout.plugin != "zero1":
             backward = segment.name.endswith("backward")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -50,6 +51,20 @@ class Mode:
     tp: int = 1
 
 
+class Outer(NamedTuple):
+    """Weights outside of the layers of all models.
+
+    Attributes:
+        trained: Bytes of those that are trained.
+        elements: Their number.
+        frozen: Bytes of the others.
+    """
+
+    trained: float
+    elements: float
+    frozen: float
+
+
 @dataclass(frozen=True)
 class Found:
     """What a run shows.
@@ -65,6 +80,8 @@ class Found:
         policy: Bytes of the model that samples, or is exported.
         scoring: Floating-point operations of a micro-batch before the updates, in reinforcement learning.
         updating: Those of a micro-batch in an update.
+        front: Embeddings that are no head.
+        back: Norms and heads that are no embeddings.
     """
 
     segments: tuple[Segment, ...]
@@ -77,6 +94,8 @@ class Found:
     policy: float
     scoring: float
     updating: float
+    front: Outer
+    back: Outer
 
     def flops(self, shape: Shape) -> float:
         """Floating-point operations of a rank in a step, or in an iteration after its rollout.
@@ -87,17 +106,18 @@ class Found:
         return shape.passes * (self.scoring * shape.minibatches + self.updating * shape.updates)
 
 
-def measure(stage: Stage, shape: Shape, mode: Mode) -> Found:
-    """Tells what a step of a stage takes, with as many layers as its config says.
+def measure(stage: Stage, shape: Shape, mode: Mode, layers: int | None = None) -> Found:
+    """Tells what a step of a stage takes.
 
     Args:
         stage: With the names of its models, none of which is loaded.
         shape: The micro-batch.
         mode: How it is run.
+        layers: Layers of each model. None: as many as its config says.
     """
-    layers = layers_of(stage)
+    layers = layers or layers_of(stage)
     if layers <= DEPTHS[1]:
-        return run(stage, shape, mode, None)
+        return run(stage, shape, mode, layers)
     low, high = (run(stage, shape, mode, depth) for depth in DEPTHS)
     return between(low, high, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
 
@@ -114,22 +134,26 @@ def between(low: Found, high: Found, share: float) -> Found:
     def line(a: float, b: float) -> float:
         return a + (b - a) * share
 
+    def lines(a: Counter[str], b: Counter[str]) -> Counter[str]:
+        return Counter({kind: max(0, round(line(a[kind], b[kind]))) for kind in {**a, **b}})
+
     segments = []
     for a, b in zip(low.segments, high.segments, strict=True):
-        kinds = {kind: max(0, round(line(a.peak[kind], b.peak[kind]))) for kind in {**a.peak, **b.peak}}
-        segments.append(Segment(a.name, Counter(kinds), round(line(a.flops, b.flops))))
+        flops = round(line(a.flops, b.flops))
+        segments.append(Segment(a.name, lines(a.peak, b.peak), flops, lines(a.held, b.held)))
     names = ("trained", "elements", "largest", "frozen", "gradients", "states", "policy", "scoring", "updating")
-    return Found(tuple(segments), *(line(getattr(low, name), getattr(high, name)) for name in names))
+    numbers: dict[str, Any] = {name: line(getattr(low, name), getattr(high, name)) for name in names}
+    return replace(low, segments=tuple(segments), **numbers)
 
 
-def run(stage: Stage, shape: Shape, mode: Mode, layers: int | None) -> Found:
+def run(stage: Stage, shape: Shape, mode: Mode, layers: int) -> Found:
     """Runs two optimizer steps of a stage on fake tensors, and tells of the second.
 
     Args:
         stage: See :func:`measure`.
         shape: The micro-batch.
         mode: How it is run.
-        layers: Layers of each model. None: as many as its config says.
+        layers: Layers of each model.
     """
     meter, module = Meter(-(-vocabulary_of(stage) // mode.tp)), copy_of(stage)
     with one_rank(mode.tp) as ranks, fake_tensors(), meter, contextlib.redirect_stdout(None):
@@ -190,6 +214,8 @@ def watch(module: Stage, shape: Shape, mode: Mode, meter: Meter) -> Found:
         policy=sum(p.nbytes for p in module.model_to_export.parameters()),
         scoring=scoring,
         updating=updating / passes,
+        front=(ends := _outside(module))[0],
+        back=ends[1],
     )
 
 
@@ -257,6 +283,27 @@ class _Watcher(L.Callback):
             self.meter.mark((v for v in values if isinstance(v, Tensor) and v.ndim), "states")
             self.meter.begin("next step")
             self.meter.segments.clear()
+
+
+def _outside(module: nn.Module) -> tuple[Outer, Outer]:
+    """Weights before and behind the layers, those that are embeddings and head left out."""
+    front: dict[int, Tensor] = {}
+    back: dict[int, Tensor] = {}
+    for part in module.modules():
+        if isinstance(part, Backbone):
+            model: Any = part.transformer
+            within = {id(p) for p in _layers(model).parameters()}
+            embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+            first = {id(p): p for p in embeddings.parameters()}
+            front |= {key: p for key, p in first.items() if head is None or all(p is not h for h in head.parameters())}
+            back |= {id(p): p for p in part.parameters() if id(p) not in within and id(p) not in first}
+    return _outer(front), _outer(back)
+
+
+def _outer(found: Mapping[int, Tensor]) -> Outer:
+    trained = [p for p in found.values() if p.requires_grad]
+    own = sum(p.nbytes for p in trained)
+    return Outer(own, sum(p.numel() for p in trained), sum(p.nbytes for p in found.values()) - own)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:

@@ -29,11 +29,13 @@ class Segment(NamedTuple):
         name: Where it is.
         peak: Bytes by kind at the moment of it when most memory was taken.
         flops: Floating-point operations in it.
+        held: Bytes by kind when it begins.
     """
 
     name: str
     peak: Counter[str]
     flops: int
+    held: Counter[str]
 
 
 @dataclass(eq=False)
@@ -65,6 +67,7 @@ class Meter(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self._held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
         self._name, self._peak, self._most, self._flops = "start", Counter[str](), -1, 0
+        self._begun = Counter[str]()
 
     def begin(self, name: str) -> None:
         """Ends a segment, and begins the next one.
@@ -72,8 +75,8 @@ class Meter(TorchDispatchMode):
         Args:
             name: Where it is.
         """
-        self.segments.append(Segment(self._name, self._peak, self._flops))
-        self._name, self._flops, self._most = name, 0, -1
+        self.segments.append(Segment(self._name, self._peak, self._flops, self._begun))
+        self._name, self._flops, self._most, self._begun = name, 0, -1, self.now.copy()
         self._look()
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:

@@ -46,14 +46,14 @@ def copy_of(stage: Stage) -> Stage:
     return copy.deepcopy(stage, {id(stage.tokenizer): stage.tokenizer})
 
 
-def take_weights_away(module: Stage, layers: int | None, checkpointing: bool) -> None:
+def take_weights_away(module: Stage, layers: int, checkpointing: bool) -> None:
     """Gives a stage models without numbers in place of the names of its models; ``configure_model`` completes them.
 
     Call it, and use the stage, within :func:`~lightning_rlhf.plan.fakes.fake_tensors`.
 
     Args:
         module: The stage, none of whose models is loaded.
-        layers: Layers of each model. None: as many as its config says.
+        layers: Layers of each model.
         checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
@@ -83,13 +83,12 @@ def take_weights_away(module: Stage, layers: int | None, checkpointing: bool) ->
                 reward.model = RewardModel(model, reward.layout).requires_grad_(False).eval()
 
 
-def _make(name: Any, scores: bool, dtype: str, layers: int | None, trusts: bool) -> PreTrainedModel:
+def _make(name: Any, scores: bool, dtype: str, layers: int, trusts: bool) -> PreTrainedModel:
     config = load_config(name, trusts)
     text = config.get_text_config()
-    if layers is not None:
-        text.num_hidden_layers = layers
-        if isinstance(kinds := getattr(text, "layer_types", None), list):
-            text.layer_types = kinds[:layers]
+    text.num_hidden_layers = layers
+    if isinstance(kinds := getattr(text, "layer_types", None), list):
+        text.layer_types = kinds[:layers]
     if scores:
         config.num_labels = 1
     auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM

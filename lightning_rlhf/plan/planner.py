@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, get_args
 
@@ -15,8 +15,10 @@ from lightning_rlhf.plan.measure import Found, Mode, between, measure
 from lightning_rlhf.plan.models import config_of
 from lightning_rlhf.plan.shapes import Shape, shape_of
 from lightning_rlhf.plan.speed import Device, rollout_seconds, step_seconds
+from lightning_rlhf.plan.stages import stage_of, waiting
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.rl import RLStage
+from lightning_rlhf.strategies.parallel.pipeline import stage_layers
 from lightning_rlhf.strategies.parallel.tensor import check_divides
 from lightning_rlhf.strategies.precision import MODES, ColossalAIPrecision, Plugin
 
@@ -88,7 +90,7 @@ class Planner:
 
     def __init__(self, stage: Stage, data: Any, settings: Settings) -> None:
         self.stage, self.data, self.settings = stage, data, settings
-        self._found: dict[tuple[Mode, Shape], Found] = {}
+        self._found: dict[tuple[Mode, Shape, int | None], Found] = {}
 
     @cached_property
     def config(self) -> Any:
@@ -99,17 +101,21 @@ class Planner:
     def _name(self) -> str:
         return str((self.config.architectures or [self.config.model_type])[0])
 
-    def layout(self, plugin: Plugin = "ddp", tp: int = 1, rows: int | None = None, **settings: Any) -> Layout:
+    def layout(
+        self, plugin: Plugin = "ddp", tp: int = 1, rows: int | None = None, pp: int = 1, **settings: Any
+    ) -> Layout:
         """Makes a layout of all devices.
 
         Args:
             plugin: What is sharded.
-            tp: Ranks that hold a copy of the model together.
+            tp: Ranks that hold each layer together.
             rows: Rows of a micro-batch. None: as many as the settings say.
+            pp: Stages to which layers are dealt.
             settings: Further fields of :class:`Layout`.
 
         Raises:
-            ValueError: ``tp`` divides the devices, or the model, badly; or the plugin does not have the precision.
+            ValueError: ``tp`` or ``pp`` divides the devices, or the model, badly; or the plugin does not go with it, or
+                does not have the precision.
         """
         devices = self.settings.devices
         if devices % tp:
@@ -117,27 +123,42 @@ class Planner:
             raise ValueError(f"tp={tp} does not divide {devices} devices. Set tp to one of {fits}.")
         if tp > 1:
             check_divides(self.config, tp, self._name)
+        if pp > 1:
+            self._check_stages(plugin, tp, pp)
         masters = plugin != "ddp" and ColossalAIPrecision(self.settings.precision, plugin).master_weights
         checkpointing = settings.pop("checkpointing", self.stage.load.gradient_checkpointing)
-        copies = devices // tp
+        copies = devices // (tp * pp)
         rows = rows or shape_of(self.stage, self.data, copies, self.settings.accumulate).rows
-        return Layout(plugin, tp, copies, checkpointing, rows, masters=masters, **settings)
+        return Layout(plugin, tp, copies, checkpointing, rows, masters=masters, pp=pp, **settings)
+
+    def _check_stages(self, plugin: Plugin, tp: int, pp: int) -> None:
+        devices, layers = self.settings.devices, self.config.num_hidden_layers
+        if devices % (tp * pp):
+            fits = ", ".join(str(k) for k in range(1, devices // tp + 1) if devices % (tp * k) == 0)
+            raise ValueError(f"pp={pp} does not divide {devices} devices for tp={tp}. Set pp to one of {fits}.")
+        if pp > layers:
+            raise ValueError(f"pp={pp} is more than the {layers} layers of {self._name}. Set pp to at most {layers}.")
+        if plugin == "gemini":
+            raise ValueError("Gemini's chunks span the layers that pp deals to ranks. Use plugin ddp, zero1 or zero2.")
 
     def answer(self, layout: Layout) -> Answer:
-        """Tells what a layout takes."""
-        shape, found = self._look(layout)
+        """Tells what a layout takes, on the rank where it is most."""
+        shape, whole = self._look(layout)
         manual = isinstance(self.stage, RLStage)
-        places = moments(found, layout, manual)
+        stages = [whole] if layout.pp == 1 else self._stages(layout, shape, whole)
+        found, places = max(
+            ((each, moments(each, layout, manual)) for each in stages), key=lambda pair: peak(pair[1]).on_device
+        )
         seconds = step_seconds(
             found, shape, layout, self.settings.device, self.config.hidden_size, self.config.num_hidden_layers
         )
         if isinstance(self.stage, RLStage):
             item = 2 if self.settings.precision.startswith(("bf16", "16")) or self.stage.load.dtype != "float32" else 4
             held = min(places, key=lambda place: place.on_device)
-            places.insert(0, sampling := rollout(self.stage, self.config, shape, found, layout, held, item))
+            places.insert(0, sampling := rollout(self.stage, self.config, shape, whole, layout, held, item))
             together = sampled_together(self.stage, shape)
             counts = (together.rows, together.rounds, shape.answer, sampling.parts["rollout cache"], item)
-            seconds += rollout_seconds(*counts, found, layout, self.settings.device)
+            seconds += rollout_seconds(*counts, whole, layout, self.settings.device)
         most = peak(places)
         speed = shape.step_tokens * layout.copies / seconds
         return Answer(layout, shape, places, most, seconds, speed, most.on_device <= self.settings.room)
@@ -152,25 +173,32 @@ class Planner:
         """
         found: list[Answer] = []
         enough = self.settings.devices
-        for tp in (k for k in range(1, self.settings.devices + 1) if self._divides(k)):
-            if tp > enough:
+        for tp, pp in self._ways():
+            if tp * pp > enough:
                 break
-            for answer in self._with(tp):
+            for answer in self._with(tp, pp):
                 tell(answer)
                 found.append(answer)
             if any(answer.fits for answer in found):
-                enough = min(enough, 2 * tp)
+                enough = min(enough, 2 * tp * pp)
         return sorted(found, key=lambda answer: (not answer.fits, -answer.tokens_per_second, answer.most.on_device))
 
-    def _with(self, tp: int) -> Iterator[Answer]:
-        """Answers for all layouts with ``tp`` ranks per copy."""
-        copies = self.settings.devices // tp
+    def _ways(self) -> list[tuple[int, int]]:
+        """``tp`` and ``pp`` of copies that ranks can hold, those of few ranks first."""
+        devices, layers = self.settings.devices, self.config.num_hidden_layers
+        sizes = [k for k in range(1, devices + 1) if devices % k == 0]
+        pairs = [(tp, pp) for tp in sizes if self._divides(tp) for pp in sizes if devices % (tp * pp) == 0]
+        return sorted(((tp, pp) for tp, pp in pairs if pp <= layers), key=lambda pair: (pair[0] * pair[1], pair[1]))
+
+    def _with(self, tp: int, pp: int) -> Iterator[Answer]:
+        """Answers for all layouts with ``tp`` times ``pp`` ranks per copy."""
+        copies = self.settings.devices // (tp * pp)
         most = shape_of(self.stage, self.data, copies, self.settings.accumulate).rows
         for plugin in PLUGINS if copies > 1 else PLUGINS[:1]:
-            if self._has(plugin) and not (plugin == "gemini" and tp > 1):
+            if self._has(plugin) and not (plugin == "gemini" and tp * pp > 1):
                 for checkpointing in (False, True):
                     for rows in sorted({most, -(-most // 2), -(-most // 4), 1}, reverse=True):
-                        yield self.answer(self.layout(plugin, tp, rows, checkpointing=checkpointing))
+                        yield self.answer(self.layout(plugin, tp, rows, pp, checkpointing=checkpointing))
 
     def _has(self, plugin: Plugin) -> bool:
         """True if a plugin supports the precision."""
@@ -196,22 +224,38 @@ class Planner:
         return True
 
     def _look(self, layout: Layout) -> tuple[Shape, Found]:
-        """The micro-batch of a layout, and what it takes: by the smallest and the largest, if it lies between."""
+        """The micro-batch of a layout, and what it takes with all layers."""
+        most = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate)
+        shape = most._replace(rows=layout.rows) if layout.rows >= most.rows else most.with_rows(layout.rows)
+        return shape, self._at(layout, shape, shape.rows)
+
+    def _stages(self, layout: Layout, shape: Shape, whole: Found) -> list[Found]:
+        """What the first and the last stage of a pipeline take."""
+        found, parts = [], layout.parts
+        slower = 1 / (layout.pp * (1 - waiting(layout.pp, parts)))
+        ends = stage_layers(self.config.num_hidden_layers, layout.pp)
+        for begin, end in (ends[0], ends[-1]):
+            all_rows = self._at(layout, shape, shape.rows, end - begin)
+            part = self._at(layout, shape, -(-shape.rows // parts), end - begin)
+            stage = stage_of(all_rows, part, parts, first=begin == 0, summed=shape.kind == "instructions")
+            found.append(replace(stage, scoring=whole.scoring * slower, updating=whole.updating * slower))
+        return found
+
+    def _at(self, layout: Layout, shape: Shape, rows: int, layers: int | None = None) -> Found:
+        """What so many rows take: by the smallest and the largest micro-batch, if they lie between."""
         cast: torch.dtype | None = None
         if layout.plugin != "ddp":
             cast = MODES[self.settings.precision][1]
         on_gpu, clip = self.settings.on_gpu, self.settings.clip
         mode = Mode(self.settings.precision, cast, layout.checkpointing, on_gpu, clip, layout.tp)
-        whole = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate)
-        if layout.rows >= whole.rows:
-            shape = whole._replace(rows=layout.rows)
-            return shape, self._measured(mode, shape)
-        shape = whole.with_rows(layout.rows)
-        low, high = (self._measured(mode, shape._replace(rows=rows)) for rows in (1, whole.rows))
-        return shape, between(low, high, (layout.rows - 1) / (whole.rows - 1))
+        most = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate).rows
+        if rows >= most:
+            return self._measured(mode, shape._replace(rows=rows), layers)
+        low, high = (self._measured(mode, shape._replace(rows=n), layers) for n in (1, most))
+        return between(low, high, (rows - 1) / (most - 1))
 
-    def _measured(self, mode: Mode, shape: Shape) -> Found:
+    def _measured(self, mode: Mode, shape: Shape, layers: int | None) -> Found:
         alike = shape._replace(passes=min(2, shape.passes), prompts=0, updates=1)
-        if (mode, alike) not in self._found:
-            self._found[mode, alike] = measure(self.stage, alike, mode)
-        return self._found[mode, alike]
+        if (key := (mode, alike, layers)) not in self._found:
+            self._found[key] = measure(self.stage, alike, mode, layers)
+        return self._found[key]

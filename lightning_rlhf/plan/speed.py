@@ -49,6 +49,8 @@ def step_seconds(found: Found, shape: Shape, layout: Layout, device: Device, wid
         directions = 3 if layout.checkpointing else 2
         sums = 2 * 2 * (layout.tp - 1) / layout.tp * directions * layers
         exchanged += sums * shape.tokens * width * item * passes
+    if layout.pp > 1:  # hidden states, and their gradients
+        exchanged += 2 * shape.tokens * width * item * passes
     return found.flops(shape) / (device.flops * device.utilization) + exchanged / device.link
 
 

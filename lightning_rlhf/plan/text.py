@@ -8,6 +8,7 @@ import yaml
 
 from lightning_rlhf.plan.layout import PARTS, Layout
 from lightning_rlhf.plan.planner import Answer, Settings
+from lightning_rlhf.plan.stages import waiting
 
 
 def size(count: float) -> str:
@@ -17,9 +18,11 @@ def size(count: float) -> str:
 
 def name_of(layout: Layout) -> str:
     """A layout in a few words."""
-    words: list[str] = [layout.plugin if layout.copies * layout.tp > 1 else "one device"]
+    each = layout.tp * layout.pp
+    words: list[str] = [layout.plugin if layout.copies * each > 1 else "one device"]
     words += [f"tp {layout.tp}"] if layout.tp > 1 else []
-    words += [f"{layout.copies} copies"] if layout.copies > 1 and layout.tp > 1 else []
+    words += [f"pp {layout.pp}"] if layout.pp > 1 else []
+    words += [f"{layout.copies} copies"] if layout.copies > 1 and each > 1 else []
     return ", ".join(words)
 
 
@@ -30,6 +33,7 @@ def as_text(answer: Answer, settings: Settings) -> str:
         f"{name_of(layout)}; {settings.devices} x {size(settings.memory)}; {settings.precision}; checkpointing "
         f"{'on' if layout.checkpointing else 'off'}",
         f"micro-batch: {shape.rows} rows of {shape.row_tokens} tokens = {shape.tokens:,}; {shape.passes} in a step",
+        *_of_pipeline(layout),
         "",
         f"{'a rank, at its peak':24}{most.name}",
     ]
@@ -42,6 +46,13 @@ def as_text(answer: Answer, settings: Settings) -> str:
         "It fits." if answer.fits else f"It does not fit: {size(most.on_device - settings.room)} too much.",
     ]
     return "\n".join(lines)
+
+
+def _of_pipeline(layout: Layout) -> list[str]:
+    """How often ranks wait for each other."""
+    if layout.pp == 1:
+        return []
+    return [f"in {layout.parts} parts; a rank waits {waiting(layout.pp, layout.parts):.0%} of the time for others"]
 
 
 def in_a_line(answer: Answer) -> str:
@@ -84,12 +95,14 @@ def as_config(answer: Answer, stage: str, accumulates: bool, on_gpu: bool, preci
     layout, shape = answer.layout, answer.shape
     trainer: dict[str, object] = {
         "accelerator": "gpu" if on_gpu else "cpu",
-        "devices": layout.tp * layout.copies,
+        "devices": layout.tp * layout.pp * layout.copies,
         "strategy": "auto",
         "precision": precision,
     }
-    if layout.tp * layout.copies > 1:
-        arguments = {"plugin": layout.plugin, "tp": layout.tp}
+    if layout.tp * layout.pp * layout.copies > 1:
+        arguments: dict[str, object] = {"plugin": layout.plugin, "tp": layout.tp}
+        if layout.pp > 1:
+            arguments |= {"pp": layout.pp, "micro_batches": layout.micro_batches}
         trainer["strategy"] = {
             "class_path": "lightning_rlhf.strategies.ColossalAIStrategy",
             "init_args": arguments,

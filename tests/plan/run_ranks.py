@@ -1,7 +1,8 @@
-"""A run of two processes whose living tensors are counted: run_ranks.py MODEL OUT PLUGIN TP PRECISION."""
+"""A run of two processes whose living tensors are counted: run_ranks.py MODEL OUT PLUGIN TP PP PRECISION."""
 
 import json
 import sys
+from pathlib import Path
 
 import measured
 from torch.utils.data import DataLoader
@@ -11,13 +12,11 @@ from lightning_rlhf.plan.shapes import Shape
 from lightning_rlhf.strategies import ColossalAIStrategy
 
 if __name__ == "__main__":
-    model, out, plugin, tp, precision = sys.argv[1:]
+    model, out, plugin, tp, pp, precision = sys.argv[1:]
     batches = [Shape("instructions", 4, 40, 40, 1, 1).batch() for _ in range(2)]
-    strategy = ColossalAIStrategy(plugin, tp=int(tp))
+    strategy = ColossalAIStrategy(plugin, tp=int(tp), pp=int(pp), micro_batches=2)
     found = measured.fit(
         SFTModule(model), DataLoader(batches, batch_size=None), strategy, devices=2, precision=precision,
         use_distributed_sampler=False,
     )  # fmt: skip
-    if strategy.global_rank == 0:
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump(found, file)
+    Path(out, f"{strategy.global_rank}.json").write_text(json.dumps(found), encoding="utf-8")

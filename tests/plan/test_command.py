@@ -67,6 +67,19 @@ def test_search_writes_a_config_that_fit_takes(no_weights, tmp_path, capsys):
     assert again.splitlines()[0] == out[out.index("\n\n") :].strip().splitlines()[0], "the same plan"
 
 
+def test_a_pipeline_is_planned_from_its_config(no_weights, tmp_path, capsys):
+    path, pipeline = tmp_path / "found.yaml", CONFIGS / "parallel" / "pp2.yaml"
+    given = ["--config", str(pipeline), "--data.batch_size", "8", "--trainer.accumulate_grad_batches", "1"]
+    main(sft(no_weights, *given, "--out", str(path)))
+    out = capsys.readouterr().out
+    assert out.startswith("zero1, pp 2; 2 x ") and "\nin 8 parts; a rank waits 11% of the time for others\n" in out
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
+    arguments = {"plugin": "zero1", "tp": 1, "pp": 2, "micro_batches": 8}
+    assert found["devices"] == 2 and found["strategy"]["init_args"] == arguments
+    with pytest.raises(SystemExit, match=r"plan can't tell what sequence parallelism takes"):
+        main(sft(no_weights, "--config", str(CONFIGS / "parallel" / "sp2.yaml")))
+
+
 @pytest.mark.parametrize("memory", ["1GB", "none"])
 def test_it_leaves_the_levels_of_logs(no_weights, memory):
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_rlhf", "transformers")]
@@ -100,6 +113,13 @@ def test_layouts_that_cannot_be(no_weights):
         layout(no_weights, tp=8)
     with pytest.raises(ValueError, match=r"gemini does not support trainer\.precision='32-true'"):
         layout(no_weights, precision="32-true", plugin="gemini")
+    with pytest.raises(ValueError, match=r"pp=3 does not divide 8 devices for tp=1\. Set pp to one of 1, 2, 4, 8\."):
+        layout(no_weights, pp=3)
+    with pytest.raises(ValueError, match=r"pp=8 is more than the 2 layers of .*\. Set pp to at most 2\."):
+        layout(no_weights, pp=8)
+    with pytest.raises(ValueError, match=r"Gemini's chunks span the layers"):
+        layout(no_weights, plugin="gemini", pp=2)
+    assert layout(no_weights, plugin="zero2", pp=2).copies == 4
     assert layout(no_weights, plugin="zero2") == Layout("zero2", 1, 8, False, 1, masters=True)
 
 

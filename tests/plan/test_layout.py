@@ -5,18 +5,23 @@ from collections import Counter
 import pytest
 
 from lightning_rlhf.plan.layout import Layout, moments, peak
-from lightning_rlhf.plan.measure import Found
+from lightning_rlhf.plan.measure import Found, Outer
 from lightning_rlhf.plan.meter import Segment
 
 #: 1,000 trained numbers in 16 bits, 500 bytes that are frozen.
 FOUND = Found(
     segments=(
-        Segment("policy: head", Counter(weights=2500, gradients=2000, states=4000, activations=700), 10),
-        Segment("policy: last layer, backward", Counter(weights=2500, gradients=600, states=4000, activations=700), 10),
-        Segment("optimizer step", Counter(weights=2500, gradients=2000, states=4000, temporary=80), 0),
+        Segment("policy: head", Counter(weights=2500, gradients=2000, states=4000, activations=700), 10, Counter()),
+        Segment(
+            "policy: last layer, backward",
+            Counter(weights=2500, gradients=600, states=4000, activations=700),
+            10,
+            Counter(),
+        ),
+        Segment("optimizer step", Counter(weights=2500, gradients=2000, states=4000, temporary=80), 0, Counter()),
     ),
     trained=2000, elements=1000, largest=100, frozen=500, gradients=2000, states=4000, policy=2000,
-    scoring=0, updating=20,
+    scoring=0, updating=20, front=Outer(0, 0, 0), back=Outer(0, 0, 0),
 )  # fmt: skip
 
 
