@@ -120,7 +120,7 @@ def _explains_itself(error: BaseException, of_settings: bool) -> bool:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether a statement of this package raised an error, so that its message was written for people."""
+    """Returns True if this package raised an error by a statement of its own. Its message is then for users."""
     frames = traceback.extract_tb(error.__traceback__)
     within = Path(__file__).parent
     return bool(frames) and within in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -115,10 +115,19 @@ def measure(stage: Stage, shape: Shape, mode: Mode, layers: int | None = None) -
         mode: How it is run.
         layers: Layers of each model. None: as many as its config says.
     """
-    layers = layers or layers_of(stage)
+    return extend(lambda depth: run(stage, shape, mode, depth), layers or layers_of(stage))
+
+
+def extend(look: Callable[[int], Found], layers: int) -> Found:
+    """Tells what so many layers take, by one run or by two that have fewer.
+
+    Args:
+        look: Runs a number of layers.
+        layers: Number of layers.
+    """
     if layers <= DEPTHS[1]:
-        return run(stage, shape, mode, layers)
-    low, high = (run(stage, shape, mode, depth) for depth in DEPTHS)
+        return look(layers)
+    low, high = map(look, DEPTHS)
     return between(low, high, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
 
 

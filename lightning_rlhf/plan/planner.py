@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, get_args
 
 import torch
 
 from lightning_rlhf.plan.cache import rollout, sampled_together
 from lightning_rlhf.plan.layout import Layout, Moment, moments, peak
-from lightning_rlhf.plan.measure import Found, Mode, between, measure
+from lightning_rlhf.plan.measure import Found, Mode, between, extend, run
 from lightning_rlhf.plan.models import config_of
 from lightning_rlhf.plan.shapes import Shape, shape_of
 from lightning_rlhf.plan.speed import Device, rollout_seconds, step_seconds
@@ -90,7 +90,7 @@ class Planner:
 
     def __init__(self, stage: Stage, data: Any, settings: Settings) -> None:
         self.stage, self.data, self.settings = stage, data, settings
-        self._found: dict[tuple[Mode, Shape, int | None], Found] = {}
+        self._found: dict[tuple[Mode, Shape, int], Found] = {}
 
     @cached_property
     def config(self) -> Any:
@@ -215,7 +215,7 @@ class Planner:
         if tp == 1:
             return True
         plan = set((getattr(self.config, "base_model_tp_plan", None) or {}).values())
-        if self.settings.devices % tp or not plan or plan - _CUTS:
+        if not plan or plan - _CUTS:
             return False
         try:
             check_divides(self.config, tp, self._name)
@@ -230,7 +230,7 @@ class Planner:
         return shape, self._at(layout, shape, shape.rows)
 
     def _stages(self, layout: Layout, shape: Shape, whole: Found) -> list[Found]:
-        """What the first and the last stage of a pipeline take."""
+        """Computes what the first and the last stage of a pipeline hold."""
         found, parts = [], layout.parts
         slower = 1 / (layout.pp * (1 - waiting(layout.pp, parts)))
         ends = stage_layers(self.config.num_hidden_layers, layout.pp)
@@ -242,7 +242,7 @@ class Planner:
         return found
 
     def _at(self, layout: Layout, shape: Shape, rows: int, layers: int | None = None) -> Found:
-        """What so many rows take: by the smallest and the largest micro-batch, if they lie between."""
+        """Computes what a number of rows takes. It interpolates between one row and the largest micro-batch."""
         cast: torch.dtype | None = None
         if layout.plugin != "ddp":
             cast = MODES[self.settings.precision][1]
@@ -256,6 +256,10 @@ class Planner:
 
     def _measured(self, mode: Mode, shape: Shape, layers: int | None) -> Found:
         alike = shape._replace(passes=min(2, shape.passes), prompts=0, updates=1)
-        if (key := (mode, alike, layers)) not in self._found:
-            self._found[key] = measure(self.stage, alike, mode, layers)
+        return extend(partial(self._run, mode, alike), layers or self.config.num_hidden_layers)
+
+    def _run(self, mode: Mode, shape: Shape, depth: int) -> Found:
+        """Runs so many layers, once."""
+        if (key := (mode, shape, depth)) not in self._found:
+            self._found[key] = run(self.stage, shape, mode, depth)
         return self._found[key]

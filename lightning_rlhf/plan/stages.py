@@ -1,4 +1,4 @@
-"""What a stage of a pipeline takes: shares of what one process takes that has the stage's layers."""
+"""Computes what a stage of a pipeline holds, from runs of its layers in one process."""
 
 from __future__ import annotations
 
