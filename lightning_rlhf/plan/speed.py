@@ -47,7 +47,7 @@ def step_seconds(found: Found, shape: Shape, layout: Layout, device: Device, wid
         exchanged += around * (found.gradients * often + found.trained * gathers)
     if layout.tp > 1:  # two sums of activations a layer in each direction, three directions with checkpointing
         directions = 3 if layout.checkpointing else 2
-        sums = 2 * 2 * (layout.tp - 1) / layout.tp * directions * layers
+        sums = 2 * 2 * (layout.tp - 1) / layout.tp * directions * layers / layout.pp
         exchanged += sums * shape.tokens * width * item * passes
     if layout.pp > 1:  # hidden states, and their gradients
         exchanged += 2 * shape.tokens * width * item * passes

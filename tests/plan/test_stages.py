@@ -1,13 +1,16 @@
 """Shares of a pipeline's stages, from what one process takes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from lightning_rlhf import SFTModule
+from lightning_rlhf.plan.layout import Layout
 from lightning_rlhf.plan.measure import Found, Mode, Outer, measure
 from lightning_rlhf.plan.meter import Segment
 from lightning_rlhf.plan.shapes import Shape
+from lightning_rlhf.plan.speed import Device, step_seconds
 from lightning_rlhf.plan.stages import stage_of, waiting
 
 HELD = {"weights": 1000, "states": 2000}
@@ -81,3 +84,13 @@ def test_stages_of_a_model_hold_it_together(small_model):
     assert sum(stage.elements for stage in stages) == whole.elements
     assert sum(stage.trained for stage in stages) == whole.trained
     assert whole.front.elements > 0 and whole.front.frozen == whole.back.frozen == 0
+
+
+def test_a_stage_sums_over_slices_in_its_own_layers_alone():
+    found, device = replace(taken(0, 0), updating=0), Device(link=1.0)
+    shape = Shape("instructions", 4, 10, 10, 1, 1)
+    one, two = (
+        step_seconds(found, shape, Layout("ddp", 2, 1, False, 4, pp=pp), device, width=8, layers=6) for pp in (1, 2)
+    )
+    sent = 2 * 80 * 8 * 4  # hidden states of 80 tokens, and their gradients
+    assert one == 2 * 2 * 2 / 2 * 6 * 80 * 8 * 4 and two == one / 2 + sent
