@@ -36,6 +36,8 @@ ifeq ($(CONSTRAINTS),constraints.txt)
 SCALE := datatrove orjson
 GPTQ := gptqmodel==7.7.0 optimum==2.3.0 auto-round==0.16.1
 GPTQ_NEEDS := device-smi tokenicer pypcre logbar threadpoolctl defuser py-cpuinfo
+# Tests compare losses with TRL's own, of the version that setup.cfg names for benchmarks; it needs Python 3.11 too.
+TRL := $(shell grep -m1 -oE 'trl==[0-9.]+' setup.cfg)
 endif
 
 # $(call timed,NAME,COMMAND): says what starts and how long it took; fails where it fails, so join commands by &&.
@@ -65,7 +67,7 @@ $(VENV)/.demo-installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
 	$(call timed,$(VENV): what tests need,$(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(TEST_EXTRAS)]' $(COLOSSALAI_NEEDS) $(GPTQ_NEEDS) $(SCALE))
-	$(call timed,$(VENV): ColossalAI and GPTQ,$(VENV)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI) $(GPTQ))
+	$(call timed,$(VENV): packages without their pins,$(VENV)/bin/python -m pip install --quiet --no-deps $(COLOSSALAI) $(GPTQ) $(TRL))
 	@touch $@
 
 $(BRIDGE)/.test-installed: setup.cfg pyproject.toml constraints-4.51.txt

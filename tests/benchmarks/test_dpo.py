@@ -95,7 +95,10 @@ def test_first_loss_is_the_formulas(dpo, make_task, algorithm):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own settings
-@pytest.mark.parametrize("algorithm", ["dpo", "precomputed", "lora", "kto", "simpo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["dpo", "kto", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("precomputed", "lora", "simpo"))],
+)
 def test_trl_does_the_same_work(dpo, make_task, algorithm):
     pytest.importorskip("trl")
     ours, theirs = (run(who, make_task(algorithm)) for who in (dpo.run_ours, dpo.PEERS["trl-fast"]))
