@@ -412,8 +412,8 @@ class TreeDataModule(L.LightningDataModule, ABC, Generic[Item]):
             sources = ", ".join(source.name for source in self._weighted[origin])
             bad = self.bad_rows.get(origin, [])
             reasons = ", ".join(b.reasons for b in bad if b.total)
-            skipped = f"{sum(b.total for b in bad)} were skipped{f': {reasons}' if reasons else '.'}"
-            raise DataError(f"No usable row in the {self._part(origin)} data ({sources}); {skipped}")
+            why = f"all {sum(b.total for b in bad)} were skipped: {reasons}" if reasons else "there is none. Add rows."
+            raise DataError(f"No usable row in the {self._part(origin)} data ({sources}): {why}")
         for i in range(len(self._weighted[origin])):  # only now: an error would tell of them a second time
             for name in self._empty.pop((origin, i), []):
                 rank_zero_warn(f"{self._part(origin)}: {name} has no row.")

@@ -59,8 +59,8 @@ REFUSED_IN_PROMPTS = {
 }
 #: Columns that all formats of conversations and preferences read.
 SHARED = (*SYSTEM, *_OPTIONS, "lang", "language")
-#: Columns that say whether an answer is good (KTO), and whether a row is learned.
-LABELS, _ROW_WEIGHTS = ("label", "kto_tag"), ("weight", "train")
+#: Columns that say whether an answer is good (KTO), or by a number how good; and whether a row is learned.
+LABELS, RATINGS, _ROW_WEIGHTS = ("label", "kto_tag"), ("rating", "score"), ("weight", "train")
 _TURN = {"role", "from", "content", "value", *_FOR_TEMPLATE, *_WEIGHTS, *_REFUSED_IN_TURNS}
 
 

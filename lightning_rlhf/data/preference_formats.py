@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from lightning_rlhf.data.formats import (
     FORMATS,
     LABELS,
+    RATINGS,
     ROLES,
     SHARED,
     Conversation,
@@ -377,8 +378,9 @@ def _from_ranking(row: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _from_unpaired(row: Mapping[str, Any]) -> NoReturn:
+    column = first_filled(row, *LABELS, *RATINGS)
     reason = (
-        f"the column {first_filled(row, *LABELS)!r} rates a single answer: KTO-style training takes such rows, by "
+        f"the column {column!r} rates a single answer: KTO-style training takes such rows, by "
         "KTOModule and UnpairedDataModule; training on pairs doesn't"
     )
     raise FormatError("unpaired", f"{reason}. Group good and bad answers to a prompt into 'chosen' and 'rejected'")
@@ -410,5 +412,5 @@ PREFERENCE_FORMATS: FormatTable[list[Candidate]] = FormatTable(
         )
     ),
     Format("ranking", ("prompt", _ANSWERS), _from_ranking, ("ranks", "rank", "scores")),
-    Format("unpaired", (LABELS,), _from_unpaired, also=_is_conversation),
+    Format("unpaired", ((*LABELS, *RATINGS),), _from_unpaired, also=_is_conversation),
 )

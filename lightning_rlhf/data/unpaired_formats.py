@@ -13,6 +13,7 @@ from typing import Any
 from lightning_rlhf.data.formats import (
     FORMATS,
     LABELS,
+    RATINGS,
     SHARED,
     Format,
     FormatError,
@@ -38,8 +39,6 @@ from lightning_rlhf.data.preference_formats import (
     to_preference,
 )
 
-#: Columns with a number that a threshold makes a label of.
-RATINGS = ("rating", "score")
 _JUDGED = (*LABELS, *RATINGS)
 
 

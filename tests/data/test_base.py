@@ -572,7 +572,10 @@ def test_an_empty_source_among_several_is_one_line(tiny_tokenizer, tmp_path):
         assert sum("has no row" in str(one.message) for one in caught) == 1
         assert [len(b.rows) for b in data.train_dataloader()] == [2]
     data = InstructionDataModule([WeightedSource([]), WeightedSource(empty)], tokenizer=tiny_tokenizer)
-    with warnings.catch_warnings(), pytest.raises(DataError, match=r"No usable row in the train data.*b\.jsonl"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(DataError, match=r"No usable row in the train data.*b\.jsonl\): there is none\."),
+    ):
         warnings.simplefilter("error")  # the error is enough
         data.setup("fit")
 

@@ -323,6 +323,8 @@ UNFIT = [
     ("unpaired", "'label' rates a single answer.*KTO-style.*Group", {"prompt": "q", "completion": "a", "label": True}),
     ("unpaired", "KTO-style.*KTOModule and UnpairedDataModule", {"prompt": [U], "response": "a", "label": False}),
     ("unpaired", "'kto_tag' rates a single answer", {"messages": [U], "kto_tag": True}),
+    ("unpaired", "'rating' rates a single.*UnpairedDataModule", {"prompt": "q", "completion": "a", "rating": 4}),
+    ("unpaired", "'score' rates a single answer", {"instruction": "q", "output": "a", "score": "0.5"}),
     ("missing column", r"which of 'answers' is better\. Add a column 'ranks'.*'ranked'", ranking(["a", "b"])),
     ("missing column", "only the score 'chosen_score'", PAIR | {"chosen_score": 1, "rejected_score": None}),
     ("missing column", "only the score 'score_rejected'", PAIR | {"score_rejected": 1}),
@@ -454,7 +456,7 @@ def test_unfit_rows(kind, message, row):
         ),
         ("ranking", PAIR, "needs the column 'ranked' or 'answers' or 'responses' or 'completions', and the row has"),
         ("colossalchat", PAIR, "needs the column 'context'"),
-        ("unpaired", {}, "needs the column 'label' or 'kto_tag', and the row has none"),
+        ("unpaired", {}, "needs the column 'label' or 'kto_tag' or 'rating' or 'score', and the row has none"),
     ],
 )
 def test_named_format_that_does_not_fit(name, row, message):

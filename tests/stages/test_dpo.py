@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_rlhf import DPOModule, HFExport, Load, LoRA, PairShaping, PreferenceDataModule, WeightedLoss
 from lightning_rlhf.cli import main
 from lightning_rlhf.data import Branch, Tree, pack
+from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.data.packed import Pair
 from lightning_rlhf.data.reference import ReferenceLogprobs
+from lightning_rlhf.data.sources import BadRowError
 from lightning_rlhf.functional import LOSSES, PairLoss
 from lightning_rlhf.stages import references
 from lightning_rlhf.stages.pair_losses import LossSum
@@ -689,13 +691,18 @@ def test_a_loss_of_ones_own_is_taken_by_import_path(tiny_model_dir, tmp_path, mo
     ("settings", "words"),
     [
         (dict(beta=0.0), "beta must be above 0, got 0.0"),
+        (dict(beta=-0.1), "beta must be above 0, got -0.1"),
         (dict(beta=math.nan), "beta must be above 0"),
         (dict(beta=0.1, loss="orpo"), "beta is 0.1, but the loss orpo has no beta"),
         (dict(loss="sigmod"), "There is no loss 'sigmod'; did you mean sigmoid? All: sigmoid, robust"),
         (dict(loss=[]), "loss is an empty list"),
         (
             dict(loss=[WeightedLoss("ipo", settings={"label_smoothing": 0.1})]),
-            "The loss ipo has no setting",
+            "The loss ipo has no setting 'label_smoothing'. It has: beta, average.",
+        ),
+        (
+            dict(loss=[WeightedLoss("robust", settings={"label_smoothing": -0.1})]),
+            "The setting label_smoothing of the loss robust must be at least 0 and below 0.5, got -0.1",
         ),
         (
             dict(loss=[WeightedLoss("sigmoid", settings={"label_smoothing": 0.5})]),
@@ -758,19 +765,35 @@ def test_a_loss_that_is_no_loss_per_pair_is_named(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (dict(prompt="a", chosen="b", rejected="b"), "my.jsonl:1: "),
-        (dict(prompt="a", chosen="b", rejected=""), "my.jsonl:1: "),
-        (dict(prompt="a", chosen="b", rejected="c", margin=math.nan), "my.jsonl:1: "),
-        (dict(prompt="a", completion="b", label=True), "my.jsonl:1: "),
+        (dict(chosen="b", rejected="b"), "no difference: the column 'chosen' and the column 'rejected' are the same"),
+        (dict(chosen="b", rejected=""), r"with the column 'rejected', turn 2 \(assistant\) is empty"),
+        (dict(chosen="b", rejected="c", margin=math.nan), "the column 'margin' is nan"),
+        (dict(answers=["b", "c"], scores=[1, 1]), "all answers are tied"),
+        (dict(ranked=["b"]), "the column 'ranked' holds 1 of the two or more answers that a comparison needs"),
+        (dict(completion="b", label=True), "the column 'label' rates a single answer.* KTOModule and Unpaired"),
+        (dict(completion="b", rating=4), "the column 'rating' rates a single answer.* KTOModule and Unpaired"),
     ],
-    ids=["equal", "empty", "margin", "unpaired"],
+    ids=["equal", "empty", "margin", "tied", "alone", "unpaired", "rated"],
 )
 def test_bad_rows_are_named_with_file_and_line(row, words, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("my.jsonl").write_text(json.dumps(row) + "\n")
+    good = dict(prompt="a", chosen="b", rejected="c")
+    Path("my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (good, {"prompt": "a", **row})))
     made = PreferenceDataModule("my.jsonl", val_fraction=0.0, use_margin=True, cache_dir=tmp_path)
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(BadRowError, match=rf"^my\.jsonl:2: .*{words}"):
         quiet(tmp_path, max_steps=1).fit(DPOModule(tiny_model_dir), made)
+
+
+def test_data_without_a_pair_are_named(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rows, words in (
+        ([], r"there is none\. Add rows"),
+        ([dict(prompt="a", answers=["b", "c"], scores=[1, 1])] * 2, r"all 2 were skipped: 2 x no pair .*my\.jsonl:1"),
+    ):
+        Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made = PreferenceDataModule("my.jsonl", on_bad_row="skip", cache_dir=tmp_path)
+        with pytest.raises(DataError, match=rf"No usable row in the train data \(my\.jsonl\): {words}"):
+            quiet(tmp_path, max_steps=1).fit(DPOModule(tiny_model_dir), made)
 
 
 def test_settings_of_the_table_are_all_known():
