@@ -168,13 +168,11 @@ def _arguments(strategy: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Arguments of a layout."""
     fields = {to: strategy[name] for name, to in _FIELDS.items() if name in strategy}
     plugin = strategy.get("plugin", "zero2")
-    if strategy.get("sp", 1) > 1:
-        raise ValueError("plan can't tell what sequence parallelism takes. Leave out trainer.strategy's sp.")
     if strategy.get("cpu_offload"):
         fields["offload_states"] = 1.0
     if plugin != "gemini":
         fields["overlaps"] = strategy.get("overlap_communication", True) and settings.on_gpu
-    return {"plugin": plugin, "tp": strategy.get("tp", 1), "pp": strategy.get("pp", 1), **fields}
+    return {"plugin": plugin, **{axis: strategy.get(axis, 1) for axis in ("tp", "pp", "sp")}, **fields}
 
 
 def count_devices(trainer: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 
 @contextmanager
@@ -25,6 +25,16 @@ def fake_tensors() -> Iterator[None]:
             yield
     finally:
         nn.Module._apply = former  # type: ignore[method-assign]
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Within it, new tensors have numbers: those of a batch, by which sequence parallelism deals its tokens to ranks.
+
+    torch has no public way to leave its mode; ``tests/plan/test_shapes.py`` fails if this one goes.
+    """
+    with unset_fake_temporarily():
+        yield
 
 
 def _replace(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -33,6 +33,7 @@ class Layout:
         offload_states: Share of the states in the host's memory.
         offload_weights: Gemini: share of the weights in the host's memory.
         pp: Stages of a copy.
+        sp: Ranks that run each row of a copy together, with whole weights.
         micro_batches: Most parts of a micro-batch that stages work on at the same time.
     """
 
@@ -48,7 +49,18 @@ class Layout:
     offload_states: float = 0.0
     offload_weights: float = 0.0
     pp: int = 1
+    sp: int = 1
     micro_batches: int = 8
+
+    @property
+    def each(self) -> int:
+        """Ranks of a copy."""
+        return self.tp * self.pp * self.sp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, between which plugins act."""
+        return self.copies * self.sp
 
     @property
     def parts(self) -> int:
@@ -87,11 +99,11 @@ def moments(found: Found, layout: Layout, manual: bool = False) -> list[Moment]:
 
 
 def _replicated(found: Found, layout: Layout, manual: bool) -> list[Moment]:
-    """DDP: between copies, buckets of all gradients beside them."""
+    """DDP: between replicas, buckets of all gradients beside them."""
     places = []
     for segment in found.segments:
         parts = segment.peak.copy()
-        if layout.copies > 1:
+        if layout.replicas > 1:
             parts["temporary"] += round(found.gradients)
             if manual and segment.name == "optimizer step":  # one exchange of all gradients
                 parts["temporary"] += round(found.gradients)
@@ -101,7 +113,7 @@ def _replicated(found: Found, layout: Layout, manual: bool) -> list[Moment]:
 
 def _sharded(found: Found, layout: Layout) -> list[Moment]:
     """ZeRO and Gemini: states and fp32 weights by shares; from ZeRO-2 on gradients, and under Gemini weights too."""
-    n, item = layout.copies, found.trained / found.elements
+    n, item = layout.replicas, found.trained / found.elements
     fp32 = 4 * found.elements / n
     states = found.states / item * 4 / n + (fp32 if layout.masters else 0)
     kept = found.gradients if layout.plugin == "zero1" else found.gradients / n
@@ -141,7 +153,7 @@ def _sharded(found: Found, layout: Layout) -> list[Moment]:
 
 def _exchanges(found: Found, layout: Layout, held: Counter[str], kept: float, item: float) -> list[Moment]:
     """ZeRO's reduction of the last bucket, which holds no more than there is, and its gathering of new weights."""
-    n = layout.copies
+    n = layout.replicas
     last = min(found.gradients, max(found.largest, layout.bucket) * item)
     reduced = kept if layout.plugin == "zero1" else kept + last
     pieces = min(layout.bucket * item, found.trained / n)

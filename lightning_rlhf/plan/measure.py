@@ -24,7 +24,7 @@ from lightning_rlhf.plan.rollouts import UPDATE, iteration
 from lightning_rlhf.plan.shapes import Shape
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.rl import RLStage
-from lightning_rlhf.strategies.parallel import TensorParallel
+from lightning_rlhf.strategies.parallel import SequenceParallel, TensorParallel
 
 #: Layers are alike: two depths tell the others.
 DEPTHS = (2, 4)
@@ -40,7 +40,8 @@ class Mode:
         checkpointing: Activations are computed again in the backward pass.
         fused_lists: The optimizer steps all tensors at once, as it does on GPUs.
         clip: The Trainer's ``gradient_clip_val``.
-        tp: Ranks that hold a copy of the models together; what one of them takes is told.
+        tp: Ranks that hold each layer of a copy together; what one of them takes is told.
+        sp: Ranks that run each row of a copy together.
     """
 
     precision: str = "32-true"
@@ -49,6 +50,7 @@ class Mode:
     fused_lists: bool = False
     clip: float | None = None
     tp: int = 1
+    sp: int = 1
 
 
 class Outer(NamedTuple):
@@ -165,11 +167,13 @@ def run(stage: Stage, shape: Shape, mode: Mode, layers: int) -> Found:
         layers: Layers of each model.
     """
     meter, module = Meter(-(-vocabulary_of(stage) // mode.tp)), copy_of(stage)
-    with one_rank(mode.tp) as ranks, fake_tensors(), meter, contextlib.redirect_stdout(None):
+    with one_rank(mode.tp, mode.sp) as mesh, fake_tensors(), meter, contextlib.redirect_stdout(None):
         take_weights_away(module, layers, mode.checkpointing)
         module.configure_model()
-        if ranks is not None:
-            TensorParallel(ranks, torch.device("cpu")).cut_models(module)
+        if mesh is not None and mode.tp > 1:
+            TensorParallel(mesh.tensor, torch.device("cpu")).cut_models(module)
+        if mesh is not None and mode.sp > 1:
+            SequenceParallel(mesh.sequence, mode.tp).spread_models(module)
         if mode.cast is not None:
             _cast(module, mode.cast)
         return watch(module, shape, mode, meter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,6 +20,7 @@ from lightning_rlhf.plan.stages import stage_of, waiting
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.strategies.parallel.pipeline import stage_layers
+from lightning_rlhf.strategies.parallel.sequence import check_heads
 from lightning_rlhf.strategies.parallel.tensor import check_divides
 from lightning_rlhf.strategies.precision import MODES, ColossalAIPrecision, Plugin
 
@@ -102,7 +104,7 @@ class Planner:
         return str((self.config.architectures or [self.config.model_type])[0])
 
     def layout(
-        self, plugin: Plugin = "ddp", tp: int = 1, rows: int | None = None, pp: int = 1, **settings: Any
+        self, plugin: Plugin = "ddp", tp: int = 1, rows: int | None = None, pp: int = 1, sp: int = 1, **settings: Any
     ) -> Layout:
         """Makes a layout of all devices.
 
@@ -111,11 +113,12 @@ class Planner:
             tp: Ranks that hold each layer together.
             rows: Rows of a micro-batch. None: as many as the settings say.
             pp: Stages to which layers are dealt.
+            sp: Ranks that run each row together.
             settings: Further fields of :class:`Layout`.
 
         Raises:
-            ValueError: ``tp`` or ``pp`` divides the devices, or the model, badly; or the plugin does not go with it, or
-                does not have the precision.
+            ValueError: ``tp``, ``pp`` or ``sp`` divides the devices, or the model, badly; or the plugin does not go
+                with it, or does not have the precision.
         """
         devices = self.settings.devices
         if devices % tp:
@@ -125,17 +128,33 @@ class Planner:
             check_divides(self.config, tp, self._name)
         if pp > 1:
             self._check_stages(plugin, tp, pp)
+        if sp > 1:
+            self._check_stretches(plugin, tp, pp, sp)
         masters = plugin != "ddp" and ColossalAIPrecision(self.settings.precision, plugin).master_weights
         checkpointing = settings.pop("checkpointing", self.stage.load.gradient_checkpointing)
-        copies = devices // (tp * pp)
+        copies = devices // (tp * pp * sp)
         rows = rows or shape_of(self.stage, self.data, copies, self.settings.accumulate).rows
-        return Layout(plugin, tp, copies, checkpointing, rows, masters=masters, pp=pp, **settings)
+        return Layout(plugin, tp, copies, checkpointing, rows, masters=masters, pp=pp, sp=sp, **settings)
+
+    def _check_share(self, name: str, size: int, tp: int) -> None:
+        devices = self.settings.devices
+        if devices % (tp * size):
+            fits = ", ".join(str(k) for k in range(1, devices // tp + 1) if devices % (tp * k) == 0)
+            raise ValueError(
+                f"{name}={size} does not divide {devices} devices for tp={tp}. Set {name} to one of {fits}."
+            )
+
+    def _check_stretches(self, plugin: Plugin, tp: int, pp: int, sp: int) -> None:
+        self._check_share("sp", sp, tp)
+        check_heads(self.config, sp, self._name, tp)
+        if pp > 1:
+            raise ValueError("pp and sp do not go together, since both cut rows. Leave out one; tp goes with either.")
+        if plugin == "gemini":
+            raise ValueError("sp does not support Gemini's chunks. Use plugin ddp, zero1 or zero2 with sp.")
 
     def _check_stages(self, plugin: Plugin, tp: int, pp: int) -> None:
-        devices, layers = self.settings.devices, self.config.num_hidden_layers
-        if devices % (tp * pp):
-            fits = ", ".join(str(k) for k in range(1, devices // tp + 1) if devices % (tp * k) == 0)
-            raise ValueError(f"pp={pp} does not divide {devices} devices for tp={tp}. Set pp to one of {fits}.")
+        self._check_share("pp", pp, tp)
+        layers = self.config.num_hidden_layers
         if pp > layers:
             raise ValueError(f"pp={pp} is more than the {layers} layers of {self._name}. Set pp to at most {layers}.")
         if plugin == "gemini":
@@ -173,32 +192,34 @@ class Planner:
         """
         found: list[Answer] = []
         enough = self.settings.devices
-        for tp, pp in self._ways():
-            if tp * pp > enough:
+        for tp, pp, sp in self._ways():
+            if tp * pp * sp > enough:
                 break
-            for answer in self._with(tp, pp):
+            for answer in self._with(tp, pp, sp):
                 tell(answer)
                 found.append(answer)
             if any(answer.fits for answer in found):
-                enough = min(enough, 2 * tp * pp)
+                enough = min(enough, 2 * tp * pp * sp)
         return sorted(found, key=lambda answer: (not answer.fits, -answer.tokens_per_second, answer.most.on_device))
 
-    def _ways(self) -> list[tuple[int, int]]:
-        """``tp`` and ``pp`` of copies that ranks can hold, those of few ranks first."""
+    def _ways(self) -> list[tuple[int, int, int]]:
+        """``tp``, ``pp`` and ``sp`` of copies that ranks can hold, those of few ranks first."""
         devices, layers = self.settings.devices, self.config.num_hidden_layers
         sizes = [k for k in range(1, devices + 1) if devices % k == 0]
-        pairs = [(tp, pp) for tp in sizes if self._divides(tp) for pp in sizes if devices % (tp * pp) == 0]
-        return sorted(((tp, pp) for tp, pp in pairs if pp <= layers), key=lambda pair: (pair[0] * pair[1], pair[1]))
+        ways = [(tp, pp, 1) for tp in sizes for pp in sizes if pp <= layers]
+        ways += [(tp, 1, sp) for tp in sizes for sp in sizes[1:] if self.config.num_attention_heads % (tp * sp) == 0]
+        fit = [(tp, pp, sp) for tp, pp, sp in ways if devices % (tp * pp * sp) == 0 and self._divides(tp)]
+        return sorted(fit, key=lambda way: (math.prod(way), way[1:]))
 
-    def _with(self, tp: int, pp: int) -> Iterator[Answer]:
-        """Answers for all layouts with ``tp`` times ``pp`` ranks per copy."""
-        copies = self.settings.devices // (tp * pp)
+    def _with(self, tp: int, pp: int, sp: int) -> Iterator[Answer]:
+        """Answers for all layouts with ``tp`` times ``pp`` times ``sp`` ranks per copy."""
+        copies = self.settings.devices // (tp * pp * sp)
         most = shape_of(self.stage, self.data, copies, self.settings.accumulate).rows
-        for plugin in PLUGINS if copies > 1 else PLUGINS[:1]:
-            if self._has(plugin) and not (plugin == "gemini" and tp * pp > 1):
+        for plugin in PLUGINS if copies * sp > 1 else PLUGINS[:1]:
+            if self._has(plugin) and not (plugin == "gemini" and tp * pp * sp > 1):
                 for checkpointing in (False, True):
                     for rows in sorted({most, -(-most // 2), -(-most // 4), 1}, reverse=True):
-                        yield self.answer(self.layout(plugin, tp, rows, pp, checkpointing=checkpointing))
+                        yield self.answer(self.layout(plugin, tp, rows, pp, sp, checkpointing=checkpointing))
 
     def _has(self, plugin: Plugin) -> bool:
         """True if a plugin supports the precision."""
@@ -247,7 +268,7 @@ class Planner:
         if layout.plugin != "ddp":
             cast = MODES[self.settings.precision][1]
         on_gpu, clip = self.settings.on_gpu, self.settings.clip
-        mode = Mode(self.settings.precision, cast, layout.checkpointing, on_gpu, clip, layout.tp)
+        mode = Mode(self.settings.precision, cast, layout.checkpointing, on_gpu, clip, layout.tp, layout.sp)
         most = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate).rows
         if rows >= most:
             return self._measured(mode, shape._replace(rows=rows), layers)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_rlhf.models.backbone import is_checkpointing
+from lightning_rlhf.plan.fakes import real_tensors
 from lightning_rlhf.plan.shapes import Shape
 from lightning_rlhf.rewards.model import RewardModelReward
 from lightning_rlhf.rl import Experience, UpdateStats
@@ -49,7 +50,7 @@ def micro_batch(shape: Shape, kept: dict[str, Any] | None) -> Experience:
     names = ("rollout_logprobs", "old_logprobs", "reference_logprobs", "entropies", "values", "returns")
     more = ("advantages", "weight", "share", "factor")
     columns: dict[str, Any] = {name: torch.ones(sequences * shape.answer) for name in (*names, *more)}
-    return Experience(
+    found = Experience(
         shape.trees(),
         tuple(range(shape.rows)),
         last_values=torch.ones(sequences),
@@ -58,6 +59,9 @@ def micro_batch(shape: Shape, kept: dict[str, Any] | None) -> Experience:
         cached_outputs=kept,
         **columns,
     )
+    with real_tensors():
+        found.batch  # noqa: B018 - it is packed where it is first asked for
+    return found
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from lightning_rlhf.data import Branch, PackedBatch, PromptBatch, Tree, pack
 from lightning_rlhf.data.packed import Pair
+from lightning_rlhf.plan.fakes import real_tensors
 from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.rl import RLStage
 
@@ -67,9 +68,10 @@ class Shape(NamedTuple):
         """The rows as a stage reads them; of prompts none, since nothing is sampled."""
         if self.kind == "prompts":
             return PromptBatch([], [], (), {}, 0)
-        batch = pack(self.trees())
-        if self.kind == "unpaired":
-            batch.mismatched = pack(self.trees())
+        with real_tensors():
+            batch = pack(self.trees())
+            if self.kind == "unpaired":
+                batch.mismatched = pack(self.trees())
         return batch
 
 

@@ -40,15 +40,18 @@ def step_seconds(found: Found, shape: Shape, layout: Layout, device: Device, wid
     passes = shape.passes * shape.updates
     item = found.trained / found.elements
     exchanged = 0.0
-    n, around = layout.copies, (layout.copies - 1) / layout.copies
+    n, around = layout.replicas, (layout.replicas - 1) / layout.replicas
     if n > 1:
         often = passes if layout.plugin in ("zero2", "gemini") else shape.updates  # gradients, once a step or a pass
         gathers = {"gemini": 2 * passes, "ddp": shape.updates}.get(layout.plugin, shape.updates)  # weights, or sums
         exchanged += around * (found.gradients * often + found.trained * gathers)
-    if layout.tp > 1:  # two sums of activations a layer in each direction, three directions with checkpointing
-        directions = 3 if layout.checkpointing else 2
+    directions = 3 if layout.checkpointing else 2
+    if layout.tp > 1:  # two sums of activations a layer in each direction
         sums = 2 * 2 * (layout.tp - 1) / layout.tp * directions * layers / layout.pp
-        exchanged += sums * shape.tokens * width * item * passes
+        exchanged += sums * shape.tokens / layout.sp * width * item * passes
+    if layout.sp > 1:  # queries, keys, values and outputs of a rank's tokens
+        sent = 4 * (layout.sp - 1) / layout.sp * directions * layers / layout.tp
+        exchanged += sent * shape.tokens / layout.sp * width * item * passes
     if layout.pp > 1:  # hidden states, and their gradients
         exchanged += 2 * shape.tokens * width * item * passes
     return found.flops(shape) / (device.flops * device.utilization) + exchanged / device.link

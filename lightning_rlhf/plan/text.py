@@ -18,11 +18,10 @@ def size(count: float) -> str:
 
 def name_of(layout: Layout) -> str:
     """A layout in a few words."""
-    each = layout.tp * layout.pp
-    words: list[str] = [layout.plugin if layout.copies * each > 1 else "one device"]
-    words += [f"tp {layout.tp}"] if layout.tp > 1 else []
-    words += [f"pp {layout.pp}"] if layout.pp > 1 else []
-    words += [f"{layout.copies} copies"] if layout.copies > 1 and each > 1 else []
+    words: list[str] = [layout.plugin if layout.copies * layout.each > 1 else "one device"]
+    sizes = {"tp": layout.tp, "pp": layout.pp, "sp": layout.sp}
+    words += [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    words += [f"{layout.copies} copies"] if layout.copies > 1 and layout.each > 1 else []
     return ", ".join(words)
 
 
@@ -95,14 +94,16 @@ def as_config(answer: Answer, stage: str, accumulates: bool, on_gpu: bool, preci
     layout, shape = answer.layout, answer.shape
     trainer: dict[str, object] = {
         "accelerator": "gpu" if on_gpu else "cpu",
-        "devices": layout.tp * layout.pp * layout.copies,
+        "devices": layout.each * layout.copies,
         "strategy": "auto",
         "precision": precision,
     }
-    if layout.tp * layout.pp * layout.copies > 1:
+    if layout.each * layout.copies > 1:
         arguments: dict[str, object] = {"plugin": layout.plugin, "tp": layout.tp}
         if layout.pp > 1:
             arguments |= {"pp": layout.pp, "micro_batches": layout.micro_batches}
+        if layout.sp > 1:
+            arguments["sp"] = layout.sp
         trainer["strategy"] = {
             "class_path": "lightning_rlhf.strategies.ColossalAIStrategy",
             "init_args": arguments,

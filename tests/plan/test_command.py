@@ -76,8 +76,14 @@ def test_a_pipeline_is_planned_from_its_config(no_weights, tmp_path, capsys):
     found = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
     arguments = {"plugin": "zero1", "tp": 1, "pp": 2, "micro_batches": 8}
     assert found["devices"] == 2 and found["strategy"]["init_args"] == arguments
-    with pytest.raises(SystemExit, match=r"plan can't tell what sequence parallelism takes"):
-        main(sft(no_weights, "--config", str(CONFIGS / "parallel" / "sp2.yaml")))
+
+
+def test_stretches_of_rows_are_planned_from_their_config(no_weights, tmp_path, capsys):
+    path = tmp_path / "found.yaml"
+    main(sft(no_weights, "--config", str(CONFIGS / "parallel" / "sp2.yaml"), "--out", str(path)))
+    assert capsys.readouterr().out.startswith("zero1, sp 2; 2 x ")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
+    assert found["devices"] == 2 and found["strategy"]["init_args"] == {"plugin": "zero1", "tp": 1, "sp": 2}
 
 
 @pytest.mark.parametrize("memory", ["1GB", "none"])
@@ -119,7 +125,16 @@ def test_layouts_that_cannot_be(no_weights):
         layout(no_weights, pp=8)
     with pytest.raises(ValueError, match=r"Gemini's chunks span the layers"):
         layout(no_weights, plugin="gemini", pp=2)
+    with pytest.raises(ValueError, match=r"sp=3 does not divide 8 devices for tp=2\. Set sp to one of 1, 2, 4\."):
+        layout(no_weights, tp=2, sp=3)
+    with pytest.raises(ValueError, match=r"sp=8 does not divide the .* attention heads"):
+        layout(no_weights, sp=8)
+    with pytest.raises(ValueError, match=r"sp does not support Gemini's chunks"):
+        layout(no_weights, plugin="gemini", sp=2)
+    with pytest.raises(ValueError, match=r"pp and sp do not go together"):
+        layout(no_weights, pp=2, sp=2)
     assert layout(no_weights, plugin="zero2", pp=2).copies == 4
+    assert layout(no_weights, plugin="zero2", sp=2).replicas == 8
     assert layout(no_weights, plugin="zero2") == Layout("zero2", 1, 8, False, 1, masters=True)
 
 

@@ -38,6 +38,13 @@ def test_ddp_holds_everything_and_buckets_of_gradients():
     assert places("ddp", manual=True)["optimizer step"]["temporary"] == 80 + 2000 + 2000
 
 
+def test_ranks_with_stretches_of_the_same_rows_share_as_copies_do():
+    for plugin in ("ddp", "zero1", "zero2"):
+        one = places(plugin)
+        layout = Layout(plugin, 1, 2, False, 1, masters=plugin != "ddp", bucket=50, chunk=50, sp=2)
+        assert {place.name: place.parts for place in moments(FOUND, layout)} == one
+
+
 @pytest.mark.parametrize("plugin, kept", [("zero1", 2000), ("zero2", 500)])
 def test_zero_shares_states_and_from_the_second_on_gradients(plugin, kept):
     found = places(plugin)

@@ -1,4 +1,4 @@
-"""What is foretold of a rank of two, beside real runs of two processes."""
+"""What is foretold of a rank of several, beside real runs of two and four processes."""
 
 import json
 import os
@@ -10,59 +10,94 @@ import torch
 import torch.distributed as dist
 from forked import python
 
-from lightning_rlhf import SFTModule
 from lightning_rlhf.plan.layout import Layout, moments, peak
 from lightning_rlhf.plan.measure import Mode, measure
 from lightning_rlhf.plan.ranks import one_rank
 from lightning_rlhf.plan.shapes import Shape
 from lightning_rlhf.plan.stages import stage_of
 
-SHAPE = Shape("instructions", 4, 40, 40, 1, 1)
+from .cases import PROMPTS, SHAPES, module_of
+
+BF16 = "bf16-mixed"
 
 
 def test_a_rank_makes_no_second_group():
-    with one_rank(2) as ranks:
-        assert ranks.size == 2
-        with pytest.raises(ValueError, match=r"planning tp=2 .* this process has one already"), one_rank(2):
+    with one_rank(2, 2) as mesh:
+        assert mesh.tensor.members == (2, 3) and mesh.sequence.members == (0, 2) and mesh.sequence.place == 1
+        with pytest.raises(ValueError, match=r"planning sp=2 .* this process has one already"), one_rank(1, 2):
             pass
     assert not dist.is_initialized()
+
+
+def run(model, out, devices=2, precision="32-true", stage="sft", **strategy):
+    """Measures a case; returns what each rank held."""
+    script = Path(__file__).with_name("run_ranks.py")
+    case = {"devices": devices, "precision": precision, "stage": stage, "micro_batches": 2, **strategy}
+    root = Path(__file__).resolve().parents[2]
+    paths = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{script.parent}"}
+    command = [python(), str(script), str(model), str(out), json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(devices)]
+
+
+def shape_of(stage, prompt):
+    """The micro-batch of a rank."""
+    if stage in SHAPES:
+        return SHAPES[stage]
+    rows, group = PROMPTS[stage]
+    return Shape("prompts", rows, prompt, 12, group, 1, rows, 2, 1, group)
+
+
+def plan(model, found, devices=2, precision="32-true", stage="sft", plugin="ddp", tp=1, pp=1, sp=1, layers=5, **more):
+    """What is foretold of each rank of one copy, as what it takes and the moment of its peak."""
+    shape, cast = shape_of(stage, found[0].get("prompt")), None if precision == "32-true" else torch.bfloat16
+    mode = Mode(precision, cast, tp=tp, sp=sp)
+    copies = devices // (tp * pp * sp)
+    masters = cast is not None and plugin != "ddp"
+    layout = Layout(plugin, tp, copies, False, shape.rows, masters=masters, overlaps=False, pp=pp, sp=sp, **more)
+    manual, told = stage in PROMPTS, []
+    for first, depth in ((True, -(-layers // 2)), (False, layers // 2)) if pp > 1 else ((True, layers),):
+        each = measure(module_of(stage, model), shape, mode, depth)
+        if pp > 1:
+            part = measure(module_of(stage, model), shape._replace(rows=shape.rows // 2), mode, depth)
+            each = stage_of(each, part, 2, first, summed=stage == "sft")
+        told.append((each, layout, peak(moments(each, layout, manual))))
+    return told
+
+
+exhaustive = pytest.mark.exhaustive
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "plugin, tp, pp, precision",
+    "case",
     [
-        pytest.param("ddp", 1, 1, "32-true", marks=pytest.mark.exhaustive),
-        pytest.param("zero1", 1, 1, "32-true", marks=pytest.mark.exhaustive),
-        ("zero2", 1, 1, "bf16-mixed"),
-        ("ddp", 2, 1, "32-true"),
-        ("ddp", 1, 2, "32-true"),
-        pytest.param("zero2", 1, 2, "bf16-mixed", marks=pytest.mark.exhaustive),
+        pytest.param({}, marks=exhaustive),
+        pytest.param({"plugin": "zero1"}, marks=exhaustive),
+        {"plugin": "zero2", "precision": BF16},
+        {"tp": 2},
+        {"pp": 2},
+        pytest.param({"plugin": "zero2", "precision": BF16, "pp": 2}, marks=exhaustive),
+        {"plugin": "zero1", "sp": 2},
+        pytest.param({"sp": 2}, marks=exhaustive),
+        pytest.param({"plugin": "zero2", "precision": BF16, "sp": 2}, marks=exhaustive),
     ],
+    ids=lambda case: ", ".join(f"{k}={v}" for k, v in case.items()) or "ddp",
 )
-def test_a_rank_of_two(plugin, tp, pp, precision, small_model, tmp_path):
-    if plugin != "ddp":
+def test_a_rank_of_several(case, small_model, tmp_path):
+    case = {"plugin": "ddp", **case}
+    if case["plugin"] != "ddp":
         pytest.importorskip("colossalai")
-    script = Path(__file__).with_name("run_ranks.py")
-    command = [python(), str(script), str(small_model), str(tmp_path), plugin, str(tp), str(pp), precision]
-    root = Path(__file__).resolve().parents[2]
-    paths = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{script.parent}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=paths)
-    assert done.returncode == 0, done.stderr[-3000:]
-    cast, copies = (None if precision == "32-true" else torch.bfloat16), 2 // (tp * pp)
-    mode = Mode(precision, cast, tp=tp)
-    layout = Layout(plugin, tp, copies, False, SHAPE.rows, masters=cast is not None, overlaps=False, pp=pp)
-    for rank, layers in enumerate((3, 2) if pp > 1 else (5,)):
-        found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
-        told = measure(SFTModule(small_model), SHAPE, mode, layers)
-        if pp > 1:
-            part = measure(SFTModule(small_model), SHAPE._replace(rows=SHAPE.rows // 2), mode, layers)
-            told = stage_of(told, part, 2, first=rank == 0, summed=True)
-        most = peak(moments(told, layout))
-        assert most.on_device == pytest.approx(found["peak"], rel=0.02 if pp > 1 else 0.01)
-        assert most.parts["weights"] == pytest.approx(found["weights"], rel=0.02)
-        masters = 0 if cast is None else 4 * told.elements / copies  # which no optimizer's state holds
-        assert most.parts["states"] - masters == pytest.approx(found["states"], rel=0.02)
-        if plugin == "ddp":
-            assert told.gradients == pytest.approx(found["gradients"], rel=0.02)
+    found = run(small_model, tmp_path, **case)
+    told = plan(small_model, found, **case)
+    # ranks of a copy are slices or stretches that take as much, or stages; the last stretch takes most
+    held = found[:1] + found[-1:] if case.get("pp", 1) > 1 else found[-1:]
+    for have, (each, layout, most) in zip(held, told, strict=True):
+        assert most.on_device == pytest.approx(have["peak"], rel=0.01 if layout.pp == layout.sp == 1 else 0.02)
+        assert most.parts["weights"] == pytest.approx(have["weights"], rel=0.02)
+        masters = 4 * each.elements / layout.replicas if layout.masters else 0  # which no optimizer's state holds
+        assert most.parts["states"] - masters == pytest.approx(have["states"], rel=0.02)
+        if layout.plugin == "ddp":
+            assert each.gradients == pytest.approx(have["gradients"], rel=0.02)

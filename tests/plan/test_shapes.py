@@ -3,9 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_rlhf import DPOModule, GRPOModule, KTOModule, PPOModule, Rollout, Sampling, SFTModule, Updates
-from lightning_rlhf.plan.shapes import shape_of
+from lightning_rlhf.plan.fakes import fake_tensors
+from lightning_rlhf.plan.shapes import Shape, shape_of
 
 
 def data(**settings):
@@ -55,3 +58,9 @@ def test_other_sizes_of_micro_batches_keep_the_step(tiny_model_dir):
     shape = shape_of(PPOModule(tiny_model_dir, lengths), data(max_length=16), 4, 1)
     assert (shape.rows, shape.passes) == (8, 1)
     assert (shape.with_rows(3).rows, shape.with_rows(3).passes) == (3, 3)
+
+
+def test_a_batch_has_numbers_where_other_tensors_have_none():
+    with fake_tensors():
+        batch = Shape("instructions", 1, 2, 3, 1, 1).batch()
+        assert isinstance(torch.ones(1), FakeTensor) and batch.predictor.tolist() == [1, 2, 3]

@@ -94,3 +94,11 @@ def test_a_stage_sums_over_slices_in_its_own_layers_alone():
     )
     sent = 2 * 80 * 8 * 4  # hidden states of 80 tokens, and their gradients
     assert one == 2 * 2 * 2 / 2 * 6 * 80 * 8 * 4 and two == one / 2 + sent
+
+
+def test_stretches_exchange_tokens_for_heads():
+    found, device = replace(taken(0, 0), updating=0, gradients=0, trained=1, elements=0.25), Device(link=1.0)
+    shape = Shape("instructions", 4, 10, 10, 1, 1)
+    seconds = step_seconds(found, shape, Layout("ddp", 1, 1, False, 4, sp=2), device, width=8, layers=6)
+    # half of four tensors in both directions, of 40 tokens, and a sum over replicas of 1 byte
+    assert seconds == 4 / 2 * 2 * 6 * 40 * 8 * 4 + 0.5

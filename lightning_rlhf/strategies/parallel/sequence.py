@@ -107,18 +107,33 @@ def check_rows(backbone: Backbone, name: str, size: int, slices: int = 1) -> Non
             "its family has it, or leave out sp."
         )
     config: Any = model.config.get_text_config()
-    heads: int = config.num_attention_heads // slices
-    if heads % size:
-        fits = [str(k) for k in range(2, heads + 1) if heads % k == 0]
-        raise ValueError(
-            f"sp={size} does not divide the {heads} attention heads of {kind}{' on each rank' if slices > 1 else ''}. "
-            f"{'Set sp to ' + ' or '.join(fits) if fits else 'No sp does: leave it out'}."
-        )
+    check_heads(config, size, kind, slices)
     scaling = _rope_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if longer := scaling & {"dynamic", "longrope"}:
         raise ValueError(
             f"sp={size} does not support {kind} with rope_type {min(longer)!r}, whose angles depend on the longest "
             "sequence of the whole row. Leave out sp."
+        )
+
+
+def check_heads(config: Any, size: int, name: str, slices: int = 1) -> None:
+    """Checks that heads can be dealt to ranks evenly.
+
+    Args:
+        config: The text model's.
+        size: Number of ranks.
+        name: The model's, for the message.
+        slices: Number of slices of each layer; each has a part of the heads.
+
+    Raises:
+        ValueError: They cannot; the message has the numbers that would do.
+    """
+    heads: int = config.num_attention_heads // slices
+    if heads % size:
+        fits = [str(k) for k in range(2, heads + 1) if heads % k == 0]
+        raise ValueError(
+            f"sp={size} does not divide the {heads} attention heads of {name}{' on each rank' if slices > 1 else ''}. "
+            f"{'Set sp to ' + ' or '.join(fits) if fits else 'No sp does: leave it out'}."
         )
 
 
@@ -138,12 +153,14 @@ class Stretch(PackedBatch):
     Tokens, positions and what is read behind them are the rank's own; the trees are those of the whole row.
 
     Attributes:
-        scored: (N,) bool, which of the row's scored tokens are predicted here.
-        ended: (S,) bool, which of its sequences end here.
+        scored: (n,) numbers of the row's scored tokens that are predicted here.
+        ended: (s,) numbers of its sequences that end here.
+        counts: N and S of the whole row.
     """
 
     scored: Tensor
     ended: Tensor
+    counts: tuple[int, int]
 
 
 def cut_row(batch: PackedBatch, ranks: Ranks) -> Stretch:
@@ -154,7 +171,7 @@ def cut_row(batch: PackedBatch, ranks: Ranks) -> Stretch:
     trees, masks = batch.forest.trees, batch.forest.masks
     if missing:
         trees, masks = (*trees, (Span(batch.num_tokens, missing), ())), {}
-    scored, ended = ((at >= start) & (at < start + length) for at in (batch.predictor, batch.last))
+    scored, ended = (_within(at, start, start + length) for at in (batch.predictor, batch.last))
     own = {
         "input_ids": F.pad(batch.input_ids, (0, missing)).narrow(0, start, length),
         "position_ids": F.pad(batch.position_ids, (0, missing)).narrow(0, start, length),
@@ -166,7 +183,13 @@ def cut_row(batch: PackedBatch, ranks: Ranks) -> Stretch:
         "last": batch.last[ended] - start,
     }
     whole = {each.name: getattr(batch, each.name) for each in fields(PackedBatch)}
-    return Stretch(**{**whole, **own}, scored=scored, ended=ended)
+    return Stretch(**{**whole, **own}, scored=scored, ended=ended, counts=(batch.num_scored, batch.num_sequences))
+
+
+def _within(at: Tensor, start: int, end: int) -> Tensor:
+    """Returns which places are in a stretch. They are found on the host, so that all shapes are known there."""
+    found = [i for i, place in enumerate(at.tolist()) if start <= place < end]
+    return torch.tensor(found, dtype=torch.long, device=at.device)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -220,7 +243,7 @@ class StretchedForest(SharedForest):
 def _whole(output: Any, stretch: Stretch, ranks: Ranks) -> Any:
     """A model's output for the whole row: a tuple of tensors with names, or the scores of sequences."""
     if isinstance(output, Tensor):
-        return _gather(output, stretch.ended, ranks)
+        return _gather(output, stretch.ended, stretch.counts[1], ranks)
     found: dict[str, Tensor | None] = {}
     for name, value in output._asdict().items():
         if value is None:
@@ -228,21 +251,22 @@ def _whole(output: Any, stretch: Stretch, ranks: Ranks) -> Any:
         elif name == "loss":
             found[name] = cast(Tensor, _Sum.apply(value, ranks))  # type: ignore[no-untyped-call]
         else:
-            found[name] = _gather(value, stretch.ended if name == "last_values" else stretch.scored, ranks)
+            at, count = (stretch.ended, 1) if name == "last_values" else (stretch.scored, 0)
+            found[name] = _gather(value, at, stretch.counts[count], ranks)
     return output._replace(**found)
 
 
-def _gather(x: Tensor, mine: Tensor, ranks: Ranks) -> Tensor:
-    """Gathers numbers of all ranks in the order of the row. ``mine`` says which are this rank's."""
+def _gather(x: Tensor, mine: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """Gathers ``count`` numbers of all ranks in the order of the row. ``mine`` says which are this rank's."""
     if x.dtype == torch.bool:
-        return _gather(x.to(torch.uint8), mine, ranks).bool()
-    return cast(Tensor, _Gather.apply(x, mine, ranks))  # type: ignore[no-untyped-call]
+        return _gather(x.to(torch.uint8), mine, count, ranks).bool()
+    return cast(Tensor, _Gather.apply(x, mine, count, ranks))  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mine: Tensor, ranks: Ranks) -> Tensor:
-        out = x.new_zeros(len(mine))
+    def forward(ctx: Any, x: Tensor, mine: Tensor, count: int, ranks: Ranks) -> Tensor:
+        out = x.new_zeros(count)
         out[mine] = x
         dist.all_reduce(out, group=ranks.group)
         ctx.save_for_backward(mine)
@@ -250,8 +274,8 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[ctx.saved_tensors[0]] * ctx.size, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient[ctx.saved_tensors[0]] * ctx.size, None, None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -65,6 +65,7 @@ def compare(mesh, build, packed=None):
             grads[name] = p.grad / mesh.replicas.size
             grads[name] = grads[name] if cutter is None else cutter.whole(p, grads[name])
     assert grads.keys() == {n for n, p in own.items() if p.grad is not None}
+    wanted = {name: own[name].grad for name in grads}
     everyone = [None] * mesh.copy.size
     dist.all_gather_object(everyone, got, group=mesh.copy.group)
     sharing.undo()
@@ -72,7 +73,8 @@ def compare(mesh, build, packed=None):
         cutter.undo(weights=True)
     return dict(
         outputs=max(far(a, b) for a, b in zip(got, want, strict=True)),
-        gradients=max(far(g, own[n].grad) for n, g in grads.items()),
+        gradients=max(far(g, wanted[n]) for n, g in grads.items()),
+        all_gradients=far(*(torch.cat([each[n].flatten() for n in grads]) for each in (grads, wanted))),
         equal=all(torch.equal(a, b) for other in everyone for a, b in zip(got, other, strict=True)),
         undone=max(far(a, b) for a, b in zip(outputs(two, packed), want, strict=True)),
     )

@@ -54,8 +54,9 @@ def test_bf16_rounds_as_usual(found):
 
 
 def test_a_rank_without_scored_tokens(found):
-    for case in values(found, "two tokens"):  # queries see one key, so gradients of their weights are rounding
-        assert case["outputs"] < 5e-6 and case["gradients"] < 1e-4, case
+    """Queries see one key, so the gradients of their weights are rounding, beside those of the whole model."""
+    for case in values(found, "two tokens"):
+        assert case["outputs"] < 5e-6 and case["all_gradients"] < 1e-5, case
 
 
 def test_dropout_differs_on_other_tokens_and_heads(found):
@@ -152,7 +153,8 @@ def test_fewer_tokens_than_ranks(tmp_path):
     for side in run_cases(HERE / "run_sequence.py", tmp_path, 1, *names, ranks=4):
         for name, case in side.items():
             assert "Traceback" not in str(case), case
-            assert case["outputs"] < 5e-6 and case["gradients"] < (1e-4 if name == "two tokens" else 1e-5), (name, case)
+            gradients = case["all_gradients" if name == "two tokens" else "gradients"]
+            assert case["outputs"] < 5e-6 and gradients < 1e-5, (name, case)
 
 
 @pytest.mark.slow
@@ -161,7 +163,8 @@ def test_slices_of_layers_and_stretches_of_rows(tmp_path):
     for side in run_cases(HERE / "run_sequence.py", tmp_path, 2, *names, ranks=4):
         for name, case in side.items():
             assert "Traceback" not in str(case), case
-            assert case["outputs"] < 5e-6 and case["gradients"] < (1e-4 if name == "two tokens" else 1e-5), (name, case)
+            gradients = case["all_gradients" if name == "two tokens" else "gradients"]
+            assert case["outputs"] < 5e-6 and gradients < 1e-5, (name, case)
 
 
 @pytest.mark.slow
