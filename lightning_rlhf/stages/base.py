@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import Strategy
@@ -413,6 +413,7 @@ class Stage(L.LightningModule):
             self._refuse_limit(int(n), f" of an epoch takes {n} micro-batches, which")
         fit_schedules(self.trainer)
         self._begin_epoch()
+        self._keep_checkpoint()
 
     def _begin_epoch(self) -> None:
         """Counts the epoch that begins where a run is resumed from the last batch of the one before.
@@ -425,6 +426,15 @@ class Stage(L.LightningModule):
         if loop.restarted_mid_epoch and epochs.total.ready == epochs.total.completed:
             epochs.increment_ready()
             epochs.increment_started()
+
+    def _keep_checkpoint(self) -> None:
+        """Keeps a resumed run from writing its checkpoint again, after a micro-batch and without that one's gradients.
+
+        Lightning 2.6's ModelCheckpoint does not keep which step it saved last, but in this attribute.
+        """
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
+                callback._last_global_step_saved = self.trainer.global_step
 
     def on_fit_start(self) -> None:
         """Refuses settings under which steps would not be what the planner dealt.

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +14,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import python
 from runs import ROOT, assert_equal, difference, load_script, quiet, spawn
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_rlhf import DPOModule, HFExport, Load, LoRA, PairShaping, PreferenceDataModule, WeightedLoss
+from lightning_rlhf import (
+    DPOModule,
+    HFExport,
+    Load,
+    LoRA,
+    PairShaping,
+    PreferenceDataModule,
+    SaveOnInterrupt,
+    WeightedLoss,
+)
 from lightning_rlhf.cli import main
 from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.data.errors import DataError
@@ -378,6 +387,39 @@ def test_a_checkpoint_holds_the_policy_alone_and_loads_by_itself(lora, tiny_mode
     assert again._reference == module._reference == ("adapter_off" if lora else "copy")
 
 
+KILLED_SAVING = """
+import os, signal, sys, torch
+from lightning_rlhf import SaveOnInterrupt
+save = torch.save
+def killed(content, path):
+    save(content, path)
+    if isinstance(content, dict) and content.get("global_step") == 3:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = killed
+sys.path.insert(0, {folder!r})
+import run_dpo
+run_dpo.run({model!r}, {out!r}, callbacks=[SaveOnInterrupt()], **{options!r})
+"""
+
+
+def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on(tiny_model_dir, tmp_path):
+    """kill -9 with half of the third checkpoint on the disk: the second is whole, and leads to the same end."""
+    options = dict(save_every=1, max_steps=5, loss="bco", reference_update=dict(every=2, alpha=0.5), accumulate=2)
+    out = tmp_path / "a"
+    script = KILLED_SAVING.format(folder=str(SCRIPT.parent), model=str(tiny_model_dir), out=str(out), options=options)
+    done = subprocess.run([python(), "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(file.name for file in out.glob("*step*")) == [".step3.ckpt.partial", "step1.ckpt", "step2.ckpt"]
+    second, again = (out / "step2.ckpt").read_bytes(), [SaveOnInterrupt()]
+    _, resumed, _ = run(tiny_model_dir, out, ckpt=str(out / "step2.ckpt"), seed=7, callbacks=again, **options)
+    _, whole, _ = run(tiny_model_dir, tmp_path / "b", **options)
+    assert_equal(dict(resumed.named_parameters()), dict(whole.named_parameters()))  # and the reference
+    assert resumed._delta == whole._delta != 0.0
+    assert len(list(out.glob("*step*"))) == 5  # the half has made room for the whole
+    assert (out / "step2.ckpt").read_bytes() == second  # and no micro-batch of the third step is in it
+
+
 # --------------------------------------------------------------------------------------------- predict and export
 
 
@@ -607,9 +649,7 @@ run_dpo.run({model!r}, {out!r}, max_steps=2, reference="precomputed")
 
 def test_a_run_that_is_killed_while_they_are_computed_goes_on(tiny_model_dir, tmp_path, counted):
     script = KILLED.format(folder=str(SCRIPT.parent), model=str(tiny_model_dir), out=str(tmp_path / "a"))
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run([python(), "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     [partial] = (tmp_path / "a" / "cache" / "reference").iterdir()
     assert partial.suffix == ".partial"

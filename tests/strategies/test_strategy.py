@@ -21,7 +21,8 @@ FP32 = {
     "zero2": ZERO2,
 }
 BF16 = {"zero2": ZERO2, "gemini": GEMINI}
-#: All on the same global batch; 20 steps of SFT, reward, DPO and KTO, 5 iterations of 4 updates each of PPO.
+#: All on the same global batch; 20 steps of SFT, reward, DPO and KTO, 5 iterations of 4 updates each of PPO, 10 of two
+#: of online DPO.
 RUNS = {
     "sft": dict(stage="sft"),
     "sft, accumulation and clipping": dict(stage="sft", accumulate=2, clip=0.5),
@@ -37,6 +38,7 @@ RUNS = {
     "ppo, shared backbone": dict(stage="ppo", max_steps=5, lr=3e-3, lora=True, max_norm=0.5, checkpointing=True),
     "ppo, head": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, critic_kind="head"),
     "grpo": dict(stage="grpo", max_steps=10, lr=1e-3, algorithm="dapo"),
+    "online dpo": dict(stage="online_dpo", max_steps=10, lr=1e-3),
     "two optimizers": dict(stage="gan", max_steps=8),
     "value clipping": dict(stage="sft", clip=0.01, clip_by="value", max_steps=4),
 }  # fmt: skip
@@ -108,8 +110,8 @@ def test_curve_equals_one_plain_process(runs, name, strategy):
 @pytest.mark.parametrize("name, strategy", pairs(IN_BF16, BF16))
 def test_curve_in_bf16_equals_one_plain_process_in_bf16(runs, name, strategy):
     a, b = curve(runs / f"{name}, bf16 {strategy}"), curve(runs / f"{name}, bf16")
-    # of PPO and GRPO the losses (not score, KL and norm), before samples part; of others the loss
-    early = {"ppo": slice(2, 4), "grpo": slice(2, 3)}.get(name.partition(",")[0])
+    # of stages that sample the losses (not score, KL and norm), before samples part; of others the loss
+    early = {"ppo": slice(2, 4), "grpo": slice(2, 3), "online dpo": slice(0, 1)}.get(name.partition(",")[0])
     a, b = (c[:, :1] if early is None else c[:2, early] for c in (a, b))
     assert largest_difference(a, b) < 2e-2
 
