@@ -1,24 +1,22 @@
 """The benchmarks of cleaning at smoke size; the near duplicates' goals hold there too."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script
 
 pytest.importorskip("rensa")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def beside(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the scripts put their folder on it
+@pytest.fixture(scope="module")
+def near(load_benchmark):
+    return load_benchmark("near_duplicates")
 
 
-@pytest.fixture
-def near():
-    return load_script(BENCHMARKS / "near_duplicates.py")
+@pytest.fixture(scope="module")
+def cleaning(load_benchmark):
+    return load_benchmark("clean")
 
 
 def test_near_duplicates_reach_their_goals(near, capsys):
@@ -55,8 +53,7 @@ def test_scores_count_the_later_row_of_a_pair(near):
 
 
 @pytest.mark.slow
-def test_speeds(capsys):
-    cleaning = load_script(BENCHMARKS / "clean.py")
+def test_speeds(cleaning, capsys):
     cleaning.main(["--rows", "300", "600", "--filters", "reading alone", "NearDuplicate"])
     out = capsys.readouterr().out
     assert re.findall(r"^(reading alone|NearDuplicate) +(300|600)", out, re.MULTILINE) == [
@@ -68,8 +65,7 @@ def test_speeds(capsys):
     assert "Missed" in out or "All goals" in out
 
 
-def test_rows_have_the_lengths_that_are_named():
-    cleaning = load_script(BENCHMARKS / "clean.py")
+def test_rows_have_the_lengths_that_are_named(cleaning):
     rows = list(cleaning.rows(40, 0))
     assert {row["lang"] for row in rows} == {"en", "zh"}
     assert all(abs(len(cleaning.tokens(row["instruction"])) - 60) <= 6 for row in rows)

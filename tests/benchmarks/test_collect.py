@@ -1,20 +1,15 @@
 """The benchmark of collecting runs on the small model, and its figures add up."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from runs import load_script
 
 from lightning_rlhf.collection import Plan
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    before = list(sys.path)
-    yield load_script(Path(__file__).resolve().parents[2] / "benchmarks" / "collect.py")
-    sys.path[:] = before
+def benchmark(load_benchmark):
+    return load_benchmark("collect")
 
 
 def test_figures_of_growth_add_up(benchmark, stories_model_dir, tmp_path):

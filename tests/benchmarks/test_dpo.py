@@ -3,12 +3,10 @@
 import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
 
 from lightning_rlhf.data.reference import ReferenceLogprobs
 
@@ -22,11 +20,8 @@ LONG = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "Because. " *
 
 
 @pytest.fixture(scope="module")
-def dpo():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "dpo.py")
-    yield module
-    sys.path[:] = before
+def dpo(load_benchmark):
+    return load_benchmark("dpo")
 
 
 @pytest.fixture

@@ -1,22 +1,17 @@
 """The memory benchmark of 4-bit models at toy size: no size is asserted but that of the files."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script
 from safetensors import safe_open
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def four_bits():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "four_bits.py")
-    yield module
-    sys.path[:] = before
+def four_bits(load_benchmark):
+    return load_benchmark("four_bits")
 
 
 @pytest.mark.parametrize("shape", ["llama-2-7b", "qwen2.5-7b"])

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -13,13 +12,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def gpu():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", BENCHMARKS / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+def gpu(load_benchmark):
+    return load_benchmark("gpu")
 
 
 @pytest.fixture

@@ -2,23 +2,18 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--width", "32", "--layers", "1", "--vocab-size", "64", "--steps", "2", "--warmup", "1"]
 
 
 @pytest.fixture(scope="module")
-def grpo():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "grpo.py")
-    yield module
-    sys.path[:] = before
+def grpo(load_benchmark):
+    return load_benchmark("grpo")
 
 
 def make(grpo, folder, **case):

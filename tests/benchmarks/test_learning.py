@@ -6,20 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TALKS = [f"Tell me of fox {i}." for i in range(30)]
 
 
-def load(name):
-    return load_script(BENCHMARKS / f"{name}.py")
-
-
 @pytest.fixture
-def learning(tmp_path, tiny_model_dir, monkeypatch):
+def learning(load_benchmark, tmp_path, tiny_model_dir, monkeypatch):
     """The studies with a tiny model for both real ones, and results in a folder of the test's."""
-    module = load("learning")
+    module = load_benchmark("learning")
     monkeypatch.setattr(module, "STORIES", tiny_model_dir)
     monkeypatch.setattr(module, "obtain", lambda name: tiny_model_dir)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results" / "learning.jsonl")
@@ -105,9 +100,9 @@ def test_proxy_beside_gold(learning, made, monkeypatch, capsys):
 
 
 @pytest.fixture
-def plots(monkeypatch):
+def plots(load_benchmark, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return load("plots")
+    return load_benchmark("plots")
 
 
 def test_pictures(plots, tmp_path, capsys):
@@ -208,8 +203,8 @@ def test_variety_is_of_words(learning):
     assert learning.variety([], ["the dog and the cat", "happy happy Happy happy", ""]) == [0.8, 0.25, 0.0]
 
 
-def test_vader_scores_sentiment():
-    learning = load("learning")
+def test_vader_scores_sentiment(load_benchmark):
+    learning = load_benchmark("learning")
     sad, happy = learning.happiness([], ["She was sad and cried.", "She was so happy, she loved it!"])
     assert sad < 0 < happy
 

@@ -1,11 +1,9 @@
 """The memory benchmark at smoke size: rows of the same size for all, and an honest table. No size is asserted."""
 
 import mmap
-import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZE = ["--width", "32", "--layers", "1", "--vocab-size", "64", "--rows", "2", "--micro-batches", "2"]
@@ -13,11 +11,8 @@ SMALL = [*SIZE, "--length", "6", "--new", "4", "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
-def memory():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "memory.py")
-    yield module
-    sys.path[:] = before
+def memory(load_benchmark):
+    return load_benchmark("memory")
 
 
 @pytest.fixture

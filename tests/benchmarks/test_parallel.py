@@ -1,26 +1,18 @@
 """The benchmark of parallelism at smoke size: formulas by hand, an honest table, and the same work in both loops."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
+from tables import cells
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--width", "32", "--layers", "2", "--vocab-size", "32", "--rows", "4", "--length", "8"]
 
 
 @pytest.fixture(scope="module")
-def parallel():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "parallel.py")
-    yield module
-    sys.path[:] = before
-
-
-def table(text):
-    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+def parallel(load_benchmark):
+    return load_benchmark("parallel")
 
 
 # ---------------------------------------------------------------------------------------------- formulas, by hand
@@ -91,7 +83,7 @@ def test_what_can_not_be_measured_is_refused(parallel, capsys, arguments, words)
 def test_overhead_is_of_the_same_work(parallel, capsys, monkeypatch, mesh):
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     parallel.main([*SMALL, "--overhead", "--meshes", mesh, "--steps", "3"])
-    header, line = table(capsys.readouterr().out)
+    header, line = cells(capsys.readouterr().out)
     assert header == list(parallel.OVERHEAD_COLUMNS)
     assert line[:3] == [mesh, "2", "3"] and line[5].endswith(" ms") and line[6].endswith("x")
     assert float(line[-1]) < 1e-6

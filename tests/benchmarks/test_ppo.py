@@ -1,12 +1,10 @@
 """The PPO benchmark at smoke size: whole iterations of full-length completions, and an honest table; no times."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIZE = ["--width", "32", "--layers", "1", "--vocab-size", "64", "--length", "6", "--new", "4", "--completions", "4"]
@@ -14,11 +12,8 @@ SMALL = [*SIZE, "--steps", "2", "--warmup", "1"]
 
 
 @pytest.fixture(scope="module")
-def ppo():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "ppo.py")
-    yield module
-    sys.path[:] = before
+def ppo(load_benchmark):
+    return load_benchmark("ppo")
 
 
 @pytest.fixture

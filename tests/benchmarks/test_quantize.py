@@ -1,8 +1,6 @@
 """The study of quantizers at smoke size: the seeds share what knows no seed, and each result is a line."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,9 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def study():
+def study(load_benchmark):
     pytest.importorskip("gptqmodel")
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks_quantize", BENCHMARKS / "quantize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+    return load_benchmark("quantize")
 
 
 def test_rounding_knows_no_calibration_seed(study, tmp_path, capsys):

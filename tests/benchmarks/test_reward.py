@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ROWS = [
@@ -18,11 +16,8 @@ LONG = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "Because. " *
 
 
 @pytest.fixture(scope="module")
-def reward():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "reward.py")
-    yield module
-    sys.path[:] = before
+def reward(load_benchmark):
+    return load_benchmark("reward")
 
 
 @pytest.fixture

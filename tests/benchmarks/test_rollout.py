@@ -1,22 +1,17 @@
 """The rollout benchmark at smoke size: same work for both, and an honest table. No time is asserted."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--repeats", "1", "--width", "32", "--layers", "1", "--new", "5", "--rows", "24"]
 
 
 @pytest.fixture(scope="module")
-def rollout():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "rollout.py")
-    yield module
-    sys.path[:] = before
+def rollout(load_benchmark):
+    return load_benchmark("rollout")
 
 
 @pytest.mark.parametrize("case", ["llama", "stories"])

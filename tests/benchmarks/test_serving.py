@@ -1,27 +1,19 @@
 """The serving benchmark at smoke size: the same work for all, and honest tables. No time is asserted."""
 
 import asyncio
-import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script
+from tables import cells
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--rounds", "1", "--count", "4", "--new", "6", "--width", "32", "--layers", "1"]
 
 
 @pytest.fixture(scope="module")
-def serving():
+def serving(load_benchmark):
     pytest.importorskip("psutil")
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "serving.py")
-    yield module
-    sys.path[:] = before
-
-
-def cells(text):
-    return [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
+    return load_benchmark("serving")
 
 
 def test_both_ways_make_as_many_tokens(serving, monkeypatch):

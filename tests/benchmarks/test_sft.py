@@ -1,23 +1,18 @@
 """The speed benchmark at smoke size: same work for all contestants, and an honest table. No time is asserted."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--steps", "2", "--warmup", "1", "--width", "32", "--layers", "1", "--length", "16"]
 
 
 @pytest.fixture(scope="module")
-def sft():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "sft.py")
-    yield module
-    sys.path[:] = before
+def sft(load_benchmark):
+    return load_benchmark("sft")
 
 
 def task(sft, tmp_path, *arguments):

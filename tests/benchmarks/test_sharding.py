@@ -1,26 +1,18 @@
 """The sharding benchmark at smoke size: real storages, each once, and an honest table. No time is asserted."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import load_script
+from tables import cells
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--width", "64", "--layers", "1", "--vocab-size", "64", "--length", "8"]
 
 
 @pytest.fixture(scope="module")
-def sharding():
-    before = list(sys.path)
-    module = load_script(BENCHMARKS / "sharding.py")
-    yield module
-    sys.path[:] = before
-
-
-def table(lines):
-    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "---" not in line]
+def sharding(load_benchmark):
+    return load_benchmark("sharding")
 
 
 def case(sharding, strategy, precision="32-true"):
@@ -149,7 +141,7 @@ def test_two_ranks_share_all_under_gemini(sharding, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     small = [*SMALL, "--ranks", "2", "--min-chunk-elements", "8192"]
     sharding.main([*small, "--strategies", "colossalai_gemini"])
-    header, ddp, gemini, header_of_shares, shares = table(capsys.readouterr().out.splitlines())
+    header, ddp, gemini, header_of_shares, shares = cells(capsys.readouterr().out)
     assert (header, header_of_shares) == (list(sharding.BYTE_COLUMNS), list(sharding.SHARE_COLUMNS))
     assert ddp[:8] == ["ddp", "32-true", "2", "4.00", "0.00", "4.00", "8.00", "16.00"]
     assert gemini[0] == shares[0] == "colossalai_gemini"
@@ -178,7 +170,7 @@ def test_overhead_is_of_the_same_work(sharding, capsys, monkeypatch):
     pytest.importorskip("colossalai")
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     sharding.main([*SMALL, "--overhead", "--ranks", "2", "--steps", "3", "--rows", "2"])
-    header, line = table(capsys.readouterr().out.splitlines())
+    header, line = cells(capsys.readouterr().out)
     assert header == list(sharding.OVERHEAD_COLUMNS)
     assert line[:2] == ["2", "3"] and line[4].endswith(" ms") and line[5].endswith("x")
     assert float(line[-1]) < 1e-6
