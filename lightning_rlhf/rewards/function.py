@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from lightning_rlhf.arguments import did_you_mean
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.rewards.base import BadScores, Reward, RewardError, Samples, Scores, check_scores
 from lightning_rlhf.utils.imports import import_object
-from lightning_rlhf.utils.text import show
+from lightning_rlhf.utils.text import one_line, show
 
 #: What a function gets of the samples if it names them.
 _OF_SAMPLES = {"completion_ids", "iteration", "truncated", "turns"}
@@ -107,12 +107,17 @@ class FunctionReward(Reward):
         except RewardError:
             raise
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            first: BaseException = error
+            while inner := getattr(first, "exceptions", ()):  # a group, as of a TaskGroup, says nothing of its own
+                first = inner[0]
+            where = traceback.extract_tb(first.__traceback__)[-1]
             raise RewardError(
-                f"The reward function {self.name} failed on {size} completions: {type(error).__name__}: {error} "
-                f"({where.filename}:{where.lineno})"
+                f"The reward function {self.name} failed on {size} completions: {type(first).__name__}: "
+                f"{one_line(str(first), 300)} ({where.filename}:{where.lineno})"
             ) from error
         try:
+            if isinstance(result, (Mapping, Set)):  # keys, or scores in no order
+                raise TypeError
             scores = list(result.tolist() if hasattr(result, "tolist") else result)
         except TypeError:
             raise RewardError(

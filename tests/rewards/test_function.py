@@ -140,6 +140,27 @@ def test_a_bad_score_names_the_prompts_row_and_how_many_more_there_are():
         FunctionReward(f)(given)
 
 
+@pytest.mark.parametrize("result", [{0: 1.0, 1: 2.0}, {1.0, 2.0}], ids=["dict", "set"])
+def test_scores_that_are_in_no_order_are_refused(result):
+    with pytest.raises(RewardError, match=r"returned \{.*\}; return a list of 2 numbers, one a completion"):
+        FunctionReward(lambda prompts, completions: result)(samples())
+
+
+def test_the_message_of_an_error_is_one_line_and_of_a_group_the_first_one():
+    class Group(Exception):  # as ExceptionGroup, which Python 3.10 lacks
+        exceptions = (KeyError("key\nof\nthe answer"), ValueError("another"))
+
+    def broken(prompts, completions):
+        raise Group("unhandled errors in a TaskGroup (2 sub-exceptions)")
+
+    try:
+        raise Group.exceptions[0]  # a member of a group was raised somewhere
+    except KeyError:
+        pass
+    with pytest.raises(RewardError, match=r"completions: KeyError: .*the answer' \(.*test_function\.py:\d+\)$"):
+        FunctionReward(broken)(samples())
+
+
 def test_a_function_that_fails_is_named_with_the_place():
     def broken(prompts, completions):
         raise KeyError("boom")
