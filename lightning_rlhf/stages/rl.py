@@ -969,6 +969,8 @@ class RLStage(Stage):
         """Restores them."""
         super().on_load_checkpoint(checkpoint)
         for name, value in checkpoint["rl"].items():
+            if name == "kl_coef" and self.kl.target is None:
+                continue  # nothing adapts it, so it is what the settings of this run say
             own = getattr(self, name)
             if hasattr(own, "load_state_dict"):
                 own.load_state_dict(value)

@@ -365,6 +365,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_dir, tmp_path, nam
                 assert torch.equal(again.callback_metrics[key], value), key
 
 
+def test_a_resumed_run_has_the_kl_coefficient_of_its_own_settings(tiny_model_dir, tmp_path):
+    run(tiny_model_dir, tmp_path / "first", max_steps=1, save_every=1, kl=dict(coef=0.0))
+    trainer, module = run(tiny_model_dir, tmp_path / "again", max_steps=2, kl=dict(coef=0.5),
+                          ckpt=tmp_path / "first" / "step1.ckpt")  # fmt: skip
+    assert module.kl_coef == 0.5 and trainer.callback_metrics["train/kl_coef"] == 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
