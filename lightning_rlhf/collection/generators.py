@@ -242,7 +242,8 @@ class _Model:
 
     def _reply(self, key: str, prompt: list[int], made: Completion | None, continued: bool) -> Reply:
         from lightning_rlhf.data.templates import answer_lead
-        from lightning_rlhf.endpoint.requests import Usage, replace_surrogates
+        from lightning_rlhf.endpoint.requests import Usage
+        from lightning_rlhf.utils.text import replace_surrogates
 
         if made is None:
             problem = f"the prompt has {len(prompt)} tokens and fills the model's context"

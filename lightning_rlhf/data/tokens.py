@@ -28,6 +28,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedToken
 
 from lightning_rlhf.data.formats import REASONING, Conversation, Message, UnfitRowError
 from lightning_rlhf.data.templates import CHAT_TEMPLATES, stop_token_ids
+from lightning_rlhf.utils.text import SURROGATE
 
 #: What the loss reads: every assistant turn, the last of them, or all tokens.
 LossOn = Literal["assistant", "last", "all"]
@@ -531,6 +532,9 @@ def _tokenize(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
+    if found := SURROGATE.search(text):
+        reason = f"U+{ord(found[0]):04X}, which is half a surrogate pair, is no character. Remove it"
+        raise TokenizeError("broken character", reason)
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 

@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from lightning_rlhf.endpoint.requests import Reply, Usage, replace_surrogates
-from lightning_rlhf.utils.text import one_line
+from lightning_rlhf.endpoint.requests import Reply, Usage
+from lightning_rlhf.utils.text import one_line, replace_surrogates
 
 #: Largest reply that is read, in bytes.
 LARGEST = 4 * 2**20

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from lightning_rlhf.utils.text import SURROGATE
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class ChatRequest:
             raise ValueError("ChatRequest: there are no messages.")
         if odd := sorted({"messages", "model", "n", "stream"} & set(self.extra)):
             raise ValueError(f"ChatRequest: extra can't have {odd[0]!r}. A request has one whole reply; see sample.")
-        if found := _SURROGATE.search(json.dumps(self.body(""), ensure_ascii=False)):
+        if found := SURROGATE.search(json.dumps(self.body(""), ensure_ascii=False)):
             raise ValueError(
                 f"ChatRequest: a text has half a surrogate pair (U+{ord(found[0]):04X}), which UTF-8 cannot hold. "
-                "Replace it: lightning_rlhf.endpoint.requests.replace_surrogates(text)."
+                "Replace it: lightning_rlhf.utils.text.replace_surrogates(text)."
             )
 
     def body(self, model: str) -> dict[str, Any]:
@@ -126,13 +125,3 @@ def canonical(value: Any) -> str:
         TypeError: JSON cannot hold a value.
     """
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def replace_surrogates(text: str) -> str:
-    r"""Replaces halves of surrogate pairs, which UTF-8 cannot hold, by U+FFFD.
-
-    Example:
-        >>> replace_surrogates("a\ud800b")
-        'a\ufffdb'
-    """
-    return _SURROGATE.sub("\ufffd", text)

@@ -11,8 +11,8 @@ from typing import Literal
 
 from lightning_rlhf.data import Message
 from lightning_rlhf.endpoint import Budget, ChatRequest, Endpoint, EndpointError, Ledger
-from lightning_rlhf.endpoint.requests import replace_surrogates
 from lightning_rlhf.rewards.judges import Judge, JudgeError, Question, Verdict
+from lightning_rlhf.utils.text import replace_surrogates
 
 #: The judge's prompt. ``ChatJudge(template=...)`` replaces it by a file.
 TEMPLATE = """\

@@ -1,4 +1,21 @@
-"""Texts made short enough to be shown."""
+"""Texts made fit to be shown, tokenized and sent."""
+
+from __future__ import annotations
+
+import re
+
+#: Half of a surrogate pair, which JSON can spell, and neither UTF-8 nor a tokenizer can take.
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def replace_surrogates(text: str) -> str:
+    r"""A text with U+FFFD in the place of halves of surrogate pairs.
+
+    Example:
+        >>> replace_surrogates("a\ud800b")
+        'a\ufffdb'
+    """
+    return SURROGATE.sub("\ufffd", text)
 
 
 def shorten(text: str, limit: int, count: bool = False) -> str:

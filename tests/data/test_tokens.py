@@ -207,6 +207,14 @@ def test_a_reply_that_the_template_cannot_write_is_refused(tiny_tokenizer):
         encode_reply(tiny_tokenizer, chat([("user", "a")]).messages, 4)
 
 
+def test_half_a_surrogate_pair_is_a_tokenize_error(tiny_tokenizer):
+    said = [{"role": "user", "content": "a\ud83d"}]
+    for encoded in (lambda: encode_prompt(tiny_tokenizer, said), lambda: encode_prompt(tiny_tokenizer, "a\ud83d"),
+                    lambda: encode_reply(tiny_tokenizer, said, 4)):  # fmt: skip
+        with pytest.raises(TokenizeError, match=r"U\+D83D, which is half a surrogate pair"):
+            encoded()
+
+
 def test_refusal_of_the_template_is_a_tokenize_error(tiny_tokenizer):
     tiny_tokenizer.chat_template = INST
     with pytest.raises(TokenizeError, match="refused the conversation: roles must alternate") as caught:

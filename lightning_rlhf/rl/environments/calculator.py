@@ -114,6 +114,9 @@ def show_number(value: Fraction) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, if any."""
+    """The last number in a text, if any; None too where it has more digits than Python reads, which are 4300."""
     found = _NUMBER.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
+    try:
+        return Fraction(found[-1].replace(",", "")) if found else None
+    except ValueError:
+        return None

@@ -13,7 +13,7 @@ from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data import Message
 from lightning_rlhf.rollout.environment import Environment, Turn
 from lightning_rlhf.utils.imports import import_object
-from lightning_rlhf.utils.text import one_line, shorten
+from lightning_rlhf.utils.text import one_line, replace_surrogates, shorten
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
@@ -84,7 +84,7 @@ class ToolEnvironment(Environment):
             A turn with the result, or with the error.
         """
         if isinstance(call, str):
-            return Message(role="tool", name="error", content=f"Error: {call}")
+            return Message(role="tool", name="error", content=replace_surrogates(f"Error: {call}"))
         name, arguments = call["name"], call["arguments"]
         function = self.functions.get(name)
         if function is None:
@@ -96,7 +96,8 @@ class ToolEnvironment(Environment):
                 content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
             except Exception as error:
                 content = f"Error: {type(error).__name__}: {one_line(str(error), 300)}"
-        return Message(role="tool", name=name, content=shorten(content, self.max_result_chars, count=True))
+        shown = shorten(content, self.max_result_chars, count=True)
+        return Message(role="tool", name=replace_surrogates(name), content=replace_surrogates(shown))
 
 
 def _schema(function: Any, given: object) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def test_what_is_no_expression_says_why(text, why):
 
 def test_numbers_are_read_and_written_as_people_do():
     assert last_number("from 1,200 to 35.5.") == Fraction("35.5") and last_number("none") is None
+    assert last_number("1" * 5000) is None  # a policy that repeats a digit, which must not end the run
     assert [show_number(Fraction(*x)) for x in ((84, 1), (1, 3), (5, 2))] == ["84", "0.3333", "2.5"]
 
 

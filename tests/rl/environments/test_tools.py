@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_rlhf.data.templates import CHAT_TEMPLATES
-from lightning_rlhf.data.tokens import encode_prompt
+from lightning_rlhf.data.tokens import encode_prompt, encode_reply
 from lightning_rlhf.rl import Rollout, Shaping
 from lightning_rlhf.rl.environments import Calculator, ToolEnvironment
 from lightning_rlhf.rl.environments.tools import parse_calls
@@ -99,6 +99,33 @@ def test_results_and_errors_are_turns_of_the_tool():
     assert environment.step([], text).done  # its last turn
     environment.reset({"messages": []}, 0)
     assert environment.step([], "5").done
+
+
+def echo(text: str) -> str:
+    """Say it again.
+
+    Args:
+        text: What to say.
+    """
+    return text
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        named("echo", text="a\ud83d"),
+        named("a\ud83d"),
+        {"name": "a\ud83d", "arguments": 1},
+        named("echo", **{"\ud83d": "x"}),
+    ],
+    ids=["argument", "tool", "no arguments", "name of an argument"],
+)
+def test_half_a_surrogate_pair_in_a_call_does_not_end_the_run(tiny_tokenizer, call):
+    tiny_tokenizer.chat_template = QWEN
+    environment = ToolEnvironment([echo])
+    environment.reset({"messages": []}, 0)
+    turn = environment.step([], f"<tool_call>{json.dumps(call)}</tool_call>")
+    assert encode_reply(tiny_tokenizer, turn.messages, 4, {"tools": environment.tools})
 
 
 def no_schema(a):
