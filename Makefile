@@ -81,7 +81,7 @@ $(NEWEST)/.test-installed: $(VENV)/.test-installed
 	@touch $@
 
 .PHONY: demo
-demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, reward model and PPO on the bundled data: 15 minutes
+demo: .venv ## fetch SmolLM2-135M-Instruct; SFT, DPO, reward model and PPO on the bundled data: 15 minutes
 	@$(VENV)/bin/lightning-rlhf demo
 
 .PHONY: lint

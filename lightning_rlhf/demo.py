@@ -18,7 +18,9 @@ from lightning_rlhf.arguments import Parser, did_you_mean
 if TYPE_CHECKING:
     from lightning_rlhf.data.formats import Message
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "dpo", "reward", "ppo")
+#: Of a step of DPO and of the reward model.
+PAIRS = 4
 PROMPTS = [
     "Classify the sentiment as positive or negative: 'The battery died after two days.'",
     "Rewrite more politely: Send me the file now.",
@@ -30,15 +32,17 @@ WEIGHTS = {SENTENCE: 1.0, JUDGE: 0.1}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Fine-tunes SmolLM2-135M-Instruct, trains a reward model, and PPO against it; all in one HTML report.
+    """Fine-tunes SmolLM2-135M-Instruct, then DPO of it, and PPO of it against a reward model; all in one HTML report.
 
-    Each stage begins with the Hugging Face directory that the one before left, so any of them can be run again alone.
+    DPO, reward model and PPO begin with the Hugging Face directory that fine-tuning left, and PPO reads the reward
+    model's, so any of them can be run again alone.
 
     Args:
         args: Command line after ``demo``.
     """
     parser = Parser("demo", main.__doc__)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="of sft, reward, ppo; default all, in this order")
+    known = ", ".join(STAGES)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {known}; default all, in this order")
     parser.add_argument(
         "--model", default="smollm2-135m-instruct", help="hub id or directory; the default needs no hub"
     )
@@ -51,16 +55,17 @@ def main(args: Sequence[str] | None = None) -> None:
         help="PPO's prompts: file, glob or hub id; default 128 short questions that come with the package",
     )
     parser.add_argument("--steps", type=int, default=16, help="of fine-tuning: 8 conversations each")
-    parser.add_argument("--reward-steps", type=int, default=32, help="of the reward model: 8 pairs each")
+    parser.add_argument("--dpo-steps", type=int, default=12, help=f"of DPO: {PAIRS} pairs each")
+    parser.add_argument("--reward-steps", type=int, default=32, help=f"of the reward model: {PAIRS} pairs each")
     parser.add_argument("--iterations", type=int, default=8, help="of PPO: 16 completions each")
     parser.add_argument("--new-tokens", type=int, default=48, help="most tokens of PPO's completions")
     parser.add_argument("--seed", type=int, default=0, help="of new adapters and of PPO's samples")
     options = parser.parse_args(args)
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
-        parser.error(f"there is no stage {unknown[0]}{did_you_mean(unknown[0], STAGES)} All: {', '.join(STAGES)}")
+        parser.error(f"there is no stage {unknown[0]}{did_you_mean(unknown[0], STAGES)} All: {known}")
     began = time.perf_counter()
     print(f"Everything goes to {options.output}.")
-    stages = {"sft": fine_tune, "reward": train_reward_model, "ppo": reinforce}
+    stages = {"sft": fine_tune, "dpo": prefer, "reward": train_reward_model, "ppo": reinforce}
     chosen = [stage for stage in STAGES if stage in (options.stages or STAGES)]
     for number, name in enumerate(chosen, 1):
         print(f"\n{number}. ", end="", flush=True)
@@ -83,22 +88,27 @@ def fine_tune(options: argparse.Namespace) -> None:
     module = SFTModule(find_model(options.model), lora=lora, optimizer=_adamw(2e-4))
     data = InstructionDataModule(options.train, batch_size=8)
     before, after = _fit(trainer, module, data, options.train)
-    for when, found in (("before", before), ("after ", after)):
-        print(f"   {when}  {_line(found, 'loss', 'perplexity', 'token_accuracy')}")
+    _print_both(before, after, "loss", "perplexity", "token_accuracy")
+
+
+def prefer(options: argparse.Namespace) -> None:
+    """DPO by LoRA: the reference is the model without its adapters, and no reward model is needed."""
+    from lightning_rlhf import DPOModule
+
+    print(f"DPO of what that left: {options.dpo_steps} steps of {PAIRS} pairs", flush=True)
+    trainer, lora = _begin(options, "dpo", options.dpo_steps, gradient_clip_val=1.0)
+    module = DPOModule(_left(options, "sft"), lora=lora, optimizer=_adamw(2e-4))
+    _fit_pairs(options, trainer, module, "loss", "accuracy", "margin")
 
 
 def train_reward_model(options: argparse.Namespace) -> None:
     """A reward model by LoRA, kept as an adapter, so that PPO can share its backbone."""
-    from lightning_rlhf import PreferenceDataModule, RewardModule
+    from lightning_rlhf import RewardModule
 
-    print(f"A reward model of what that left: {options.reward_steps} steps of 8 pairs", flush=True)
+    print(f"A reward model of what fine-tuning left: {options.reward_steps} steps of {PAIRS} pairs", flush=True)
     trainer, lora = _begin(options, "reward", options.reward_steps, gradient_clip_val=1.0)
     module = RewardModule(_left(options, "sft"), lora=lora, optimizer=_adamw(5e-4))
-    data = PreferenceDataModule(options.pairs, batch_size=8, val_fraction=0.2)
-    before, after = _fit(trainer, module, data, options.pairs)
-    for when, found in (("before", before), ("after ", after)):
-        print(f"   {when}  {_line(found, 'loss', 'accuracy')}")
-    print(f"   ('the longer answer wins' is right for {after['val/length_accuracy']:.3f} of these pairs)")
+    _fit_pairs(options, trainer, module, "loss", "accuracy")
 
 
 def reinforce(options: argparse.Namespace) -> None:
@@ -282,6 +292,16 @@ def _fit(trainer: Any, module: Any, data: Any, source: str) -> tuple[Mapping[str
     return before[0], trainer.validate(module, data, verbose=False)[0]
 
 
+def _fit_pairs(options: argparse.Namespace, trainer: Any, module: Any, *names: str) -> None:
+    """Trains on the pairs, and says what became of the held-out ones."""
+    from lightning_rlhf import PreferenceDataModule
+
+    data = PreferenceDataModule(options.pairs, batch_size=2 * PAIRS, val_fraction=0.2)
+    before, after = _fit(trainer, module, data, options.pairs)
+    _print_both(before, after, *names)
+    print(f"   ('the longer answer wins' is right for {after['val/length_accuracy']:.3f} of these pairs)")
+
+
 def _left(options: argparse.Namespace, stage: str) -> Path:
     """What a stage exported."""
     from lightning_rlhf.models.runs import exports_of
@@ -310,8 +330,10 @@ def _adamw(lr: float) -> Any:
     return lambda params: AdamW(params, lr=lr, weight_decay=0.0)
 
 
-def _line(metrics: Mapping[str, float], *names: str) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {metrics[f'val/{name}']:.3f}" for name in names)
+def _print_both(before: Mapping[str, float], after: Mapping[str, float], *names: str) -> None:
+    for when, found in (("before", before), ("after ", after)):
+        values = (f"{name.replace('_', ' ')} {found[f'val/{name}']:.3f}" for name in names)
+        print(f"   {when}  {'  '.join(values)}")
 
 
 def _paragraph(label: str, text: str) -> str:

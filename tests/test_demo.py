@@ -32,7 +32,7 @@ def arguments(tiny_model_dir, tmp_path_factory):
     pairs = [{"prompt": f"question {i}", "chosen": answers[i % 3], "rejected": answers[i % 3 - 1]} for i in range(48)]
     for name, lines in {"rows": rows, "pairs": pairs}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sizes = ["--steps", "2", "--reward-steps", "2", "--iterations", "2", "--new-tokens", "8"]
+    sizes = ["--steps", "2", "--dpo-steps", "2", "--reward-steps", "2", "--iterations", "2", "--new-tokens", "8"]
     data = ["--train", str(folder / "rows.jsonl"), "--pairs", str(folder / "pairs.jsonl")]
     return ["--model", str(tiny_model_dir), *sizes, *data, "--prompts", str(folder / "rows.jsonl")]
 
@@ -53,12 +53,14 @@ def test_each_stage_measures_before_and_after(whole):
     assert loss_before != loss_after
     accuracies = re.findall(r"(?:before|after ) +loss \d\.\d{3}  accuracy (\d\.\d{3})$", printed, re.MULTILINE)
     assert len(accuracies) == 2
+    assert "before  loss 0.693  accuracy 0.500  margin 0.000\n" in printed
+    assert len(re.findall(r"after   loss 0\.\d{3}  accuracy \d\.\d{3}  margin -?\d\.\d{3}\n", printed)) == 1
     assert re.search(r"KL from where it started of -?\d+\.\d nats", printed)
 
 
 def test_same_prompts_are_answered_before_and_after(whole):
     output, _ = whole
-    for stage in ("sft", "ppo"):
+    for stage in ("sft", "dpo", "ppo"):
         lines = (output / stage / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         asked = [(row["step"], row["prompt"]) for row in map(json.loads, lines)]
         assert asked == [(step, prompt) for step in (0, 2) for prompt in demo.PROMPTS]
@@ -144,12 +146,15 @@ def test_report_has_all_stages(whole):
     assert str(output / "report.html") in printed
     title, stages = read_report(output / "report.html")
     assert title == "RLHF of a small model"
-    assert [stage.name for stage in stages] == ["SFT", "Reward", "PPO"]
-    assert {"train/score", "train/kl"} <= stages[2].curves.keys()
-    assert len(stages[2].curves["train/kl"].all()) == 2
-    assert "val/accuracy" in stages[1].curves
-    assert [len(answers) for answers in stages[2].samples.values()] == [2] * len(demo.PROMPTS)
-    assert all({"score", "kl"} <= answers[1].keys() for answers in stages[2].samples.values())
+    assert [stage.name for stage in stages] == ["SFT", "DPO", "Reward", "PPO"]
+    _, dpo, reward, ppo = stages
+    assert {"train/score", "train/kl"} <= ppo.curves.keys()
+    assert len(ppo.curves["train/kl"].all()) == 2
+    assert "val/accuracy" in reward.curves
+    assert {"val/accuracy", "train/margin"} <= dpo.curves.keys()
+    for stage in (dpo, ppo):
+        assert [len(answers) for answers in stage.samples.values()] == [2] * len(demo.PROMPTS)
+    assert all({"score", "kl"} <= answers[1].keys() for answers in ppo.samples.values())
 
 
 def test_stages_hand_over_directories(whole):
@@ -167,7 +172,7 @@ def test_stages_hand_over_directories(whole):
     def head(stage):
         return load_file(output / stage / "hf" / "last" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
 
-    assert not torch.equal(head("sft"), head("ppo"))
+    assert not torch.equal(head("sft"), head("ppo")) and not torch.equal(head("sft"), head("dpo"))
     adapter = json.loads((output / "reward" / "hf" / "last" / "adapter_config.json").read_text())
     assert Path(adapter["base_model_name_or_path"]).resolve() == (output / "sft" / "hf" / "last").resolve()
 
@@ -178,7 +183,7 @@ def test_a_stage_alone_goes_on_from_those_before(whole, arguments, tmp_path, cap
     printed = capsys.readouterr().out
     assert "1. PPO" in printed and "Reward" not in printed
     _, stages = read_report(tmp_path / "out" / "report.html")
-    assert [stage.name for stage in stages] == ["SFT", "Reward", "PPO"]
+    assert [stage.name for stage in stages] == ["SFT", "DPO", "Reward", "PPO"]
     shown = [text.partition("Its greedy answers")[2].partition("Done in")[0] for text in (printed, whole[1])]
     assert shown[0] and shown[0] == shown[1], "it is not the run of before"
 
@@ -187,8 +192,8 @@ def test_what_can_not_be_done_is_told(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit, match="run `lightning-rlhf demo sft` first"):
         main(["demo", "reward", *arguments, "--output", str(tmp_path)])
     with pytest.raises(SystemExit):
-        main(["demo", "dpo"])
-    assert "there is no stage dpo" in capsys.readouterr().err
+        main(["demo", "grpo"])
+    assert "there is no stage grpo" in capsys.readouterr().err
 
 
 def test_too_few_prompts_are_refused_before_training(whole, arguments, tmp_path):

@@ -74,8 +74,8 @@ SMALL = {
     "score-reference": f"--model.pretrained {{model}} {ON_CPU}",
     "inspect": "--model.pretrained {model}",
     "plan": "--model.pretrained {model}",
-    "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --reward-steps 1 --iterations 1 "
-    "--new-tokens 8",
+    "demo": "--model {model} --train {rows} --pairs {pairs} --prompts {rows} --steps 1 --dpo-steps 1 "
+    "--reward-steps 1 --iterations 1 --new-tokens 8",
     "win-rate": "--judge lightning_rlhf.rewards.verifiers.length --max-new-tokens 4 --limit 3",
     "collect": "--generator scripted.Scripted",
     "data": "",
