@@ -119,7 +119,7 @@ def _sharded(found: Found, layout: Layout) -> list[Moment]:
     kept = found.gradients if layout.plugin == "zero1" else found.gradients / n
     weights, whole = found.trained, 0.0
     if layout.plugin == "gemini":
-        whole = min(found.elements, max(found.largest, layout.chunk + _SEARCHED)) * item
+        whole = min(found.together, max(found.largest, layout.chunk + _SEARCHED)) * item
         weights = found.trained / n
     held = Counter(
         {
@@ -128,23 +128,24 @@ def _sharded(found: Found, layout: Layout) -> list[Moment]:
             "offloaded": round(states * layout.offload_states + weights * layout.offload_weights),
         }
     )
-    bucket = max(found.largest, layout.bucket) * item
+    bucket = min(found.together, max(found.largest, layout.bucket)) * item
+    fills = found.together > layout.bucket
     places = []
     for segment in found.segments:
         parts, seen = segment.peak + held, segment.peak["gradients"]
         parts["weights"], parts["states"] = held["weights"], held["states"]
-        stepping = segment.name == "optimizer step"
+        stepping, backward = segment.name == "optimizer step", segment.name.endswith("backward")
         if stepping:  # on shares, in fp32
             parts["temporary"] = round(
                 (segment.peak["temporary"] / item * 4 + (layout.masters and found.elements * 4)) / n
             )
-        elif layout.plugin == "gemini":
-            parts["temporary"] += round(whole + min(seen, whole))
-        elif n > 1 and segment.name.endswith("backward") and (layout.overlaps or layout.plugin == "zero2"):
+        elif layout.plugin == "gemini":  # a chunk of weights, and one of gradients
+            parts["temporary"] += round(2 * whole if backward else whole)
+        elif n > 1 and backward and (layout.overlaps or (layout.plugin == "zero2" and fills)):
             parts["temporary"] += round(2 * min(seen, bucket))
-        if layout.plugin != "zero1":
-            backward = segment.name.endswith("backward")
-            parts["gradients"] = round(min(seen, kept + (min(seen, bucket) if backward else 0)))
+        if layout.plugin != "zero1":  # those of passes before are reduced
+            reduced = kept - whole / n if layout.plugin == "gemini" else kept + min(seen, bucket)
+            parts["gradients"] = round(min(seen, reduced) if backward else seen / n)
         places.append(Moment(segment.name, parts))
     if layout.plugin != "gemini":
         places += _exchanges(found, layout, held, kept, item)
@@ -154,7 +155,7 @@ def _sharded(found: Found, layout: Layout) -> list[Moment]:
 def _exchanges(found: Found, layout: Layout, held: Counter[str], kept: float, item: float) -> list[Moment]:
     """ZeRO's reduction of the last bucket, which holds no more than there is, and its gathering of new weights."""
     n = layout.replicas
-    last = min(found.gradients, max(found.largest, layout.bucket) * item)
+    last = min(found.together, max(found.largest, layout.bucket)) * item
     reduced = kept if layout.plugin == "zero1" else kept + last
     pieces = min(layout.bucket * item, found.trained / n)
     return [

@@ -37,6 +37,7 @@ class Mode:
     Args:
         precision: The Trainer's.
         cast: Trained models are in 16 bits, as under ZeRO and Gemini, and there is no autocast.
+        sharded: ZeRO and Gemini: a backward pass must follow each forward pass.
         checkpointing: Activations are computed again in the backward pass.
         fused_lists: The optimizer steps all tensors at once, as it does on GPUs.
         clip: The Trainer's ``gradient_clip_val``.
@@ -46,6 +47,7 @@ class Mode:
 
     precision: str = "32-true"
     cast: torch.dtype | None = None
+    sharded: bool = False
     checkpointing: bool = False
     fused_lists: bool = False
     clip: float | None = None
@@ -76,6 +78,7 @@ class Found:
         trained: Bytes of the weights that are trained.
         elements: Their number.
         largest: Elements of the largest of them.
+        together: Elements that one optimizer trains, at most: its gradients are exchanged apart from others'.
         frozen: Bytes of all other weights and buffers.
         gradients: Bytes of all gradients.
         states: Bytes of optimizer states.
@@ -90,6 +93,7 @@ class Found:
     trained: float
     elements: float
     largest: float
+    together: float
     frozen: float
     gradients: float
     states: float
@@ -133,6 +137,9 @@ def extend(look: Callable[[int], Found], layers: int) -> Found:
     return between(low, high, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
 
 
+_FLOPS = ("scoring", "updating")
+
+
 def between(low: Found, high: Found, share: float) -> Found:
     """What lies on the line through two runs, which have the same stretches.
 
@@ -152,8 +159,19 @@ def between(low: Found, high: Found, share: float) -> Found:
     for a, b in zip(low.segments, high.segments, strict=True):
         flops = round(line(a.flops, b.flops))
         segments.append(Segment(a.name, lines(a.peak, b.peak), flops, lines(a.held, b.held)))
-    names = ("trained", "elements", "largest", "frozen", "gradients", "states", "policy", "scoring", "updating")
-    numbers: dict[str, Any] = {name: line(getattr(low, name), getattr(high, name)) for name in names}
+    names = (
+        "trained",
+        "elements",
+        "largest",
+        "together",
+        "frozen",
+        "gradients",
+        "states",
+        "policy",
+        "scoring",
+        "updating",
+    )
+    numbers: dict[str, Any] = {name: line(getattr(low, name), getattr(high, name)) for name in (*names, *_FLOPS)}
     return replace(low, segments=tuple(segments), **numbers)
 
 
@@ -185,7 +203,7 @@ def watch(module: Stage, shape: Shape, mode: Mode, meter: Meter) -> Found:
     any_module.configure_callbacks = lambda: []  # signals are not ours
     any_module.log = lambda *args, **kwargs: None
     if isinstance(module, RLStage):
-        any_module.training_step = partial(iteration, module, shape, meter.begin)
+        any_module.training_step = partial(iteration, module, shape, meter.begin, not mode.sharded)
     weights = [*module.parameters(), *module.buffers()]
     watcher = _Watcher(meter, mode.fused_lists)
     watcher.find_places(module)
@@ -221,6 +239,7 @@ def watch(module: Stage, shape: Shape, mode: Mode, meter: Meter) -> Found:
         trained=own,
         elements=sum(p.numel() for p in trained),
         largest=max(p.numel() for p in trained),
+        together=max(sum(p.numel() for g in o.param_groups for p in g["params"]) for o in trainer.optimizers),
         frozen=meter.now["weights"] - own,
         gradients=watcher.gradients,
         states=meter.now["states"],
@@ -290,8 +309,9 @@ class _Watcher(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Knows the states after the first step, with which the steady part begins."""
+        """Knows the states after the first step, with which the steady part begins, and weights that were cast."""
         if trainer.global_step == 1 and not self.meter.now["states"]:
+            self.meter.mark([*pl_module.parameters(), *pl_module.buffers()], "weights")
             values = (v for optimizer in trainer.optimizers for each in optimizer.state.values() for v in each.values())
             self.meter.mark((v for v in values if isinstance(v, Tensor) and v.ndim), "states")
             self.meter.begin("next step")

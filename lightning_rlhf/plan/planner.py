@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, get_args
 
-import torch
-
 from lightning_rlhf.plan.cache import rollout, sampled_together
 from lightning_rlhf.plan.layout import Layout, Moment, moments, peak
 from lightning_rlhf.plan.measure import Found, Mode, between, extend, run
@@ -264,11 +262,9 @@ class Planner:
 
     def _at(self, layout: Layout, shape: Shape, rows: int, layers: int | None = None) -> Found:
         """Computes what a number of rows takes. It interpolates between one row and the largest micro-batch."""
-        cast: torch.dtype | None = None
-        if layout.plugin != "ddp":
-            cast = MODES[self.settings.precision][1]
-        on_gpu, clip = self.settings.on_gpu, self.settings.clip
-        mode = Mode(self.settings.precision, cast, layout.checkpointing, on_gpu, clip, layout.tp, layout.sp)
+        sharded, on_gpu, clip = layout.plugin != "ddp", self.settings.on_gpu, self.settings.clip
+        cast = MODES[self.settings.precision][1] if sharded else None
+        mode = Mode(self.settings.precision, cast, sharded, layout.checkpointing, on_gpu, clip, layout.tp, layout.sp)
         most = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate).rows
         if rows >= most:
             return self._measured(mode, shape._replace(rows=rows), layers)

@@ -18,17 +18,20 @@ from lightning_rlhf.stages.rl import RLStage
 UPDATE = "update"
 
 
-def iteration(module: RLStage, shape: Shape, begin: Callable[[str], None], batch: Any, batch_idx: int) -> None:
+def iteration(
+    module: RLStage, shape: Shape, begin: Callable[[str], None], may_reuse: bool, batch: Any, batch_idx: int
+) -> None:
     """Stands for ``training_step``: an iteration after its rollout, with one update.
 
     Args:
         module: The stage.
         shape: Its micro-batch.
         begin: Is told where updates begin.
+        may_reuse: An update may go back through the passes that score, as it can't in sharded models.
         batch: Unused, as ``batch_idx``.
         batch_idx: See above.
     """
-    reuses = module.updates.reuse_forward and module.updates.minibatches == shape.passes == 1
+    reuses = may_reuse and module.updates.reuse_forward and module.updates.minibatches == shape.passes == 1
     kept: dict[str, Any] | None = {} if reuses and not is_checkpointing(module.policy.transformer) else None
     _score(module, micro_batch(shape, kept))
     begin(UPDATE)

@@ -53,6 +53,7 @@ def stage_of(whole: Found, part: Found, parts: int, first: bool, summed: bool = 
         segments=tuple(segments),
         trained=whole.trained - away.trained,
         elements=whole.elements - away.elements,
+        together=whole.together * kept,
         frozen=whole.frozen - away.frozen,
         gradients=gradients,
         states=whole.states * kept,

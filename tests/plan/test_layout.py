@@ -1,6 +1,7 @@
 """Shares of ranks, from what one process takes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ FOUND = Found(
         ),
         Segment("optimizer step", Counter(weights=2500, gradients=2000, states=4000, temporary=80), 0, Counter()),
     ),
-    trained=2000, elements=1000, largest=100, frozen=500, gradients=2000, states=4000, policy=2000,
+    trained=2000, elements=1000, largest=100, together=1000, frozen=500, gradients=2000, states=4000, policy=2000,
     scoring=0, updating=20, front=Outer(0, 0, 0), back=Outer(0, 0, 0),
 )  # fmt: skip
 
@@ -72,9 +73,21 @@ def test_zero_without_overlap_exchanges_after_the_backward_pass():
 
 
 def test_gemini_shares_trained_weights_alone():
-    head = places("gemini")["policy: head"]
-    assert head["weights"] == 500 + 2000 // 4
-    assert head["temporary"] == 2 * 2000, "a chunk may hold the whole of a small model, and its gradients"
+    found = places("gemini")
+    head, backward = found["policy: head"], found["policy: last layer, backward"]
+    assert head["weights"] == 500 + 2000 // 4 and head["gradients"] == 2000 // 4
+    assert head["temporary"] == 2000, "a chunk may hold the whole of a small model"
+    assert backward["temporary"] == 2 * 2000 and backward["gradients"] == 0, "a chunk holds its gradients"
+
+
+def test_models_of_several_optimizers_are_exchanged_apart():
+    half = replace(FOUND, together=500)
+    found = {p.name: p.parts for p in moments(half, Layout("gemini", 1, 4, False, 1, masters=True))}
+    backward = found["policy: last layer, backward"]
+    assert backward["temporary"] == 2 * 1000 and backward["gradients"] == 2000 // 4 - 1000 // 4
+    zero = {p.name: p.parts for p in moments(half, Layout("zero2", 1, 4, False, 1, overlaps=False))}
+    assert zero["gradients' exchange"]["temporary"] == 2 * 1000
+    assert zero["policy: last layer, backward"]["temporary"] == 0, "no bucket is full before the end"
 
 
 def test_what_is_offloaded_is_not_on_the_device():

@@ -51,10 +51,10 @@ def shape_of(stage, prompt):
 
 def plan(model, found, devices=2, precision="32-true", stage="sft", plugin="ddp", tp=1, pp=1, sp=1, layers=5, **more):
     """What is foretold of each rank of one copy, as what it takes and the moment of its peak."""
-    shape, cast = shape_of(stage, found[0].get("prompt")), None if precision == "32-true" else torch.bfloat16
-    mode = Mode(precision, cast, tp=tp, sp=sp)
+    shape, sharded = shape_of(stage, found[0].get("prompt")), plugin != "ddp"
+    masters = sharded and precision == BF16
+    mode = Mode(precision, torch.bfloat16 if masters else None, sharded, tp=tp, sp=sp)
     copies = devices // (tp * pp * sp)
-    masters = cast is not None and plugin != "ddp"
     layout = Layout(plugin, tp, copies, False, shape.rows, masters=masters, overlaps=False, pp=pp, sp=sp, **more)
     manual, told = stage in PROMPTS, []
     for first, depth in ((True, -(-layers // 2)), (False, layers // 2)) if pp > 1 else ((True, layers),):
@@ -83,6 +83,15 @@ exhaustive = pytest.mark.exhaustive
         {"plugin": "zero1", "sp": 2},
         pytest.param({"sp": 2}, marks=exhaustive),
         pytest.param({"plugin": "zero2", "precision": BF16, "sp": 2}, marks=exhaustive),
+        {"plugin": "gemini", "precision": BF16},
+        pytest.param({"plugin": "gemini", "precision": BF16, "stage": "reward"}, marks=exhaustive),
+        pytest.param({"plugin": "gemini", "precision": BF16, "stage": "ppo"}, marks=exhaustive),
+        pytest.param({"plugin": "gemini", "precision": BF16, "stage": "grpo"}, marks=exhaustive),
+        pytest.param({"plugin": "zero2", "precision": BF16, "stage": "reward"}, marks=exhaustive),
+        {"plugin": "zero2", "precision": BF16, "stage": "ppo"},
+        pytest.param({"plugin": "zero2", "precision": BF16, "stage": "grpo"}, marks=exhaustive),
+        *(pytest.param({"pp": 2, "stage": stage}, marks=exhaustive) for stage in ("reward", "ppo", "grpo")),
+        *(pytest.param({"tp": 2, "stage": stage}, marks=exhaustive) for stage in ("reward", "ppo", "grpo")),
     ],
     ids=lambda case: ", ".join(f"{k}={v}" for k, v in case.items()) or "ddp",
 )
@@ -95,7 +104,7 @@ def test_a_rank_of_several(case, small_model, tmp_path):
     # ranks of a copy are slices or stretches that take as much, or stages; the last stretch takes most
     held = found[:1] + found[-1:] if case.get("pp", 1) > 1 else found[-1:]
     for have, (each, layout, most) in zip(held, told, strict=True):
-        assert most.on_device == pytest.approx(have["peak"], rel=0.01 if layout.pp == layout.sp == 1 else 0.02)
+        assert most.on_device == pytest.approx(have["peak"], rel=0.05 if layout.plugin == "gemini" else 0.025)
         assert most.parts["weights"] == pytest.approx(have["weights"], rel=0.02)
         masters = 4 * each.elements / layout.replicas if layout.masters else 0  # which no optimizer's state holds
         assert most.parts["states"] - masters == pytest.approx(have["states"], rel=0.02)

@@ -31,8 +31,9 @@ def taken(activations, inner):
         peak = begun + Counter(activations=inner, temporary=inner)
         segments.append(Segment(name, peak, 1, begun))
     return Found(
-        segments=tuple(segments), trained=1000, elements=250, largest=40, frozen=0, gradients=1000, states=2000,
-        policy=1000, scoring=0, updating=5, front=Outer(200, 50, 0), back=Outer(100, 25, 0),
+        segments=tuple(segments), trained=1000, elements=250, largest=40, together=250, frozen=0,
+        gradients=1000, states=2000, policy=1000, scoring=0, updating=5, front=Outer(200, 50, 0),
+        back=Outer(100, 25, 0),
     )  # fmt: skip
 
 
