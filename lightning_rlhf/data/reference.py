@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,7 +46,7 @@ class ReferenceLogprobs:
     @property
     def complete(self) -> bool:
         """Whether all log-probs are there."""
-        return self.path.exists() or not self._ends[-1]
+        return not self._ends[-1] or (self.path.exists() and self.path.stat().st_size == 4 * self._ends[-1])
 
     def make(
         self, loader: PlannedLoader, score: Callable[[PackedBatch], Tensor], progress: Callable[[int], None]
@@ -59,28 +61,30 @@ class ReferenceLogprobs:
         Raises:
             DataError: The folder can't be written, or a log-prob is not finite.
         """
-        try:
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._partial, "ab") as file:
                 file.truncate(4 * int(self._ends[-1]))  # as long as it was, or longer by zeros
-            made = np.memmap(self._partial, np.float32, "r+")
-        except OSError as error:
-            raise DataError(
-                f"{self.path.parent} can't be written: {error.strerror or error}. Set data.cache_dir, or "
-                "LIGHTNING_RLHF_CACHE in the environment, to a folder that can."
-            ) from error
-        for done, batch in enumerate(loader, 1):
-            spans = [(self._ends[row], self._ends[row + 1]) for row in batch.rows]
-            if not all(_known(made[start:end]) for start, end in spans):
-                found = score(batch).float().cpu()
-                if not found.isfinite().all():
-                    raise DataError(f"The reference's log-probs of the rows {_shown(batch.rows)} are not all finite.")
-                values = np.where(found.numpy() == 0, np.float32(-0.0), found.numpy())
-                places = np.cumsum([0, *(end - start for start, end in spans)])
-                for (start, end), (first, last) in zip(spans, pairwise(places.tolist()), strict=True):
-                    made[start:end] = values[first:last]
-            progress(done)
-        made.flush()
+            made = os.open(self._partial, os.O_RDWR)
+        try:  # no memory map: where the disk is full, writing to one ends the process without a word
+            for done, batch in enumerate(loader, 1):
+                spans = [(int(self._ends[row]), int(self._ends[row + 1])) for row in batch.rows]
+                if not all(_known(_read(made, *span)) for span in spans):
+                    found = score(batch).float().cpu()
+                    if not found.isfinite().all():
+                        raise DataError(
+                            f"The reference's log-probs of the rows {_shown(batch.rows)} are not all finite."
+                        )
+                    values = np.where(found.numpy() == 0, np.float32(-0.0), found.numpy())
+                    places = np.cumsum([0, *(end - start for start, end in spans)])
+                    with self._writing():
+                        for (start, _), (first, last) in zip(spans, pairwise(places.tolist()), strict=True):
+                            _write(made, start, values[first:last])
+                progress(done)
+            with self._writing():
+                os.fsync(made)
+        finally:
+            os.close(made)
 
     def finish(self) -> None:
         """Gives the file its name, once all ranks have made their shares.
@@ -88,7 +92,7 @@ class ReferenceLogprobs:
         Raises:
             DataError: Some are missing: the ranks do not share the folder.
         """
-        if self.path.exists():  # another run was first; its log-probs are the same
+        if self.complete:  # another run was first; its log-probs are the same
             self._partial.unlink(missing_ok=True)
             return
         made = np.memmap(self._partial, np.float32, "r+")
@@ -118,6 +122,30 @@ class ReferenceLogprobs:
         if len(found) != batch.num_scored:
             raise ValueError(f"{len(found)} log-probs do not fit a batch of {batch.num_scored} scored tokens.")
         return found.to(batch.target.device)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says which folder can't be written.
+
+        Raises:
+            DataError: It can't.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.path.parent} can't be written: {error.strerror or error}. Set data.cache_dir, or "
+                "LIGHTNING_RLHF_CACHE in the environment, to a folder that can."
+            ) from error
+
+
+def _read(file: int, start: int, end: int) -> NDArray[np.float32]:
+    return np.frombuffer(os.pread(file, 4 * (end - start), 4 * start), np.float32)
+
+
+def _write(file: int, start: int, values: NDArray[np.float32]) -> None:
+    if os.pwrite(file, values.tobytes(), 4 * start) != values.nbytes:  # the next one would raise it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _known(values: NDArray[np.float32]) -> bool:
