@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from lightning_rlhf.arguments import did_you_mean
 from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.functional import LOSSES, PairLogprobs, PairLoss
 from lightning_rlhf.utils.imports import import_object
+from lightning_rlhf.utils.text import show
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 #: The better answers' log-prob may fall by this share before a warning.
@@ -46,7 +47,7 @@ class WeightedLoss:
         settings: Its own settings, such as ``{label_smoothing: 0.1}``.
 
     Raises:
-        ValueError: The weight is not above 0.
+        ValueError: The weight is not above 0, or the settings have no names.
     """
 
     name: str
@@ -55,6 +56,8 @@ class WeightedLoss:
 
     def __post_init__(self) -> None:
         check_arguments(WeightedLoss, vars(self), "loss.", weight=_POSITIVE)
+        if not isinstance(self.settings, Mapping):
+            raise ValueError(f"The settings of the loss {self.name} are {show(self.settings)}: give {{name: value}}.")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class LossSum:
         if isinstance(given, (str, PairLoss)) or callable(given):
             self._parts = [_Part(given, 1.0, {}, beta)]
         else:
-            losses = [WeightedLoss(**one) if isinstance(one, Mapping) else one for one in given]
+            losses = [_weighted(one) for one in given]
             self._parts = [_Part(one.name, one.weight, one.settings, beta) for one in losses]
         if not self._parts:
             raise ValueError(f"loss is an empty list. Choose of: {', '.join(LOSSES)}.")
@@ -218,6 +221,16 @@ def warn_of_drop(ratio: float, logprob: float) -> bool:
     return True
 
 
+def _weighted(given: Any) -> WeightedLoss:
+    """One of several losses, which may be a dict of its settings."""
+    names = [field.name for field in fields(WeightedLoss)]
+    if isinstance(given, Mapping) and "name" in given and given.keys() <= {*names}:
+        given = WeightedLoss(**given)
+    if not isinstance(given, WeightedLoss):
+        raise ValueError(f"loss has the part {show(given)}: give a WeightedLoss, or a dict of {', '.join(names)}.")
+    return given
+
+
 class _Part:
     """A loss with all its settings but the one that moves."""
 
@@ -251,10 +264,11 @@ class _Part:
     def __call__(self, pairs: PairLogprobs, delta: float) -> Tensor:
         settings = {**self.settings, "delta": delta} if self.follows_delta else self.settings
         loss = self.loss.function(pairs, **settings)
-        if loss.shape != pairs.better.shape:
+        if not isinstance(loss, Tensor) or loss.shape != pairs.better.shape:
+            what = f"the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else show(loss, 40)
             raise ValueError(
-                f"The loss {self.name} returned the shape {tuple(loss.shape)} for {len(pairs.better)} pairs: return a "
-                "loss per pair, without a mean."
+                f"The loss {self.name} returned {what} for {len(pairs.better)} pairs: return a tensor with a loss per "
+                "pair, without a mean."
             )
         return loss
 

@@ -662,6 +662,30 @@ def test_a_run_that_is_killed_while_they_are_computed_goes_on(tiny_model_dir, tm
     assert {file.suffix for file in (tmp_path / "a" / "cache" / "reference").iterdir()} == {".logprobs"}
 
 
+def test_a_disk_that_is_full_ends_it_with_a_line_and_loses_nothing(tiny_model_dir, tmp_path, counted, monkeypatch):
+    options = dict(max_steps=2, val_fraction=0.0, reference="precomputed")
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, start: pwrite(file, data if start < 600 else b"", start))
+    with pytest.raises(DataError, match=r"reference can't be written: No space left on device\. Set data\.cache_dir"):
+        run(tiny_model_dir, tmp_path / "a", **options)
+    monkeypatch.undo()
+    counted.clear()
+    _, again, _ = run(tiny_model_dir, tmp_path / "a", **options)
+    _, whole, _ = run(tiny_model_dir, tmp_path / "b", **options)
+    assert_equal(weights(again), weights(whole))
+
+
+def test_a_file_that_was_cut_off_is_made_again(tiny_model_dir, tmp_path):
+    options = dict(max_steps=2, val_fraction=0.0, reference="precomputed")
+    _, whole, _ = run(tiny_model_dir, tmp_path, **options)
+    [file] = (tmp_path / "cache" / "reference").iterdir()
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    _, again, _ = run(tiny_model_dir, tmp_path, **options)
+    assert_equal(weights(again), weights(whole))
+    assert file.stat().st_size == size and len([*file.parent.iterdir()]) == 1
+
+
 def test_two_processes_share_the_work(tiny_model_dir, tmp_path):
     options = dict(max_steps=3, lr=1e-3, reference="precomputed")
     two = spawn(tiny_model_dir, tmp_path / "two", devices=2, **options)
@@ -736,6 +760,9 @@ def test_a_loss_of_ones_own_is_taken_by_import_path(tiny_model_dir, tmp_path, mo
         (dict(beta=0.1, loss="orpo"), "beta is 0.1, but the loss orpo has no beta"),
         (dict(loss="sigmod"), "There is no loss 'sigmod'; did you mean sigmoid? All: sigmoid, robust"),
         (dict(loss=[]), "loss is an empty list"),
+        (dict(loss=["sigmoid", "sft"]), "loss has the part 'sigmoid': give a WeightedLoss, or a dict of name, weight"),
+        (dict(loss=[{"nam": "sigmoid"}]), "loss has the part {'nam': 'sigmoid'}: give"),
+        (dict(loss=[{"name": "sigmoid", "settings": None}]), "The settings of the loss sigmoid are None: give {name"),
         (
             dict(loss=[WeightedLoss("ipo", settings={"label_smoothing": 0.1})]),
             "The loss ipo has no setting 'label_smoothing'. It has: beta, average.",
