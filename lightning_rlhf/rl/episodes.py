@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data import Message, Tree
 from lightning_rlhf.data.templates import turn_end
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt, encode_reply, spell
@@ -66,6 +67,8 @@ def check_environment(
     if not isinstance(environment, Environment):
         raise ValueError(f"environment is {show(environment)}. Give an object of a subclass of Environment.")
     name, most, each = type(environment).__name__, rollout.max_total_tokens, rollout.sampling.max_new_tokens
+    calls = {"deadline": environment.deadline, "parallel": environment.parallel}
+    check_arguments(Environment, calls, f"{name}.", deadline=Range(0, above=True), parallel=Range(1))
     if most is not None and most < each:
         raise ValueError(
             f"rollout.max_total_tokens={most} is for all turns, and rollout.sampling.max_new_tokens={each} for one: "

@@ -179,6 +179,12 @@ def test_what_contradicts_an_environment(tiny_tokenizer):
         check(tiny_tokenizer, Calculator(), rollout=Rollout(2, max_total_tokens=10))
     with pytest.raises(ValueError, match=r"overlong_cache counts back from the length limit of one answer"):
         check(tiny_tokenizer, Calculator(), shaping=Shaping(overlong_cache=4))
+    for name, value, rule in (("parallel", 0, "at least 1"), ("parallel", 2.5, "a whole number"),
+                              ("deadline", 0.0, "above 0"), ("deadline", "5", "a number")):  # fmt: skip
+        environment = Calculator()
+        setattr(environment, name, value)
+        with pytest.raises(ValueError, match=rf"Calculator\.{name} must be {rule}, got {value!r}"):
+            check(tiny_tokenizer, environment)  # no thread would ever answer, or none would be waited for
     with pytest.raises(ValueError, match=r"environment is 'calculator'\. Give an object"):
         check(tiny_tokenizer, "calculator")
     tiny_tokenizer.chat_template = QWEN
