@@ -48,7 +48,7 @@ RLHF as PyTorch Lightning modules.
   validate  measure loss, accuracy ... of a model or checkpoint on validation data
   test      measure the same on test data
   predict   write a record per row of --data.predict FILE: log-probs (SFT), scores (Reward) or implicit rewards (DPO,
-            KTO) of its answers, or PPO's completions with their scores
+            KTO) of its answers; of stages that sample (PPO, GRPO, online DPO) completions with their scores
 {tools}
 Each command has its own --help. fit --print_config lists all keys;
 fit --model.help RewardModule and fit --data.help PreferenceDataModule explain them.
@@ -63,7 +63,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
-        tools = "".join(f"  {name:9s} {text}\n" for name, (_, text) in TOOLS.items())
+        tools = "".join(
+            f"  {name:9s} {text}\n" if len(name) < 10 else f"  {name}\n{'':12s}{text}\n"
+            for name, (_, text) in TOOLS.items()
+        )
         print(USAGE.format(tools=tools))
         return
     if arguments[0] == "--version":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from lightning_rlhf.arguments import Parser, did_you_mean
@@ -18,7 +20,7 @@ def folder() -> Path:
 def main(args: Sequence[str] | None = None) -> None:
     """Lists the config files that come with the package, or copies one of them to edit and run.
 
-    Without arguments it prints each file's name and its first comment.
+    Without arguments it prints each file's name and what its first sentence says.
 
     Args:
         args: Command line after ``configs``.
@@ -39,8 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.name is None:
         width = max(map(len, names))
         for name in names:
-            first = (source / name).read_text(encoding="utf-8").partition("\n")[0]
-            print(f"{name:{width}}  {first.lstrip('# ').partition('. ')[0].rstrip('.:')}")
+            print(f"{name:{width}}  {_about(source / name)}")
         return
     name = options.name.removeprefix("configs/")
     if name not in names:
@@ -53,3 +54,10 @@ def main(args: Sequence[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / name, target)
     print(target)
+
+
+def _about(config: Path) -> str:
+    """The first sentence of a file's comment, which may go on over lines; a command, which is indented, ends it."""
+    text = config.read_text(encoding="utf-8").splitlines()
+    lines = takewhile(lambda line: re.match("# [^ ]", line), text)
+    return re.split(r"(?<!\bDr)\.(?: |$)", " ".join(line[2:] for line in lines))[0]

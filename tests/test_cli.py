@@ -415,6 +415,8 @@ def test_configs_are_listed_and_copied_but_never_over_a_file(told, tmp_path, cap
     main(["configs"])
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert listed["sft/smollm2_lora.yaml"] == "SmolLM2-135M-Instruct with LoRA: a laptop CPU is enough"
+    assert listed["grpo/smollm2_dr_grpo.yaml"].startswith("Dr. GRPO: ")
+    assert listed["parallel/sp2.yaml"].endswith("whose activations do not fit into one GPU"), "a sentence of two lines"
     for arguments in (["sft/smollm2_lora.yaml"], ["configs/sft/smollm2_lora.yaml", "mine"]):
         main(["configs", *arguments])
     assert capsys.readouterr().out.split() == ["configs/sft/smollm2_lora.yaml", "mine/sft/smollm2_lora.yaml"]
