@@ -22,10 +22,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_rlhf.callbacks.ema import averaged_weights
 from lightning_rlhf.callbacks.progress import print_above_bar
 from lightning_rlhf.data import Message, PromptBatch
-from lightning_rlhf.data.sources import BadRowError, read_rows
+from lightning_rlhf.data.sources import BadRowError, BadRows, read_rows
 from lightning_rlhf.data.templates import stop_token_ids
 from lightning_rlhf.data.tokens import TokenizeError, encode_prompt
-from lightning_rlhf.evaluation.answers import RaiseBadRows, prompt_text
+from lightning_rlhf.evaluation.answers import prompt_text
 from lightning_rlhf.models.saving import own_stop_token_ids
 from lightning_rlhf.protocols import (
     DrawsSamples,
@@ -151,7 +151,7 @@ class PromptCallback(L.Callback):
         if isinstance(self.prompts, (str, os.PathLike)):
             keys = ["text"] if ".txt" in Path(self.prompts).suffixes else ["prompt", "messages"]
             found = []
-            for row in read_rows(self.prompts, RaiseBadRows()):
+            for row in read_rows(self.prompts, BadRows(skip=None)):
                 further = {name: value for name, value in row.value.items() if name not in keys}
                 found.append((row.where, next(filter(None, map(row.value.get, keys)), None), further))
         elif self.prompts is not None:

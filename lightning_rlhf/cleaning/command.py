@@ -67,7 +67,7 @@ def stats(args: Sequence[str]) -> None:
 
     if options.json:
         check_outputs(options.path, [options.json])
-    bad = BadRows(options.on_bad_row or "skip")
+    bad = BadRows(options.on_bad_row or "skip", skip="set --on-bad-row skip")
     examples = _ticking(_read(options, bad), "read")
     if options.row is not None:
         found = origins(examples)

@@ -25,7 +25,7 @@ class NotedBadRows(BadRows):
     """
 
     def __init__(self, policy: OnBadRow, note: Callable[[Mapping[str, Any]], None]) -> None:
-        super().__init__(policy)
+        super().__init__(policy, skip="set --on-bad-row skip")
         self._note = note
 
     def add(self, where: str, kind: str, reason: str) -> None:

@@ -166,7 +166,7 @@ def _count(found: Statistics, example: Example) -> None:
 
 def _sign(lengths: Sequence[int]) -> str:
     first, last = lengths[0], lengths[-1]
-    return "longer" if first > last else "shorter" if first < last else "equal"
+    return "longer" if first > last else "shorter" if first < last else "equally long"
 
 
 def _counts(found: dict[str, int]) -> str:

@@ -144,16 +144,17 @@ class BadRows:
 
     Args:
         policy: ``"raise"`` raises at the first bad row. ``"skip"`` leaves bad rows out and counts them.
+        skip: How the user asks for the latter, for the message of an error; None where no row can be left out.
 
     Attributes:
         counts: Number of rows left out, by kind of fault.
         first: The first of each kind.
     """
 
-    def __init__(self, policy: OnBadRow = "raise") -> None:
+    def __init__(self, policy: OnBadRow = "raise", skip: str | None = "set on_bad_row: skip") -> None:
         if policy not in ("raise", "skip"):
             raise ValueError(f"The policy for bad rows is {policy!r}. Choose 'raise' or 'skip'.")
-        self.policy = policy
+        self.policy, self._skip = policy, skip
         self.counts: Counter[str] = Counter()
         self.first: dict[str, BadRowError] = {}
 
@@ -179,9 +180,12 @@ class BadRows:
             BadRowError: If the policy is ``"raise"``.
         """
         if self.policy == "raise":
-            skip = "set on_bad_row: skip to leave such rows out and have them counted."
-            advice = skip.capitalize() if where.startswith(bundled_path("")) else f"Correct the row, or {skip}"
-            raise BadRowError(where, kind, f"{reason.rstrip('.')}. {advice}")
+            advice = ""
+            if self._skip is not None:
+                skip = f"{self._skip} to leave such rows out and have them counted."
+                bundled = where.startswith(bundled_path(""))
+                advice = f" {skip[0].upper()}{skip[1:]}" if bundled else f" Correct the row, or {skip}"
+            raise BadRowError(where, kind, f"{reason.rstrip('.')}.{advice}")
         self.counts[kind] += 1
         self.first.setdefault(kind, BadRowError(where, kind, reason))
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,14 +26,6 @@ from lightning_rlhf.rollout import CachedEngine, Sampling, as_answers, complete,
 #: Columns that may hold the answer in a file; the first that exists is used.
 COLUMNS = ("completion", "answer", "response", "output")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
-class RaiseBadRows(BadRows):
-    """Raises an error for each bad row instead of skipping it."""
-
-    def add(self, where: str, kind: str, reason: str) -> NoReturn:
-        """Raises a :class:`BadRowError`."""
-        raise BadRowError(where, kind, f"{reason}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -144,7 +136,7 @@ def read_answers(source: str | os.PathLike[str], prompts: Sequence[list[Message]
         ValueError: A row or a prompt has no answer; the message says which one.
     """
     as_text = any(isinstance(prompt, str) for prompt in prompts)
-    rows = [(row.where, row.value) for row in read_rows(source, RaiseBadRows())]
+    rows = [(row.where, row.value) for row in read_rows(source, BadRows(skip=None))]
     answers = [_answer(where, row) for where, row in rows]
     found = [_prompt(where, row, as_text) for where, row in rows]
     if not any(found):

@@ -35,9 +35,9 @@ def main(args: Sequence[str] | None = None) -> None:
         help="module.function, or as in a config '{source: module.function, weight: 1.0, options: {timeout: 5}}', or a "
         "list of both; several are summed",
     )
-    parser.add_argument("--completion", default="completion", help="the column of completions")
+    parser.add_argument("--completion", default="completion", help="column of the completions; default: completion")
     parser.add_argument("--out", type=Path, help="file for all rows with their scores, as JSON Lines")
-    parser.add_argument("--limit", type=int, default=20, help="rows to show; a larger number shows more")
+    parser.add_argument("--limit", type=int, default=20, help="number of rows to show; default: 20")
     options = parser.parse_args(args)
     try:
         _run(options.file, options.reward, options.completion, options.out, options.limit)
@@ -58,7 +58,7 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     if out is not None and (out.exists() or not out.parent.is_dir()):
         why = "is there already" if out.exists() else f"can't be written: there is no folder {out.parent}"
         raise ValueError(f"{out} {why}. Give --out another path.")
-    rows = list(read_rows(file, BadRows()))
+    rows = list(read_rows(file, BadRows(skip=None)))
     for row in rows:
         if not isinstance(row.value.get(column), str):
             has = ", ".join(row.value)
@@ -115,7 +115,8 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
             continue
         there = [value for value in values if value == value]
         mean = f"{sum(there) / len(there):.4g}" if there else "none"
-        left = "" if name in extras else f"; does not apply to {len(lines) - len(there)}"
+        rest = len(lines) - len(there)
+        left = f"; does not apply to {rest}" if rest and name not in extras else ""
         print(f"{name}: mean {mean} of {len(there)} row{'s' * (len(there) != 1)}{left}")
     for kind in FAULTS:
         if count := scores.faults(kind):

@@ -107,6 +107,7 @@ def test_what_a_test_set_has_goes(file, tmp_path):
         (["--out", "a.jsonl", "--filters", "Lengths"], "no filter Lengths; did you mean Length"),
         (["--out", "a.jsonl", "--config", "no.yaml"], "No such file"),
         (["--out", "a.jsonl", "--on-bad-row", "raise"], "my.jsonl:3: malformed JSON"),
+        (["--out", "a.jsonl", "--on-bad-row", "raise"], "or set --on-bad-row skip to leave such rows out"),
         (["--out", "a.jsonl", "--format", "alpacca"], "'alpacca' is not known"),
         (["--out", "a.jsonl", "--against", "nothing.jsonl"], "no such file"),
     ],
@@ -255,11 +256,11 @@ def test_stats(file, tmp_path, capsys):
 
 def test_stats_of_preferences(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
-    pairs = [("a b c", "a"), ("a b", "c"), ("a", "b c")]
+    pairs = [("a b c", "a"), ("a b", "c"), ("a", "b c"), ("a", "b")]
     lines = [json.dumps({"prompt": f"Why {i}?", "chosen": c, "rejected": r}) for i, (c, r) in enumerate(pairs)]
     path.write_text("\n".join(lines), encoding="utf-8")
     run("stats", path)
-    assert "longer 66.7%, shorter 33.3%" in capsys.readouterr().out
+    assert "the answer that is longer 50.0%, shorter 25.0%, equally long 25.0%" in capsys.readouterr().out
 
 
 def test_where_a_row_comes_from(tmp_path, capsys):

@@ -38,7 +38,7 @@ class Contamination(Sketched):
         self._index = NearDuplicates(threshold)
         self._places: list[str] = []
         counts: Counter[int] = Counter()
-        for example in read_examples(against, BadRows()):
+        for example in read_examples(against, BadRows(skip=None)):
             (made,) = sketch([example.instruction_tokens])
             self._index.add(made)
             self._places.append(example.where)

@@ -44,4 +44,4 @@ def _boxed(text: str) -> list[Any]:
 
 
 def _shown(parsed: list[Any]) -> str:
-    return " or ".join(map(repr, map(str, parsed))) if parsed else "nothing"
+    return " or ".join(dict.fromkeys(map(repr, map(str, parsed)))) if parsed else "nothing"

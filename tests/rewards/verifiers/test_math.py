@@ -30,6 +30,10 @@ def test_what_is_equal():
     assert math([""] * len(texts), texts, answers, timeout=20.0) == list(wanted)
 
 
+def test_what_was_read_is_named_once():
+    assert math.explain("It is 4.", "#### 5") == "'4'; wanted '5'"
+
+
 def test_what_hangs_ends_in_the_deadline_and_is_counted():
     texts = [r"\boxed{9^{9^{9}}}", r"\boxed{999999999999!}", r"\boxed{3}"]
     with pytest.warns(UserWarning, match="math: a completion could not be judged, as it took too long; it scores -1"):

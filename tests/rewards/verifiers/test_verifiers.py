@@ -378,7 +378,7 @@ def test_the_command_shows_and_writes_further_numbers_and_any_value_of_the_rows(
     pq.write_table(pa.table({"completion": ["a b", "c"], "day": [datetime.date(2024, 2, 29)] * 2}), file)
     main(["verify", "--reward", "test_verifiers.words", str(file), "--out", str(out)])
     shown = capsys.readouterr().out
-    assert "words: mean 1 of 2 rows; does not apply to 0" in shown and "words/words: mean 1.5 of 2 rows\n" in shown
+    assert "words: mean 1 of 2 rows\n" in shown and "words/words: mean 1.5 of 2 rows\n" in shown
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert found[0] == {"completion": "a b", "day": "2024-02-29", "score": 1, "score/words": 1, "reward/words/words": 2}
 
@@ -405,6 +405,10 @@ def test_the_command_names_the_row_that_is_wrong_and_counts_timeouts(tmp_path, c
     with pytest.raises(SystemExit) as stop:
         main(["verify", "--reward", NUMBER, str(path)])
     assert f"{path}:2: " in str(stop.value) and "answer has 'five': there is no number in it" in str(stop.value)
+    path.write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "--reward", NUMBER, str(path)])
+    assert f"{path}:1: malformed JSON" in str(stop.value) and "on_bad_row" not in str(stop.value), "it skips no row"
     rows = [{"completion": "a" * 60 + "b"}, {"completion": "aaa"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = "{source: lightning_rlhf.rewards.verifiers.regex, weight: 2, options: {pattern: (a|aa)+$, timeout: 0.2}}"
