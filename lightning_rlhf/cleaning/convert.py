@@ -39,7 +39,11 @@ def convert(example: Example, target: str) -> dict[str, Any]:
     """
     check_target(target)
     if (example.kind, target) not in _WRITERS:
-        raise FormatError("other kind", f"the format {target!r} holds no {example.kind}, which this row is")
+        able = ", ".join(sorted(name for kind, name in _WRITERS if kind == example.kind))
+        why = f"the format {target!r} holds no {example.kind}, which this row is; these do: {able}"
+        if target == "unpaired" and (rated := [name for name in ("rating", "score") if name in example.row]):
+            why += f". If the column {rated[0]!r} rates the answer, set --kind unpaired and --threshold"
+        raise FormatError("other kind", why)
     if example.kind == "prompt" and _has_answer(example.row):
         raise FormatError("answer", "the row has an answer, which a prompt can't hold. Leave out --kind prompt")
     if example.format == target:

@@ -224,5 +224,7 @@ def test_ratings_need_a_threshold_to_become_labels():
 def test_columns_that_a_single_answer_has_are_not_written_over():
     with pytest.raises(FormatError, match="'label', as the row has"):
         single_answers(preference(label="math"))
-    with pytest.raises(FormatError, match="holds no instruction"):
+    with pytest.raises(FormatError, match=r"holds no instruction, which this row is; these do: alpaca, .*, text$"):
         convert(instruction(ASK, ANSWER), "unpaired")
+    with pytest.raises(FormatError, match=r"column 'rating' rates the answer, set --kind unpaired and --threshold"):
+        convert(make_example({"prompt": "2+2?", "completion": "4", "rating": 7}), "unpaired")
