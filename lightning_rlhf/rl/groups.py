@@ -52,7 +52,7 @@ def reward_parts(experience: Experience, reward: Reward, penalty: Tensor) -> tup
 
 
 def stop_at_flat(
-    iterations: int, most: int | None, names: Sequence[str], scores: Scores, setting: str = "groups.max_flat"
+    iterations: int, most: int | None, names: Sequence[str], last: Experience, setting: str = "groups.max_flat"
 ) -> None:
     """Ends a run whose groups have all been flat for too long; all ranks must call.
 
@@ -60,17 +60,21 @@ def stop_at_flat(
         iterations: Number of iterations in a row in which all groups were flat.
         most: From how many on the run ends; None for no bound.
         names: The names of the reward's parts; none for a reward without parts.
-        scores: This rank's, of the last iteration.
+        last: This rank's completions of the last iteration, with their scores.
         setting: Where ``most`` was given.
 
     Raises:
-        RewardError: It ends; the message names the part of the reward that is constant.
+        RewardError: It ends; the message names the part of the reward that is constant, and says so if the length limit
+            cut all completions: an environment then sees none of their turns.
     """
     if most is not None and iterations >= most:
+        assert last.scored is not None
+        all_cut = all(gather_objects(bool(last.truncated.all())))
+        cut = " The length limit cut all completions of the last one." if all_cut else ""
         raise RewardError(
             f"All groups of the last {iterations} iterations are flat, so nothing is learned: "
-            f"{constant_scores(names, scores)}. Look at completions (SampleCompletions), choose prompts that are "
-            f"neither too easy nor too hard or a finer reward, or set {setting}: null."
+            f"{constant_scores(names, last.scored)}.{cut} Look at completions (SampleCompletions), choose prompts that "
+            f"are neither too easy nor too hard or a finer reward, or set {setting}: null."
         )
 
 

@@ -109,7 +109,7 @@ class GroupStage(RLStage):
         if "flat_groups" not in experience.metrics:  # otherwise the refill has counted all that it sampled
             self._count_groups(experience, [(experience, self._flat(experience))])
         self.flat_iterations = self.flat_iterations + 1 if experience.metrics["flat_groups"] == 1 else 0
-        stop_at_flat(self.flat_iterations, self.groups.max_flat, self.reward.names, experience.scored)
+        stop_at_flat(self.flat_iterations, self.groups.max_flat, self.reward.names, experience)
 
     def counted_completions(self, experience: Experience) -> Tensor:
         """(S,) bool: completions with a score, without those of flat groups unless these are kept."""

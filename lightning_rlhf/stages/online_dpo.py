@@ -208,9 +208,8 @@ class OnlineDPOModule(RLStage):
                     f"Iteration {self.iteration} takes no update: no prompt has two completions whose scores differ by "
                     f"more than margin={self.margin:g}. Further ones are counted (train/without_pairs)."
                 )
-            assert experience.scored is not None
             most, setting = self.pair_shaping.max_flat, "shaping.max_flat"
-            stop_at_flat(self.flat_iterations, most, self.reward.names, experience.scored, setting)
+            stop_at_flat(self.flat_iterations, most, self.reward.names, experience, setting)
         else:
             self.flat_iterations = 0
             data = pairs_of_data(beside) if beside is not None and self.mixture else None

@@ -443,6 +443,14 @@ def test_a_reward_that_says_nothing_ends_the_run_and_is_named(tiny_model_dir, tm
         assert_equal(dict(module.policy.model.named_parameters()), dict(start.named_parameters()))
 
 
+def test_a_run_that_ends_says_if_the_limit_cut_every_completion(tiny_model_dir, tmp_path):
+    for longest, cut in ((1, True), (40, False)):
+        sampling = dict(max_new_tokens=longest)
+        with pytest.raises(ValueError, match="are flat") as told:
+            run(tiny_model_dir, tmp_path / str(longest), reward=constant, sampling=sampling, groups=dict(max_flat=1))
+        assert ("The length limit cut all completions of the last one." in str(told.value)) == cut
+
+
 def test_a_reward_that_never_applies_ends_the_run_and_says_so(tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"last 2 iterations are flat.*: no completion had a score, because the"):
         run(tiny_model_dir, tmp_path, reward=lambda prompts, completions: [None] * len(completions), max_steps=5,
