@@ -145,7 +145,7 @@ class HFExport(L.Callback):
             self._export(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports the last weights and prints their directory.
+        """Exports the last weights, and prints their directory and that of the best.
 
         Raises:
             ValueError: A weight is not finite.
@@ -154,6 +154,8 @@ class HFExport(L.Callback):
         if self.when != "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._export(trainer, pl_module, "last")
             rank_zero_info(f"Hugging Face model: {self._path(trainer, 'last')}")
+        if self.best is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"Best by {self.monitor}, {self.best:.4g}: {self._path(trainer, 'best')}")
         if self._watches and self._validates and self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             reason = (
                 f"{self.monitor} was never a number"

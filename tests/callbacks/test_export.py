@@ -115,11 +115,13 @@ class Scores(L.Callback):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 1.0), ("max", 3.0)])
-def test_best_is_what_is_better_than_all_before_and_never_a_nan(mode, best, short_fit, tmp_path, monkeypatch):
+def test_best_is_what_is_better_than_all_before_and_never_a_nan(mode, best, short_fit, tmp_path, monkeypatch, caplog):
     seen = []
     monkeypatch.setattr("lightning_rlhf.callbacks.export.save_pretrained", lambda *args, **kw: seen.append(export.best))
     export = HFExport(when="best", monitor="score", mode=mode)
-    short_fit([Scores(float("nan"), 2.0, 3.0, 1.0, 2.0), export], max_epochs=5)
+    with caplog.at_level("INFO"):
+        short_fit([Scores(float("nan"), 2.0, 3.0, 1.0, 2.0), export], max_epochs=5)
+    assert f"Best by score, {best:g}: {tmp_path / 'hf' / 'best'}" in caplog.messages
     assert seen == ([2.0, 1.0] if mode == "min" else [2.0, 3.0]) and export.best == best
     again = HFExport(when="best", monitor="score", mode=mode)
     again.load_state_dict(export.state_dict())
