@@ -121,7 +121,7 @@ RECIPES = {
     "gemini_offload": Recipe("sft", "colossalai_gemini_offload", checkpointing=True),
 }
 #: What --check and --all run, by where it is, in this order; the least valuable last.
-CHECKS = ("card", "trees", "greedy", "ppo", "exports", "resume")
+CHECKS = ("card", "trees", "greedy", "static", "ppo", "exports", "resume")
 SHARDED_CHECKS = ("zero2", "zero2_offload", "gemini", "gemini_offload", "gemini_auto")
 FIGURES = ("decode", "sft", "groups", "head", "ppo_120m", "ppo")
 SHARDED_FIGURES = ("zero2_offload", "gemini_offload")

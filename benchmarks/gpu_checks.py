@@ -9,13 +9,16 @@ Checks end with an error where a result is beyond its bound. All models are rand
     trees     the packed layout's log-probs and gradients are the padded one's: families, windows, soft-capping, grouped
               heads, fp32 and bf16. On a card this runs the flex kernel, where it is not refused
     greedy    the engine's greedy tokens are transformers' generate's, in fp32
+    static    static steps, which a CUDA graph repeats, sample what the engine samples step by step, in fp32: families,
+              top-k, penalties, merged adapters; weights are to the bit as before
     ppo       an iteration of PPO in fp32: the first ratio is 1, and the weights are those of the CPU's
     resume    a resumed run is the whole one, bit for bit, with deterministic algorithms on
     exports   what is exported computes what the policy does
     zero2, zero2_offload, gemini, gemini_offload, gemini_auto   ColossalAI trains on one card, and losses are those of
               the plain run
 
-    decode    decoding a 1B in bf16, 64 rows of 128 new tokens: against generate, and against reading the weights once
+    decode    decoding a 1B in bf16 by static steps, 64 rows of 128 new tokens: against generate (goal: 5 times as
+              fast), against reading the weights once a token (goal: at most 2.5 times as long), and step by step
     head      the scored head at a vocabulary of 152,000 and 8,192 tokens, against the plain one
     groups    an update's passes on groups of 8 (384 + 128 tokens): trees against the padded layout
 """
@@ -43,6 +46,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from memory import first_letters
+from peft import LoraConfig, get_peft_model
 from sft import word_tokenizer
 from torch import Tensor
 
@@ -180,6 +184,33 @@ def greedy(place: Place) -> dict[str, Any]:
     return figures
 
 
+def static(place: Place) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    tokenizer = word_tokenizer(500)
+    prompts = [[(5 + 3 * i + 11 * j) % 500 for j in range(n)] for i, n in enumerate((3, 70, 9))]
+    asked = [Request(prompt, [3 * i, 3 * i + 1, 3 * i + 2]) for i, prompt in enumerate(prompts)]
+    settings = Sampling(40, temperature=0.8, top_k=50, repetition_penalty=1.2, min_new_tokens=4)
+    for family in (*FAMILIES, "LoRA"):
+        torch.manual_seed(0)
+        model = random_model("Llama" if family == "LoRA" else family).to(place.device).eval()
+        if family == "LoRA":
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        policy = Policy(model)
+        before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        groups = [
+            CachedEngine(static=way).generate(policy, tokenizer, asked, settings, range(9)) for way in (False, True)
+        ]
+        one, other = ([completion for group in found for completion in group] for found in groups)
+        differ = sum(a.input_ids != b.input_ids for a, b in zip(one, other, strict=True))
+        expect(figures, f"{family} completions that differ", differ, 0)
+        apart = max(abs(p - q) for a, b in zip(one, other, strict=True)
+                    for p, q in zip(a.logprobs, b.logprobs, strict=True))  # fmt: skip
+        expect(figures, f"{family} log-probs", apart, 1e-3)
+        changed = sum(not torch.equal(p, before[name]) for name, p in policy.named_parameters())
+        expect(figures, f"{family} weights that changed", changed, 0)
+    return figures
+
+
 def train(place: Place, module: L.LightningModule, data: L.LightningDataModule, **settings: Any) -> L.Trainer:
     """A quiet run."""
     options = dict(accelerator=place.accelerator, devices=1, logger=False, enable_progress_bar=False,
@@ -278,7 +309,11 @@ def decode(place: Place) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 500, (rows, length), generator=draw)
     asked = [Request(row.tolist(), [i]) for i, row in enumerate(ids)]
-    own = place.seconds(lambda: CachedEngine().generate(policy, tokenizer, asked, Sampling(new), []), 2)
+
+    def engine(static: bool) -> Callable[[], Any]:
+        return lambda: CachedEngine(static=static).generate(policy, tokenizer, asked, Sampling(new), [])
+
+    own, stepwise = place.seconds(engine(static=True), 2), place.seconds(engine(static=False), 1)
     settings = transformers.GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0,
                                              pad_token_id=0, eos_token_id=None)  # fmt: skip
     inputs = ids.to(place.device)
@@ -294,7 +329,8 @@ def decode(place: Place) -> dict[str, Any]:
         "parameters": sum(w.numel() for w in weights),
         "ms a token": 1000 * own / new,
         "tokens a second": rows * new / own,
-        "times generate": theirs / own,
+        "times as fast as generate": theirs / own,
+        "times as fast as step by step": stepwise / own,
         "times reading the weights": own / new / reading,
     }
 
@@ -339,7 +375,7 @@ def groups(place: Place) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[Place], dict[str, Any]]] = {
-    "card": card, "trees": trees, "greedy": greedy, "ppo": ppo, "resume": resume, "exports": exports,
+    "card": card, "trees": trees, "greedy": greedy, "static": static, "ppo": ppo, "resume": resume, "exports": exports,
     "zero2": _colossalai("zero2", "32-true"), "zero2_offload": _colossalai("zero2_offload", "32-true"),
     "gemini": _colossalai("gemini", "bf16-mixed"), "gemini_offload": _colossalai("gemini_offload", "bf16-mixed"),
     "gemini_auto": _colossalai("gemini", "bf16-mixed", placement="auto"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,12 +17,19 @@ from lightning_rlhf.models.backbone import Backbone, reason_beyond_trial, vocabu
 from lightning_rlhf.rollout.hf_generate import HFGenerateEngine
 from lightning_rlhf.rollout.kv_cache import NAME, Decoder, SharedPrompts
 from lightning_rlhf.rollout.scheduler import Scheduler
+from lightning_rlhf.rollout.sequence import ActiveSequence, make_sequences
+from lightning_rlhf.rollout.static import StaticRollout
+from lightning_rlhf.rollout.static_step import NoWaits
 from lightning_rlhf.rollout.types import Completion, Request, Sampling
+from lightning_rlhf.rollout.weights import decoding_weights
+from lightning_rlhf.utils.collectives import holds_part
 
 log = logging.getLogger(__name__)
 
 _REASONS: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 """Why a model cannot run with the cache, or None if it can. Each model is tried once."""
+_STATIC_REASONS: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+"""Why it cannot decode by static steps, or None if it can."""
 
 
 class CachedEngine:
@@ -47,6 +55,12 @@ class CachedEngine:
         reserve: Admit a completion only if its ``max_new_tokens`` fit into ``max_live_tokens``. False: admit it by the
             tokens that it has, and set the newest completion aside when memory runs out; it goes on later, with the
             same tokens, but computes its keys again.
+        static: How :meth:`generate` decodes. True: by steps that never wait for the device, which a CUDA device repeats
+            as a graph, on copies of the linear layers' weights with adapters merged and in the type that they compute
+            in. The samples are the same where the logits agree; to merge into half precision rounds. False: step by
+            step, as a session does, which takes no copies. None: True on a CUDA device. Sessions, requests with
+            ``alternatives`` or an adapter of their own, ``prefill_chunk``, ``keep_prefixes``, ``reserve=False``, models
+            that ranks hold in parts, and models whose forward pass waits for the device, always decode step by step.
 
     Raises:
         ValueError: A limit is below 1.
@@ -60,6 +74,7 @@ class CachedEngine:
         prefill_chunk: int | None = None,
         keep_prefixes: int = 0,
         reserve: bool = True,
+        static: bool | None = None,
     ) -> None:
         limits = dict(max_live_tokens=max_live_tokens, max_rows=max_rows, prefill_tokens=prefill_tokens)
         for name, limit in (limits | {"prefill_chunk": prefill_chunk}).items():
@@ -69,6 +84,7 @@ class CachedEngine:
             raise ValueError(f"keep_prefixes must be at least 0; got {keep_prefixes}.")
         self.max_live_tokens, self.max_rows, self.prefill_tokens = max_live_tokens, max_rows, prefill_tokens
         self.prefill_chunk, self.keep_prefixes, self.reserve = prefill_chunk, keep_prefixes, reserve
+        self.static = static
 
     def generate(
         self,
@@ -82,6 +98,17 @@ class CachedEngine:
         if reason_against(policy):
             fallback = HFGenerateEngine(self.max_rows)
             return fallback.generate(policy, tokenizer, requests, sampling, stop_token_ids)
+        if self._decodes_statically(policy, requests):
+            groups = [
+                make_sequences(
+                    policy.transformer, tokenizer, request, sampling, stop_token_ids, name=f"Rollout request {i}"
+                )
+                for i, request in enumerate(requests)
+            ]
+            rows = [row for group in groups for row in group]
+            if max((row.columns for row in rows), default=0) <= (self.max_live_tokens or sys.maxsize):
+                self._run_statically(policy, rows, sampling)
+                return [[row.future.result() for row in group] for group in groups]
         with self.session(policy, tokenizer) as session:
             futures = [
                 session.submit(request, sampling, stop_token_ids, name=f"Rollout request {i}")
@@ -92,6 +119,32 @@ class CachedEngine:
                 if session.error is not None:
                     raise session.error
         return [[future.result() for future in group] for group in futures]
+
+    def _decodes_statically(self, policy: Backbone, requests: Sequence[Request]) -> bool:
+        """Whether steps that never wait are asked for, and serve."""
+        if self.static is False or (self.static is None and device_of(policy).type != "cuda"):
+            return False
+        if self.prefill_chunk is not None or self.keep_prefixes or not self.reserve or holds_part():
+            return False
+        if any(request.alternatives or request.adapter is not None for request in requests):
+            return False
+        return reason_against_static(policy) is None
+
+    def _run_statically(self, policy: Backbone, rows: Sequence[ActiveSequence], sampling: Sampling) -> None:
+        device = device_of(policy)
+        casts = torch.is_autocast_enabled(device.type)
+        # a graph must not keep what autocast would cache
+        autocast = torch.autocast(
+            device.type, torch.get_autocast_dtype(device.type), enabled=casts, cache_enabled=False
+        )
+        stops = rows[0].stops if rows else ()
+        with (
+            policy.native_attention(NAME),
+            _without_inference_tensors(policy.transformer),
+            autocast,
+            decoding_weights(policy.model, device),
+        ):
+            StaticRollout(Decoder(policy.transformer), rows, sampling, stops, self).run()
 
     @contextmanager
     def session(self, policy: Backbone, tokenizer: PreTrainedTokenizerBase) -> Iterator[Scheduler]:
@@ -141,6 +194,13 @@ def _without_inference_tensors(model: PreTrainedModel) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- which models
 
 
+def device_of(policy: Backbone) -> torch.device:
+    """Returns where a policy takes its inputs."""
+    embeddings: Any = policy.transformer.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    return device
+
+
 def reason_against(policy: Backbone) -> str | None:
     """Returns why a policy's model cannot run with the cache, or None. Each model is tried once."""
     model = policy.transformer
@@ -156,6 +216,20 @@ def reason_against(policy: Backbone) -> str | None:
     return _REASONS[model]
 
 
+def reason_against_static(policy: Backbone) -> str | None:
+    """Returns why a policy's model, which can run with the cache, cannot decode by static steps, or None."""
+    model = policy.transformer
+    if model not in _STATIC_REASONS:
+        _STATIC_REASONS[model] = reason = _by_trying(policy, static=True)
+        if reason:
+            log.warning(
+                "%s cannot decode by static steps (%s). The results are the same, but slower.",
+                type(model).__name__,
+                reason,
+            )
+    return _STATIC_REASONS[model]
+
+
 def _by_config(model: PreTrainedModel) -> str | None:
     """Returns a reason that a short trial would not show, or None."""
     types = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())  # per layer type in Gemma 3
@@ -164,14 +238,20 @@ def _by_config(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _by_trying(policy: Backbone) -> str | None:
-    """Runs two rows of different lengths with the cache and without it, and compares their logits."""
+def _by_trying(policy: Backbone, static: bool = False) -> str | None:
+    """Runs two rows of different lengths with the cache and without it, and compares their logits.
+
+    Args:
+        policy: The policy.
+        static: Decode by static steps, in which no operation may wait for the device.
+    """
     model = policy.transformer
     embeddings: Any = model.get_input_embeddings()
     vocabulary = vocabulary_size(model)
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 16
     lengths, steps = (min(10, context - 3), min(4, context - 3)), 3
+    never: Any = NoWaits()  # type: ignore[no-untyped-call]
     tokens = [[(3 + 7 * i + 5 * row) % vocabulary for i in range(length + steps)]
               for row, length in enumerate(lengths)]  # fmt: skip
     prompts = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
@@ -193,7 +273,14 @@ def _by_trying(policy: Backbone) -> str | None:
                     for step in range(steps):
                         positions = [length + step for length in lengths]
                         inputs = [ids[p] for ids, p in zip(tokens, positions, strict=True)]
-                        got.append(decoder.decode(inputs, positions, shared=places))
+                        if not static:
+                            got.append(decoder.decode(inputs, positions, shared=places))
+                            continue
+                        at = torch.tensor([inputs, positions], device=decoder.device)
+                        own = at[1] - torch.tensor(lengths, device=decoder.device) if places else at[1]
+                        columns = decoder.cache.columns
+                        with never if step else nullcontext():  # the first step may make what is made once
+                            got.append(decoder.step(at[0], at[1], own, columns, columns, places))
                     found.append(torch.stack(got, 1))
         half = found[0].dtype not in (torch.float32, torch.float64)
         difference = max(_difference(got.float(), want) for got in found)

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lightning_rlhf.models.backbone import vocabulary_size
+from lightning_rlhf.rollout.own_lengths import own_length_attention, reads_own_lengths
 from lightning_rlhf.rollout.transfer import to_device
 
 NAME = "rollout"
@@ -120,6 +121,7 @@ class SlotCache(Cache):
         self._width = 0  # columns that are read
         self._prefill = False
         self._extending = False
+        self._stepping = False
         self._masks: dict[int | None, Tensor | None] = {}
 
     def arrange(self, sources: Sequence[int | None], slots: int, columns: int, width: int) -> None:
@@ -206,13 +208,40 @@ class SlotCache(Cache):
         self._positions, self._columns = to_device([positions, columns], device)
         self._width, self._length = max(columns) + 1, max(positions)
         self._prefill, self._first = False, first
+        self._continue(shared, device)
+        with self._active():
+            yield self._positions
+
+    @contextmanager
+    def stepping(
+        self, positions: Tensor, columns: Tensor, width: int, longest: int, shared: Sequence[Shared | None]
+    ) -> Iterator[None]:
+        """As :meth:`decoding`, at places that the device alone knows: no shape depends on them.
+
+        Args:
+            positions: (R,) position of each row's token.
+            columns: (R,) the column that it takes.
+            width: Number of columns that are read, more than any of ``columns``.
+            longest: A bound of the positions.
+            shared: As in :meth:`decoding`.
+        """
+        self._positions, self._columns = positions, columns
+        self._width, self._length = width, longest
+        self._prefill, self._first, self._stepping = False, 0, True
+        self._continue(shared, positions.device)
+        try:
+            with self._active():
+                yield
+        finally:
+            self._stepping = False
+
+    def _continue(self, shared: Sequence[Shared | None], device: torch.device) -> None:
+        """Sets the prompts that rows continue in this pass."""
         if self._shared != (given := list(shared)):
             self._shared, self._continued = given, _deal(given, device)
         for part in self._continued:  # windows move with the positions
             for window in part.masks.keys() - {None}:
                 del part.masks[window]
-        with self._active():
-            yield self._positions
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -253,6 +282,15 @@ class SlotCache(Cache):
             mask = None if plain else torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
             self._masks[window] = mask
         return self._masks[window]
+
+    def own_lengths(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """Returns (R,) int32 numbers of keys, if each row has all of its own and a kernel reads no more of them."""
+        groups = query.shape[1] // key.shape[1]
+        if not self._stepping or self._continued or self._width < self.columns:
+            return None
+        if not reads_own_lengths(key.device, key.dtype, key.shape[-1], groups):
+            return None
+        return (self._columns + 1).to(torch.int32)
 
     @property
     def continued(self) -> list[_Continued]:
@@ -389,14 +427,18 @@ def slot_attention(
         (R, 1 or L, H, E) outputs, and None in place of attention weights.
     """
     cache = _ACTIVE.get()
-    mask = cache.mask(sliding_window or None, query)
+    window = sliding_window or None
+    mask = cache.mask(window, query)
     rows, heads, length, _ = query.shape
     shared = key.shape[1]
-    if cache.continued:
+    plain = softcap is None and s_aux is None
+    if plain and (lengths := cache.own_lengths(query, key)) is not None:
+        out = own_length_attention(query, key, value, lengths, window, scaling)
+    elif cache.continued:
         split = query.reshape(rows, shared, heads // shared, -1)
-        out = _continue_prompts(cache, split, key, value, mask, sliding_window or None, scaling, softcap, s_aux)
+        out = _continue_prompts(cache, split, key, value, mask, window, scaling, softcap, s_aux)
         out = out.reshape(rows, heads, 1, -1)
-    elif softcap is not None or s_aux is not None:
+    elif not plain:
         split = query.unflatten(1, (shared, -1))
         out = _eager_attention(split, key[:, :, None], value[:, :, None], mask, scaling, softcap, s_aux).flatten(1, 2)
     elif length == 1 and mask is not None:
@@ -687,6 +729,31 @@ class Decoder:
     ) -> Tensor:
         with self.cache.decoding(positions, self.device, first, shared) as at:
             return self._run(self._tensor(tokens)[:, None], at[:, None], adapters)[:, -1]
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        columns: Tensor,
+        width: int,
+        longest: int,
+        shared: Sequence[Shared | None],
+    ) -> Tensor:
+        """Runs one token per cache row, as :meth:`decode` does, without a copy to the device or a wait for it.
+
+        Args:
+            tokens: (R,) token ids.
+            positions: See :meth:`SlotCache.stepping`, as for the others.
+            columns: (R,).
+            width: Number of columns that are read.
+            longest: A bound of the positions.
+            shared: The prompt that each row continues, or None.
+
+        Returns:
+            (R, V) logits of each row's next token.
+        """
+        with self.cache.stepping(positions, columns, width, longest, shared):
+            return self._run(tokens[:, None], positions[:, None], None)[:, -1]
 
     def _run(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
         # with a 4-D mask models do not make their own, but pass it on; slot_attention does not read it

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from lightning_rlhf.rollout.transfer import take_rows, to_device, to_lists
 
 _CHUNK = 2**18
 """Number of noise elements that a CPU makes at once, so that they stay in its cache."""
-_NUCLEUS = 1024
+NUCLEUS = 1024
 """Number of likeliest tokens that top-p sorts first: sorting a whole vocabulary takes longer than the model's head."""
 
 
@@ -39,7 +40,7 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
     settings = [row.sampling for row in rows]
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     if any(s.temperature not in (0, 1) for s in settings):
-        scaled = scaled / _column((s.temperature or 1.0 for s in settings), scaled)
+        scaled = scaled / _column((s.temperature or 1.0 for s in settings), scaled.dtype, scaled.device)
     with _processed(scaled, rows):
         token = _sample(scaled, rows)
     return to_lists(token, scaled.log_softmax(-1).gather(1, token[:, None])[:, 0])
@@ -47,7 +48,7 @@ def sample_tokens(logits: Tensor, rows: Sequence[ActiveSequence]) -> tuple[list[
 
 def _sample(scores: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
     """Samples (S,) tokens from (S, V) scores."""
-    width, device = scores.shape[1], scores.device
+    device = scores.device
     greedy = [i for i, row in enumerate(rows) if row.sampling.temperature == 0]
     cut = [
         i for i, row in enumerate(rows) if (s := row.sampling).temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p)
@@ -57,11 +58,7 @@ def _sample(scores: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
     if greedy:
         found.append(take_rows(scores, greedy).argmax(-1))
     if plain:
-        keys, ids = _keys([rows[i] for i in plain], device), _mixed_ids(width, device)
-        chunk = max(1, _CHUNK // width) if device.type == "cpu" else len(plain)
-        for start in range(0, len(plain), chunk):
-            part = slice(start, start + chunk)
-            found.append((take_rows(scores, plain[part]) - _log_exponential(keys[part], ids)).argmax(-1))
+        found.append(draw(take_rows(scores, plain), _keys([rows[i] for i in plain], device)))
     if cut:
         found.append(_sample_likeliest(take_rows(scores, cut), [rows[i] for i in cut]))
     order = [*greedy, *plain, *cut]
@@ -111,35 +108,80 @@ def _processed(scores: Tensor, rows: Sequence[ActiveSequence]) -> Iterator[None]
         flat.scatter_(0, at, before)
 
 
-def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence], width: int = _NUCLEUS) -> Tensor:
-    """Samples (S,) tokens from (S, V) scores under top-k, top-p and min-p, among the ``width`` likeliest tokens."""
+def _sample_likeliest(scores: Tensor, rows: Sequence[ActiveSequence]) -> Tensor:
+    """Samples (S,) tokens from (S, V) scores under top-k, top-p and min-p."""
     vocabulary = scores.shape[1]
     limits = [row.sampling.top_k or vocabulary for row in rows]
-    width = min(vocabulary, max(width, *(k for k in limits if k < vocabulary), 1))
-    best, index = scores.topk(width)
-    limit = _column(limits, index)
-    # rounding may bring the sum of probabilities to 1 before the last token
-    top_p = _column((p if (p := row.sampling.top_p) < 1 else torch.inf for row in rows), scores)
-    least = best[:, :1] + _column((row.sampling.min_p for row in rows), scores).log()
-    best = best.masked_fill(torch.arange(width, device=scores.device) >= limit, -torch.inf)
-    whole = torch.where(limit < vocabulary, best.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True))
-    mass = (best - whole).exp()
-    summed = mass.cumsum(-1)
-    kept = best.masked_fill((summed - mass >= top_p) | (best < least), -torch.inf)
-    noise = _log_exponential(_keys(rows, scores.device), _mixed_ids(vocabulary, scores.device)[index])
-    token = index.gather(1, (kept - noise).argmax(-1, keepdim=True))[:, 0]
-    if width < vocabulary <= max(limits):
-        open_ended = (limit >= vocabulary) & (summed[:, -1:] < top_p) & (best[:, -1:] >= least)
-        # so flat that the nucleus needs more tokens
-        if wider := [i for i, flat in enumerate(open_ended[:, 0].tolist()) if flat]:
-            found = _sample_likeliest(take_rows(scores, wider), [rows[i] for i in wider], vocabulary)
-            token.index_copy_(0, to_device(wider, token.device), found)
+    cut = Cut(
+        _column(limits, torch.long, scores.device),
+        _column((row.sampling.top_p for row in rows), scores.dtype, scores.device),
+        _column((row.sampling.min_p for row in rows), scores.dtype, scores.device),
+    )
+    width = min(vocabulary, max(NUCLEUS, *(k for k in limits if k < vocabulary), 1))
+    keys = _keys(rows, scores.device)
+    token, open_ended = draw_likeliest(scores, keys, cut, width)
+    # so flat that the nucleus needs more tokens
+    wider = [i for i, f in enumerate(open_ended.tolist()) if f] if width < vocabulary <= max(limits) else []
+    if wider:
+        at = to_device(wider, token.device)
+        these = Cut(*(limit[at] for limit in cut))
+        token.index_copy_(0, at, draw_likeliest(scores[at], keys[at], these, vocabulary)[0])
     return token
 
 
-def _column(values: Iterable[float], like: Tensor) -> Tensor:
-    """Returns (S, 1) settings of rows, in a tensor's type."""
-    return _kept_column(tuple(values), like.dtype, like.device)
+class Cut(NamedTuple):
+    """Limits of what is sampled from, each (S, 1).
+
+    Attributes:
+        top_k: Number of likeliest tokens; V for all.
+        top_p: Sum of probabilities; 1 for all.
+        min_p: Least share of the likeliest token's probability; 0 for all.
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+def draw(scores: Tensor, keys: Tensor) -> Tensor:
+    """Samples (S,) tokens from (S, V) scores, by (S, 1) noise keys. No device is waited for."""
+    ids = _mixed_ids(scores.shape[1], scores.device)
+    chunk = max(1, _CHUNK // scores.shape[1]) if scores.device.type == "cpu" else max(1, len(scores))
+    parts = zip(scores.split(chunk), keys.split(chunk), strict=True)
+    return torch.cat([(part - _log_exponential(own, ids)).argmax(-1) for part, own in parts])
+
+
+def draw_likeliest(scores: Tensor, keys: Tensor, cut: Cut, width: int) -> tuple[Tensor, Tensor]:
+    """Samples tokens among the ``width`` likeliest. No device is waited for.
+
+    Args:
+        scores: (S, V).
+        keys: (S, 1) noise keys.
+        cut: The limits.
+        width: Number of tokens that are sorted. At least the largest ``top_k`` below V.
+
+    Returns:
+        (S,) tokens, and (S,) whether a token beyond the sorted ones may belong to those to sample from.
+    """
+    vocabulary = scores.shape[1]
+    best, index = scores.topk(width)
+    # rounding may bring the sum of probabilities to 1 before the last token
+    top_p = cut.top_p.masked_fill(cut.top_p >= 1, torch.inf)
+    least = best[:, :1] + cut.min_p.log()
+    best = best.masked_fill(torch.arange(width, device=scores.device) >= cut.top_k, -torch.inf)
+    all_count = cut.top_k >= vocabulary
+    whole = torch.where(all_count, scores.logsumexp(-1, keepdim=True), best.logsumexp(-1, keepdim=True))
+    mass = (best - whole).exp()
+    summed = mass.cumsum(-1)
+    kept = best.masked_fill((summed - mass >= top_p) | (best < least), -torch.inf)
+    noise = _log_exponential(keys, _mixed_ids(vocabulary, scores.device)[index])
+    token = index.gather(1, (kept - noise).argmax(-1, keepdim=True))[:, 0]
+    return token, (all_count & (summed[:, -1:] < top_p) & (best[:, -1:] >= least))[:, 0]
+
+
+def _column(values: Iterable[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns (S, 1) settings of rows."""
+    return _kept_column(tuple(values), dtype, device)
 
 
 @lru_cache(maxsize=8)

@@ -340,7 +340,7 @@ class Scheduler:
         for shares in (True, False):
             found = [group for group in groups if group.shares == shares]
             lengths = [len(members[group][0].prompt) for group in found]
-            yield from (found[part] for part in _prefill_batches(lengths, self._limits.prefill_tokens))
+            yield from (found[part] for part in prefill_batches(lengths, self._limits.prefill_tokens))
 
     # ------------------------------------------------------------------------------------------------- admission
 
@@ -358,29 +358,13 @@ class Scheduler:
             return False
         rows = _place(0, active, [(a.row, a.source) for a in new])
         prefixes = _place(len(rows), self._prefixes([row for row, _ in rows]), [])
-        self._drop_prompts([row for row, _ in rows])
+        drop_prompts(self._rows, [row for row, _ in rows])
         self._rows, self._kept = [row for row, _ in rows], [tokens for tokens, _ in prefixes]
         before = self._decoder.cache.columns
         self._fit_cache([source for _, source in [*rows, *prefixes]])
         if at_once := [(a.row, a.group) for a in new if a.group is not None]:
             self._start(at_once)
         return self._decoder.cache.columns > before > 0
-
-    def _drop_prompts(self, staying: Sequence[ActiveSequence]) -> None:
-        """Frees shared prompts that no row continues any longer, once they are half of those of a pass."""
-        for row in {*self._rows} - {*staying}:
-            row.shared = None
-        rows: dict[SharedPrompts, list[ActiveSequence]] = {}
-        for row in staying:
-            if row.shared is not None:
-                rows.setdefault(row.shared[0], []).append(row)
-        for prompts, group in rows.items():
-            used = sorted({row.shared[1] for row in group if row.shared is not None})
-            if 2 * len(used) <= len(prompts.lengths):
-                fewer, place = prompts.select(used), {old: new for new, old in enumerate(used)}
-                for row in group:
-                    if row.shared is not None:
-                        row.shared = fewer, place[row.shared[1]]
 
     def _clear_failed(self) -> None:
         """Removes the keys of rows without an answer: they may be NaN, which a mask hides from no later row."""
@@ -421,7 +405,7 @@ class Scheduler:
 
     def _tokens(self, rows: Sequence[ActiveSequence]) -> int:
         """Returns the number of tokens that rows take of the budget, with the prompts that they share."""
-        return len(rows) * self._need(rows) + _shared_tokens(rows)
+        return len(rows) * self._need(rows) + shared_tokens(rows)
 
     def _take_waiting(self, running: list[ActiveSequence]) -> list[_Admission]:
         """Removes and returns the waiting rows that fit beside the running ones: first come, first served.
@@ -455,7 +439,7 @@ class Scheduler:
                     group.logits = None  # all its running rows may have ended while a longer one waited for room
                 new = source is None
                 if new:
-                    group.shares = self._may_share and len(group.rows) > 1 and length >= _SHARED_PROMPT
+                    group.shares = self._may_share and shares_prompt(len(group.rows), length)
                 while group.rows:
                     row = group.rows[0]
                     if row.done:
@@ -513,10 +497,37 @@ class Scheduler:
                 slots = max(slots, min(2 * cache.slots, self._max_rows, room))
         else:
             slots, columns = cache.slots, cache.columns
-        if slots * columns + _shared_tokens(rows) > self._budget:  # earlier rows had longer columns of their own
+        if slots * columns + shared_tokens(rows) > self._budget:  # earlier rows had longer columns of their own
             slots, columns = len(lengths), _next_columns(rows, kept)
         in_use = [length for length, source in zip(lengths, sources, strict=True) if source is not None]
         cache.arrange(sources, slots, columns, min(max(in_use, default=0), cache.columns))
+
+
+def drop_prompts(rows: Sequence[ActiveSequence], staying: Sequence[ActiveSequence]) -> None:
+    """Frees shared prompts that no row continues any longer, once they are half of those of a pass.
+
+    Args:
+        rows: All rows.
+        staying: Those that go on.
+    """
+    for row in {*rows} - {*staying}:
+        row.shared = None
+    members: dict[SharedPrompts, list[ActiveSequence]] = {}
+    for row in staying:
+        if row.shared is not None:
+            members.setdefault(row.shared[0], []).append(row)
+    for prompts, group in members.items():
+        used = sorted({row.shared[1] for row in group if row.shared is not None})
+        if 2 * len(used) <= len(prompts.lengths):
+            fewer, place = prompts.select(used), {old: new for new, old in enumerate(used)}
+            for row in group:
+                if row.shared is not None:
+                    row.shared = fewer, place[row.shared[1]]
+
+
+def shares_prompt(rows: int, length: int) -> bool:
+    """Whether a number of rows hold their prompt's keys once for all."""
+    return rows > 1 and length >= _SHARED_PROMPT
 
 
 def _run(row: ActiveSequence) -> Start:
@@ -524,7 +535,7 @@ def _run(row: ActiveSequence) -> Start:
     return row.adapter, tuple(row.tokens(0, row.filled))
 
 
-def _shared_tokens(rows: Sequence[ActiveSequence]) -> int:
+def shared_tokens(rows: Sequence[ActiveSequence]) -> int:
     """Returns the number of tokens of the prompts that rows share."""
     return sum(len(prompt) for _, prompt in {row.start for row in rows if row.base})
 
@@ -560,7 +571,7 @@ def _place(
     return [(owners[i], i) if i in stays else next(following) for i in places]
 
 
-def _prefill_batches(lengths: Sequence[int], most: int) -> list[slice]:
+def prefill_batches(lengths: Sequence[int], most: int) -> list[slice]:
     """Splits prompts, sorted by length, into batches with little padding and at most ``most`` tokens with it."""
     edges = [0]
     for i in range(1, len(lengths)):

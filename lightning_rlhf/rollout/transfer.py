@@ -38,3 +38,24 @@ def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     if list(rows) == list(range(first, first + len(rows))):
         return tensor[first : first + len(rows)]
     return tensor.index_select(0, to_device(rows, tensor.device))
+
+
+class Coming:
+    """Numbers on their way from a device, which goes on working meanwhile.
+
+    Args:
+        numbers: They may change once this is made.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._numbers.copy_(numbers, non_blocking=True)
+        self._copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def tolist(self) -> Any:
+        """Waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()

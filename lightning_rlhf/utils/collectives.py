@@ -74,6 +74,11 @@ def replica_ranks() -> Ranks:
     return data_ranks() if _replicas is None else _replicas
 
 
+def holds_part() -> bool:
+    """Whether this rank runs a copy of a model together with others."""
+    return _copy is not None
+
+
 def data_size() -> int:
     """Number of ranks with different data."""
     return data_ranks().size

@@ -27,13 +27,44 @@ def sample_key(*parts: int) -> int:
     Returns:
         A well-mixed 32-bit hash of the parts in their order.
     """
+    return sample_state(*parts) >> 32
+
+
+def sample_state(*parts: int) -> int:
+    """Returns the 64 bits whose upper half is :func:`sample_key`; a further part goes on from there."""
     state = 0
     for part in parts:  # SplitMix64's finalizer, chained
         state = (state ^ part) + 0x9E3779B97F4A7C15 & _64_BITS
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _64_BITS
         state ^= state >> 31
-    return state >> 32
+    return state
+
+
+def next_sample_keys(states: Tensor, parts: Tensor) -> Tensor:
+    """Computes ``sample_key(*earlier, part)`` of many on their device.
+
+    Args:
+        states: (S,) int64 with the bits of ``sample_state(*earlier)``.
+        parts: (S,) int64.
+
+    Returns:
+        (S,) int32 with the bits of the keys. Products wrap on all devices.
+    """
+    x = (states ^ parts) + signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * signed(0x94D049BB133111EB)
+    return ((x ^ _shifted(x, 31)) >> 32).to(torch.int32)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shifts int64 to the right as unsigned numbers."""
+    return (x >> bits) & (1 << 64 - bits) - 1
+
+
+def signed(bits: int) -> int:
+    """Returns the int64 of 64 bits."""
+    return bits - (bits >> 63 << 64)
 
 
 _64_BITS = 2**64 - 1

@@ -204,7 +204,9 @@ def checks(gpu):
     return module
 
 
-@pytest.mark.parametrize("name", ["card", "trees", "greedy", "ppo", "exports", "resume", "decode", "head", "groups"])
+@pytest.mark.parametrize(
+    "name", ["card", "trees", "greedy", "static", "ppo", "exports", "resume", "decode", "head", "groups"]
+)
 def test_a_check_runs_at_toy_size(checks, name, tmp_path):
     before = torch.are_deterministic_algorithms_enabled()
     try:

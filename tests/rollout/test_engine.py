@@ -3,54 +3,28 @@
 import functools
 import itertools
 import logging
-import random
 import weakref
 from collections import Counter
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from rollouts import FAMILIES, UNCACHED, ids, lora, requests, state_of
 
 from lightning_rlhf.models import Policy
 from lightning_rlhf.models.backbone import enable_checkpointing
-from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request, Sampling, sample_key, scheduler
+from lightning_rlhf.rollout import CachedEngine, HFGenerateEngine, Request, Sampling, scheduler
 from lightning_rlhf.rollout import engine as module
 from lightning_rlhf.rollout.kv_cache import Decoder, SharedPrompts, SlotCache
 
 OLD = transformers.__version__.startswith("4.")
-FAMILIES = {
-    "Llama": ("Llama", {}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {}),
-    "Mistral": ("Mistral", dict(sliding_window=None)),
-    "Mistral, window": ("Mistral", dict(sliding_window=5)),
-    "Mistral, wide window": ("Mistral", dict(sliding_window=20)),
-    "Gemma2": ("Gemma2", dict(sliding_window=5)),
-    "GPTNeoX": ("GPTNeoX", {}),
-    "Phi": ("Phi", {}),
-    "Olmo2": ("Olmo2", {}),
-    "GPT2": ("GPT2", {}),
-    "Bloom": ("Bloom", {}),
-    "Mamba": ("Mamba", {}),
-}
-UNCACHED = {"Bloom", "Mamba"} | ({"GPT2"} if OLD else set())
 
 
 @pytest.fixture(autouse=True)
 def short_prompts_are_shared(monkeypatch):
     """Rows of one prompt share its keys, though it is short here; prompts with one row have all their own."""
     monkeypatch.setattr(scheduler, "_SHARED_PROMPT", 1)
-
-
-def ids(groups):
-    return [[completion.input_ids for completion in group] for group in groups]
-
-
-def requests(prompts, samples=3):
-    return [Request(prompt, [sample_key(i, j) for j in range(samples)]) for i, prompt in enumerate(prompts)]
 
 
 WRONG = {"Gemma2"} if OLD else set()
@@ -359,17 +333,6 @@ def test_the_stop_token_is_kept_and_scored_but_not_shown(policy, tiny_tokenizer,
 # ------------------------------------------------------------------------------------------------- policies
 
 
-def lora(model, seed=0):
-    torch.manual_seed(seed)
-    model = get_peft_model(
-        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM")
-    )
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=2.0)
-    return model
-
-
 def test_adapters_apply_while_they_are_on(make_model, prompts, tiny_tokenizer):
     want_off = [greedy_alone(make_model("Llama"), p, 12) for p in prompts]
     want_on = [greedy_alone(lora(make_model("Llama")).merge_and_unload(), p, 12) for p in prompts]
@@ -385,20 +348,6 @@ def test_adapters_apply_while_they_are_on(make_model, prompts, tiny_tokenizer):
         with policy.model.disable_adapter():
             assert greedy() == want_off
         assert greedy() == want_on
-
-
-def state_of(policy):
-    """All that a rollout might leave changed."""
-    tensors = [*policy.named_parameters(), *policy.named_buffers()]
-    return dict(
-        modes={name: m.training for name, m in policy.named_modules()},
-        attention=[getattr(m.config, "_attn_implementation", None) for m in policy.modules() if hasattr(m, "config")],
-        checkpointing=[getattr(m, "gradient_checkpointing", None) for m in policy.modules()],
-        hooks=[len(m._forward_pre_hooks) + len(m._forward_hooks) for m in policy.modules()],
-        tensors={name: (id(t), t.requires_grad, t.is_inference(), t.tolist()) for name, t in tensors},
-        generation=policy.transformer.generation_config.to_dict(),
-        rng=(torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
-    )
 
 
 @pytest.mark.parametrize("engine", [CachedEngine(max_rows=2), HFGenerateEngine()], ids=lambda e: type(e).__name__)

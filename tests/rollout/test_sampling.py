@@ -148,7 +148,7 @@ def test_a_nucleus_wider_than_the_first_look_is_exact(monkeypatch):
     logits[::2] *= 4
     some = rows(40, top_p=0.9)
     narrow, _ = sample_tokens(logits, some)
-    monkeypatch.setattr(module, "_NUCLEUS", 3000)
+    monkeypatch.setattr(module, "NUCLEUS", 3000)
     assert sample_tokens(logits, some)[0] == narrow
     for row, token in enumerate(narrow):
         assert expected(logits[row], PROMPT, Sampling(top_p=0.9))[token] > 0
@@ -244,7 +244,7 @@ def test_a_wide_min_p_is_exact(monkeypatch):
     """Rows with more likely tokens than the first look sorts."""
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1)) * 0.1
     narrow, _ = sample_tokens(logits, some := rows(40, min_p=0.6))
-    monkeypatch.setattr(module, "_NUCLEUS", 3000)
+    monkeypatch.setattr(module, "NUCLEUS", 3000)
     assert sample_tokens(logits, some)[0] == narrow
     assert max(int((logits[i] > logits[i, t]).sum()) for i, t in enumerate(narrow)) > 1024
 
