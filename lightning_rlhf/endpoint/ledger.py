@@ -146,6 +146,10 @@ class Ledger:
     def _unusable(self, error: sqlite3.Error) -> LedgerError:
         if "locked" in str(error):
             return LedgerError(f"{self.path} is in use by another process. Wait for it, or name another file.")
+        if self.path is not None and not all(os.access(place, os.W_OK) for place in (self.path, self.path.parent)):
+            return LedgerError(
+                f"{self.path} can't be written: it or its folder is read-only. Mend access, or name another file."
+            )
         if "not a database" in str(error) or "malformed" in str(error) or "disk I/O" in str(error):
             return LedgerError(
                 f"{self.path} is not a ledger, or is damaged: {error}. Name another file; if it was a ledger, take it "
@@ -305,7 +309,7 @@ class Ledger:
         Returns:
             Their number. What they cost stays in the sums.
         """
-        with self._lock:
+        with self._transaction():
             return self._db.execute("DELETE FROM replies WHERE text IS NULL").rowcount
 
     def record(self, request: ChatRequest, model: str, reply: Reply, seconds: float, source: str = "local") -> None:

@@ -74,6 +74,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
 
     Yields:
         The file to write to.
+
+    Raises:
+        OSError: The file can't be written; a full disk is told with its path.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +91,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
         sync(partial)
         os.replace(partial, target)
         sync(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            error.filename = os.fspath(target)  # a write names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

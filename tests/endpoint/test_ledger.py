@@ -1,10 +1,13 @@
 """What was asked, answered and paid outlives a kill; a file that is no ledger is refused by name."""
 
+import os
 import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -199,8 +202,22 @@ def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path):
             for i in range(100):
                 begin(ledger, request("long " * 500 + str(i)))
         assert ledger.find(request().key("m")) == reply(request())
+        ledger._db.execute("PRAGMA query_only=1")  # as where there is no space for a change of what is there
+        with pytest.raises(LedgerError, match=r"l\.db could not be written"):
+            ledger.reopen()
     with Ledger(tmp_path / "l.db") as ledger:
         assert ledger.find(request().key("m")) == reply(request())
+
+
+def test_a_ledger_that_is_read_only_is_told(tmp_path, monkeypatch):
+    Ledger(tmp_path / "l.db").close()
+    # SQLite's words on a read-only file system, which a test can't make
+    monkeypatch.setattr(Ledger, "_check", Mock(side_effect=sqlite3.OperationalError("disk I/O error")))
+    with pytest.raises(LedgerError, match="is not a ledger, or is damaged: disk I/O error"):
+        Ledger(tmp_path / "l.db")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".db")
+    with pytest.raises(LedgerError, match=r"l\.db can't be written: it or its folder is read-only"):
+        Ledger(tmp_path / "l.db")
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):

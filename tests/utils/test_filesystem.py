@@ -1,5 +1,6 @@
 """A directory is there whole, or as it was."""
 
+import errno
 import os
 
 import pytest
@@ -49,6 +50,21 @@ def test_a_file_that_can_not_be_written_is_told_and_the_check_leaves_nothing(tmp
     filesystem.check_writable(tmp_path / "a" / "b" / "x.jsonl", "Report", "its path")
     filesystem.check_writable(tmp_path / "file", "Report", "its path")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_told_with_the_path_and_the_old_file_stays(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old")
+    monkeypatch.setattr(filesystem, "sync", full)
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*rows\.jsonl'"),
+        filesystem.atomic_file(path) as file,
+    ):
+        file.write("new")
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
 
 
 def test_files_are_moved_aside_under_numbers(tmp_path):
