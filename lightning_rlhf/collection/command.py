@@ -56,11 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         print(f"Everything goes to {config.out}.", flush=True)
         with Ledger(config.out / "ledger.sqlite") as ledger:
-            write_atomically(config.out / "config.yaml", [parser.dump(config)])
-            if config.preferences is not None:
-                _prefer(config, plan, settings, ledger)
-            else:
-                _grow(config, plan, settings, ledger)
+            work = _prefer if config.preferences is not None else _grow
+            work(config, parser.dump(config), plan, settings, ledger)
     except KeyboardInterrupt:
         print(f"\nSIGINT: stopped. What arrived is kept in {config.out}. To go on: {again}", file=sys.stderr)
         sys.exit(130)
@@ -102,11 +99,12 @@ def _check_out(out: Path, seeds: Sequence[str], prompts: str | None) -> None:
             raise ValueError(f"{path} lies in --out {out}, whose files are written anew. Name another folder.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file. Name a folder.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "ledger.sqlite").exists():
+    others = [path for path in out.iterdir() if not path.match(".ledger.sqlite.*")] if out.is_dir() else []
+    if others and not (out / "ledger.sqlite").exists():  # a kill may have left a ledger that was being made
         raise ValueError(f"--out {out} holds other files, and no ledger of this command. Name another folder.")
 
 
-def _grow(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
+def _grow(config: Any, written: str, plan: Plan, settings: Settings, ledger: Ledger) -> None:
     """Grows instructions."""
     if isinstance(settings.generator, list):
         raise ValueError("generator is a list, which is for --preferences. Name one.")
@@ -132,6 +130,7 @@ def _grow(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
         ledger,
         settings.budget,
     )
+    write_atomically(out / "config.yaml", [written])  # other settings were refused by now
     write_rows(out / "seeds.jsonl", [row for _, row in seeds])
     stopped = None
     try:
@@ -163,7 +162,7 @@ def _grow(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
         print(f"No new rows came in several rounds: {', '.join(dry)}. More seeds, or a larger novelty, bring more.")
 
 
-def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None:
+def _prefer(config: Any, written: str, plan: Plan, settings: Settings, ledger: Ledger) -> None:
     """Ranks answers to prompts."""
     out = config.out
     generators = settings.generator if isinstance(settings.generator, list) else [settings.generator]
@@ -186,6 +185,7 @@ def _prefer(config: Any, plan: Plan, settings: Settings, ledger: Ledger) -> None
         settings.budget,
         plan.seed,
     )
+    write_atomically(out / "config.yaml", [written])
     write_rows(out / "prompts.jsonl", [{"id": one.id, "prompt": one.messages, "lang": one.lang} for one in prompts])
     stopped = None
     try:

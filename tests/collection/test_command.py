@@ -113,8 +113,10 @@ def test_growth_stops_after_a_pilot_of_low_yield(tmp_path, capsys):
 
 
 def test_other_settings_are_refused_in_a_folder_that_was_begun(grown):
+    before = (grown / "config.yaml").read_bytes()
     with pytest.raises(SystemExit, match="was begun with other settings: novelty"):
         run("--out", grown, "--config", grown / "config.yaml", "--novelty", "0.5")
+    assert (grown / "config.yaml").read_bytes() == before
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -221,6 +223,12 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
         run("--out", tmp_path, "--languages", "{en: 10}", *SMALL)
     with pytest.raises(SystemExit, match="is a file"):
         run("--out", tmp_path / "thesis.tex", "--languages", "{en: 10}", *SMALL)
+
+
+def test_a_folder_that_a_kill_left_without_its_ledger_goes_on(tmp_path):
+    (tmp_path / ".ledger.sqlite.a1b2").mkdir()  # in which the ledger was being made
+    run("--out", tmp_path, "--languages", "{en: 2}", "--dry_run", *SMALL)
+    assert (tmp_path / "ledger.sqlite").exists()
 
 
 def test_input_that_lies_in_the_output_is_refused(grown, tmp_path):
