@@ -59,6 +59,18 @@ def test_what_goes_wrong_is_an_outcome_and_the_others_go_on(job, fault, why, poo
     assert pool.run("worker_jobs:double", [[4], [5]], 5) == [Outcome(8), Outcome(10)]
 
 
+def test_what_a_job_forks_does_not_answer_for_it_and_dies_with_the_worker():
+    own = Workers(count=1)
+    found = own.run("worker_jobs:forks", [[]] * 5, 5)
+    worker = own._idle[0].process.pid
+    assert found == [Outcome(worker)] * 5
+    assert own.run("worker_jobs:double", [[i] for i in range(50)], 5) == [Outcome(2 * i) for i in range(50)]
+    (left,) = own.run("worker_jobs:leaves_a_child", [[]], 5)
+    assert alive(left.value)
+    own.close()
+    wait_until(lambda: not alive(left.value))
+
+
 def test_waiting_has_a_limit_too(pool):
     assert pool.run("worker_jobs:sleep", [[]], 5, wall=0.2)[0].fault == "timeout"
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -47,6 +48,15 @@ def talk():
     for _ in range(64):
         print("x" * (1 << 20))
     return 1
+
+
+def forks():
+    os.fork()
+    return os.getpid()
+
+
+def leaves_a_child():
+    return subprocess.Popen(["sleep", "100"]).pid
 
 
 def no_json():

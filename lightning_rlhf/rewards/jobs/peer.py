@@ -40,6 +40,20 @@ COMPARE = [
 BUILTINS = ["len", "iter", "next", "bool", "str", "repr", "int", "float", "abs", "getattr", "setattr", "isinstance"]
 #: What only answers yes or no of data: an object of the program could always say yes.
 VERDICTS = {n for t in (str, bytes, set, float) for n in dir(t) if n.startswith("is") or n.endswith("with")}
+#: Objects of the tests whose attributes lead to their code and variables.
+HIDDEN = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.CodeType,
+    types.FrameType,
+    types.TracebackType,
+    types.GeneratorType,
+    types.CoroutineType,
+    types.AsyncGeneratorType,
+)
 
 
 class Gone(BaseException):
@@ -160,7 +174,8 @@ class Peer:
             try:
                 if kind == "ok":
                     value, after = self.decode(first), self.decode(second)
-                    self.renew(args, after)
+                    if what == "call":
+                        self.renew([*args[1], *args[2].values()], after)
                     return value
                 error = self.error(first, self.decode(second))
             except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError, OverflowError):
@@ -170,9 +185,8 @@ class Peer:
                 error = RuntimeError(f"the program raised {type(error).__name__}")  # it would end a loop of the tests
             raise error
 
-    def renew(self, args, after):
+    def renew(self, given, after):
         """Takes over what a call did to lists, dicts and sets that it was passed."""
-        given = [*args[1], *args[2].values()] if len(args) == 3 and isinstance(args[2], dict) else args[1:]
         for mine, other in zip(given, after, strict=False):
             if type(mine) is list and type(other) is list:
                 mine[:] = other
@@ -183,6 +197,9 @@ class Peer:
     def answer(self, what, args):
         """Does what the other side asks."""
         try:
+            if not self.open and (type(args[0]) is not dict or "yours" not in args[0]):
+                # such as the text "{0.__globals__}", whose method format reads all
+                raise TypeError("the program may use what it was passed, and nothing else")
             args = self.decode(args)
             value = self.do(what, args)
             given = [*args[1], *args[2].values()] if what == "call" else []
@@ -208,11 +225,12 @@ class Peer:
         if what == "call":
             return thing(*rest[0], **rest[1])
         if not self.open:
-            hidden = isinstance(thing, (type, types.FunctionType, types.MethodType, types.ModuleType))
-            if hidden or what not in ("getattr", "setattr", "bool", "len", "iter", "next", "getitem"):
+            if what not in ("getattr", "setattr", "bool", "len", "iter", "next", "getitem"):
                 raise TypeError(f"the program may not {what} here")
-            if what in ("getattr", "setattr") and (type(rest[0]) is not str or rest[0].startswith("_")):
+            if "attr" in what and (type(rest[0]) is not str or rest[0].startswith("_") or isinstance(thing, HIDDEN)):
                 raise TypeError(f"the program may not {what} {rest[0]}")
+            if what == "setattr" and callable(getattr(type(thing), rest[0], None)):
+                raise TypeError(f"the program may not replace the method {rest[0]}")
         if what == "names":
             return {name: self.namespace[name] for name in rest[0] if name in self.namespace}
         if what in ("enter", "exit"):
@@ -306,6 +324,8 @@ class Peer:
             return numpy.array(held[1], dtype=held[0] if held[0][0] in "biufc" else None)
         if kind == "exception":
             base = getattr(builtins, held[1])
+            if not (isinstance(base, type) and issubclass(base, BaseException)):  # such as exec
+                raise ValueError(f"{held[1]} is no exception")
             return base if held[0] == held[1] else self.exception(held[0], base)
         makes = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
         if kind in makes:
@@ -351,11 +371,15 @@ def tests(channel, code, results):
     owned = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
     modules = (wanted & owned & set(sys.stdlib_module_names)) - calls  # the program's own could lie
     space = {"__name__": "tests"}
+
+    def names(of):  # and no others, such as an abs or a math of the program's
+        found = peer.ask("names", [None, sorted(of)])
+        return {name: found[name] for name in of if name in found}
+
     try:
-        found = peer.ask("names", [None, sorted(wanted - modules)])
-        space.update(found)
+        space.update(names(wanted - modules))
         module = types.ModuleType("solution")
-        module.__dict__.update(peer.ask("names", [None, sorted(imported(trees))]))
+        module.__dict__.update(names(imported(trees)))
         sys.modules["solution"] = module
     except BaseException:
         return say("the program's process ended")

@@ -19,6 +19,8 @@ def main() -> None:
     """Serves until the pipe of tasks ends. Its arguments are a path, a pipe to watch and a limit in bytes."""
     lifeline, memory = int(sys.argv[2]), int(sys.argv[3])
     die_with(lifeline)
+    os.set_inheritable(lifeline, False)
+    process = os.getpid()
     requests, answers = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # what a job prints goes nowhere
@@ -38,6 +40,9 @@ def main() -> None:
             answer = json.dumps({"value": jobs[name](*task["args"])}).encode()
         except Exception as error:
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}).encode()
+        finally:
+            if os.getpid() != process:  # a fork that a job left must not answer for it, nor take tasks
+                os._exit(1)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, answer)
 

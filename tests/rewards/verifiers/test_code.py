@@ -2,14 +2,16 @@
 # ruff: noqa: E501 # a program per line
 
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from lightning_rlhf.rewards import RewardError
+from lightning_rlhf.rewards import RewardError, workers
 from lightning_rlhf.rewards.jobs import programs
 from lightning_rlhf.rewards.verifiers import code
 from lightning_rlhf.rewards.verifiers.code import read_tests
@@ -108,7 +110,6 @@ def test_settings_are_checked():
 
 
 def test_where_the_network_can_not_be_cut_off_it_is_refused(monkeypatch):
-    from lightning_rlhf.rewards import workers
     from lightning_rlhf.rewards.verifiers.code import _isolates
 
     monkeypatch.setattr(workers, "run", lambda *_: [workers.Outcome("unshare: Operation not permitted")])
@@ -151,6 +152,12 @@ def f(): return 1
 """
 
 
+def left_behind():
+    """The children of the workers, which adopt what programs leave."""
+    idle = [worker.process.pid for worker in workers._pool._idle]
+    return [pids for pid in idle if (pids := Path(f"/proc/{pid}/task/{pid}/children").read_text())]
+
+
 def running(word):
     """Whether a process has a word in its command."""
     found = []
@@ -164,6 +171,8 @@ def running(word):
 
 # ------------------------------------------------------------------------------------------------- that cheat
 
+#: How a program finds what serves it.
+PEER = "import __main__, gc\npeer = next(o for o in gc.get_objects() if type(o) is __main__.Peer)\n"
 #: Programs that do not compute f(x) = x * x + 1, and want to pass as if they did.
 CHEATS = {
     "leaves before the tests": "import os\nos._exit(0)",
@@ -194,6 +203,15 @@ CHEATS = {
     "has a lying module": "class math:\n    @staticmethod\n    def isclose(*a, **k): return True\ndef f(x): return 0",
     "says yes to all names": "class E(str):\n    def startswith(self, *a): return True\ndef f(x): return E('')",
     "is true": "def f(x): return True",
+    "gives tests other names": "import __main__\nold = __main__.Peer.do\ndef do(self, what, args):\n    found = old(self, what, args)\n"
+    "    if what == 'names':\n        found.update(abs=lambda x: 0.0, all=lambda x: True, isinstance=lambda *a: True, str=lambda x: '5')\n"
+    "        found['math'] = type('math', (), {'isclose': staticmethod(lambda *a: True)})\n    return found\n"
+    "__main__.Peer.do = do\ndef f(x): return 0",
+    "has tests call exec": PEER + "def f(x):\n    old, peer.encode = peer.encode, lambda v: {'exception': [v] * 2} if v == 'exec' else old(v)\n"
+    "    peer.ask('call', ['exec', ['import os, sys; os.write(int(sys.argv[3]), b\\'\"\"\\\\n\\' * 10); os._exit(0)'], {}])\n    return 0",
+    "raises what has no text": "class E(Exception):\n    def __str__(self): raise SystemExit(0)\n    args = None\ndef f(x): raise E",
+    "never leaves": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit(0)",
+    "passes itself off as the tests": "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'print(\"passed\")'])",
 }  # fmt: skip
 WANTED = [
     "assert f(2) == 5",
@@ -219,10 +237,54 @@ def test_programs_that_cheat_pass_no_test():
     assert found == dict.fromkeys(CHEATS, 0.0)
 
 
+REACHES = """import __main__
+Remote = __main__.Remote
+def known(given, steps):
+    peer, found = given._peer, []
+    for what, *args in steps:
+        try: found.append(peer.ask(what, [given if arg == "given" else found[-1] if arg == "last" else arg for arg in args]))
+        except (TypeError, AttributeError) as error: return str(error)
+    return found[-1]
+"""
+#: What tests pass, and how a program would get from it to their variables, or to what decides.
+REACHED = [
+    ("(x for x in [1])", [("getattr", "given", "gi_frame")], "may not getattr gi_frame"),
+    ("lambda: 1", [("getattr", "given", "__globals__")], "may not getattr __globals__"),
+    ("lambda: 1", [("getattr", "{0.__globals__[secret]}", "format"), ("call", "last", ["given"], {})], "nothing else"),
+    ("lambda: 1", [("getattr", "yours{0.__globals__[secret]}", "format")], "nothing else"),
+    ("Judge()", [("getattr", "given", "right"), ("getattr", "last", "__func__")], "may not getattr __func__"),
+    ("Judge()", [("setattr", "given", "right", "x")], "may not replace the method right"),
+    ("Judge()", [("getattr", "given", "error"), ("getattr", "last", "tb_frame")], "may not getattr tb_frame"),
+    ("Judge()", [("setattr", "given", "answer", 3), ("getattr", "given", "answer")], "3"),
+]  # fmt: skip
+
+
+def test_a_program_gets_from_what_it_was_passed_to_nothing_else():
+    judge = """secret = 17
+class Judge:
+    def __init__(self):
+        try: 1 / 0
+        except ZeroDivisionError as error: self.error, self.answer = error.__traceback__, 2
+    def right(self): return self.answer == 5"""
+    tests = [
+        f"{judge}\nfound = known({given}, {steps!r})\nassert {why!r} in str(found), found"
+        for given, steps, why in REACHED
+    ]
+    assert score(REACHES, tests) == 1.0, code.explain(REACHES, tests, **NETWORK)
+
+
+def test_many_fences_take_no_time():
+    start = time.process_time()
+    assert programs.program_of("```" * 50_000) == "```" * 50_000
+    assert time.process_time() - start < 5  # 30 s where each fence searches to the end
+
+
 def test_output_alone_does_not_count_where_a_program_fails():
     case = [{"stdin": "2", "stdout": "5"}]
     for program in ("import os\nos._exit(0)", "print(5)\nraise ValueError", "print(5)\nimport os\nos.abort()"):
         assert score(program, case) == 0.0
+    stays = "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\nprint(5)"
+    assert score(stays, case, timeout=1.0) == {"score": 0.0, "timeout": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------- that do harm
@@ -252,19 +314,54 @@ HARM = {
     "crashes": "import ctypes\nctypes.string_at(0)",
     "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
     "reads a terminal": "input()",
+    "daemons": "import os\nfor _ in range(8):\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n            while True: pass\n        os._exit(0)",
+    "forks and dies for ever": "import os\nif os.fork() == 0:\n    while True:\n        if os.fork(): os._exit(0)",
+    "computes in C": "x = 9 ** 9 ** 9",
+    "takes all cores": "import os\nos.sched_setaffinity(0, range(os.cpu_count()))\nfor _ in range(20):\n    if os.fork() == 0: break\nwhile True: pass",
+    "signals itself": "import signal\nsignal.signal(signal.SIGALRM, lambda *_: None)\nsignal.setitimer(signal.ITIMER_REAL, 1e-6, 1e-6)\nwhile True: pass",
+    "waits for a reader": "import os\nos.mkfifo('pipe')\nopen('pipe', 'w')",
+    "never leaves": "import atexit, sys, threading, time\natexit.register(time.sleep, 1000)\nthreading.Thread(target=time.sleep, args=(1000,)).start()\nsys.exit()",
+    "asks for ever": PEER + "while True: peer.send(['ask', 'len', [[]]])",
+    "begins a message": PEER + "import os\nos.write(peer.channel, b'\\0\\0')\nwhile True: pass",
+    "announces gigabytes": PEER + "import os\nos.write(peer.channel, b'\\xff' * 8)",
+    "shuts the channel": PEER + "import socket\nsocket.socket(fileno=peer.channel).shutdown(socket.SHUT_RDWR)",
+    "sends files": PEER + "import socket\ns = socket.socket(fileno=peer.channel)\nwhile True: socket.send_fds(s, [b'\\0'], [0] * 200)",
+    "nests a message": PEER + "import os\nm = b'[' * 100000\nos.write(peer.channel, len(m).to_bytes(4, 'big') + m)",
+    "traces its parent": "import ctypes, os\nc = ctypes.CDLL(None)\nfor p in (1, os.getppid()): c.ptrace(16, p, 0, 0), c.ptrace(0x4206, p, 0, 0)",
+    "memory without names": "import os\nfor i in range(50):\n    m = os.memfd_create('x')\n    for _ in range(64): os.write(m, b'x' * (1 << 20))",
+    "fills pipes": "import os, fcntl\nfor _ in range(50):\n    r, w = os.pipe()\n    fcntl.fcntl(w, 1031, 1 << 20)\n    os.write(w, b'x' * (1 << 20))",
+    "folders in folders": "import os\nfor _ in range(10000): os.mkdir('d'); os.chdir('d')",
+    "links to all files": "import os, shutil\nos.symlink('/', 'all')\nshutil.rmtree('all/tmp', ignore_errors=True)\nopen('all/tmp/x', 'w')",
+    "exceptions of 100 MB": "def f(): raise ValueError('x' * (100 << 20))",
+    "brackets": "x = " + "(" * 100_000 + ")" * 100_000,
+    "a long sum": "x = 1" + "+1" * 200_000,
+    "no text": "x = '\0\ud800'",
     "namespaces of its own": "import ctypes\nctypes.CDLL(None).unshare(0x10000000 | 0x20000)\nctypes.CDLL(None).umount2(b'/proc', 2)",
 }  # fmt: skip
+#: Those that end when their time is over.
+LATE = [
+    "endless loop", "endless sleep", "ignores signals", "stops itself", "computes in C", "takes all cores",
+    "signals itself", "waits for a reader", "begins a message",
+]  # fmt: skip
+#: Those of which no test can pass.
+FAIL = [
+    "many open files", "eats memory", "deep value", "large value", "crashes", "reads a terminal",
+    "announces gigabytes", "shuts the channel", "sends files", "nests a message", "memory without names",
+    "folders in folders", "links to all files", "exceptions of 100 MB", "brackets", "a long sum", "no text",
+    "never leaves",
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:code. a completion could not be judged")
 @needs_namespaces
 def test_programs_that_do_harm_end_and_harm_nothing():
     texts = [program + (FINE if "def f" not in program else "") for program in HARM.values()]
-    found = code([""] * len(texts), texts, ["assert f() == 1"] * len(texts), timeout=3.0)
+    found = code([""] * len(texts), texts, ["assert f() == 1"] * len(texts), timeout=1.5)
     scores = dict(zip(HARM, found, strict=True))
-    for name in ("endless loop", "endless sleep", "ignores signals", "stops itself"):
+    assert len(HARM) >= 30 and not left_behind()
+    for name in LATE:
         assert scores[name] == {"score": 0.0, "timeout": 1.0}, name
-    for name in ("many open files", "eats memory", "deep value", "large value", "crashes", "reads a terminal"):
+    for name in FAIL:
         assert scores[name] in (0.0, {"score": 0.0, "timeout": 1.0}), name  # the latter on a busy machine
     assert code([""], ["def f(): return 1"], ["assert f() == 1"], timeout=60.0) == [1.0]
 
@@ -291,6 +388,9 @@ def connect():
     except OSError as error: return type(error).__name__
 def processes(): return len(glob.glob("/proc/[0-9]*"))
 def user(): return os.getuid()
+def share_memory():
+    import ctypes
+    return ctypes.CDLL(None).shmget(0, 1 << 20, 0o1666)
 def raise_rights():
     try: os.setuid(0)
     except OSError: return "no"
@@ -304,9 +404,40 @@ def raise_rights():
             "assert processes() == 0",
             f"assert user() {'!=' if os.getuid() == 0 else '=='} {os.getuid()}",
             "assert raise_rights() == 'no'",
+            *(["assert share_memory() == -1"] if os.access("/proc/sys/kernel/shmall", os.W_OK) else []),
         ]
         assert score(program, tests) == 1.0, code.explain(program, tests)
     assert kept.read_text() == "kept" and [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@needs_namespaces
+def test_one_program_does_not_use_up_the_processes_of_another():
+    bomb = "import os, time\ntry:\n    while os.fork(): pass\nexcept OSError: pass\ntime.sleep(3)\ndef f(): return 1"
+    threads = (
+        "import threading, time\nfor _ in range(40):\n    threading.Thread(target=time.sleep, args=(0.05,)).start()\n"
+    )
+    honest = threads + "    time.sleep(0.05)\ndef f(): return 1"
+    assert code([""] * 2, [bomb, honest], ["assert f() == 1"] * 2, timeout=60.0)[1] == 1.0
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_root_that_may_make_namespaces_of_users_alone_does_not_let_programs_undo_them():
+    """As in a container without CAP_SYS_ADMIN."""
+    program = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
+        "def f(): return os.getuid(), libc.umount2(b'/proc', 2), libc.mount(b'none', b'/', None, ctypes.c_ulong(0x1020), None)"
+    )
+    script = (
+        "import sys; from lightning_rlhf.rewards.jobs.programs import judge, probe\n"
+        "tests = {'parts': [['assert f() == (65534, -1, -1), f()', True]]}\n"
+        "print(probe(False) or judge(sys.argv[1], tests, 60.0, 512, False, True)['why'] or 'kept')"
+    )
+    drop = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-all"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([*drop, sys.executable, "-c", script, program], env=env, capture_output=True, text=True)
+    if found.stdout.startswith("unshare:"):
+        pytest.skip(found.stdout)
+    assert found.stdout == "kept\n", found
 
 
 @needs_namespaces
@@ -328,8 +459,6 @@ def test_it_works_in_a_thread():
 @needs_namespaces
 def test_nothing_outlives_a_run_that_is_killed(tmp_path):
     """kill -9 of the process that judges, amid a program that never ends."""
-    import sys
-
     script = (
         "from lightning_rlhf.rewards.jobs.programs import judge; from lightning_rlhf.rewards import workers\n"
         "text = \"import subprocess, sys\\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(99.25)'])\"\n"
