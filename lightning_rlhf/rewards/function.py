@@ -97,7 +97,7 @@ class FunctionReward(Reward):
                 of scores.
             BadScores: Some scores are not finite numbers.
         """
-        size = len(samples.completions)
+        size, process = len(samples.completions), os.getpid()
         try:
             result = self.function(**self.arguments(samples))
             if inspect.isawaitable(result):
@@ -106,7 +106,9 @@ class FunctionReward(Reward):
                 result = list(result)
         except RewardError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() would end the run as if all were well
+            if isinstance(error, SystemExit) and type(error) is not SystemExit:  # Ctrl-C or SIGTERM
+                raise
             first: BaseException = error
             while inner := getattr(first, "exceptions", ()):  # a group, as of a TaskGroup, says nothing of its own
                 first = inner[0]
@@ -115,6 +117,9 @@ class FunctionReward(Reward):
                 f"The reward function {self.name} failed on {size} completions: {type(first).__name__}: "
                 f"{one_line(str(first), 300)} ({where.filename}:{where.lineno})"
             ) from error
+        finally:
+            if os.getpid() != process:  # a fork that the function left must not go on as a second run
+                os._exit(1)
         try:
             if isinstance(result, (Mapping, Set)):  # keys, or scores in no order
                 raise TypeError

@@ -373,11 +373,13 @@ class _Caller:
 
 @dataclass
 class _Failed:
-    error: Exception
+    error: Exception | SystemExit
 
 
 def _outcome(function: Callable[[_Player], _T], player: _Player) -> _T | _Failed:
     try:
         return function(player)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() would end a thread for which others wait, or the run
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:  # Ctrl-C or SIGTERM
+            raise
         return _Failed(error)

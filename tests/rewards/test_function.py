@@ -2,10 +2,14 @@
 
 import asyncio
 import math
+import os
+import signal
+import sys
 
 import pytest
 import torch
 
+from lightning_rlhf.callbacks.interrupt import Interrupted
 from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.rewards import BadScores, FunctionReward, RewardError, Samples, WeightedReward, make_reward
 
@@ -222,6 +226,38 @@ def test_async_functions_are_awaited_on_one_loop():
 
     with pytest.raises(RewardError, match=r"fails failed on 2 completions: KeyError: 'a' \(.*test_function\.py:\d+\)"):
         FunctionReward(fails)(samples())
+
+
+def test_a_function_that_exits_is_an_error_and_no_end_of_the_run():
+    def leaves(prompts, completions):
+        sys.exit(0)
+
+    with pytest.raises(RewardError, match=r"leaves failed on 2 completions: SystemExit: 0 \(.*:\d+\)"):
+        FunctionReward(leaves)(samples())
+
+    def interrupted(prompts, completions):
+        raise Interrupted(signal.SIGTERM, "SIGTERM: stopped.")
+
+    with pytest.raises(Interrupted):
+        FunctionReward(interrupted)(samples())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_of_a_function_does_not_go_on_as_a_second_run(tmp_path):
+    children = []
+
+    def forks(prompts, completions):
+        children.append(os.fork())
+        if children == [0]:
+            (tmp_path / "child").touch()
+            raise KeyError("also where the child fails")
+        return [1.0, 2.0]
+
+    scores = FunctionReward(forks)(samples())
+    with (tmp_path / "came back").open("a") as file:
+        file.write("x")
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1 and scores.total.tolist() == [1.0, 2.0]
+    assert (tmp_path / "child").exists() and (tmp_path / "came back").read_text() == "x"
 
 
 def test_an_async_function_that_exits_is_an_error_and_the_loop_stays():

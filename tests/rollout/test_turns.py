@@ -1,6 +1,7 @@
 """Episodes: which tokens they have, that they equal a plain loop, and what an environment may not do."""
 
 import pickle
+import sys
 import threading
 import time
 from itertools import chain
@@ -190,11 +191,16 @@ def fails(*_):
     raise KeyError("no such thing")
 
 
+def leaves(*_):
+    sys.exit(3)
+
+
 @pytest.mark.parametrize(
     ("reset", "step", "message"),
     [
         (fails, None, r"Made, row 10 of the prompts: KeyError: 'no such thing' \(.*test_turns.py:\d+\)"),
         (None, fails, r"Made, row 10 of the prompts: KeyError: 'no such thing' \(.*test_turns.py:\d+\)"),
+        (None, leaves, r"Made, row 10 of the prompts: SystemExit: 3 \(.*test_turns.py:\d+\)"),
         (None, lambda *_: ("a", 1.0), r"step returned \('a', 1.0\). Return Turn\(messages, reward, done\)"),
         (None, lambda *_: None, r"step returned None. Return Turn"),
         (None, say(), r"step returned no messages and the episode is not done"),
@@ -245,6 +251,13 @@ def test_an_environment_that_hangs_ends_the_run(speakers):
             play(speakers, slow)
     finally:
         released.set()
+
+
+def test_an_environment_that_leaves_a_thread_ends_the_run(speakers):
+    gone = environment(step=leaves)
+    gone.parallel = 2
+    with pytest.raises(TurnError, match=r"row 10 .* SystemExit: 3"):
+        play(speakers, gone)
 
 
 def test_episodes_step_at_the_same_time(speakers):

@@ -94,7 +94,9 @@ class ToolEnvironment(Environment):
                 inspect.signature(function).bind(**arguments)
                 result = function(**arguments)
                 content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
+                if isinstance(error, SystemExit) and type(error) is not SystemExit:  # Ctrl-C or SIGTERM
+                    raise
                 content = f"Error: {type(error).__name__}: {one_line(str(error), 300)}"
         shown = shorten(content, self.max_result_chars, count=True)
         return Message(role="tool", name=replace_surrogates(name), content=replace_surrogates(shown))

@@ -43,6 +43,11 @@ def fail(why: str):
     raise RuntimeError(why)
 
 
+def leave():
+    """Exits."""
+    raise SystemExit(3)
+
+
 def named(name, **arguments):
     return {"name": name, "arguments": arguments}
 
@@ -97,6 +102,8 @@ def test_results_and_errors_are_turns_of_the_tool():
     assert results[2].startswith("Error: there is no tool 'sub'. There are")
     assert results[3].startswith("Error: TypeError: missing a required")
     assert environment.step([], text).done  # its last turn
+    exits = ToolEnvironment([leave]).execute(named("leave"))
+    assert exits["content"] == "Error: SystemExit: 3"
     environment.reset({"messages": []}, 0)
     assert environment.step([], "5").done
 
