@@ -114,12 +114,14 @@ def _replicated(found: Found, layout: Layout, manual: bool) -> list[Moment]:
 def _sharded(found: Found, layout: Layout) -> list[Moment]:
     """ZeRO and Gemini: states and fp32 weights by shares; from ZeRO-2 on gradients, and under Gemini weights too."""
     n, item = layout.replicas, found.trained / found.elements
+    if layout.plugin == "gemini" and found.together < layout.chunk:  # less than a chunk stays whole on each rank
+        n = 1
     fp32 = 4 * found.elements / n
     states = found.states / item * 4 / n + (fp32 if layout.masters else 0)
     kept = found.gradients if layout.plugin == "zero1" else found.gradients / n
     weights, whole = found.trained, 0.0
     if layout.plugin == "gemini":
-        whole = min(found.together, max(found.largest, layout.chunk + _SEARCHED)) * item
+        whole = min(found.together, max(found.largest, layout.chunk + _SEARCHED)) * item if n > 1 else 0.0
         weights = found.trained / n
     held = Counter(
         {

@@ -5,10 +5,10 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
-def config(vocabulary, layers=5, width=128):
+def config(vocabulary, layers=5, width=128, kv=2):
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=kv, max_position_embeddings=512,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
 
@@ -29,9 +29,18 @@ def whole_tokenizer(tiny_model_dir):
 @pytest.fixture(scope="session")
 def small_model(whole_tokenizer, tmp_path_factory):
     """Five layers with weights."""
-    folder = tmp_path_factory.mktemp("small")
-    LlamaForCausalLM(config(len(whole_tokenizer))).save_pretrained(folder)
-    whole_tokenizer.save_pretrained(folder)
+    return save(config(len(whole_tokenizer)), whole_tokenizer, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def even_model(whole_tokenizer, tmp_path_factory):
+    """The same with four key-value heads, which four ranks divide."""
+    return save(config(len(whole_tokenizer), kv=4), whole_tokenizer, tmp_path_factory.mktemp("even"))
+
+
+def save(config, tokenizer, folder):
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -79,7 +79,7 @@ def shards(strategy):
     """This rank's parts of Gemini's chunks of weights, which no parameter holds between passes."""
     managers = [boosted.chunks for boosted in getattr(strategy, "boosted", ()) if hasattr(boosted, "chunks")]
     groups = [group for each in managers for name, group in each.chunk_groups.items() if name.startswith("fp16_param")]
-    return [chunk.cuda_shard if chunk.cpu_shard is None else chunk.cpu_shard for group in groups for chunk in group]
+    return [chunk.payload for group in groups for chunk in group if not chunk.keep_gathered]
 
 
 def fit(module, data, strategy="auto", devices=1, **settings):

@@ -80,9 +80,16 @@ def test_gemini_shares_trained_weights_alone():
     assert backward["temporary"] == 2 * 2000 and backward["gradients"] == 0, "a chunk holds its gradients"
 
 
+def test_gemini_leaves_less_than_a_chunk_whole():
+    found = {p.name: p.parts for p in moments(FOUND, Layout("gemini", 1, 4, False, 1, masters=True))}
+    head, backward = found["policy: head"], found["policy: last layer, backward"]
+    assert head["weights"] == 2500 and head["gradients"] == 2000 and head["states"] == 8000 + 4000
+    assert head["temporary"] == backward["temporary"] == 0
+
+
 def test_models_of_several_optimizers_are_exchanged_apart():
     half = replace(FOUND, together=500)
-    found = {p.name: p.parts for p in moments(half, Layout("gemini", 1, 4, False, 1, masters=True))}
+    found = {p.name: p.parts for p in moments(half, Layout("gemini", 1, 4, False, 1, masters=True, chunk=50))}
     backward = found["policy: last layer, backward"]
     assert backward["temporary"] == 2 * 1000 and backward["gradients"] == 2000 // 4 - 1000 // 4
     zero = {p.name: p.parts for p in moments(half, Layout("zero2", 1, 4, False, 1, overlaps=False))}
@@ -94,6 +101,6 @@ def test_what_is_offloaded_is_not_on_the_device():
     whole = peak(moments(FOUND, Layout("zero2", 1, 4, False, 1, masters=True)))
     less = peak(moments(FOUND, Layout("zero2", 1, 4, False, 1, masters=True, offload_states=1.0)))
     assert less.parts["offloaded"] == 3000 and less.on_device == whole.on_device - 3000
-    weights = Layout("gemini", 1, 4, False, 1, masters=True, offload_states=1.0, offload_weights=1.0)
+    weights = Layout("gemini", 1, 4, False, 1, masters=True, chunk=50, offload_states=1.0, offload_weights=1.0)
     assert moments(FOUND, weights)[0].parts["weights"] == 500
     assert moments(FOUND, weights)[0].parts["offloaded"] == 3000 + 500

@@ -19,6 +19,8 @@ from lightning_rlhf.plan.stages import stage_of
 from .cases import PROMPTS, SHAPES, module_of
 
 BF16 = "bf16-mixed"
+GEMINI = {"plugin": "gemini", "precision": BF16, "min_chunk_elements": 2**16}
+BESIDE_SFT = ("reward", "ppo", "grpo")
 
 
 def test_a_rank_makes_no_second_group():
@@ -49,15 +51,18 @@ def shape_of(stage, prompt):
     return Shape("prompts", rows, prompt, 12, group, 1, rows, 2, 1, group)
 
 
-def plan(model, found, devices=2, precision="32-true", stage="sft", plugin="ddp", tp=1, pp=1, sp=1, layers=5, **more):
+def plan(model, found, devices=2, precision="32-true", stage="sft", plugin="ddp", min_chunk_elements=2**20, **axes):
     """What is foretold of each rank of one copy, as what it takes and the moment of its peak."""
+    tp, pp, sp = (axes.get(name, 1) for name in ("tp", "pp", "sp"))
     shape, sharded = shape_of(stage, found[0].get("prompt")), plugin != "ddp"
     masters = sharded and precision == BF16
     mode = Mode(precision, torch.bfloat16 if masters else None, sharded, tp=tp, sp=sp)
     copies = devices // (tp * pp * sp)
-    layout = Layout(plugin, tp, copies, False, shape.rows, masters=masters, overlaps=False, pp=pp, sp=sp, **more)
+    layout = Layout(
+        plugin, tp, copies, False, shape.rows, masters, overlaps=False, chunk=min_chunk_elements, pp=pp, sp=sp
+    )
     manual, told = stage in PROMPTS, []
-    for first, depth in ((True, -(-layers // 2)), (False, layers // 2)) if pp > 1 else ((True, layers),):
+    for first, depth in ((True, 3), (False, 2)) if pp > 1 else ((True, 5),):
         each = measure(module_of(stage, model), shape, mode, depth)
         if pp > 1:
             part = measure(module_of(stage, model), shape._replace(rows=shape.rows // 2), mode, depth)
@@ -76,35 +81,39 @@ exhaustive = pytest.mark.exhaustive
     [
         pytest.param({}, marks=exhaustive),
         pytest.param({"plugin": "zero1"}, marks=exhaustive),
-        {"plugin": "zero2", "precision": BF16},
+        pytest.param({"plugin": "zero2", "precision": BF16}, marks=exhaustive),
         {"tp": 2},
         {"pp": 2},
         pytest.param({"plugin": "zero2", "precision": BF16, "pp": 2}, marks=exhaustive),
         {"plugin": "zero1", "sp": 2},
         pytest.param({"sp": 2}, marks=exhaustive),
         pytest.param({"plugin": "zero2", "precision": BF16, "sp": 2}, marks=exhaustive),
-        {"plugin": "gemini", "precision": BF16},
-        pytest.param({"plugin": "gemini", "precision": BF16, "stage": "reward"}, marks=exhaustive),
-        pytest.param({"plugin": "gemini", "precision": BF16, "stage": "ppo"}, marks=exhaustive),
-        pytest.param({"plugin": "gemini", "precision": BF16, "stage": "grpo"}, marks=exhaustive),
+        GEMINI,
+        pytest.param({**GEMINI, "stage": "reward"}, marks=exhaustive),
+        pytest.param({**GEMINI, "stage": "ppo"}, marks=exhaustive),
+        pytest.param({**GEMINI, "stage": "grpo"}, marks=exhaustive),
         pytest.param({"plugin": "zero2", "precision": BF16, "stage": "reward"}, marks=exhaustive),
         {"plugin": "zero2", "precision": BF16, "stage": "ppo"},
         pytest.param({"plugin": "zero2", "precision": BF16, "stage": "grpo"}, marks=exhaustive),
-        *(pytest.param({"pp": 2, "stage": stage}, marks=exhaustive) for stage in ("reward", "ppo", "grpo")),
-        *(pytest.param({"tp": 2, "stage": stage}, marks=exhaustive) for stage in ("reward", "ppo", "grpo")),
+        *(pytest.param({"pp": 2, "stage": stage}, marks=exhaustive) for stage in BESIDE_SFT),
+        *(pytest.param({"tp": 2, "stage": stage}, marks=exhaustive) for stage in BESIDE_SFT),
+        *(pytest.param({"tp": 4, "devices": 4, "stage": stage}, marks=exhaustive) for stage in ("sft", *BESIDE_SFT)),
+        *(pytest.param({"sp": 2, "stage": stage}, marks=exhaustive) for stage in BESIDE_SFT),
+        *(pytest.param({"plugin": "zero1", "stage": stage}, marks=exhaustive) for stage in BESIDE_SFT),
+        pytest.param({"tp": 2, "devices": 4, "plugin": "zero2", "precision": BF16}, marks=exhaustive),
     ],
     ids=lambda case: ", ".join(f"{k}={v}" for k, v in case.items()) or "ddp",
 )
-def test_a_rank_of_several(case, small_model, tmp_path):
-    case = {"plugin": "ddp", **case}
+def test_a_rank_of_several(case, small_model, even_model, tmp_path):
+    case, model = {"plugin": "ddp", **case}, even_model if case.get("tp") == 4 else small_model
     if case["plugin"] != "ddp":
         pytest.importorskip("colossalai")
-    found = run(small_model, tmp_path, **case)
-    told = plan(small_model, found, **case)
+    found = run(model, tmp_path, **case)
+    told = plan(model, found, **case)
     # ranks of a copy are slices or stretches that take as much, or stages; the last stretch takes most
     held = found[:1] + found[-1:] if case.get("pp", 1) > 1 else found[-1:]
     for have, (each, layout, most) in zip(held, told, strict=True):
-        assert most.on_device == pytest.approx(have["peak"], rel=0.05 if layout.plugin == "gemini" else 0.025)
+        assert most.on_device == pytest.approx(have["peak"], rel=0.03)
         assert most.parts["weights"] == pytest.approx(have["weights"], rel=0.02)
         masters = 4 * each.elements / layout.replicas if layout.masters else 0  # which no optimizer's state holds
         assert most.parts["states"] - masters == pytest.approx(have["states"], rel=0.02)
