@@ -31,6 +31,7 @@ _NO_KEY = re.compile(
     r"'(?P<key>[^']+)'"
 )
 _LEFT_OVER = re.compile(r"unrecognized arguments: (?:--?(?P<key>[^ =]+)|(?P<word>\S+))")
+_NO_FILE = re.compile(r"^Parser key \"config\": File does not exist: '(.+)'$")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
@@ -89,6 +90,8 @@ class KeyParser(LightningArgumentParser):
             message = parser.no_key(".".join(filter(None, (found["group"], found["key"]))))
         elif found := _LEFT_OVER.match(message):
             message = parser.no_key(found["key"]) if found["key"] else f"{found['word']} {TOO_MANY}"
+        elif found := _NO_FILE.search(message):
+            message = f"config: there is no file {found[1]}; `lightning-rlhf configs` lists those that are shipped"
         if not self.exit_on_error:
             super().error(message, ex)
         self.exit(2, f"{parser.prog.replace(' [options]', '')}: {_shorten(message, files, self.bases)}\n")

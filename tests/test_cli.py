@@ -325,6 +325,10 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         ([*SFT, "--trainer.max_steps", "x"], "trainer.max_steps: expected int, got x"),
         ([*SFT, "--model.load.dtype", "half"], "model.load.dtype: expected float32, bfloat16, float16, got half"),
         (
+            ["--config", "/dpo/x.yaml"],
+            "config: there is no file /dpo/x.yaml; `lightning-rlhf configs` lists those that are shipped",
+        ),
+        (
             [*SFT, "d.jsonl"],
             "d.jsonl does not belong to an option; quote patterns ('*.jsonl'), and write several files as "
             "'[a.jsonl, b.jsonl]'",

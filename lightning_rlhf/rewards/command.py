@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
                     f"{part.name} reads completion_ids, the policy's tokens, which are known in a run only."
                 )
             part.accepts.remove("completion_ids")
-    known = sorted({name for row in rows for name in row.value} - {"prompt", column})
+    known = sorted({name for row in rows for name in _columns(row.value)} - {"prompt", column})
 
     def samples(chosen: Sequence[Any]) -> Samples:
         return Samples(
@@ -85,7 +85,7 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
             prompts=[row.value.get("prompt", "") for row in chosen],
             completions=[row.value[column] for row in chosen],
             truncated=[False] * len(chosen),
-            columns={name: [row.value.get(name) for row in chosen] for name in known},
+            columns={name: [_columns(row.value).get(name) for row in chosen] for name in known},
         )
 
     try:
@@ -108,7 +108,7 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
         found = "  ".join(f"{name} {_show(line[f'score/{name}'])}" for name in parts)
         print(f"{row.where}: {found}  {one_line(row.value[column], 60)}")
         for name, part in zip(parts, reward.parts, strict=True):
-            if (read := _explained(part, row.value, row.value[column])) is not None:
+            if (read := _explained(part, _columns(row.value), row.value[column])) is not None:
                 print(f"    {name}: {one_line(read, 200)}")
     for name, values in {**parts, **extras}.items():
         if name.rpartition("/")[2] in FAULTS and name in extras:
@@ -125,6 +125,11 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
         texts = (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)  # Parquet has dates
         out.write_text("".join(texts), encoding="utf-8", errors="replace")
         print(f"All rows with their scores are in {out}.")
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What rewards read: a completions table has the data's columns as ``data/NAME``."""
+    return {name.removeprefix("data/"): value for name, value in row.items()} | dict(row)
 
 
 def _parts(given: str) -> list[Any]:

@@ -368,6 +368,17 @@ def test_the_command_replaces_no_column_of_the_rows(tmp_path, capsys):
     assert "number: mean 1 of 1 row" in capsys.readouterr().out
 
 
+def test_the_command_reads_a_table_of_completions(tmp_path, capsys):
+    path = tmp_path / "completions.jsonl"
+    rows = [
+        {"completion": "It is 4.", "score": 1.0, "data/answer": 4},
+        {"completion": "5", "answer": 5, "data/answer": 6},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["verify", "--reward", NUMBER, str(path)])
+    assert "number: mean 1 of 2 rows" in capsys.readouterr().out, "a column itself comes before data/"
+
+
 def words(prompts, completions):
     return [{"score": 1.0, "words": len(c.split())} for c in completions]
 
