@@ -28,6 +28,7 @@ from lightning_rlhf import (
     LoRA,
     PairShaping,
     PreferenceDataModule,
+    ReferenceUpdate,
     SaveOnInterrupt,
     WeightedLoss,
 )
@@ -262,6 +263,22 @@ def test_a_ranking_equals_its_pairs_written_out(tiny_model_dir, other_model_dir,
         )
         found.append(first.gradients)
     assert difference(*found) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        (dict(lora=LoRA(r=4)), "adapter_off"),
+        (dict(), "copy"),
+        (dict(loss="simpo", lora=LoRA(r=4)), "none"),
+        (dict(lora=LoRA(r=4), reference_update=ReferenceUpdate()), "copy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_reference_that_is_chosen_is_told(settings, chosen, tiny_model_dir, caplog):
+    caplog.set_level("INFO")
+    DPOModule(tiny_model_dir, **settings)
+    assert f"DPOModule: reference {chosen}." in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
