@@ -3,7 +3,7 @@
     pip install -e '.[demo,bench]'
     python benchmarks/grpo.py                                # all cases, a table
     python benchmarks/grpo.py --cases eight --rounds 1
-    python benchmarks/grpo.py --plot                         # cost by size of a group, to docs/images
+    python benchmarks/grpo.py --plot                         # costs against sizes, to docs/images
 
 Both train the same random Llama (width 256, 4 layers, fp32, without gradient checkpointing) by DAPO's loss on the same
 prompts in the same steps, with the same AdamW, rate, clipping and number of steps, on one thread. They take turns, each
@@ -24,8 +24,8 @@ Contestants:
     ours       Trainer.fit(GRPOModule(...), PromptDataModule(...))
     trl        GRPOTrainer without gradient checkpointing, in fp32 as ours (it would take bf16)
 
-``--plot`` measures updates of one prompt with 1 to 64 completions in our two layouts: a tree, and padded rows, each of
-which repeats the prompt.
+``--plot`` measures updates of one prompt in our two layouts: a tree, and padded rows, each of which repeats the prompt.
+One size varies at a time: completions of the prompt, its tokens, the vocabulary, the model's width.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from lightning_rlhf import GRPOModule, Load, PromptDataModule, Rollout, Sampling
 from lightning_rlhf.rollout import CachedEngine, Completion, Request
 
 TRL = "trl"
-RESULTS = Path(__file__).parent / "results" / "group_size.jsonl"
+RESULTS = Path(__file__).parent / "results" / "costs.jsonl"
 GRADIENT = "train/policy_grad_norm"
 
 
@@ -92,9 +92,13 @@ CASES = {
     "varied": Case(2, 16, 384, 64, 5.0, None, varied=True, sampled=False),
 }
 MEMORY = 1 / 3
-#: Sizes of a group, and tokens of its prompt and completions, of the plot.
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-SHAPES = ((384, 64), (96, 32))
+#: What the plot varies, one at a time: else 8 completions of 64 tokens, a prompt of 384, and the options' sizes.
+SIZES = {
+    "completions": (1, 2, 4, 8, 16, 32, 64),
+    "prompt": (24, 96, 384, 1536),
+    "vocabulary": (1_000, 8_000, 32_000, 152_000),
+    "width": (64, 128, 256, 512),
+}
 
 # ---------------------------------------------------------------------------------------------- what they train on
 
@@ -296,21 +300,24 @@ def rows(case: Case, found: dict[str, list[Meter]], steps: int) -> list[list[str
 # ---------------------------------------------------------------------------------------------- the plot
 
 
-def measure_sizes(options: argparse.Namespace) -> list[dict[str, float]]:
-    """CPU seconds of an update per completion, by size of the group, in both layouts; they take turns."""
+def measure_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """CPU seconds of an update per completion against each of :data:`SIZES`, in both layouts; they take turns."""
     points = []
-    for length, new in SHAPES:
-        for size in SIZES:
-            case = Case(1, size, length, new, 0.0, None, sampled=False)
+    for varied, sizes in SIZES.items():
+        for size in sizes:
+            usual = {"completions": 8, "prompt": 384, "vocabulary": options.vocab_size, "width": options.width}
+            at = argparse.Namespace(**usual | {varied: size})
+            case = Case(1, at.completions, at.prompt, 64, 0.0, None, sampled=False)
+            sized = argparse.Namespace(**vars(options) | {"vocab_size": at.vocabulary, "width": at.width})
             times: dict[str, list[float]] = {"tree": [], "padded": []}
             for _ in range(options.rounds):
                 for name, layout in (("tree", "auto"), ("padded", "padded")):
                     with tempfile.TemporaryDirectory() as folder:
-                        task = make_task(case, options, Path(folder))
+                        task = make_task(case, sized, Path(folder))
                         run_ours(task, layout, "reinforce++")  # one that takes a single completion too
-                    times[name].append(task.meter.seconds / options.steps / size)
+                    times[name].append(task.meter.seconds / options.steps / at.completions)
             found = {name: statistics.median(each) for name, each in times.items()}
-            points.append({"prompt": length, "new": new, "size": size, **found})
+            points.append({"varied": varied, "size": size, **found})
             print(json.dumps(points[-1]), file=sys.stderr, flush=True)
     return points
 
@@ -322,7 +329,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sizes = dict(vocab_size=1024, width=256, layers=4)
     parser = BenchmarkParser(__doc__, CONTESTANTS, rounds=3, steps=2, warmup=1, **sizes)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--plot", action="store_true", help="measure and draw cost by size of a group instead")
+    parser.add_argument("--plot", action="store_true", help="measure and draw costs against sizes instead")
     parser.add_argument("--case", choices=CASES, default="eight", help=argparse.SUPPRESS)
     return parser.parse(arguments)
 
@@ -347,9 +354,9 @@ def main(arguments: list[str] | None = None) -> None:
         import plots
 
         torch.set_num_threads(1)
-        points = measure_sizes(options)
-        RESULTS.write_text(json.dumps({"study": "group_size", "seed": 0, "group_size": points}) + "\n")
-        plots.group_size(plots.read_runs(RESULTS), plots.IMAGES / "group_size.svg")
+        points = measure_costs(options)
+        RESULTS.write_text(json.dumps({"study": "costs", "seed": 0, "costs": points}) + "\n")
+        plots.costs(plots.read_runs(RESULTS), plots.IMAGES / "costs.svg")
         return
     common.require_trl([TRL], "--plot")
     passed = ["steps", "warmup", "vocab_size", "width", "layers"]

@@ -24,6 +24,13 @@ from learning import RESULTS, ROOT, smooth, turning_point
 
 IMAGES = ROOT / "docs" / "images"
 PARTS = {"gold": "#b8860b", "proxy": "#3465a4", "variety": "#5c7a29"}
+#: What ``grpo.py --plot`` varies.
+SIZES = {
+    "completions": "completions of the prompt",
+    "prompt": "tokens of the prompt",
+    "vocabulary": "vocabulary",
+    "width": "width of the model",
+}
 #: Studies with a learning curve: what they are called, and their color.
 CURVES = {
     "ppo_stories260k": ("kl_coef 0.03", "#3465a4"),
@@ -94,28 +101,28 @@ def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
     save(figure, image)
 
 
-def group_size(runs: Sequence[dict[str, Any]], image: Path) -> None:
-    """Cost of a completion's update by the size of its group: as a tree, and padded; a panel for each shape."""
-    points = runs[-1]["group_size"]
-    shapes = list(dict.fromkeys((point["prompt"], point["new"]) for point in points))
-    figure, panels = pyplot.subplots(1, len(shapes), figsize=(8, 3.2), layout="constrained", squeeze=False)
-    for (prompt, new), panel in zip(shapes, panels[0], strict=True):
-        own = [point for point in points if (point["prompt"], point["new"]) == (prompt, new)]
+def costs(runs: Sequence[dict[str, Any]], image: Path) -> None:
+    """Cost of a completion's update as a tree, and padded; a panel for each size that varies."""
+    points = runs[-1]["costs"]
+    figure, panels = pyplot.subplots(2, 2, figsize=(8, 6), layout="constrained")
+    for (varied, label), panel in zip(SIZES.items(), panels.flat, strict=True):
+        own = [point for point in points if point["varied"] == varied]
         for name, color in (("padded", "#8b949e"), ("tree", "#3465a4")):
             values = [1000 * point[name] for point in own]
             panel.plot([point["size"] for point in own], values, "o-", color=color, markersize=4, label=name)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks([point["size"] for point in own], [str(point["size"]) for point in own])
+        panel.set_xscale("log")
+        panel.set_xticks([point["size"] for point in own], [f"{point['size']:,}" for point in own], minor=False)
+        panel.set_xticks([], minor=True)
         panel.set_ylim(bottom=0)
-        panel.set_title(f"prompt of {prompt}, completions of {new} tokens", fontsize=11)
-        panel.set_xlabel("completions of the prompt")
+        panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("CPU ms of an update / completions")
-    panels[0][-1].legend(frameon=False)
+    for left in panels[:, 0]:
+        left.set_ylabel("CPU ms of an update / completions")
+    panels[0][1].legend(frameon=False)
     save(figure, image)
 
 
-PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve}
+PICTURES = {"over_optimization": over_optimization, "learning_curve": learning_curve, "costs": costs}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -93,18 +93,30 @@ def test_table_shows_a_shortfall(grpo):
     assert [line[1] for line in grpo.rows(case._replace(sampled=False), found, steps=2)] == ["update"]
 
 
-def test_sizes_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatch):
+def test_costs_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatch):
     import plots
 
-    monkeypatch.setattr(grpo, "SIZES", (1, 2))
-    monkeypatch.setattr(grpo, "SHAPES", ((6, 4), (4, 2)))
-    monkeypatch.setattr(grpo, "RESULTS", tmp_path / "group_size.jsonl")
+    sizes = {"completions": (1, 2), "prompt": (6, 12), "vocabulary": (40,), "width": (32,)}
+    monkeypatch.setattr(grpo, "SIZES", sizes)
+    monkeypatch.setattr(grpo, "RESULTS", tmp_path / "costs.jsonl")
     monkeypatch.setattr(plots, "IMAGES", tmp_path)
+    seen, run = [], grpo.run_ours
+
+    def watched(task, *more):
+        embeddings = task.model.get_input_embeddings().weight
+        seen.append((task.case.samples, task.case.length, *embeddings.shape))
+        run(task, *more)
+
+    monkeypatch.setattr(grpo, "run_ours", watched)
     grpo.main([*SMALL, "--plot", "--rounds", "1"])
-    points = json.loads((tmp_path / "group_size.jsonl").read_text())["group_size"]
-    assert [(p["prompt"], p["size"]) for p in points] == [(6, 1), (6, 2), (4, 1), (4, 2)]
+    points = json.loads((tmp_path / "costs.jsonl").read_text())["costs"]
+    assert [(p["varied"], p["size"]) for p in points] == [(name, size) for name in sizes for size in sizes[name]]
     assert all(p["tree"] > 0 and p["padded"] > 0 for p in points)
-    assert (tmp_path / "group_size.svg").read_text().startswith("<?xml")
+    (_, _, vocabulary, width), other = seen[0], seen[::2]
+    assert other == seen[1::2] and [row[0] for row in other] == [1, 2, 8, 8, 8, 8]
+    assert [row[1] for row in other] == [384, 384, 6, 12, 384, 384]
+    assert other[4][2] < vocabulary and other[4][3] == width and other[5][2:] == (vocabulary, 32)
+    assert (tmp_path / "costs.svg").read_text().startswith("<?xml")
 
 
 def test_a_worker_hands_over_its_sampling(grpo, monkeypatch):

@@ -113,7 +113,17 @@ def test_samples_are_those_of_the_engine(settings, policy, prompts, tiny_tokeniz
     assert sum(len(ran) for _, ran in graphs) > 20, "few steps were repeated"
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNCACHED and name != "Llama"])
+SPARED = ("Qwen2", "Qwen3", "Mistral", "Mistral, wide window", "Phi", "Olmo2")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in SPARED else ())
+        for name in FAMILIES
+        if name not in UNCACHED and name != "Llama"
+    ],
+)
 def test_families_sample_alike(family, make_model, prompts, tiny_tokenizer):
     """Windows, soft-capping, grouped heads, partial rotations."""
     name, changes = FAMILIES[family]
@@ -418,6 +428,22 @@ def test_adapters_that_can_not_be_merged_stay_apart(make_model, prompts, tiny_to
         assert not any(layer.merged for layer in layers)
         assert state_of(policy)["tensors"] == before["tensors"]
     check_same(*both(policy, tiny_tokenizer, requests(prompts), Sampling(9)))
+
+
+def test_layers_of_other_types_keep_their_weights(make_model, prompts, tiny_tokenizer):
+    """As quantized ones are: what their weights mean is their own affair."""
+
+    class Own(torch.nn.Linear):
+        pass
+
+    model = make_model("Llama")
+    model.model.layers[0].self_attn.q_proj.__class__ = Own
+    adapted = lora(model)
+    layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "merged_adapters")}
+    with decoding_weights(adapted, CPU):
+        apart = [name for name, layer in layers.items() if not layer.merged]
+        assert len(layers) == 5 and len(apart) == 1 and "layers.0.self_attn.q_proj" in apart[0]
+    check_same(*both(Policy(adapted), tiny_tokenizer, requests(prompts), Sampling(9)), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- tokens
