@@ -13,6 +13,7 @@ from forked import python
 from vllm_server import StandIn
 
 from lightning_rlhf.cli import cli, main
+from lightning_rlhf.functional import ALGORITHMS
 from lightning_rlhf.serving.votes import Votes
 from lightning_rlhf.strategies import ColossalAIStrategy
 
@@ -77,6 +78,23 @@ def server_of(path, model_dir, folder):
         engine = "--model.engine.init_args"
         yield [f"{engine}.base_url", server.url, f"{engine}.directory", str(folder)]
         assert server.bodies(), "it was not asked"
+
+
+def test_configs_of_algorithms_differ_in_the_algorithm_alone():
+    found = {}
+    for path in sorted((CONFIGS / "grpo").glob("smollm2_*.yaml")):
+        config = yaml.safe_load(path.read_text())
+        algorithm = config["model"]["init_args"].pop("algorithm")
+        suffix = "" if path.stem == "smollm2_lora" else f"_{path.stem.removeprefix('smollm2_')}"
+        if suffix and suffix.replace("_", "") != algorithm.replace("+", "plus").replace("_", ""):
+            continue  # of another task or engine
+        assert config["trainer"].pop("default_root_dir") == f"runs/grpo_smollm2{suffix}"
+        reward = config["model"]["init_args"].pop("reward")
+        source = reward[0]["source"] if algorithm == "gdpo" else reward  # gdpo normalizes each of a list
+        assert source == "lightning_rlhf.rewards.verifiers.length"
+        found[algorithm] = config
+    assert found.keys() == ALGORITHMS.keys()
+    assert all(config == found["grpo"] for config in found.values())
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import assert_equal, assert_same_steps, difference, load_script, spawn, spawn_killed
+from runs import assert_equal, assert_same_steps, difference, load_script, quiet, spawn, spawn_killed
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf import (
@@ -19,10 +19,12 @@ from lightning_rlhf import (
     GroupLoss,
     Groups,
     GRPOModule,
+    PromptDataModule,
     Rollout,
     Sampling,
     Shaping,
 )
+from lightning_rlhf.data.errors import DataError
 from lightning_rlhf.rewards import WeightedReward
 
 HERE = Path(__file__).parent
@@ -419,6 +421,26 @@ def test_groups_of_settings_check_themselves():
         Shaping(overlong_cache=0)
     with pytest.raises(ValueError, match="greedy completions teach nothing"):
         Rollout(2, Sampling(temperature=0.0))
+
+
+def test_what_is_over_the_context_is_refused_or_counted(tiny_model_dir, tmp_path):
+    rows = [{"prompt": "Say fox dog " * n} for n in (1, 2, 90)]
+
+    def fit(new=16, **options):
+        module = GRPOModule(tiny_model_dir, shortness, rollout=Rollout(2, Sampling(max_new_tokens=new)))
+        data = PromptDataModule(rows, batch_size=2, val_fraction=0.0, cache_dir=tmp_path / "cache", **options)
+        quiet(tmp_path, max_steps=1).fit(module, data)
+        return data
+
+    with pytest.raises(
+        ValueError, match=r"^sampling.max_new_tokens=300 leaves no room .* 256 tokens\. Set it to at most"
+    ):
+        fit(new=300)
+    with pytest.raises(DataError, match=r"^list\[2\]: the prompt's 731 tokens are over the 240 that") as error:
+        fit()
+    assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match=r"1 .*too long"):
+        assert sum(bad.total for bad in fit(on_bad_row="skip").bad_rows["train"]) == 1
 
 
 def test_a_refill_of_a_whole_batch_is_refused(tiny_model_dir, tmp_path):
