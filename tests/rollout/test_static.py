@@ -312,6 +312,16 @@ def test_what_is_no_plain_rollout_decodes_step_by_step(limits, more, make_model,
     assert not graphs
 
 
+def test_a_gpu_decodes_by_static_steps(policy, monkeypatch):
+    """Unless ranks hold a model in parts, or it is told not to."""
+    assert not CachedEngine()._decodes_statically(policy, [])
+    monkeypatch.setattr(engine, "device_of", lambda policy: torch.device("cuda"))
+    assert CachedEngine()._decodes_statically(policy, [])
+    assert not CachedEngine(static=False)._decodes_statically(policy, [])
+    monkeypatch.setattr(engine, "holds_part", lambda: True)
+    assert not CachedEngine()._decodes_statically(policy, [])
+
+
 def test_bad_requests_and_bad_weights_are_named(policy, tiny_tokenizer):
     ask = [Request([1], [0]), Request([5] * 8, [0])]
     with pytest.raises(ValueError, match=r"request 1: a prompt of 8 tokens.*max_live_tokens 12"):
@@ -397,6 +407,18 @@ def test_weights_are_cast_once_under_autocast(adapters, make_model, prompts, tin
         both(policy, tiny_tokenizer, requests(prompts), Sampling(16), [])
         assert min(casts()) > 0, "weights that stay are cast in each step"
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+def test_training_goes_on_after_rollouts(make_model, prompts, tiny_tokenizer):
+    policy = Policy(lora(make_model("Llama"), std=0.05))
+    policy.train()
+    row = torch.tensor([prompts[3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        CachedEngine(static=True).generate(policy, tiny_tokenizer, requests(prompts), Sampling(4), [])
+        with policy.native_attention() as model:
+            model(input_ids=row, labels=row, use_cache=False).loss.backward()
+    trained = [p.grad for p in policy.parameters() if p.requires_grad]
+    assert trained and all(grad is not None and grad.isfinite().all() for grad in trained)
 
 
 def test_half_precision_is_merged_in_fp32(make_model, prompts, tiny_tokenizer):
