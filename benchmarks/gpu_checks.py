@@ -325,7 +325,7 @@ def decode(place: Place) -> dict[str, Any]:
     theirs = place.seconds(generate, 1)
     weights = [p.data for p in model.parameters()]
     reading = place.seconds(lambda: [w.sum() for w in weights])
-    return {
+    figures: dict[str, Any] = {
         "parameters": sum(w.numel() for w in weights),
         "ms a token": 1000 * own / new,
         "tokens a second": rows * new / own,
@@ -333,6 +333,10 @@ def decode(place: Place) -> dict[str, Any]:
         "times as fast as step by step": stepwise / own,
         "times reading the weights": own / new / reading,
     }
+    if not place.smoke:
+        met = figures["times reading the weights"] <= 2.5, figures["times as fast as generate"] >= 5
+        figures["goals"] = "2.5 times reading {}, 5 times generate {}".format(*("met" if m else "missed" for m in met))
+    return figures
 
 
 def head(place: Place) -> dict[str, Any]:
