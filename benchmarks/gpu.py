@@ -116,7 +116,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "sft": Recipe("sft"),
     "ppo": Recipe("ppo", rows=32, checkpointing=True),
-    "ppo_120m": Recipe("ppo", width=768, layers=10, length=96, new=32, checkpointing=True, goal=1.62),
+    "ppo_120m": Recipe("ppo", width=768, layers=10, length=96, new=32, checkpointing=True, goal=1.0),
     "zero2_offload": Recipe("sft", "colossalai_zero2_offload", checkpointing=True),
     "gemini_offload": Recipe("sft", "colossalai_gemini_offload", checkpointing=True),
 }
