@@ -158,6 +158,7 @@ class Stage(L.LightningModule):
         self.metrics = StageMetrics("loss", "accuracy", "score")  # one child: one line in the table of a model
         self._rng_to_restore: dict[str, Any] | None = None
         self._makers_to_match: dict[str, list[str]] | None = None
+        self._rates_to_match: list[list[float]] = []
         self._mid_step = self._diverges = False
         self._counted = 0
 
@@ -568,6 +569,7 @@ class Stage(L.LightningModule):
         _check_stage(type(self), checkpoint, "The checkpoint" if trainer is None else str(trainer.ckpt_path))
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._makers_to_match = {k: checkpoint["stage"][k] for k in ("optimizers", "schedules")}
+            self._rates_to_match = [_rates(state) for state in checkpoint.get("optimizer_states", ())]
             if trainer.optimizers:  # else there are some when fit starts
                 self._match_makers()
         if trainer is not None and len(states) == data_size():
@@ -586,7 +588,10 @@ class Stage(L.LightningModule):
         }
 
     def _match_makers(self) -> None:
-        """Refuses a checkpoint whose optimizers or schedules are of another kind: their states would not fit."""
+        """Refuses a checkpoint whose optimizers or schedules are of another kind: their states would not fit.
+
+        Warns where its learning rate is another than that of the settings, which its states then replace.
+        """
         saved, self._makers_to_match = self._makers_to_match, None
         now = self._makers()
         for what in now if saved else ():
@@ -596,6 +601,18 @@ class Stage(L.LightningModule):
                     f"{', '.join(now[what]) or 'none'} can't go on from their states. Give the same ones, or start a "
                     "new run, with what this one exported as pretrained."
                 )
+        before, self._rates_to_match = self._rates_to_match, []
+        if ReduceLROnPlateau.__name__ in now["schedules"]:
+            return  # it leaves no trace of what it began with
+        for state, optimizer in zip(before, self.trainer.optimizers, strict=False):
+            own = _rates({"param_groups": optimizer.param_groups})
+            if changed := [(was, rate) for was, rate in zip(state, own, strict=False) if was != rate]:
+                rank_zero_warn(
+                    f"The optimizer goes on with the learning rate {changed[0][0]:g} of {self.trainer.ckpt_path}, not "
+                    f"with the {changed[0][1]:g} of the settings. To train with another one, start a new run, with "
+                    "what that one exported as pretrained."
+                )
+                return
 
     @_restricted_classmethod  # Lightning's own: not to be called on an object, which it would leave as it is
     def load_from_checkpoint(
@@ -648,6 +665,12 @@ class Stage(L.LightningModule):
     def _frozen(self) -> set[str]:
         """Names in the state dict that no optimizer changes; buffers are kept."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _rates(state: object) -> list[float]:
+    """The learning rate of each group of an optimizer's state, before a schedule changed it."""
+    groups = state.get("param_groups", ()) if isinstance(state, Mapping) else ()
+    return [group.get("initial_lr", group["lr"]) for group in groups if "lr" in group]
 
 
 def _stages(kind: type) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,16 +38,17 @@ from lightning_rlhf.models import load_causal_lm, load_tokenizer
 from lightning_rlhf.rewards import make_reward
 from lightning_rlhf.rollout import CachedEngine
 from lightning_rlhf.stages.base import rng_state, set_rng_state
+from lightning_rlhf.stages.optim import CosineWarmup
 from lightning_rlhf.utils import CheckpointError
 
 ROWS = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 3)} for i in range(8)]
 
 
-def fit(model_dir, tmp_path, val=None, ckpt=None, **options):
+def fit(model_dir, tmp_path, val=None, ckpt=None, module=None, **options):
     settings = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
                     enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
     trainer = L.Trainer(**{**settings, **options})
-    module = SFTModule(model_dir)
+    module = module or SFTModule(model_dir)
     data = InstructionDataModule(ROWS, val=val, batch_size=4, val_fraction=0.0, cache_dir=tmp_path)
     trainer.fit(module, data, ckpt_path=ckpt)
     return trainer, module
@@ -103,6 +105,31 @@ def test_rng_states_come_back_through_a_safe_load(tmp_path):
     draw()
     set_rng_state(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == want
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tells"),
+    [
+        (CosineWarmup, True),
+        (partial(ReduceLROnPlateau, monitor="val/loss"), False),  # it leaves no trace of what it began with
+    ],
+    ids=["warmup", "plateau"],
+)
+def test_a_resumed_run_tells_that_another_learning_rate_is_not_taken(tiny_model_dir, tmp_path, schedule, tells):
+    def go(lr, **options):
+        module = SFTModule(tiny_model_dir, optimizer=partial(torch.optim.AdamW, lr=lr), lr_scheduler=schedule)
+        fit(tiny_model_dir, tmp_path, val=ROWS, module=module, **options)
+
+    go(1e-3, callbacks=[ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)], enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        go(1e-3, ckpt=tmp_path / "x.ckpt", max_epochs=2)
+        assert not [w for w in told if "learning rate" in str(w.message)]
+        go(1e-5, ckpt=tmp_path / "x.ckpt", max_epochs=2)
+    said = [str(w.message) for w in told if "learning rate" in str(w.message)]
+    assert len(said) == tells
+    if tells:
+        assert "goes on with the learning rate 0.001 of" in said[0] and "with the 1e-05 of the settings" in said[0]
 
 
 def test_accumulation_that_changes_by_epoch_is_refused(tiny_model_dir, tmp_path):
