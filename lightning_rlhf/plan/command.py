@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_rlhf.cli import cli, root_cause
@@ -20,10 +20,14 @@ from lightning_rlhf.plan.speed import Device
 from lightning_rlhf.plan.text import as_config, as_text, in_a_line, ranking
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.strategies.colossalai import NAMES
+from lightning_rlhf.utils.filesystem import check_writable
 from lightning_rlhf.utils.logs import errors_only
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _DEVICE = Device()
+_Rate = restricted_number_type("_Rate", float, [(">", 0), ("<", float("inf"))])
+_Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
+_Margin = restricted_number_type("_Margin", float, [(">=", 0), ("<", 1)])
 #: Arguments of the strategy that memory depends on, and the fields of a layout that take them.
 _FIELDS = {
     "bucket_elements": "bucket",
@@ -49,15 +53,15 @@ class PlanCLI(StageCLI):
             "--devices", type=PositiveInt | None, help="number of devices; default: trainer.devices x trainer.num_nodes"
         )
         add("--memory", type=str, default="80GB", help="memory of each, such as 80GB or 24GiB")
-        add("--margin", type=float, default=0.05, help="share of it that nothing may use: the driver's, and holes")
+        add("--margin", type=_Margin, default=0.05, help="share of it that nothing may use: the driver's, and holes")
         add("--search", type=bool, default=False, help="true: rank layouts, and choose the fastest that fits")
         add("--out", type=str | None, help="write a config of the layout to this file")
         flops = "operations a device does in a second; default: an A100's in bf16, as in the next two"
-        add("--flops", type=PositiveFloat, default=_DEVICE.flops, help=flops)
-        add("--bandwidth", type=PositiveFloat, default=_DEVICE.bandwidth, help="bytes read of its memory in a second")
-        add("--link", type=PositiveFloat, default=_DEVICE.link, help="bytes sent to another device in a second")
+        add("--flops", type=_Rate, default=_DEVICE.flops, help=flops)
+        add("--bandwidth", type=_Rate, default=_DEVICE.bandwidth, help="bytes read of its memory in a second")
+        add("--link", type=_Rate, default=_DEVICE.link, help="bytes sent to another device in a second")
         share = "share of the operations that training reaches"
-        add("--utilization", type=PositiveFloat, default=_DEVICE.utilization, help=share)
+        add("--utilization", type=_Share, default=_DEVICE.utilization, help=share)
         parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
     def before_instantiate_classes(self) -> None:
@@ -87,6 +91,8 @@ def main(args: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings(), errors_only("lightning.pytorch", "lightning_rlhf", "transformers"):
             warnings.simplefilter("ignore")
             made = cli(arguments, run=False, kind=PlanCLI)
+            if made.config.out is not None:
+                check_writable(made.config.out, "the config", "--out")  # a search may take minutes
             text, answer, settings = plan(made)
     except (OSError, ValueError) as error:
         sys.exit(f"lightning-rlhf plan: {' '.join(str(root_cause(error)).split())}")
@@ -94,7 +100,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if made.config.out is not None:
         by_stage = isinstance(made.model, RLStage)
         config = as_config(answer, type(made.model).__name__, not by_stage, settings.on_gpu, settings.precision)
-        Path(made.config.out).write_text(config, encoding="utf-8")
+        out = Path(made.config.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(config, encoding="utf-8")
         print(f"\nA config of it: {made.config.out}")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.data import Message, PromptBatch
@@ -237,10 +238,12 @@ def _take(
         raise player.says(f"step returned {show(turn)}. Return Turn(messages, reward, done).")
     try:
         reward = math.nan if isinstance(turn.reward, (str, bytes)) else float(turn.reward)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         reward = math.nan
     if not math.isfinite(reward):
         raise player.says(f"step returned the reward {show(turn.reward)}, which is not a finite number.")
+    if not isinstance(turn.done, (bool, np.bool_)):  # a text such as "no" would count as true
+        raise player.says(f"step returned done={show(turn.done)}. Return True or False.")
     player.reward += reward
     if turn.done:
         player.end = "stop"
@@ -348,7 +351,10 @@ class _Caller:
                     if (number := next(numbers, None)) is None:
                         return
                     begun[number] = time.monotonic()
-                outcome = _outcome(function, players[number])
+                try:
+                    outcome = _outcome(function, players[number])
+                except BaseException as error:  # of the environment's own: signals are for the main thread
+                    outcome = _Failed(error)
                 with changed:
                     outcomes[number] = outcome
                     changed.notify_all()
@@ -373,7 +379,7 @@ class _Caller:
 
 @dataclass
 class _Failed:
-    error: Exception | SystemExit
+    error: BaseException
 
 
 def _outcome(function: Callable[[_Player], _T], player: _Player) -> _T | _Failed:

@@ -106,6 +106,26 @@ def test_errors_are_one_line(no_weights):
     assert "nobody/nothing is not a directory in" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--margin", "1"), ("--margin", "-0.1"), ("--utilization", "5"), ("--flops", "inf"), ("--link", "0")],
+)
+def test_numbers_that_make_no_sense_are_refused(no_weights, option, value, capsys):
+    with pytest.raises(SystemExit):
+        main(sft(no_weights, option, value))
+    told = capsys.readouterr().err
+    assert option.strip("-") in told and value in told and told.count("\n") == 1
+
+
+def test_where_the_config_goes_is_checked_first(no_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_rlhf.plan.command.plan", None)
+    with pytest.raises(SystemExit) as error:
+        main(sft(no_weights, "--out", str(tmp_path)))
+    assert str(error.value) == (
+        f"lightning-rlhf plan: the config: {tmp_path} can't be written: it is a directory. Set --out to another path."
+    )
+
+
 def layout(model, devices=8, precision="bf16-mixed", **arguments):
     settings = Settings(devices, 10**9, Device(), precision)
     data = SimpleNamespace(max_length=64, batch_size=8, max_tokens=None)

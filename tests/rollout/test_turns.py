@@ -210,6 +210,9 @@ def leaves(*_):
         (None, lambda *_: Turn("hello"), r"step returned 'hello' for messages. Return a list of \{role, content\}"),
         (None, say(reward=float("nan"), done=True), r"step returned the reward nan, which is not a finite number"),
         (None, say(reward="1", done=True), r"step returned the reward '1', which is not a finite number"),
+        (None, say(reward=10**400, done=True), r"step returned the reward 10+.*, which is not a finite number"),
+        (None, say(done="no"), r"step returned done='no'. Return True or False"),
+        (None, say(done=torch.tensor([True, False])), r"step returned done=tensor.*. Return True or False"),
         (lambda *_: [], None, r"reset returned no messages\."),
         (lambda *_: "Hi", None, r"reset returned 'Hi' for messages"),
         (lambda self, row, seed: [{"role": "user", "content": f"{time.perf_counter_ns()}"}], None,
@@ -253,10 +256,15 @@ def test_an_environment_that_hangs_ends_the_run(speakers):
         released.set()
 
 
-def test_an_environment_that_leaves_a_thread_ends_the_run(speakers):
-    gone = environment(step=leaves)
+def interrupts(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("step", "told"), [(leaves, "SystemExit: 3"), (interrupts, "KeyboardInterrupt: ")])
+def test_an_environment_that_leaves_a_thread_ends_the_run(speakers, step, told):
+    gone = environment(step=step)
     gone.parallel = 2
-    with pytest.raises(TurnError, match=r"row 10 .* SystemExit: 3"):
+    with pytest.raises(TurnError, match=rf"row 10 .* {told}"):
         play(speakers, gone)
 
 
