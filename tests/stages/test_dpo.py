@@ -778,7 +778,7 @@ def test_a_loss_of_ones_own_is_taken_by_import_path(tiny_model_dir, tmp_path, mo
         (dict(loss="sigmod"), "There is no loss 'sigmod'; did you mean sigmoid? All: sigmoid, robust"),
         (dict(loss=[]), "loss is an empty list"),
         (dict(loss=["sigmoid", "sft"]), "loss has the part 'sigmoid': give a WeightedLoss, or a dict of name, weight"),
-        (dict(loss=[{"nam": "sigmoid"}]), "loss has the part {'nam': 'sigmoid'}: give"),
+        (dict(loss=[{"names": "sigmoid"}]), "loss has the part {'names': 'sigmoid'}: give"),
         (dict(loss=[{"name": "sigmoid", "settings": None}]), "The settings of the loss sigmoid are None: give {name"),
         (
             dict(loss=[WeightedLoss("ipo", settings={"label_smoothing": 0.1})]),
