@@ -400,7 +400,7 @@ def test_what_must_be_given_is_named(told):
             "lists all.",
         ),
         (["demo", "--step", "3"], "there is no option --step; did you mean --steps?"),
-        (["demo", "sftt"], "there is no stage sftt; did you mean sft? All: sft, reward, ppo"),
+        (["demo", "sftt"], "there is no stage sftt; did you mean sft? All: sft, dpo, reward, ppo"),
         (
             ["win-rate", "a", "b", "--judge", "c", "--promts", "d"],
             "there is no option --promts; did you mean --prompts?",

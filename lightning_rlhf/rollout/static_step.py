@@ -179,9 +179,6 @@ class StaticStep:
         width: Number of columns that are read.
         longest: A bound of the positions.
         steps: N, the most steps of a block.
-
-    Attributes:
-        rows: State of the rows.
     """
 
     def __init__(

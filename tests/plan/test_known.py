@@ -35,6 +35,7 @@ def test_ppo_of_a_7b_with_four_models(large_config):
     assert gemini.places[0].parts["rollout cache"] == 16 * 1024 * 2 * 32 * 4096 * 2
 
 
+@pytest.mark.exhaustive
 def test_lora_of_a_70b(large_config):
     model = large_config(8192, 80, 64, 8, 28672)
     module = SFTModule(model, lora=LoRA(r=16), load=Load("bfloat16", gradient_checkpointing=True))

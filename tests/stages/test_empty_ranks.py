@@ -27,10 +27,14 @@ def place(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(place, tiny_model_dir):
-    """What one process finds, by stage and number of rows."""
+    """``one(rows, ...)``: what one process finds, by stage and number of rows."""
     script = load_script(SCRIPT)
-    with open(os.devnull, "w") as script.log:
-        return script.run_all(tiny_model_dir, place, [("one", n) for n in (1, 3, 4)])
+
+    def find(*counts):
+        with open(os.devnull, "w") as script.log:
+            return script.run_all(tiny_model_dir, place, [("one", n) for n in counts])
+
+    return find
 
 
 def start(place, model_dir, ranks, runs):
@@ -81,13 +85,14 @@ def three(place, tiny_model_dir):
 
 
 def test_two_ranks_find_what_one_process_finds(one, two):
-    check(two, one)
+    check(two, one(1, 3))
+
+
+def test_a_signal_on_an_empty_rank_has_all_save(two):
+    assert all(found["interrupt"] == {"step": 2, "saved": True} for found in two)
 
 
 @pytest.mark.exhaustive
-def test_three_ranks_find_what_one_process_finds(one, three):
-    check(three, one)
-
-
-def test_a_signal_on_an_empty_rank_has_all_save(two, three):
-    assert all(found["interrupt"] == {"step": 2, "saved": True} for found in (*two, *three))
+def test_three_ranks_find_what_one_process_finds_and_save_by_a_signal(one, three):
+    check(three, one(4))
+    assert all(found["interrupt"] == {"step": 2, "saved": True} for found in three)

@@ -77,6 +77,7 @@ IN_THREE = {
 }
 
 
+@pytest.mark.exhaustive
 def test_three_stages(deep_model_dir, tmp_path):
     """Of which the first has two layers of four: updates, samples, rollouts, win rates and a checkpoint."""
     run_stages(deep_model_dir, tmp_path, {name: options for name, (options, _) in IN_THREE.items()})
