@@ -347,7 +347,7 @@ def _mount(folder: str) -> None:
 def _become_nobody(number: int) -> None:
     """Becomes a user that owns nothing, and that no other program runs as: its limit on processes counts them all."""
     nobody = 1_000_000_000 + number % 1_000_000
-    readable = all(_others_read(path) for path in (sys.executable, os.__file__, math.__file__ or os.__file__))
+    readable = all(map(_others_read, _python_files()))
     if not readable:
         _prctl(_KEEPCAPS, 1)
     os.setgroups([])
@@ -361,6 +361,12 @@ def _become_nobody(number: int) -> None:
         header, mask = (ctypes.c_uint32 * 2)(0x20080522, 0), 1 << _READ_SEARCH
         _call("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)(mask, mask, mask, 0, 0, 0)))
         _prctl(_AMBIENT, 2, _READ_SEARCH)
+
+
+def _python_files() -> list[str]:
+    """One file of each folder that a program's interpreter reads."""
+    extension = getattr(math, "__file__", None)  # Debian's Python has it built in
+    return [sys.executable, os.__file__, *([extension] if extension else [])]
 
 
 def _others_read(path: str) -> bool:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,6 +119,11 @@ def test_where_the_network_can_not_be_cut_off_it_is_refused(monkeypatch):
         _isolates(False)
     assert _isolates(True) is False
     _isolates.cache_clear()
+
+
+def test_an_interpreter_may_have_its_extensions_built_in(monkeypatch):
+    monkeypatch.setattr(programs, "math", SimpleNamespace())  # as Debian's has it
+    assert programs._python_files() == [sys.executable, os.__file__]
 
 
 def test_without_namespaces_limits_and_the_time_remain():
