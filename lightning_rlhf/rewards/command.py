@@ -80,12 +80,13 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
     known = sorted({name for row in rows for name in _columns(row.value)} - {"prompt", column})
 
     def samples(chosen: Sequence[Any]) -> Samples:
+        given = [_columns(row.value) for row in chosen]
         return Samples(
             batch=pack([Tree([0], [Branch([0])]) for _ in chosen]),
             prompts=[row.value.get("prompt", "") for row in chosen],
             completions=[row.value[column] for row in chosen],
             truncated=[False] * len(chosen),
-            columns={name: [_columns(row.value).get(name) for row in chosen] for name in known},
+            columns={name: [row.get(name) for row in given] for name in known},
         )
 
     try:
@@ -128,7 +129,7 @@ def _run(file: str, rewards: Sequence[str], column: str, out: Path | None, limit
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What rewards read: a completions table has the data's columns as ``data/NAME``."""
+    """Returns the columns that rewards read. A completions table calls the data's columns ``data/NAME``."""
     return {name.removeprefix("data/"): value for name, value in row.items()} | dict(row)
 
 

@@ -121,7 +121,7 @@ class CachedEngine:
         return [[future.result() for future in group] for group in futures]
 
     def _decodes_statically(self, policy: Backbone, requests: Sequence[Request]) -> bool:
-        """Whether steps that never wait are asked for, and serve."""
+        """Returns whether the settings ask for static steps, and the requests and the model allow them."""
         if self.static is False or (self.static is None and device_of(policy).type != "cuda"):
             return False
         if self.prefill_chunk is not None or self.keep_prefixes or not self.reserve or holds_part():
@@ -246,8 +246,7 @@ def _by_trying(policy: Backbone, static: bool = False) -> str | None:
         static: Decode by static steps, in which no operation may wait for the device.
     """
     model = policy.transformer
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = vocabulary_size(model)
+    device, vocabulary = device_of(policy), vocabulary_size(model)
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 16
     lengths, steps = (min(10, context - 3), min(4, context - 3)), 3
@@ -259,7 +258,7 @@ def _by_trying(policy: Backbone, static: bool = False) -> str | None:
         with torch.no_grad():
             with policy.native_attention():
                 want = torch.stack([
-                    model(input_ids=torch.tensor([ids], device=embeddings.weight.device), use_cache=False)
+                    model(input_ids=torch.tensor([ids], device=device), use_cache=False)
                     .logits[0, length - 1 :].float()
                     for ids, length in zip(tokens, lengths, strict=True)
                 ])  # fmt: skip

@@ -60,7 +60,7 @@ def reads_own_lengths(device: torch.device, dtype: torch.dtype, size: int, group
 
     Args:
         device: The device.
-        dtype: Of the keys.
+        dtype: Type of the keys.
         size: E.
         groups: Query heads per key head.
     """

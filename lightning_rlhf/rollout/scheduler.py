@@ -508,7 +508,7 @@ def drop_prompts(rows: Sequence[ActiveSequence], staying: Sequence[ActiveSequenc
 
     Args:
         rows: All rows.
-        staying: Those that go on.
+        staying: Rows that go on.
     """
     for row in {*rows} - {*staying}:
         row.shared = None
@@ -526,7 +526,7 @@ def drop_prompts(rows: Sequence[ActiveSequence], staying: Sequence[ActiveSequenc
 
 
 def shares_prompt(rows: int, length: int) -> bool:
-    """Whether a number of rows hold their prompt's keys once for all."""
+    """Returns whether the rows of a prompt share one copy of its keys."""
     return rows > 1 and length >= _SHARED_PROMPT
 
 

@@ -12,7 +12,6 @@ from lightning_rlhf import (
     PromptDataModule,
     RewardModule,
     Rollout,
-    Sampling,
     SFTModule,
     Updates,
 )
@@ -20,13 +19,8 @@ from lightning_rlhf.plan.layout import Layout, moments, peak
 from lightning_rlhf.plan.measure import Mode, measure
 from lightning_rlhf.plan.shapes import Shape
 
+from .cases import NEW, lengths
 from .measured import fit
-
-NEW = Sampling(max_new_tokens=12, min_new_tokens=12)
-
-
-def lengths(prompts, completions):
-    return [float(i) for i, _ in enumerate(completions)]
 
 
 def compare(module, shape, found, share=0.05):
