@@ -315,6 +315,7 @@ def test_what_is_no_plain_rollout_decodes_step_by_step(limits, more, make_model,
 def test_a_gpu_decodes_by_static_steps(policy, monkeypatch):
     """Unless ranks hold a model in parts, or it is told not to."""
     assert not CachedEngine()._decodes_statically(policy, [])
+    assert engine.reason_against_static(policy) is None  # tried here, where the model is, and kept
     monkeypatch.setattr(engine, "device_of", lambda policy: torch.device("cuda"))
     assert CachedEngine()._decodes_statically(policy, [])
     assert not CachedEngine(static=False)._decodes_statically(policy, [])
