@@ -36,6 +36,7 @@ from lightning_rlhf.metrics import StageMetrics
 from lightning_rlhf.models import Load, LoRA, load_tokenizer
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.models.loading import load_config, load_stop_token_ids, quantization_of, refuse_full_training
+from lightning_rlhf.models.mismatch import OTHER_RUN, explain_mismatch, other_frozen, sample_frozen, shapes_of
 from lightning_rlhf.models.quantization import is_quantized_layer, refuse_again, require_bitsandbytes
 from lightning_rlhf.moved import find_moved, refuse_moved, write_argument
 from lightning_rlhf.quiet import quiet_libraries
@@ -160,6 +161,7 @@ class Stage(L.LightningModule):
         self._makers_to_match: dict[str, list[str]] | None = None
         self._rates_to_match: list[list[float]] = []
         self._mid_step = self._diverges = False
+        self._loaded_from = "The state dict"
         self._counted = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -546,6 +548,7 @@ class Stage(L.LightningModule):
                 "far are not in it: a run resumed from it will differ."
             )
         checkpoint["stage"] = {"classes": _stages(type(self)), "objects": self._objects, **self._makers()}
+        checkpoint["stage"] |= self._stands_on()
         checkpoint["rng_states"] = gather_objects(rng_state())
         checkpoint["skipped"] = self.skipped
         frozen = self._frozen()
@@ -558,7 +561,8 @@ class Stage(L.LightningModule):
         """Restores this rank's RNG state, and completes the weights with the frozen ones.
 
         Raises:
-            CheckpointError: It is another stage's, or its optimizer or schedule is of another kind.
+            CheckpointError: It is another stage's, its optimizer or schedule is of another kind, or its weights stand
+                on others.
         """
         states = checkpoint.get("rng_states", [])
         self.skipped = checkpoint.get("skipped", 0)
@@ -566,7 +570,10 @@ class Stage(L.LightningModule):
             trainer = self.trainer
         except RuntimeError:  # load_from_checkpoint: no run goes on
             trainer = None
-        _check_stage(type(self), checkpoint, "The checkpoint" if trainer is None else str(trainer.ckpt_path))
+        self._loaded_from = "The checkpoint" if trainer is None else str(trainer.ckpt_path)
+        _check_stage(type(self), checkpoint, self._loaded_from)
+        if trainer is not None:
+            self._check_stands_on(checkpoint)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._makers_to_match = {k: checkpoint["stage"][k] for k in ("optimizers", "schedules")}
             self._rates_to_match = [_rates(state) for state in checkpoint.get("optimizer_states", ())]
@@ -578,6 +585,66 @@ class Stage(L.LightningModule):
         saved = checkpoint["state_dict"]
         for name in self._frozen() - saved.keys():
             saved[name] = own[name]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; says in a line why weights do not fit.
+
+        Raises:
+            CheckpointError: Their names or shapes are others than those of this stage's models.
+        """
+        where, self._loaded_from = self._loaded_from, "The state dict"
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            frozen = self._frozen()  # a checkpoint holds none of them
+            saved, own = (
+                shapes_of({k: v for k, v in state.items() if k not in frozen})
+                for state in (state_dict, self.state_dict())
+            )
+            why = explain_mismatch(saved, own)
+            if why is None:
+                raise
+            raise CheckpointError(f"{where} does not fit {type(self).__name__}. {why}") from error
+
+    def _stands_on(self) -> dict[str, Any]:
+        """What decides how a checkpoint's weights are used, and is not in them."""
+        lora, whole = self.lora, self.strategy is not None and holds_whole_models(self.strategy)
+        return {
+            "lora": None if lora is None else {name: getattr(lora, name) for name in ("r", "alpha", "rslora")},
+            "quantization": self.load.quantization,
+            "frozen": sample_frozen(self) if whole else {},
+        }
+
+    def _check_stands_on(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint whose weights fit, and would be scaled otherwise or stand on other frozen ones.
+
+        Raises:
+            CheckpointError: It is one.
+        """
+        saved, own = checkpoint["stage"], self._stands_on()
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        was, now = saved.get("lora"), own["lora"]
+        if was and now and was["r"] == now["r"] and was != now:
+            name = next(name for name in was if was[name] != now[name])
+            self._refuse(
+                f"made with lora.{name}={was[name]}, and this run has {now[name]}. Set lora.{name} to {was[name]}"
+            )
+        was, now = saved.get("quantization", own["quantization"]), own["quantization"]
+        if fits and was != now:
+            was, now = was or "null", now or "null"
+            self._refuse(f"made with load.quantization={was}, and this run has {now}. Set load.quantization to {was}")
+        unread = ("reward.",) if fits else ("reward.", "reference.")  # no weights of the checkpoint stand on these
+        frozen = {
+            name: values
+            for name, values in own["frozen"].items()
+            if not name.startswith(unread) and name not in checkpoint["state_dict"]
+        }
+        if (name := other_frozen(saved.get("frozen", {}), frozen)) is not None:
+            what = "reference (or pretrained, of which it is a copy)" if name.startswith("reference.") else "pretrained"
+            self._refuse(f"made on other frozen weights than this run has: {name} differs. Give the same {what}")
+
+    def _refuse(self, why: str) -> None:
+        raise CheckpointError(f"{self._loaded_from} does not fit {type(self).__name__}. It was {why}, or {OTHER_RUN}.")
 
     def _makers(self) -> dict[str, list[str]]:
         """Kinds of optimizers and schedules."""

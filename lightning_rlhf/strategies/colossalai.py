@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_rlhf.models.mismatch import explain_mismatch, shapes_of
 from lightning_rlhf.strategies import checkpoints
 from lightning_rlhf.strategies.backward import Backward
 from lightning_rlhf.strategies.gemini import GeminiBoosted
@@ -45,6 +46,7 @@ from lightning_rlhf.strategies.parallel import (
 from lightning_rlhf.strategies.precision import ColossalAIPrecision, Plugin, clip_grad_norm
 from lightning_rlhf.strategies.sharded import Boosted, ZeroBoosted, container, is_persistent, named_buffers
 from lightning_rlhf.strategies.trained import Part, find_trained
+from lightning_rlhf.utils import CheckpointError
 from lightning_rlhf.utils.collectives import set_copies
 
 #: Names that are registered with Lightning, and their arguments.
@@ -719,7 +721,7 @@ class ColossalAIStrategy(DDPStrategy):
         """Loads the module's weights, with each rank's shards.
 
         Raises:
-            RuntimeError: Names or shapes do not match.
+            CheckpointError: Names or shapes do not match.
             ValueError: The checkpoint is a sharded directory, and this is not ``fit``.
         """
         module, state = self.lightning_module, checkpoint["state_dict"]
@@ -753,7 +755,9 @@ class ColossalAIStrategy(DDPStrategy):
                 else:
                     boosted.set_value(slot, partial(state[name].reshape(-1).narrow, 0))
         if wrong and strict:
-            raise RuntimeError(f"The checkpoint does not match {type(module).__name__}: {'; '.join(wrong[:8])}.")
+            own = shapes_of(module.state_dict()) | {name: tuple(slot.shape) for name, (_, slot) in trained.items()}
+            why = explain_mismatch(shapes_of(state), own) or f"{'; '.join(wrong[:8])}."
+            raise CheckpointError(f"The checkpoint does not match {type(module).__name__}. {why}")
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Loads each rank's shards of the optimizers' states.
