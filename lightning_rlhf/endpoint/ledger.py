@@ -99,7 +99,7 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self._lock = threading.RLock()
+        self._lock, self._process = threading.RLock(), os.getpid()
         if self.path is not None and not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path}: there is no folder {self.path.parent} for the ledger.")
         try:
@@ -158,8 +158,8 @@ class Ledger:
         return LedgerError(f"{self.path} cannot be used as a ledger: {error}.")
 
     def close(self) -> None:
-        """Closes the file."""
-        if hasattr(self, "_db"):
+        """Closes the file. In a fork it does nothing: it would take the log from under its parent."""
+        if hasattr(self, "_db") and os.getpid() == self._process:
             self._db.close()
 
     def __enter__(self) -> Ledger:
@@ -176,6 +176,7 @@ class Ledger:
         Args:
             key: The request's key.
         """
+        self._check_process()
         with self._lock:
             row = self._db.execute(
                 "SELECT text, finish_reason, prompt, cached, completion, problem, kind, notes FROM replies WHERE key=?",
@@ -189,6 +190,7 @@ class Ledger:
 
     def bodies(self) -> Iterator[tuple[str, dict[str, object]]]:
         """Yields the key and the body of each request, in the order in which they were first asked."""
+        self._check_process()
         with self._lock:
             rows = self._db.execute("SELECT key, body FROM requests ORDER BY asked, key").fetchall()
         for key, body in rows:
@@ -201,6 +203,7 @@ class Ledger:
 
     def totals(self) -> Totals:
         """Returns the sums over the whole ledger."""
+        self._check_process()
         with self._lock:
             one = self._db.execute
             requests = one("SELECT count(*) FROM requests").fetchone()[0]
@@ -337,6 +340,7 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Within it, all is written or nothing."""
+        self._check_process()
         with self._lock:
             try:
                 with self._db:
@@ -347,6 +351,13 @@ class Ledger:
                     f"{self.path} could not be written: {error}. Free space or mend access, then run the same command "
                     "again."
                 ) from error
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise LedgerError(
+                f"{self.path} was opened by another process, of which this one is a fork. Ask in the process that "
+                "opened it, or open a ledger of another file here."
+            )
 
     def _end(self, attempt: Attempt, state: str, kind: str | None, cost: Amount, reply: Reply | None = None) -> None:
         with self._transaction():

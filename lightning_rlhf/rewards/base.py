@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.data import Message, PackedBatch
+from lightning_rlhf.utils.processes import one_process
 from lightning_rlhf.utils.text import show
 
 
@@ -185,7 +186,8 @@ class Reward(nn.Module, ABC):
             TypeError: ``forward`` returns something else than scores.
             ValueError: It returns another number of scores.
         """
-        scores = super().__call__(samples.copy())
+        with one_process():
+            scores = super().__call__(samples.copy())
         size = len(samples.completions)
         returned = f"The reward {type(self).__name__} returned"
         wanted = (

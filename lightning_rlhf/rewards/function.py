@@ -9,7 +9,9 @@ import math
 import os
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from lightning_rlhf.arguments import did_you_mean
 from lightning_rlhf.data.packed import unpack
 from lightning_rlhf.rewards.base import BadScores, Reward, RewardError, Samples, Scores, check_scores
 from lightning_rlhf.utils.imports import import_object
+from lightning_rlhf.utils.processes import end_if_forked, one_process
 from lightning_rlhf.utils.text import one_line, show
 
 #: What a function gets of the samples if it names them.
@@ -97,7 +100,7 @@ class FunctionReward(Reward):
                 of scores.
             BadScores: Some scores are not finite numbers.
         """
-        size, process = len(samples.completions), os.getpid()
+        size = len(samples.completions)
         try:
             result = self.function(**self.arguments(samples))
             if inspect.isawaitable(result):
@@ -117,9 +120,6 @@ class FunctionReward(Reward):
                 f"The reward function {self.name} failed on {size} completions: {type(first).__name__}: "
                 f"{one_line(str(first), 300)} ({where.filename}:{where.lineno})"
             ) from error
-        finally:
-            if os.getpid() != process:  # a fork that the function left must not go on as a second run
-                os._exit(1)
         try:
             if isinstance(result, (Mapping, Set)):  # keys, or scores in no order
                 raise TypeError
@@ -174,16 +174,28 @@ class FunctionReward(Reward):
         for i, score in enumerate(scores):
             if not isinstance(score, Mapping):
                 continue
-            who = f"The reward function {self.name} returned {show(score)} for completion {i}"
             if "score" not in score:
-                raise RewardError(f"{who}: give it an entry score, the number that is learned from.")
+                raise RewardError(
+                    f"{self._returned(score, i)}: give it an entry score, the number that is learned from."
+                )
             for name, value in score.items():
-                if not isinstance(name, str) or (value is not None and name != "score" and not _is_number(value)):
-                    raise RewardError(f"{who}: {name!r} is {show(value, 40)}, and must be a number that has a name.")
-                if name != "score":
-                    column = columns.setdefault(name, [math.nan] * len(scores))
-                    column[i] = _number(value)
+                if name == "score":
+                    continue
+                if (column := columns.get(name)) is None and isinstance(name, str):
+                    column = columns[name] = [math.nan] * len(scores)
+                if type(value) is float and column is not None:  # nearly all are
+                    column[i] = value
+                    continue
+                if column is None or not (value is None or _is_number(value)):
+                    raise RewardError(
+                        f"{self._returned(score, i)}: {name!r} is {show(value, 40)}, and must be a number that has a "
+                        "name."
+                    )
+                column[i] = _number(value)
         return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+
+    def _returned(self, score: object, i: int) -> str:
+        return f"The reward function {self.name} returned {show(score)} for completion {i}"
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -237,8 +249,58 @@ def wait_for(awaitable: Awaitable[Any]) -> Any:
 def _loop(process: int) -> asyncio.AbstractEventLoop:
     """The event loop of a process; a fork has no threads, so it gets another."""
     loop = asyncio.new_event_loop()
+    loop.set_task_factory(partial(_guarded_task, process))
+    loop.set_default_executor(_GuardedThreads())
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
+
+
+class _Guarded(Coroutine[Any, Any, Any]):
+    """A coroutine that ends a fork of its process where it would go back to the loop.
+
+    The loop of a fork would do all the other work that waits a second time, on the sockets and selector of its parent.
+    """
+
+    def __init__(self, process: int, inner: Coroutine[Any, Any, Any]) -> None:
+        self.process, self.inner = process, inner
+
+    def send(self, value: Any) -> Any:
+        """As a coroutine's."""
+        try:
+            return self.inner.send(value)
+        finally:
+            end_if_forked(self.process)
+
+    def throw(self, *error: Any) -> Any:
+        """As a coroutine's."""
+        try:
+            return self.inner.throw(*error)
+        finally:
+            end_if_forked(self.process)
+
+    def close(self) -> None:
+        """As a coroutine's."""
+        self.inner.close()
+
+    def __await__(self) -> Any:
+        return self.inner.__await__()
+
+
+def _guarded_task(process: int, loop: Any, inner: Any, **options: Any) -> Any:
+    return asyncio.Task(_Guarded(process, inner), loop=loop, **options)
+
+
+class _GuardedThreads(ThreadPoolExecutor):
+    """The threads of ``asyncio.to_thread``: a fork that a call leaves would wait for work for ever."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        """As its base."""
+        return super().submit(_alone, fn, *args, **options)
+
+
+def _alone(function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+    with one_process():
+        return function(*args, **options)
 
 
 def _is_number(value: Any) -> bool:

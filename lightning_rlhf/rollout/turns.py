@@ -22,6 +22,7 @@ from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.rollout.environment import Environment, Turn, TurnError
 from lightning_rlhf.rollout.types import Completion, Episode, Request, RolloutEngine, Sampling
 from lightning_rlhf.utils.collectives import once_per_copy
+from lightning_rlhf.utils.processes import one_process
 from lightning_rlhf.utils.random import sample_key
 from lightning_rlhf.utils.text import one_line, show
 
@@ -384,7 +385,8 @@ class _Failed:
 
 def _outcome(function: Callable[[_Player], _T], player: _Player) -> _T | _Failed:
     try:
-        return function(player)
+        with one_process():
+            return function(player)
     except (Exception, SystemExit) as error:  # sys.exit() would end a thread for which others wait, or the run
         if isinstance(error, SystemExit) and type(error) is not SystemExit:  # Ctrl-C or SIGTERM
             raise

@@ -237,3 +237,23 @@ def test_half_a_surrogate_pair_is_told_before_it_is_sent():
 def test_extra_fields_that_change_what_a_request_is_are_refused(name):
     with pytest.raises(ValueError, match=repr(name)):
         request(extra={name: 2})
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_neither_reads_nor_writes_nor_closes_the_ledger_of_its_parent(tmp_path):
+    with Ledger(tmp_path / "l.db") as ledger:
+        attempt = begin(ledger, request())
+        if not (child := os.fork()):
+            refused = 0
+            for use in (ledger.totals, ledger.bodies().__next__, lambda: begin(ledger, request("Ho")),
+                        lambda: ledger.find("k"), ledger.reopen):  # fmt: skip
+                try:
+                    use()
+                except LedgerError as error:
+                    refused += "was opened by another process, of which this one is a fork" in str(error)
+            ledger.close()
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+        ledger.answer(attempt, reply(request()), BUDGET)
+    with Ledger(tmp_path / "l.db") as ledger:
+        assert ledger.find(request().key("m")) == reply(request()) and ledger.totals().sent == 1

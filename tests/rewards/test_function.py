@@ -2,9 +2,12 @@
 
 import asyncio
 import math
+import multiprocessing
 import os
 import signal
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -184,6 +187,18 @@ def test_dicts_bring_further_numbers():
     assert list(both.extras) == ["mine/words", "mine/clean"] and both.total.tolist() == [2.0, 2.0]
 
 
+def test_only_a_wrong_dict_is_written_out():
+    """Hundreds of further numbers of each completion would take longer to write than a step."""
+
+    class Silent(dict):
+        def __repr__(self):
+            raise AssertionError("written out")
+
+    found = FunctionReward(lambda prompts, completions: [Silent(score=1, a=0.5, b=2), Silent(score=2, a=True)])
+    extras = found(samples()).extras
+    assert extras["a"].tolist() == [0.5, 1.0] and extras["b"][0] == 2 and extras["b"][1].isnan()
+
+
 @pytest.mark.parametrize(
     ("score", "message"),
     [({"scor": 1}, "give it an entry score"), ({"score": 1, "why": "so"}, "'why' is 'so', and must be a number"),
@@ -258,6 +273,65 @@ def test_a_fork_of_a_function_does_not_go_on_as_a_second_run(tmp_path):
         file.write("x")
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1 and scores.total.tolist() == [1.0, 2.0]
     assert (tmp_path / "child").exists() and (tmp_path / "came back").read_text() == "x"
+
+
+def ended(child):
+    """The exit code of a child; None where it does not end."""
+    for _ in range(600):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("where", ["coroutine", "task", "thread", "failing"])
+def test_a_fork_of_an_async_function_does_not_go_on_with_the_loop(tmp_path, where):
+    children = []
+
+    def fork():
+        children.append(os.fork())
+        if where == "failing" and not children[-1]:
+            raise KeyError("in the child")
+        return children[-1]
+
+    async def task():
+        fork()
+        await asyncio.sleep(0)
+
+    async def note():
+        await asyncio.sleep(0.01)
+        with (tmp_path / "came back").open("a") as file:
+            file.write("x")
+
+    async def forks(prompts, completions):
+        other = asyncio.ensure_future(note())
+        if where == "task":
+            await asyncio.gather(task(), note())
+        elif where == "thread":
+            await asyncio.to_thread(fork)
+        else:
+            fork()
+        await other
+        return [1.0, 2.0]
+
+    assert FunctionReward(forks)(samples()).total.tolist() == [1.0, 2.0]
+    assert len(children) == 1 and ended(children[0]) == 1
+    assert (tmp_path / "came back").read_text() == ("xx" if where == "task" else "x")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_an_async_function_may_use_processes():
+    async def counts(prompts, completions):
+        loop = asyncio.get_running_loop()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            return [float(await loop.run_in_executor(pool, len, text)) for text in completions]
+
+    found = samples()
+    assert FunctionReward(counts)(found).total.tolist() == [float(len(text)) for text in found.completions]
 
 
 def test_an_async_function_that_exits_is_an_error_and_the_loop_stays():

@@ -1,5 +1,6 @@
 """Episodes: which tokens they have, that they equal a plain loop, and what an environment may not do."""
 
+import os
 import pickle
 import sys
 import threading
@@ -224,6 +225,24 @@ def test_what_an_environment_does_wrong_is_named_with_its_row(speakers, reset, s
     with pytest.raises(TurnError, match=message) as error:
         play(speakers, environment(reset, step), sampling=Sampling(max_new_tokens=12, stop_strings=("e", "o", "a")))
     assert "\n" not in str(error.value) and "row 10 of the prompts" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_fork_of_an_environment_does_not_go_on_as_a_second_run(speakers, parallel):
+    children = []
+
+    def forks(*_):
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                raise KeyError("also where the child fails")
+        return Turn(done=True)
+
+    made = environment(step=forks)
+    made.parallel = parallel
+    play(speakers, made, sampling=Sampling(max_new_tokens=12, stop_strings=("e", "o", "a")))
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
 
 
 def test_a_template_that_refuses_the_messages_is_named_with_the_row(speakers):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
-from lightning_rlhf.checks import check_arguments
+from lightning_rlhf.checks import Range, check_arguments
 from lightning_rlhf.data import Message
 from lightning_rlhf.rollout.environment import Environment, Turn
 
@@ -19,6 +21,7 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+_FINITE = Range(above=True, below=True)
 _EXPRESSION = re.compile(r"[(\- ]*\d[\d .()+\-*/]*")
 _CALCULATES = re.compile(r"\d[ )]*[+\-*/][ (\-]*\d")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -48,15 +51,12 @@ class Calculator(Environment):
     """
 
     def __init__(self, shown: bool = True, tool_reward: float = 0.0) -> None:
-        check_arguments(Calculator.__init__, locals())
+        check_arguments(Calculator.__init__, locals(), tool_reward=_FINITE)
         self.shown, self.tool_reward = shown, tool_reward
 
     def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Message]:
         """Asks the row's question."""
-        answer = last_number(str(row.get("answer")))
-        if answer is None:
-            raise ValueError(f"the column 'answer' is {row.get('answer')!r}. Give the number that is right")
-        self.answer, self.used = answer, False
+        self.answer, self.used = _read_answer(row.get("answer")), False
         messages: list[Message] = row["messages"]
         return [*(Message(role=role, content=text) for role, text in _SHOWN), *messages] if self.shown else messages
 
@@ -91,26 +91,40 @@ def evaluate(text: str) -> Fraction:
     if len(expression) > 200:
         raise ValueError("the expression is too long")
     try:
-        return _value(ast.parse(expression, mode="eval").body)
+        return _value(ast.parse(expression, mode="eval").body, expression)
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"{expression} is no expression") from None
     except ZeroDivisionError:
         raise ValueError("division by zero") from None
 
 
-def _value(node: ast.AST) -> Fraction:
+def _value(node: ast.AST, source: str) -> Fraction:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return Fraction(str(node.value))
+        return Fraction(str(ast.get_source_segment(source, node)))  # as it is written: a float has 17 digits
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
+        return -_value(node.operand, source)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+        return _OPERATORS[type(node.op)](_value(node.left, source), _value(node.right, source))
     raise ValueError("only numbers, + - * / and parentheses can be calculated")
 
 
 def show_number(value: Fraction) -> str:
     """A number as people write it: whole, or with at most 4 decimals."""
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")
+    if value.denominator == 1:
+        return str(value.numerator)
+    whole, part = divmod(abs(round(value * 10_000)), 10_000)
+    shown = f"{whole}.{part:04d}".rstrip("0").rstrip(".")
+    return f"-{shown}" if value < 0 and shown != "0" else shown
+
+
+def _read_answer(given: object) -> Fraction:
+    """The number of a row: itself, or the last one of a text."""
+    answer = last_number(given) if isinstance(given, str) else None
+    if isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given):
+        answer = Fraction(str(given))  # 1e+20 is one number, and 0.1 a tenth
+    if answer is None:
+        raise ValueError(f"the column 'answer' is {given!r}. Give the number that is right")
+    return answer
 
 
 def last_number(text: str) -> Fraction | None:

@@ -45,7 +45,7 @@ class ToolEnvironment(Environment):
         self, tools: Sequence[str | Callable[..., Any]], max_turns: int = 4, max_result_chars: int = 2000
     ) -> None:
         check_arguments(ToolEnvironment.__init__, locals(), max_turns=Range(1), max_result_chars=Range(1))
-        if isinstance(tools, str) or not tools:
+        if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence) or not tools:
             raise ValueError(f"tools is {tools!r}. Give a list of functions or of their import paths.")
         self.max_turns, self.max_result_chars = max_turns, max_result_chars
         self.functions: dict[str, Callable[..., Any]] = {}

@@ -1,5 +1,7 @@
 """The environments that come with the package."""
 
+import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -20,6 +22,8 @@ ASK = {"messages": [{"role": "user", "content": "What is 12 times 7?"}]}
         ("3 * 4 = 13\n5 * 5", 12),
         ("0.1 + 0.2", Fraction(3, 10)),
         ("-2 - 3", -5),
+        ("12345678901234567890.5 + 0.25", Fraction(49382715604938271563, 4)),
+        ("12345678901234567890.0 * 10", 123456789012345678900),
     ],
 )
 def test_expressions_have_exact_values(text, value):
@@ -48,6 +52,10 @@ def test_numbers_are_read_and_written_as_people_do():
     assert last_number("from 1,200 to 35.5.") == Fraction("35.5") and last_number("none") is None
     assert last_number("1" * 5000) is None  # a policy that repeats a digit, which must not end the run
     assert [show_number(Fraction(*x)) for x in ((84, 1), (1, 3), (5, 2))] == ["84", "0.3333", "2.5"]
+    large, small = Fraction(10**20 + 1, 2), Fraction(-1, 10**6)
+    assert [show_number(x) for x in (large, -large, small)] == [
+        "50000000000000000000.5", "-50000000000000000000.5", "0",
+    ]  # fmt: skip
 
 
 def test_a_calculation_takes_two_turns():
@@ -64,6 +72,53 @@ def test_a_calculation_takes_two_turns():
     assert Calculator(shown=False).reset({**ASK, "answer": 84}, 0) == ASK["messages"]
     with pytest.raises(ValueError, match="the column 'answer' is None"):
         calculator.reset(ASK, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [(10**25 + 1, 10**25 + 1), (1e20, 10**20), (0.1, Fraction(1, 10)), ("1,000 eggs", 1000), (-3, -3)],
+)
+def test_the_answer_of_a_row_is_read_exactly(given, value):
+    calculator = Calculator(shown=False)
+    calculator.reset({**ASK, "answer": given}, 0)
+    assert calculator.answer == value
+
+
+@pytest.mark.parametrize("given", [None, True, math.nan, math.inf, "none", [1]])
+def test_an_answer_that_is_no_number_is_named(given):
+    with pytest.raises(ValueError, match=re.escape(f"the column 'answer' is {given!r}. Give the number that is right")):
+        Calculator().reset({**ASK, "answer": given}, 0)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, "1", True])
+def test_the_reward_of_the_tool_is_a_finite_number(value):
+    with pytest.raises(ValueError, match=rf"tool_reward must be a number, got {value!r}"):
+        Calculator(tool_reward=value)
+
+
+@pytest.mark.parametrize("high", [0, 1, -3, 2.5, math.nan, math.inf, "ten", True, [3], 10**19])
+def test_a_number_that_can_not_be_drawn_is_named(high):
+    with pytest.raises(ValueError, match=re.escape(f"the column 'high' is {high!r}. Give a whole number, at least 2")):
+        GuessNumber().reset({**ASK, "high": high}, 0)
+    with pytest.raises(ValueError, match="high must be "):
+        GuessNumber(high=high)
+
+
+@pytest.mark.parametrize(("high", "largest"), [(None, 10), (7, 7), (7.0, 7), ("7", 7)])
+def test_the_largest_number_of_a_row_may_come_from_a_table(high, largest):
+    game = GuessNumber()
+    game.reset({**ASK, "high": high}, 0)
+    assert game.largest == largest
+
+
+def test_all_digits_of_a_guess_count():
+    """The first of them may be the number."""
+    game = GuessNumber(high=10**9, max_turns=3)
+    game.reset(ASK, 0)
+    for more in ("0", "0" * 5000):
+        turn = game.step([], f"{game.number:09d}{more}")
+        assert not turn.done and turn.reward == 0 and "lower than" in turn.messages[0]["content"]
+    assert game.step([], str(game.number)).reward == pytest.approx(1 / 3)
 
 
 def test_a_number_is_drawn_by_the_seed_and_found_by_halving():

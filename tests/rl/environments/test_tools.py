@@ -209,3 +209,9 @@ def test_all_presets_can_show_turns(stories_model_dir, template):
     tokenizer = AutoTokenizer.from_pretrained(stories_model_dir)
     set_chat_template(tokenizer, template)
     check(tokenizer, Calculator())
+
+
+@pytest.mark.parametrize("tools", [None, 5, [], "calculator", {"add": add}, add])
+def test_what_is_no_list_of_tools_is_named(tools):
+    with pytest.raises(ValueError, match=r"tools is .*\. Give a list of functions or of their import paths"):
+        ToolEnvironment(tools)
