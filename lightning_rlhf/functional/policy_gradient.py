@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_rlhf.functional.ppo import PolicyLoss, policy_loss
+from lightning_rlhf.functional.ppo import LOG_RATIO, PolicyLoss, policy_loss
 from lightning_rlhf.functional.precision import wide
 
 #: Over what losses are averaged.
@@ -119,7 +119,9 @@ def gmpo_loss(
     advantages, free = wide(advantages), wide(logprobs) - wide(old_logprobs)
     bounded = torch.where(advantages > 0, free.clamp(max=clip_high), free.clamp(min=-clip_low))
     total, length = _by_sequence(bounded, sequence)
-    return PolicyLoss(-advantages * torch.exp(total / length), free.detach().exp(), (bounded != free).detach())
+    mean = total / length
+    mean = torch.where(advantages < 0, mean, mean.clamp(max=LOG_RATIO))  # 0 times inf would be NaN
+    return PolicyLoss(-advantages * torch.exp(mean), free.detach().exp(), (bounded != free).detach())
 
 
 def sapo_loss(
@@ -140,7 +142,7 @@ def sapo_loss(
         Losses and ratios; nothing is clipped.
     """
     advantages = wide(advantages)
-    ratio = torch.exp(wide(logprobs) - wide(old_logprobs))
+    ratio = torch.exp((wide(logprobs) - wide(old_logprobs)).clamp(max=LOG_RATIO))  # the gate is shut far before
     tau = tau_negative + (tau_positive - tau_negative) * (advantages > 0).to(ratio)
     gate = logsigmoid(tau * (ratio - 1)).exp() * 4 / tau
     return PolicyLoss(-gate * advantages, ratio.detach(), torch.zeros_like(ratio, dtype=torch.bool))

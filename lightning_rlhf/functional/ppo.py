@@ -10,6 +10,9 @@ from torch import Tensor
 from lightning_rlhf.functional.advantages import moments, variance
 from lightning_rlhf.functional.precision import wide
 
+#: Log-ratios beyond this are taken for it where the loss is clipped anyway: their ratios are no numbers of fp32.
+LOG_RATIO = 80.0
+
 
 class PolicyLoss(NamedTuple):
     """Result of :func:`policy_loss`.
@@ -68,7 +71,10 @@ def policy_loss(
         (tensor([-1.2000,  2.0000]), tensor([ True, False]))
     """
     advantages = wide(advantages)
-    ratio = torch.exp(wide(logprobs) - wide(old_logprobs))
+    log_ratio = wide(logprobs) - wide(old_logprobs)
+    # where the loss is clipped or 0 it has no gradient, and exp of a larger one is inf, whose gradient would be NaN
+    bounded = advantages >= 0 if dual_clip is None else torch.ones_like(advantages, dtype=torch.bool)
+    ratio = torch.exp(torch.where(bounded, log_ratio.clamp(max=LOG_RATIO), log_ratio))
     free = -ratio * advantages
     bound = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss, clipped = torch.maximum(free, bound), bound > free

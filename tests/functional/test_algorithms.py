@@ -71,3 +71,31 @@ def test_contradictions_are_refused(given, message):
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(ValueError, match=r"algorithm 'Dappo' is unknown; did you mean dapo\? All: grpo, dr_grpo"):
         make_algorithm("Dappo")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("advantage", [0.0, 1.0])
+def test_a_ratio_beyond_all_numbers_has_no_gradient_where_it_is_clipped_or_nothing_is_learned(name, advantage):
+    """exp of a large log-ratio is inf in fp32, and 0 times inf is NaN: the step would be left out."""
+    sequence, old = torch.tensor([0, 1, 1]), torch.tensor([-1e3, -1.0, -2.0])
+    new = torch.tensor([-1.0, -1.0, -2.0], requires_grad=True)
+    algorithm = ALGORITHMS[name]
+    found = algorithm.policy_loss(new, old, torch.full((3,), advantage), sequence)
+    found.loss.sum().backward()
+    learns = algorithm.loss in ("reinforce", "cispo")  # theirs is that of the log-prob, whatever the ratio
+    ratio = 5.0 if algorithm.loss == "cispo" else 1.0
+    far = -advantage * (ratio if learns else 0.0)
+    torch.testing.assert_close(new.grad, torch.tensor([far, -advantage, -advantage]))
+    assert found.loss.isfinite().all()
+
+
+def test_the_ratio_of_a_long_completion_may_be_beyond_all_numbers():
+    """Of 4000 tokens each of which became 5% likelier; of a dual clip also where the advantage is negative."""
+    sequence, old = torch.zeros(4000, dtype=torch.long), torch.full((4000,), -1.0)
+    for advantage, dual_clip, loss in [(0.0, None, 0.0), (2.0, None, -2.4), (-2.0, 3.0, 6.0)]:
+        new = (old + 0.05).requires_grad_()
+        algorithm = Algorithm(ratio="completion", dual_clip=dual_clip)
+        found = algorithm.policy_loss(new, old, torch.full((4000,), advantage), sequence)
+        found.loss.sum().backward()
+        torch.testing.assert_close(found.loss, torch.full((4000,), loss))
+        assert new.grad.eq(0).all() and found.clipped.all() == (advantage != 0)
