@@ -376,14 +376,15 @@ def test_a_resumed_run_has_the_kl_coefficient_of_its_own_settings(tiny_model_dir
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path):
-    """kill -9, ten times, with a refill, a sorted plan and prompts that rest."""
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_killed_at_random_moments_it_ends_the_same(tiny_model_dir, tmp_path, kills):
+    """kill -9, with a refill, a sorted plan and prompts that rest."""
     groups = dict(flat_groups="refill", spare=1, rounds=2, rest_after=1, rest_for=3, pass_score=0.0)
-    options = dict(max_steps=25, save_every=1, algorithm="dapo", reward="has", batch_size=6, samples=2, groups=groups,
-                   rows=[{**row, "level": i % 3} for i, row in enumerate(run_grpo.prompts(12))],  # ties cross batches
-                   data=dict(order_by="level"))  # fmt: skip
+    rows = [{**row, "level": i % 3} for i, row in enumerate(run_grpo.prompts(12))]  # ties cross batches
+    options = dict(max_steps=2 * kills + 5, save_every=1, algorithm="dapo", reward="has", batch_size=6, samples=2)
+    options |= dict(groups=groups, rows=rows, data=dict(order_by="level"))
     whole = spawn(tiny_model_dir, tmp_path / "whole", **options)
-    killed = spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", 10, **options)
+    killed = spawn_killed("run_grpo", tiny_model_dir, tmp_path / "killed", kills, **options)
     assert_same_steps(tmp_path / "killed", tmp_path / "whole")  # tells where they part
     assert_equal(killed, whole)
 

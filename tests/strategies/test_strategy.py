@@ -21,8 +21,8 @@ FP32 = {
     "zero2": ZERO2,
 }
 BF16 = {"zero2": ZERO2, "gemini": GEMINI}
-#: All on the same global batch; 20 steps of SFT, reward, DPO and KTO, 5 iterations of 4 updates each of PPO, 10 of two
-#: of online DPO.
+#: All on the same global batch; 20 steps of SFT and reward, 8 of DPO and KTO, 5 iterations of 4 updates each of PPO, 5
+#: of two of online DPO.
 RUNS = {
     "sft": dict(stage="sft"),
     "sft, accumulation and clipping": dict(stage="sft", accumulate=2, clip=0.5),
@@ -30,15 +30,15 @@ RUNS = {
     "sft, z-loss": dict(stage="sft", z_loss=0.1, max_steps=8),
     "reward": dict(stage="reward", lr=1e-3),
     "reward, all": dict(stage="reward", lr=1e-3, lora=True, checkpointing=True, accumulate=2, clip=0.05),
-    "dpo": dict(stage="dpo", lr=1e-3),
-    "dpo, LoRA": dict(stage="dpo", lr=1e-3, lora=True, checkpointing=True, accumulate=2),
-    "kto": dict(stage="kto", lr=1e-3),
-    "kto, LoRA": dict(stage="kto", lr=1e-3, lora=True, checkpointing=True),
+    "dpo": dict(stage="dpo", lr=1e-3, max_steps=8),
+    "dpo, LoRA": dict(stage="dpo", lr=1e-3, lora=True, checkpointing=True, accumulate=2, max_steps=8),
+    "kto": dict(stage="kto", lr=1e-3, max_steps=8),
+    "kto, LoRA": dict(stage="kto", lr=1e-3, lora=True, checkpointing=True, max_steps=8),
     "ppo": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, max_norm=0.5),
     "ppo, shared backbone": dict(stage="ppo", max_steps=5, lr=3e-3, lora=True, max_norm=0.5, checkpointing=True),
     "ppo, head": dict(stage="ppo", max_steps=5, lr=3e-3, ptx_coef=0.5, critic_kind="head"),
-    "grpo": dict(stage="grpo", max_steps=10, lr=1e-3, algorithm="dapo"),
-    "online dpo": dict(stage="online_dpo", max_steps=10, lr=1e-3),
+    "grpo": dict(stage="grpo", max_steps=5, lr=1e-3, algorithm="dapo"),
+    "online dpo": dict(stage="online_dpo", max_steps=5, lr=1e-3),
     "two optimizers": dict(stage="gan", max_steps=8),
     "value clipping": dict(stage="sft", clip=0.01, clip_by="value", max_steps=4),
 }  # fmt: skip

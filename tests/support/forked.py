@@ -1,7 +1,8 @@
-"""Starts Python programs by forking a process that has imported torch, transformers and Lightning already.
+"""Starts Python programs by forking a process that has imported torch, transformers, peft and Lightning already.
 
-Their import takes as long as most programs of the tests run. :func:`python` takes the place of ``sys.executable`` in a
-command; within what is started it is ``sys.executable``, so that Lightning's launcher starts its ranks alike:
+Their import, and the first loading of a model, take as long as most programs of the tests run. :func:`python` takes the
+place of ``sys.executable`` in a command; within what is started it is ``sys.executable``, so that Lightning's launcher
+starts its ranks alike:
 
     subprocess.run([python(), script, ...], env=env)
 
@@ -225,14 +226,28 @@ if __name__ == "__main__":
     import gc
     import importlib
     import threading
+    from pathlib import Path
 
     for name in PRELOADED:
         importlib.import_module(name)
+    import torch
+
     import lightning_rlhf
 
     for name in lightning_rlhf.__all__:  # which load late
         getattr(lightning_rlhf, name)
-    assert threading.active_count() == 1, "a fork has one thread"
+    if not torch.cuda.device_count():  # bitsandbytes, which peft imports, would start CUDA, which no fork can use
+        import peft  # noqa: F401
+        from transformers.utils import logging
+
+        from lightning_rlhf.models import load_causal_lm, load_tokenizer
+
+        # What is made when a model is first loaded is there then. No adapters: gptqmodel would start threads.
+        small = Path(__file__).parents[1] / "assets" / "stories260K"
+        logging.disable_progress_bar()  # it has a thread
+        load_tokenizer(small), load_causal_lm(small)
+        logging.enable_progress_bar()
+    assert threading.active_count() == 1, f"a fork has one thread, not {threading.enumerate()}"
     gc.freeze()  # collections need not touch, and so copy, what was imported
     server = Server(sys.argv[1])
     sys.stdout.buffer.write(b"ready\n")

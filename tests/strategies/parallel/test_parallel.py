@@ -183,17 +183,20 @@ def runs(tiny_model_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_curves_of_one_process(runs, name):
     assert_same_run(runs / f"{name}, tp", runs / name)
 
 
+@pytest.mark.slow
 def test_validation_and_win_rates_are_those_of_one_process(runs):
     assert_same_scores(runs / "sft, tp", runs / "sft")
     pairs = [(runs / name / "win_rate.jsonl").read_text() for name in ("sft, tp", "sft")]
     assert pairs[0] == pairs[1] and len(pairs[0].splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_whole_and_goes_on_anywhere(runs):
     one, two = (torch.load(runs / name / "step=2.ckpt", weights_only=True) for name in ("sft lora", "sft lora, tp"))
     assert one["state_dict"].keys() == two["state_dict"].keys()
@@ -209,6 +212,7 @@ def test_a_checkpoint_is_whole_and_goes_on_anywhere(runs):
         assert largest_difference(curve(runs / name)[1:], whole[-1:]) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_an_export_is_whole(runs):
     one, two = (
         AutoModelForCausalLM.from_pretrained(runs / name / "hf" / "last") for name in ("sft lora", "sft lora, tp")

@@ -125,15 +125,18 @@ def runs(tiny_model_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_curves_of_one_process(runs, name):
     assert_same_run(runs / f"{name}, sp", runs / name)
 
 
+@pytest.mark.slow
 def test_validation_is_that_of_one_process(runs):
     assert_same_scores(runs / "sft, sp", runs / "sft")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_ordinary_and_goes_on_anywhere(runs):
     one, two = (torch.load(runs / name / "step=2.ckpt", weights_only=True) for name in ("sft lora", "sft lora, sp"))
     assert one["state_dict"].keys() == two["state_dict"].keys()
