@@ -60,7 +60,7 @@ IN_COMMANDS = {
     "runs/sft_smollm2/hf/best": "{model}",
     "quantize runs/sft_smollm2 ": "quantize {model} ",
     "--compare rtn nf4": "--compare rtn nf4 --data {rows}",
-    "--devices 2 --memory 80GB --search": "--devices 1 --memory 80GB --search --data.batch_size 2",
+    "--devices 2 --memory 80GB --search": "--devices 1 --memory 80GB",  # tests/plan searches, which takes long
     # the other one's tokenizer is unknown to llama.cpp
     "export runs/sft_smollm2 --format gguf": "export {root}/tests/assets/stories260K --format gguf",
 }
@@ -128,9 +128,28 @@ def at(path, number):
     return f"{path.relative_to(ROOT)}:{number}"
 
 
+#: Commands that CI leaves out, beside those of a config alone, which tests/conf runs: it runs these axes on two ranks,
+#: and others read rows, too.
+LIKE_OTHERS = (
+    *(f"configs/sft/llama2_13b_full.yaml --config configs/parallel/{axis}2.yaml" for axis in ("tp", "sp", "pp")),
+    "configs/sft/smollm2_lora.yaml --data.train my.jsonl",
+    "configs/sft/smollm2_lora.yaml --data.train my.jsonl --trainer.max_epochs 3",
+)
+
+
+def is_run_elsewhere(command):
+    """Whether another test runs what a command runs."""
+    configs = command.removeprefix("lightning-rlhf fit --config ")
+    return configs != command and (configs in LIKE_OTHERS or re.fullmatch(r"configs/\S+", configs) is not None)
+
+
 PYTHON = [pytest.param(source, id=at(path, n)) for path in TEXTS for n, source in blocks(path, "python")]
 COMMANDS = [pytest.param(command, id=at(path, n)) for path in TEXTS for n, command in commands(path)]
-RUN = [entry for entry in COMMANDS if entry.values[0].startswith("lightning-rlhf ")]
+RUN = [
+    pytest.param(command, id=entry.id, marks=pytest.mark.exhaustive if is_run_elsewhere(command) else ())
+    for entry in COMMANDS
+    if (command := entry.values[0]).startswith("lightning-rlhf ")
+]
 
 
 @pytest.fixture
