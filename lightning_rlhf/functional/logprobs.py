@@ -110,6 +110,17 @@ class _Block(NamedTuple):
     held: Tensor | None = None  # (n,) bool, whether V has the target; None if it always has
 
 
+def rows_of_blocks(count: int, most: int) -> Iterator[slice]:
+    """Yields the rows of each block. ``plan`` puts another in its place, since blocks are alike.
+
+    Args:
+        count: Number of rows.
+        most: Rows of a block.
+    """
+    for start in range(0, count, most):
+        yield slice(start, min(start + most, count))
+
+
 def _blocks(
     hidden: Tensor,
     target: Tensor,
@@ -127,9 +138,7 @@ def _blocks(
     if head.part is not None:
         yield from _blocks_of_part(hidden, target, head, head.part, chunk, out, gradient, known_log_z)
         return
-    rows = max(1, chunk // head.weight.shape[0])
-    for start in range(0, hidden.shape[0], rows):
-        s = slice(start, min(start + rows, hidden.shape[0]))
+    for s in rows_of_blocks(hidden.shape[0], max(1, chunk // head.weight.shape[0])):
         logits = head.logits(hidden[s])
         slope = head.slope(logits) if gradient else 1.0
         top = logits.amax(-1)
@@ -156,9 +165,8 @@ def _blocks_of_part(
     known_log_z: Tensor | None,
 ) -> Iterator[_Block]:
     """As :func:`_blocks`, where other ranks hold the other logits of each row."""
-    rows, width = max(1, chunk // part.widest), head.weight.shape[0]
-    for start in range(0, hidden.shape[0], rows):
-        s = slice(start, min(start + rows, hidden.shape[0]))
+    width = head.weight.shape[0]
+    for s in rows_of_blocks(hidden.shape[0], max(1, chunk // part.widest)):
         at = target[s] - part.start
         held = (at >= 0) & (at < width)
         at = at.clamp(0, width - 1)

@@ -42,12 +42,9 @@ class PlanCLI(StageCLI):
     """The options of ``fit`` and a few more. It makes the module and the data module, but no Trainer."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Sets name and description."""
+        """Sets name and description, and adds the command's own options: help lists them in this order, so first."""
         about = (main.__doc__ or "").partition("Args:")[0]
-        return super().init_parser(**{**kwargs, "prog": "lightning-rlhf plan", "description": about})
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the command's own options, and those of ``fit`` outside of ``model``, ``data`` and ``trainer``."""
+        parser = super().init_parser(**{**kwargs, "prog": "lightning-rlhf plan", "description": about})
         add = parser.add_argument
         add(
             "--devices", type=PositiveInt | None, help="number of devices; default: trainer.devices x trainer.num_nodes"
@@ -56,12 +53,19 @@ class PlanCLI(StageCLI):
         add("--margin", type=_Margin, default=0.05, help="share of it that nothing may use: the driver's, and holes")
         add("--search", type=bool, default=False, help="true: rank layouts, and choose the fastest that fits")
         add("--out", type=str | None, help="write a config of the layout to this file")
-        flops = "operations a device does in a second; default: an A100's in bf16, as in the next two"
+        flops = (
+            "operations a device does in a second. The defaults of this and the next two are an A100's, and this one's "
+            "is for bf16: speeds in other precisions and on other cards need numbers of their own"
+        )
         add("--flops", type=_Rate, default=_DEVICE.flops, help=flops)
         add("--bandwidth", type=_Rate, default=_DEVICE.bandwidth, help="bytes read of its memory in a second")
         add("--link", type=_Rate, default=_DEVICE.link, help="bytes sent to another device in a second")
         share = "share of the operations that training reaches"
         add("--utilization", type=_Share, default=_DEVICE.utilization, help=share)
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds those of ``fit`` outside of ``model``, ``data`` and ``trainer``."""
         parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
     def before_instantiate_classes(self) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.plan.fakes import fake_tensors
-from lightning_rlhf.plan.meter import Meter, Segment
+from lightning_rlhf.plan.meter import Meter, Segment, few_blocks
 from lightning_rlhf.plan.models import copy_of, layers_of, take_weights_away, vocabulary_of
 from lightning_rlhf.plan.ranks import one_rank
 from lightning_rlhf.plan.rollouts import UPDATE, iteration
@@ -185,7 +185,13 @@ def run(stage: Stage, shape: Shape, mode: Mode, layers: int) -> Found:
         layers: Layers of each model.
     """
     meter, module = Meter(-(-vocabulary_of(stage) // mode.tp)), copy_of(stage)
-    with one_rank(mode.tp, mode.sp) as mesh, fake_tensors(), meter, contextlib.redirect_stdout(None):
+    with (
+        one_rank(mode.tp, mode.sp) as mesh,
+        fake_tensors(),
+        meter,
+        few_blocks(meter),
+        contextlib.redirect_stdout(None),
+    ):
         take_weights_away(module, layers, mode.checkpointing)
         module.configure_model()
         if mesh is not None and mode.tp > 1:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_rlhf.functional import logprobs
+from lightning_rlhf.functional.logprobs import rows_of_blocks
 
 #: Parts of a rank's memory that a run of the module shows.
 KINDS = ("weights", "gradients", "states", "activations", "logits", "temporary")
@@ -58,6 +62,7 @@ class Meter(TorchDispatchMode):
     Attributes:
         segments: Those that are done, in order.
         now: Bytes that live now, by kind.
+        repeats: How often what runs now would run: its operations count as many times.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -65,6 +70,7 @@ class Meter(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.segments: list[Segment] = []
         self.now: Counter[str] = Counter()
+        self.repeats = 1
         self._held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
         self._name, self._peak, self._most, self._flops = "start", Counter[str](), -1, 0
         self._begun = Counter[str]()
@@ -100,7 +106,7 @@ class Meter(TorchDispatchMode):
         except DynamicOutputShapeException:
             out = _largest(function, args)
         tree_map_only(Tensor, self._meet, out)
-        self._flops += _count_flops(function, args, kwargs, out)
+        self._flops += self.repeats * _count_flops(function, args, kwargs, out)
         return out
 
     def _meet(self, tensor: Tensor, kind: str | None = None) -> None:
@@ -121,6 +127,28 @@ class Meter(TorchDispatchMode):
     def _look(self) -> None:
         if (total := self.now.total()) > self._most:
             self._most, self._peak = total, self.now.copy()
+
+
+@contextmanager
+def few_blocks(meter: Meter) -> Iterator[None]:
+    """Within it, heads run the first two blocks of logits and the last one, and the second stands for those between.
+
+    They are hundreds and alike. The second one is the first that runs beside what is left of another.
+    """
+
+    def rows(count: int, most: int) -> Iterator[slice]:
+        every = list(rows_of_blocks(count, most))
+        for i, block in enumerate(every):
+            if i in (0, 1, len(every) - 1):
+                meter.repeats = len(every) - 2 if i == 1 < len(every) - 1 else 1
+                yield block
+        meter.repeats = 1
+
+    logprobs.rows_of_blocks = rows
+    try:
+        yield
+    finally:
+        logprobs.rows_of_blocks = rows_of_blocks
 
 
 def _unknown_number(tensor: Tensor) -> float | int | bool:

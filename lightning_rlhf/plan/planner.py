@@ -264,6 +264,7 @@ class Planner:
         """Computes what a number of rows takes. It interpolates between one row and the largest micro-batch."""
         sharded, on_gpu, clip = layout.plugin != "ddp", self.settings.on_gpu, self.settings.clip
         cast = MODES[self.settings.precision][1] if sharded else None
+        sharded = sharded and isinstance(self.stage, RLStage)  # others run alike, so that one run serves both
         mode = Mode(self.settings.precision, cast, sharded, layout.checkpointing, on_gpu, clip, layout.tp, layout.sp)
         most = shape_of(self.stage, self.data, layout.copies, self.settings.accumulate).rows
         if rows >= most:

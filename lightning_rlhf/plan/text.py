@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import yaml
 
 from lightning_rlhf.plan.layout import PARTS, Layout
 from lightning_rlhf.plan.planner import Answer, Settings
+from lightning_rlhf.plan.speed import Device
 from lightning_rlhf.plan.stages import waiting
 
 
@@ -41,10 +43,21 @@ def as_text(answer: Answer, settings: Settings) -> str:
         f"  {'all':22}{size(most.on_device):>14}",
         "",
         f"{'tokens a second':24}{answer.tokens_per_second:,.0f} ({answer.seconds:,.2f} s a step)",
+        f"{'if a device has':24}{_of_device(settings.device)}",
         "",
         "It fits." if answer.fits else f"It does not fit: {size(most.on_device - settings.room)} too much.",
     ]
     return "\n".join(lines)
+
+
+def _of_device(device: Device) -> str:
+    """What speeds are for."""
+    told = (
+        f"{device.flops / 1e12:,.4g} TFLOP/s, {device.utilization:.0%} of which training reaches, memory of "
+        f"{device.bandwidth / 1e9:,.4g} GB/s, a link of {device.link / 1e9:,.4g} GB/s"
+    )
+    usual = replace(device, utilization=Device.utilization) == Device()
+    return f"{told}: an A100 in bf16 (--flops and others change it)" if usual else told
 
 
 def _of_pipeline(layout: Layout) -> list[str]:

@@ -1,16 +1,11 @@
-"""A small model, large enough that its tensors are most of the memory."""
+"""Small models with weights, and configs of large ones without."""
 
 import pytest
 import torch.distributed as dist
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-
-def config(vocabulary, layers=5, width=128, kv=2):
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=kv, max_position_embeddings=512,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+from .cases import config
+from .table import models_in
 
 
 @pytest.fixture(autouse=True)
@@ -27,21 +22,15 @@ def whole_tokenizer(tiny_model_dir):
 
 
 @pytest.fixture(scope="session")
-def small_model(whole_tokenizer, tmp_path_factory):
-    """Five layers with weights."""
-    return save(config(len(whole_tokenizer)), whole_tokenizer, tmp_path_factory.mktemp("small"))
+def small_models(whole_tokenizer, tmp_path_factory):
+    """The models of the table's rows."""
+    return models_in(tmp_path_factory.mktemp("small"), whole_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def even_model(whole_tokenizer, tmp_path_factory):
-    """The same with four key-value heads, which four ranks divide."""
-    return save(config(len(whole_tokenizer), kv=4), whole_tokenizer, tmp_path_factory.mktemp("even"))
-
-
-def save(config, tokenizer, folder):
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def small_model(small_models):
+    """Five layers with weights."""
+    return small_models[5, 2]
 
 
 @pytest.fixture(scope="session")

@@ -82,8 +82,8 @@ def shards(strategy):
     return [chunk.payload for group in groups for chunk in group if not chunk.keep_gathered]
 
 
-def fit(module, data, strategy="auto", devices=1, **settings):
-    """Trains for two steps; returns the parts and the peak of the second one."""
+def fit(module, data, strategy="auto", devices=1, precision="32-true"):
+    """Trains for two steps; returns the parts and the peak of the second one, and the tokens of a prompt."""
     living = Living()
     parts = Parts(living)
     module.configure_model()
@@ -92,8 +92,11 @@ def fit(module, data, strategy="auto", devices=1, **settings):
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=2, callbacks=[parts], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, **settings,
+        limit_val_batches=0, precision=precision, use_distributed_sampler=False,
     )  # fmt: skip
     with living:
         trainer.fit(module, data)
-    return {**parts.found, "peak": living.most}
+    found = {**parts.found, "peak": living.most}
+    if sampled := getattr(module, "sampled", None):
+        found["prompt"] = len(sampled[0].experience.trees[0].prompt)
+    return found

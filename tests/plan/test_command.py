@@ -37,7 +37,25 @@ def test_it_tells_parts_and_speed(no_weights, capsys):
     assert "one device; 1 x 953.7 MiB; 32-true; checkpointing off" in out and "It fits." in out
     parts = dict(re.findall(r"^  (\w+) +([\d.,]+) MiB$", out, re.M))
     assert {"weights", "states", "activations", "all"} <= parts.keys() and re.search(r"tokens a second +[\d,]+ \(", out)
+    assert (
+        "312 TFLOP/s, 40% of which training reaches, memory of 2,000 GB/s, a link of 300 GB/s: an A100 in bf16" in out
+    )
     assert sum(float(v) for k, v in parts.items() if k != "all") == pytest.approx(float(parts["all"]), abs=0.3)
+
+
+def test_speed_is_told_for_the_device_that_is_given(no_weights, capsys):
+    main(sft(no_weights, "--devices", "1", "--flops", "6e13", "--utilization", "0.5"))
+    out = capsys.readouterr().out
+    assert "60 TFLOP/s, 50% of which training reaches" in out and "A100" not in out
+
+
+def test_help_begins_with_the_options_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    listed = re.findall(r"^  (--\w+(?:\.\w+)?)", capsys.readouterr().out.partition("\noptions:\n")[2], re.M)
+    own = ["devices", "memory", "margin", "search", "out", "flops", "bandwidth", "link", "utilization"]
+    listed.remove("--print_config")  # of every command
+    assert listed[: len(own)] == [f"--{name}" for name in own]
 
 
 def test_a_plan_of_too_little_memory_says_how_much(no_weights, capsys):

@@ -1,9 +1,13 @@
 """Numbers and shapes that fake tensors do not have, and what is counted."""
 
+import contextlib
+
+import pytest
 import torch
 
+from lightning_rlhf.functional import linear_logprobs, linear_nll
 from lightning_rlhf.plan.fakes import fake_tensors
-from lightning_rlhf.plan.meter import Meter
+from lightning_rlhf.plan.meter import Meter, few_blocks
 
 
 def test_unknown_numbers_are_finite_and_small():
@@ -51,3 +55,27 @@ def test_modules_are_moved_and_cast_and_stay_tied():
         module[1].weight = module[0].weight
         module.to("cpu").bfloat16()
     assert module[0].weight.dtype == torch.bfloat16 and module[1].weight is module[0].weight
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 12, 30, 32])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
+def test_few_blocks_of_logits_stand_for_all(rows, frozen, summed):
+    """Blocks of four rows: peak, what is left and operations are those of all blocks, which are more operations."""
+    found = []
+    for few in (True, False):
+        with fake_tensors(), Meter(7) as meter, few_blocks(meter) if few else contextlib.nullcontext():
+            hidden = torch.zeros(rows, 3, requires_grad=True)
+            weight = torch.zeros(7, 3, requires_grad=not frozen)
+            target = torch.zeros(rows, dtype=torch.long)
+            meter.begin("forward")
+            if summed:
+                out = linear_nll(hidden, weight, target, torch.ones(rows), chunk=28)
+            else:
+                out = linear_logprobs(hidden, weight, target, entropy=True, chunk=28)
+            meter.begin("backward")
+            (out.loss if summed else out.logprobs.sum() + out.entropies.sum()).backward()
+            meter.begin("end")
+            assert meter.repeats == 1
+        found.append((meter.segments, +meter.now))
+    assert found[0] == found[1] and found[0][0][1].flops > 0
