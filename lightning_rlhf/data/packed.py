@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_rlhf.utils.transfer import send
+
 
 class Branch(NamedTuple):
     """A completion. Its tokens follow a prompt, and the loss reads some of them.
@@ -311,15 +313,14 @@ class PackedBatch:
             changed["mismatched"] = self.mismatched._map(function)
         return replace(self, forest=Forest(self.forest.trees), **changed)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False, copy: bool = False) -> PackedBatch:
-        """The same batch with its tensors on ``device``. Lightning calls this method.
+    def to(self, device: torch.device | str, copy: bool = False) -> PackedBatch:
+        """The same batch with its tensors on ``device``, without a wait for a GPU. Lightning calls this method.
 
         Args:
             device: Where the tensors go.
-            non_blocking: See ``torch.Tensor.to``.
             copy: Copy also tensors that are there already.
         """
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking, copy=copy))
+        return self._map(lambda t: t.to(device, copy=True) if copy else send(t, device))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory."""

@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.data.packed import Forest
 from lightning_rlhf.utils.compilation import uncompiled
+from lightning_rlhf.utils.transfer import send
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
         return cast(BlockMask, forest.masks[name])
     node, prompt, position = _tokens(forest)
     earliest = position - (window or len(position)) + 1
-    node, prompt, position, earliest = (t.to(device) for t in (node, prompt, position, earliest))
+    node, prompt, position, earliest = send(torch.stack([node, prompt, position, earliest]), device).unbind()
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         path = (node[kv] == node[q]) | (node[kv] == prompt[q])

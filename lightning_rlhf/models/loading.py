@@ -152,6 +152,9 @@ class Load:
         layout: ``auto`` computes each prompt once if the model allows it, and pads otherwise. ``tree`` and ``padded``
             always use this layout.
         trust_remote_code: Run code that comes with the model.
+        tf32: On a CUDA device, multiply fp32 matrices in TF32 while ``fit`` runs: factors are rounded to 10 bits, sums
+            are not, and cards since the A100 are up to 8 times as fast. False: in full. It changes no other type and no
+            other device, and nothing where ``torch.set_float32_matmul_precision`` was called before.
 
     Raises:
         ValueError: A value is not one of the choices.
@@ -162,6 +165,7 @@ class Load:
     gradient_checkpointing: bool = False
     layout: LayoutChoice = "auto"
     trust_remote_code: bool = False
+    tf32: bool = True
 
     def __post_init__(self) -> None:
         check_arguments(Load, vars(self), "load.")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_rlhf.data import PackedBatch
 from lightning_rlhf.functional import ScoredTokens
-from lightning_rlhf.functional.logprobs import CHUNK
 from lightning_rlhf.models.backbone import Hidden, LayoutChoice
 from lightning_rlhf.models.policy import Policy
 from lightning_rlhf.models.reward import read_head
@@ -38,7 +37,7 @@ class RoleModel(Policy):
     Args:
         model: A peft model around a causal LM; its active adapter is the policy's.
         layout: See :class:`~lightning_rlhf.models.backbone.Backbone`.
-        chunk: Elements of logits alive at once in the scored head.
+        chunk: See :class:`~lightning_rlhf.models.policy.Policy`.
         critic: Adds a critic, with adapters like the policy's and a head of zeros.
         trunk_grad: See :class:`~lightning_rlhf.models.policy.Policy`: a critic as a head on the policy's hidden states,
             in place of ``critic``.
@@ -56,7 +55,7 @@ class RoleModel(Policy):
         self,
         model: nn.Module,
         layout: LayoutChoice = "auto",
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         critic: bool = True,
         critic_init: str | os.PathLike[str] | None = None,
         reward: str | os.PathLike[str] | None = None,

@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_rlhf.functional.logprobs import LARGE_CHUNK
+from lightning_rlhf.models import Policy
 from lightning_rlhf.models.backbone import Backbone
 from lightning_rlhf.plan.fakes import fake_tensors
 from lightning_rlhf.plan.meter import Meter, Segment, few_blocks
@@ -39,7 +41,7 @@ class Mode:
         cast: Trained models are in 16 bits, as under ZeRO and Gemini, and there is no autocast.
         sharded: ZeRO and Gemini: a backward pass must follow each forward pass.
         checkpointing: Activations are computed again in the backward pass.
-        fused_lists: The optimizer steps all tensors at once, as it does on GPUs.
+        fused_lists: As on GPUs, the optimizer steps all tensors at once, and the head makes large blocks of logits.
         clip: The Trainer's ``gradient_clip_val``.
         tp: Ranks that hold each layer of a copy together; what one of them takes is told.
         sp: Ranks that run each row of a copy together.
@@ -302,10 +304,13 @@ class _Watcher(L.Callback):
             self.meter.mark([parameter.grad], "gradients")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets optimizers step as on the device that is planned for."""
+        """Lets optimizers step, and heads make logits, as on the device that is planned for."""
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             if self.fused_lists and group.get("foreach", 0) is None and not group.get("fused"):
                 group["foreach"] = True
+        for part in pl_module.modules() if self.fused_lists else ():
+            if isinstance(part, Policy) and part.chunk is None:
+                part.chunk = LARGE_CHUNK
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Counts all gradients: none is missing here."""

@@ -139,11 +139,12 @@ class SlotCache(Cache):
         self.slots, self.columns = slots, columns
         if same and not moves:
             return
+        places = to_device(moves, self._keys[0].device).unbind(1) if moves and self._keys else None
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
                 new = old if same else _zeros(old, slots, old.shape[1], columns, old.shape[3])
-                if moves:
-                    to, source = torch.tensor(moves, device=old.device).unbind(1)
+                if places is not None:
+                    to, source = places
                     new[to, :, :width] = old[source, :, :width]  # the right side is a copy: order does not matter
                 store[layer] = new
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -224,6 +225,12 @@ class StaticStep:
         self._slot.add_(1)
 
 
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: cuBLAS keeps memory for each stream that it has run on."""
+    return torch.cuda.Stream(device)
+
+
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Captures a step in a CUDA graph.
 
@@ -239,7 +246,8 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         return step
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a data loader's thread may pin memory
+        # torch's own stream is one of the device of the first capture; a data loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         log.warning(

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rlhf.utils.transfer import send
+
 
 def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Makes a tensor of numbers.
 
     Args:
         values: Lists of numbers, or an array.
-        device: Where it goes. A GPU goes on working meanwhile, because the copy is from pinned memory.
+        device: Where it goes. A GPU goes on working meanwhile.
         dtype: Its type.
     """
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+    return send(torch.tensor(values, dtype=dtype), device)
 
 
 def to_lists(ids: Tensor, values: Tensor) -> tuple[list[int], list[float]]:
@@ -52,7 +53,7 @@ class Coming:
         self._numbers.copy_(numbers, non_blocking=True)
         self._copied = torch.cuda.Event() if numbers.is_cuda else None
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(numbers.device))
 
     def tolist(self) -> Any:
         """Waits for them."""

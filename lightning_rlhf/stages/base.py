@@ -163,6 +163,7 @@ class Stage(L.LightningModule):
         self._mid_step = self._diverges = False
         self._loaded_from = "The state dict"
         self._counted = 0
+        self._precision_before: str | None = None  # torch's, before fit
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another model in the place of the one that a fit trains: the optimizer has the weights of that one.
@@ -454,6 +455,15 @@ class Stage(L.LightningModule):
         if isinstance(limit, int) and limit % k:
             self._refuse_limit(limit, "")
         self._match_makers()
+        self._precision_before = self._precision_before or torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(matmul_precision(self.device, self.load.tf32))
+
+    def teardown(self, stage: str) -> None:
+        """Multiplies as before ``fit``."""
+        super().teardown(stage)
+        if self._precision_before is not None:
+            torch.set_float32_matmul_precision(self._precision_before)
+            self._precision_before = None
 
     def _refuse_limit(self, n: int, what: str) -> None:
         k, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
@@ -732,6 +742,12 @@ class Stage(L.LightningModule):
     def _frozen(self) -> set[str]:
         """Names in the state dict that no optimizer changes; buffers are kept."""
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def matmul_precision(device: torch.device, tf32: bool) -> str:
+    """Returns torch's precision of fp32 products: TF32 on a CUDA device, unless the process has chosen its own."""
+    now = torch.get_float32_matmul_precision()
+    return "high" if tf32 and device.type == "cuda" and now == "highest" else now
 
 
 def _rates(state: object) -> list[float]:

@@ -123,3 +123,26 @@ def test_pairs_point_at_the_sequences_of_their_tree():
     assert [p.rows for p in parts] == [(7,), (8, 9)]
     assert parts[1].pairs.better.tolist() == [1]
     assert parts[1].to("cpu").pairs.worse.tolist() == [2]
+
+
+def test_nothing_waits_for_a_gpu_to_get_a_batch(monkeypatch):
+    """There is no GPU here: what would be copied to one is noted, and stays."""
+    batch = pack([Tree([5, 6], [Branch([7]), Branch([8, 9])], pairs=(Pair(0, 1, 0.5, 0.25),))])
+    pinned, sent = [], []
+
+    def pin_memory(tensor):
+        pinned.append(tensor)
+        return tensor.clone()
+
+    def to(tensor, device, **settings):
+        sent.append((device, settings))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to("cuda")
+    assert len(sent) == len(pinned) > 5
+    assert all(call == ("cuda", {"non_blocking": True}) for call in sent)
+    del pinned[:], sent[:]
+    batch.to("cpu")
+    assert not pinned and all(call == ("cpu", {"non_blocking": False}) for call in sent)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from lightning_rlhf.functional import linear_logprobs, linear_nll
+from lightning_rlhf.functional import linear_logprobs, linear_nll, logprobs
+from lightning_rlhf.functional.logprobs import chunk_of
 
 
 def plain(hidden, weight, target, bias=None, temperature=1.0, scale=1.0, softcap=None):
@@ -220,3 +221,21 @@ def test_shape_and_temperature_errors():
         linear_logprobs(hidden, weight, target, temperature=0)
     with pytest.raises(ValueError, match="z_loss must not be negative"):
         linear_nll(hidden, weight, target, torch.ones(len(target)), z_loss=-1e-4)
+
+
+def test_blocks_of_logits_are_larger_on_a_gpu_unless_a_size_is_given(monkeypatch):
+    assert chunk_of(torch.device("cpu")) == 2**22 and chunk_of(torch.device("cuda", 1)) == 2**26
+    seen, blocks = [], logprobs._blocks
+
+    def watched(hidden, target, head, chunk, *rest, **more):
+        seen.append(chunk)
+        return blocks(hidden, target, head, chunk, *rest, **more)
+
+    monkeypatch.setattr(logprobs, "_blocks", watched)
+    monkeypatch.setattr(logprobs, "chunk_of", lambda device: 40 + (device.type == "cpu"))
+    hidden, weight, target = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 6, 2])
+    for given, chunk in ((None, 41), (14, 14)):
+        linear_logprobs(hidden, weight, target, chunk=given)
+        linear_nll(hidden, weight, target, torch.ones(3), chunk=given)
+        assert seen == [chunk] * 2
+        seen.clear()

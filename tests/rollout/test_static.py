@@ -282,6 +282,7 @@ def test_a_step_that_can_not_be_captured_runs_as_it_is(policy, prompts, tiny_tok
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Refusing)
+    monkeypatch.setattr(static_step, "_capture_stream", str)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     ran = []
     with caplog.at_level(logging.WARNING, static_step.__name__):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import (
     InstructionDataModule,
+    Load,
     LoRA,
     PPOModule,
     PreferenceDataModule,
@@ -19,6 +20,7 @@ from lightning_rlhf import (
     Sampling,
     SFTModule,
 )
+from lightning_rlhf.stages import base
 
 QUESTIONS = {"Who are you?": "A model.", "What is red?": "An apple."}
 STAGES = ("sft", "reward", "ppo")
@@ -133,3 +135,29 @@ def test_samples_of_a_head_trained_in_fp32_over_a_bf16_model_need_no_autocast(ti
     with module.policy.native_attention() as model, torch.no_grad():
         out = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     assert out.shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize(
+    ("device", "settings", "before", "within"),
+    [
+        ("cuda", {}, "highest", "high"),
+        ("cuda", {"load": Load(tf32=False)}, "highest", "highest"),
+        ("cuda", {}, "medium", "medium"),  # the process has chosen
+        ("cpu", {}, "highest", "highest"),
+    ],
+)
+def test_fp32_is_multiplied_in_tf32_on_a_gpu_while_a_fit_runs(
+    name, device, settings, before, within, tiny_model_dir, tmp_path, monkeypatch
+):
+    """There is no GPU here: the stage is told that it is on one when it chooses."""
+    original, seen = base.matmul_precision, []
+    monkeypatch.setattr(base, "matmul_precision", lambda _, tf32: original(torch.device(device), tf32))
+    module, data = stage(name, tiny_model_dir, tmp_path / "cache", **settings)
+    monkeypatch.setattr(module, "on_train_batch_end", lambda *args: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision(before)
+    try:
+        fit(module, data, tmp_path)
+        assert seen == [within] and torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
