@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS", ROOT.parent / "shared"))
@@ -62,6 +62,25 @@ def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
     """The same random weights for every contestant, in fp32."""
     torch.manual_seed(0)
     return LlamaForCausalLM(config).train()
+
+
+def write_llama(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Writes random weights in bf16, made on a card where there is one, whose peak of memory then begins anew."""
+    cuda, usual = torch.cuda.is_available(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if cuda else "cpu"):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(usual)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return folder
 
 
 def adamw(params: Iterable[Any], lr: float = 1e-4) -> torch.optim.AdamW:

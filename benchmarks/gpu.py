@@ -11,20 +11,24 @@
 --check and --all add a line of JSON for each step to --out as it comes. A step runs in a process of its own, with a
 time that it may take, so that a fault costs that step alone; where --minutes are over, the rest is noted as "no time".
 
-Each recipe trains a random Llama of its own size in a process of its own, on made-up rows of one length, in bf16. The
-figures are of the steps after a warm-up, by the clock, with the card's queue emptied at the end of each step. Tokens
-are those of the rows, prompts and answers; PPO passes over them once a step, after it sampled the answers.
+Each recipe trains a random Llama of its own size in a process of its own, on made-up rows of one length, in bf16. A 7B
+is written to disk first, and loaded from there as a user's is. The figures are of the steps after a warm-up, by the
+clock, with the card's queue emptied at the end of each step. Tokens are those of the rows, prompts and answers; PPO
+passes over them once a step, after it sampled the answers.
 
-"peak GB" is torch.cuda.max_memory_allocated of the whole process, loading counted, in 10^9 bytes. "MFU" is 6 N
+"peak GB" is torch.cuda.max_memory_allocated from the loading of the model on, in 10^9 bytes. "MFU" is 6 N
 operations a token, N being all parameters of the model, over what the card can do at most (dense bf16). It leaves out
 attention, and of PPO sampling, reference, critic and measuring passes, so PPO's is low by what it does besides.
 
 Recipes:
-    sft             SFTModule, all weights, bf16-mixed by autocast
+    sft             SFTModule, all weights of a 1B at 2,048 tokens, bf16-mixed by autocast
+    sft_compile     the same, compiled by torch.compile
     ppo             PPOModule, adapters for policy and critic on one shared backbone in bf16
     ppo_120m        the same with 120 million parameters and short rows; ColossalChat claimed 1.62 GB for such a PPO
-    zero2_offload   sft under colossalai_zero2_offload: optimizer states and fp32 weights in the CPU's memory
-    gemini_offload  sft under colossalai_gemini_offload: bf16 weights lie there too
+    ppo_7b_nf4      ppo of a 7B by QLoRA
+    sft_7b_lora     SFTModule, adapters on a 7B in bf16, 4 rows of 2,048 tokens
+    zero2_offload   SFTModule under colossalai_zero2_offload: optimizer states and fp32 weights in the CPU's memory
+    gemini_offload  the same under colossalai_gemini_offload: bf16 weights lie there too
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ from memory import first_letters
 from sft import word_tokenizer
 from sharding import num_parameters
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_rlhf import (
     InstructionDataModule,
@@ -66,6 +70,8 @@ from lightning_rlhf import (
     Updates,
 )
 from lightning_rlhf.data.templates import set_chat_template
+from lightning_rlhf.models.loading import Dtype
+from lightning_rlhf.models.quantization import Quantization
 
 #: Dense bf16 operations a second in 10^12, as the maker says, by words of the card's name; the first that fits.
 PEAKS = {
@@ -98,7 +104,11 @@ class Recipe(NamedTuple):
         length: Tokens of a row's prompt.
         new: Tokens of its answer.
         checkpointing: Of gradients.
+        from_disk: Adapters are trained, on weights that are loaded from a directory in bf16.
+        quantization: Of these weights.
+        compiled: The policy is compiled.
         goal: Memory that it should need at most, in GB.
+        mfu: What it should reach.
     """
 
     stage: str
@@ -110,23 +120,38 @@ class Recipe(NamedTuple):
     length: int = 384
     new: int = 128
     checkpointing: bool = False
+    from_disk: bool = False
+    quantization: Quantization | None = None
+    compiled: bool = False
     goal: float | None = None
+    mfu: float | None = None
 
 
+_1B = Recipe("sft", width=2048, layers=18, rows=4, length=1024, new=1024, mfu=0.45)
+_7B = Recipe("ppo", width=4096, layers=32, checkpointing=True, from_disk=True)
 RECIPES = {
-    "sft": Recipe("sft"),
+    "sft": _1B,
+    "sft_compile": _1B._replace(compiled=True, mfu=0.5),
     "ppo": Recipe("ppo", rows=32, checkpointing=True),
     "ppo_120m": Recipe("ppo", width=768, layers=10, length=96, new=32, checkpointing=True, goal=1.0),
+    "ppo_7b_nf4": _7B._replace(quantization="nf4", goal=24.0),
+    "sft_7b_lora": _7B._replace(stage="sft", rows=4, length=1024, new=1024, goal=40.0),
     "zero2_offload": Recipe("sft", "colossalai_zero2_offload", checkpointing=True),
     "gemini_offload": Recipe("sft", "colossalai_gemini_offload", checkpointing=True),
 }
 #: What --check and --all run, by where it is, in this order; the least valuable last.
 CHECKS = ("card", "trees", "greedy", "static", "ppo", "exports", "resume")
 SHARDED_CHECKS = ("zero2", "zero2_offload", "gemini", "gemini_offload", "gemini_auto")
-FIGURES = ("decode", "sft", "groups", "head", "ppo_120m", "ppo")
+FIGURES = (
+    "decode", "sft", "groups", "head", "ppo_120m", "sft_compile", "serve_4bit", "ppo_7b_nf4", "sft_7b_lora", "ppo",
+)  # fmt: skip
+LARGE = ("serve_4bit", "ppo_7b_nf4", "sft_7b_lora")
 SHARDED_FIGURES = ("zero2_offload", "gemini_offload")
-#: Seconds that a step may take; ColossalAI's optimizers are compiled at their first use.
-LONGEST, LONGEST_SHARDED = 90.0, 240.0
+#: Seconds that a step may take: writing a 7B and reading it takes a minute, and ColossalAI's optimizers are compiled at
+#: their first use.
+LONGEST, LONGEST_7B, LONGEST_SHARDED = 90.0, 150.0, 240.0
+#: How many times as long it may take on a CPU that has other work.
+PATIENCE = 5
 #: Just large enough for Gemini to make chunks of.
 SMOKE = {"width": HEAD, "layers": 1, "rows": 2, "length": 6, "new": 4, "vocab_size": 8192, "steps": 2, "warmup": 1}
 
@@ -198,13 +223,28 @@ def make_rows(recipe: Recipe, vocab_size: int, steps: int) -> list[dict[str, str
     return [{"prompt": text(recipe.length), "completion": f" {text(recipe.new - 1)}"} for _ in range(count)]
 
 
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM | Path:
+    """The model, or the directory from which it is loaded."""
+    config = model_config(recipe, len(tokenizer))
+    if recipe.from_disk:
+        return common.write_llama(config, tokenizer, folder / "model")
+    return common.random_llama(config)
+
+
+def load_of(recipe: Recipe) -> Load:
+    """How the model is held."""
+    dtype: Dtype = "bfloat16" if recipe.from_disk else "float32"
+    return Load(dtype=dtype, quantization=recipe.quantization, gradient_checkpointing=recipe.checkpointing)
+
+
 def make_sft(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], cache: Path
 ) -> tuple[L.LightningModule, L.LightningDataModule]:
     module = SFTModule(
-        common.random_llama(model_config(recipe, len(tokenizer))),
+        make_model(recipe, tokenizer, cache),
         tokenizer,
-        load=Load(gradient_checkpointing=recipe.checkpointing),
+        lora=LoRA(r=16, alpha=32) if recipe.from_disk else None,
+        load=load_of(recipe),
         optimizer=adamw,
         lr_scheduler=common.constant,
     )
@@ -216,14 +256,15 @@ def make_sft(
 def make_ppo(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], cache: Path
 ) -> tuple[L.LightningModule, L.LightningDataModule]:
+    model = make_model(recipe, tokenizer, cache)
     module = PPOModule(
-        common.random_llama(model_config(recipe, len(tokenizer))).to(torch.bfloat16),  # frozen; adapters are fp32
+        model if isinstance(model, Path) else model.to(torch.bfloat16),  # frozen; adapters are fp32
         first_letters,
         tokenizer=tokenizer,
         lora=LoRA(r=16, alpha=32),
         rollout=Rollout(sampling=Sampling(max_new_tokens=recipe.new, min_new_tokens=recipe.new)),
         updates=Updates(epochs=1, micro_batch_tokens=max(8, recipe.rows // 4) * (recipe.length + recipe.new)),
-        load=Load(gradient_checkpointing=recipe.checkpointing),
+        load=load_of(recipe),
         optimizer=adamw,
         lr_scheduler=common.constant,
     )
@@ -254,7 +295,11 @@ def work(options: argparse.Namespace) -> None:
             strategy=recipe.strategy,
             precision=recipe.precision,
         )
-        trainer.fit(*make(recipe, tokenizer, rows, Path(folder)))
+        module, data = make(recipe, tokenizer, rows, Path(folder))
+        if recipe.compiled:
+            module.configure_model()
+            module.policy.compile(backend="eager" if options.cpu_smoke else "inductor")
+        trainer.fit(module, data)
     meter.finish()
     common.report(meter)
 
@@ -272,11 +317,16 @@ def row(name: str, recipe: Recipe, parameters: int, meter: Meter, peak_tflops: f
     """A row of the table; without a peak, which is a CPU's, neither MFU nor the card's memory."""
     line = [name, f"{parameters:,}", f"{meter.speed:,.0f}", "", "", ""]
     if peak_tflops is not None:
-        memory = meter.extra_mib * 2**20 / 1e9
-        line[3:5] = [f"{6 * parameters * meter.speed / (peak_tflops * 1e12):.1%}", f"{memory:.2f}"]
+        memory, mfu = meter.extra_mib * 2**20 / 1e9, 6 * parameters * meter.speed / (peak_tflops * 1e12)
+        line[3:5] = [f"{mfu:.1%}", f"{memory:.2f}"]
+        goals = []
         if recipe.goal is not None:
             over = memory - recipe.goal
-            line[5] = f"{recipe.goal} GB " + ("met" if over <= 0 else f"over by {over:.2f} GB")
+            goals.append(f"{recipe.goal} GB " + ("met" if over <= 0 else f"over by {over:.2f} GB"))
+        if recipe.mfu is not None:
+            short = recipe.mfu - mfu
+            goals.append(f"MFU {recipe.mfu:.0%} " + ("met" if short <= 0 else f"short by {short:.1%}"))
+        line[5] = ", ".join(goals)
     return line
 
 
@@ -330,17 +380,21 @@ def steps_of(options: argparse.Namespace) -> list[schedule.Step]:
     peak = [] if options.peak_tflops is None else ["--peak-tflops", str(options.peak_tflops)]
     here = Path(__file__)
 
+    patience = PATIENCE if options.cpu_smoke else 1
+
     def check(name: str, longest: float) -> schedule.Step:
-        return schedule.Step(name, schedule.python(here.with_name("gpu_checks.py"), name, *smoke), longest)
+        return schedule.Step(name, schedule.python(here.with_name("gpu_checks.py"), name, *smoke), patience * longest)
 
     def measure(name: str, longest: float) -> schedule.Step:
         if name not in RECIPES:
             return check(name, longest)
-        return schedule.Step(f"{name}, figures", schedule.python(here, name, "--json", *smoke, *peak), longest)
+        command = schedule.python(here, name, "--json", *smoke, *peak)
+        return schedule.Step(f"{name}, figures", command, patience * longest)
 
     found = [check(name, LONGEST) for name in CHECKS]
-    found += [measure(name, LONGEST) for name in FIGURES if options.all]
-    found += [check(name, LONGEST_SHARDED) for name in SHARDED_CHECKS]
+    found += [measure(name, LONGEST_7B if name in LARGE else LONGEST) for name in FIGURES if options.all]
+    # placement "auto" measures the card's memory
+    found += [check(name, LONGEST_SHARDED) for name in SHARDED_CHECKS if not (options.cpu_smoke and "auto" in name)]
     return found + [measure(name, LONGEST_SHARDED) for name in SHARDED_FIGURES if options.all]
 
 

@@ -61,6 +61,30 @@ def test_ppo_counts_real_tokens(gpu, worker, monkeypatch):
     assert found["tokens"] == 2 * 20
 
 
+@pytest.mark.parametrize("name", ["sft_7b_lora", "ppo_7b_nf4"])
+def test_a_large_model_is_loaded_from_disk_under_adapters(gpu, worker, monkeypatch, name):
+    if gpu.RECIPES[name].quantization is not None:
+        pytest.importorskip("bitsandbytes")
+    seen, kind = [], gpu.SFTModule if name.startswith("sft") else gpu.PPOModule
+    original = kind.on_train_start
+    monkeypatch.setattr(kind, "on_train_start", lambda module: (seen.append(module), original(module)))
+    found = worker(name)
+    frozen = {p.dtype for p in seen[0].policy.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16} | ({torch.uint8} if name == "ppo_7b_nf4" else set())
+    assert {p.dtype for p in seen[0].parameters() if p.requires_grad} == {torch.float32}
+    assert found["tokens"] == 2 * 20
+
+
+def test_a_compiled_recipe_compiles_its_policy(gpu, worker, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: compiled.append((module, settings)))
+    worker("sft")
+    assert not compiled
+    worker("sft_compile")
+    ((policy, settings),) = compiled
+    assert type(policy).__name__ == "Policy" and settings == {"backend": "eager"}
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["zero2_offload", "gemini_offload"])
@@ -79,6 +103,11 @@ def test_recipes_are_of_the_size_they_say(gpu):
     parameters = gpu.num_parameters(gpu.model_config(recipe, 32_000))
     assert parameters == pytest.approx(120e6, rel=0.01)
     assert (recipe.goal, gpu.RECIPES["zero2_offload"].strategy) == (1.0, "colossalai_zero2_offload")
+    sizes = {name: gpu.num_parameters(gpu.model_config(gpu.RECIPES[name], 32_000)) for name in ("sft", "sft_7b_lora")}
+    assert sizes == {"sft": pytest.approx(1e9, rel=0.1), "sft_7b_lora": pytest.approx(6.7e9, rel=0.05)}
+    for name in ("sft", "sft_compile", "sft_7b_lora"):
+        assert gpu.RECIPES[name].length + gpu.RECIPES[name].new == 2048
+    assert gpu.RECIPES["sft_compile"].compiled and gpu.RECIPES["ppo_7b_nf4"].quantization == "nf4"
     options = gpu.parse(["ppo", "--width", "128", "--rows", "3"])
     assert gpu.recipe_of(options, "ppo")[3:6] == (128, 24, 3)
 
@@ -106,6 +135,8 @@ def test_figures_follow_from_what_was_measured(gpu):
     line = gpu.row("ppo_120m", gpu.RECIPES["ppo_120m"], 10**9, meter, 100.0)
     # 500 tokens/s * 6e9 operations = 3e12 of 1e14; 2000 MiB = 2.097e9 bytes
     assert line == ["ppo_120m", "1,000,000,000", "500", "3.0%", "2.10", "1.0 GB over by 1.10 GB"]
+    sft = gpu.row("sft", gpu.RECIPES["sft"]._replace(goal=2.0), 10**9, meter, 100.0)
+    assert sft[5] == "2.0 GB over by 0.10 GB, MFU 45% short by 42.0%"
     meter.extra_mib = 900.0
     assert gpu.row("ppo_120m", gpu.RECIPES["ppo_120m"], 10**9, meter, 100.0)[4:] == ["0.94", "1.0 GB met"]
     assert gpu.row("sft", gpu.RECIPES["sft"], 10**9, meter, None)[3:] == ["", "", ""]
@@ -183,9 +214,11 @@ def test_what_has_no_time_is_noted(gpu, tmp_path):
 def test_the_most_valuable_is_first(gpu):
     check = [step.name for step in gpu.steps_of(gpu.parse(["--check", "--cpu-smoke"]))]
     every = [step.name for step in gpu.steps_of(gpu.parse(["--all", "--minutes", "8"]))]
-    assert check[:2] == ["card", "trees"] and check[-1] == "gemini_auto" and "decode" not in check
+    assert check[:2] == ["card", "trees"] and check[-1] == "gemini_offload" and "decode" not in check
     assert set(check) < set(every) and every[-1] == "gemini_offload, figures"
     assert every.index("decode") < every.index("zero2"), "what compiles for minutes comes last"
+    toy = [step.name for step in gpu.steps_of(gpu.parse(["--all", "--cpu-smoke"]))]
+    assert {*every} - {*toy} == {"gemini_auto"}, "which measures the card's memory"
     assert {name.removesuffix(", figures") for name in every if name.endswith("figures")} == set(gpu.RECIPES)
 
 
@@ -205,7 +238,7 @@ def checks(gpu):
 
 
 @pytest.mark.parametrize(
-    "name", ["card", "trees", "greedy", "static", "ppo", "exports", "resume", "decode", "head", "groups"]
+    "name", ["card", "trees", "greedy", "static", "ppo", "exports", "resume", "decode", "head", "groups", "serve_4bit"]
 )
 def test_a_check_runs_at_toy_size(checks, name, tmp_path):
     before = torch.are_deterministic_algorithms_enabled()
