@@ -24,13 +24,15 @@ Contestants:
     ours       Trainer.fit(GRPOModule(...), PromptDataModule(...))
     trl        GRPOTrainer without gradient checkpointing, in fp32 as ours (it would take bf16)
 
-``--plot`` measures updates of one prompt in our two layouts: a tree, and padded rows, each of which repeats the prompt.
-One size varies at a time: completions of the prompt, its tokens, the vocabulary, the model's width.
+``--plot`` measures updates of one prompt in our two layouts, a tree, and padded rows, each of which repeats the prompt,
+and by TRL if it is installed, which takes no group of one. One size varies at a time: completions of the prompt, its
+tokens, the vocabulary, the model's width.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -301,25 +303,40 @@ def rows(case: Case, found: dict[str, list[Meter]], steps: int) -> list[list[str
 
 
 def measure_costs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """CPU seconds of an update per completion against each of :data:`SIZES`, in both layouts; they take turns."""
-    points = []
+    """CPU seconds of an update per completion against each of :data:`SIZES`, in both layouts and TRL; they take turns.
+
+    The point that several of the sizes have in common is measured once.
+    """
+    points, known = [], dict[tuple[int, ...], dict[str, float]]()
     for varied, sizes in SIZES.items():
         for size in sizes:
             usual = {"completions": 8, "prompt": 384, "vocabulary": options.vocab_size, "width": options.width}
-            at = argparse.Namespace(**usual | {varied: size})
-            case = Case(1, at.completions, at.prompt, 64, 0.0, None, sampled=False)
-            sized = argparse.Namespace(**vars(options) | {"vocab_size": at.vocabulary, "width": at.width})
-            times: dict[str, list[float]] = {"tree": [], "padded": []}
-            for _ in range(options.rounds):
-                for name, layout in (("tree", "auto"), ("padded", "padded")):
-                    with tempfile.TemporaryDirectory() as folder:
-                        task = make_task(case, sized, Path(folder))
-                        run_ours(task, layout, "reinforce++")  # one that takes a single completion too
-                    times[name].append(task.meter.seconds / options.steps / at.completions)
-            found = {name: statistics.median(each) for name, each in times.items()}
-            points.append({"varied": varied, "size": size, **found})
+            at = usual | {varied: size}
+            place = tuple(at.values())
+            if place not in known:
+                known[place] = _costs_at(argparse.Namespace(**at), options)
+            points.append({"varied": varied, "size": size, **known[place]})
             print(json.dumps(points[-1]), file=sys.stderr, flush=True)
     return points
+
+
+def _costs_at(at: argparse.Namespace, options: argparse.Namespace) -> dict[str, float]:
+    case = Case(1, at.completions, at.prompt, 64, 0.0, None, sampled=False)
+    sized = argparse.Namespace(**vars(options) | {"vocab_size": at.vocabulary, "width": at.width})
+    ways: dict[str, Callable[[Task], None]] = {
+        "tree": lambda task: run_ours(task, "auto", "reinforce++"),  # one that takes a single completion too
+        "padded": lambda task: run_ours(task, "padded", "reinforce++"),
+    }
+    if at.completions > 1 and importlib.util.find_spec("trl") is not None:
+        ways[TRL] = run_trl
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, run in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                task = make_task(case, sized, Path(folder))
+                run(task)
+            times[name].append(task.meter.seconds / options.steps / at.completions)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 # ---------------------------------------------------------------------------------------------- command

@@ -102,14 +102,16 @@ def learning_curve(runs: Sequence[dict[str, Any]], image: Path) -> None:
 
 
 def costs(runs: Sequence[dict[str, Any]], image: Path) -> None:
-    """Cost of a completion's update as a tree, and padded; a panel for each size that varies."""
+    """Cost of a completion's update as a tree, padded, and by TRL where it was measured; a panel for each size."""
     points = runs[-1]["costs"]
     figure, panels = pyplot.subplots(2, 2, figsize=(8, 6), layout="constrained")
     for (varied, label), panel in zip(SIZES.items(), panels.flat, strict=True):
         own = [point for point in points if point["varied"] == varied]
-        for name, color in (("padded", "#8b949e"), ("tree", "#3465a4")):
-            values = [1000 * point[name] for point in own]
-            panel.plot([point["size"] for point in own], values, "o-", color=color, markersize=4, label=name)
+        for name, color in (("trl", "#c17d11"), ("padded", "#8b949e"), ("tree", "#3465a4")):
+            there = [point for point in own if name in point]
+            values = [1000 * point[name] for point in there]
+            label = "TRL" if name == "trl" else name
+            panel.plot([point["size"] for point in there], values, "o-", color=color, markersize=4, label=label)
         panel.set_xscale("log")
         panel.set_xticks([point["size"] for point in own], [f"{point['size']:,}" for point in own], minor=False)
         panel.set_xticks([], minor=True)

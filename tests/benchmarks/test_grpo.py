@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,8 +94,16 @@ def test_table_shows_a_shortfall(grpo):
     assert [line[1] for line in grpo.rows(case._replace(sampled=False), found, steps=2)] == ["update"]
 
 
-def test_costs_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("trl", [True, False])
+def test_costs_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatch, trl):
     import plots
+
+    def stand_in(task):
+        task.meter.seconds = 3.0
+
+    monkeypatch.setattr(grpo, "run_trl", stand_in)
+    found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name if trl else None))
+    monkeypatch.setattr(grpo, "importlib", found)
 
     sizes = {"completions": (1, 2), "prompt": (6, 12), "vocabulary": (40,), "width": (32,)}
     monkeypatch.setattr(grpo, "SIZES", sizes)
@@ -112,6 +121,9 @@ def test_costs_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatc
     points = json.loads((tmp_path / "costs.jsonl").read_text())["costs"]
     assert [(p["varied"], p["size"]) for p in points] == [(name, size) for name in sizes for size in sizes[name]]
     assert all(p["tree"] > 0 and p["padded"] > 0 for p in points)
+    given = [1.5 / p["size"] if p["varied"] == "completions" else 1.5 / 8 for p in points]
+    want = [None, *given[1:]] if trl else [None] * 6  # it takes no group of one
+    assert [p.get("trl") for p in points] == want
     (_, _, vocabulary, width), other = seen[0], seen[::2]
     assert other == seen[1::2] and [row[0] for row in other] == [1, 2, 8, 8, 8, 8]
     assert [row[1] for row in other] == [384, 384, 6, 12, 384, 384]
