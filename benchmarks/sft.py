@@ -3,6 +3,7 @@
     pip install -e '.[demo,bench]'
     python benchmarks/sft.py                                # all cases against all peers, one table
     python benchmarks/sft.py --case varied --peers bare     # one case; without TRL
+    python benchmarks/sft.py --case fixed --profile         # where the time of a step goes, of ours and the bare loop
 
 Every contestant trains the same random Llama (width 256, 4 layers, fp32) on the same batches in the same order with the
 same AdamW, rate, clipping and number of steps, on one thread. They take turns, each time in a process of its own. The
@@ -20,26 +21,34 @@ Contestants:
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import random
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import lightning.pytorch as L
 import torch
 from common import OURS, BenchmarkParser, Goal, Meter
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_rlhf import InstructionDataModule, SFTModule
 from lightning_rlhf.data.packed import unpack
+from lightning_rlhf.metrics import StageMetrics
 from lightning_rlhf.models import load_tokenizer
 from lightning_rlhf.models.pretrained import SMOLLM2, obtain
 
@@ -206,6 +215,98 @@ PEERS: dict[str, Callable[[Task], None]] = {
     "trl-flat": lambda task: run_trl(task, gradient_checkpointing=False, padding_free=True),
 }
 
+# ---------------------------------------------------------------------------------------------- the profile
+
+REST = "the rest"
+#: What is timed apart; time within another part counts for the inner one alone.
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "forward pass": ((SFTModule, "training_step"), (LlamaForCausalLM, "forward")),
+    "backward pass": ((Tensor, "backward"),),
+    "AdamW": ((torch.optim.AdamW, "step"),),
+    "clipping": ((torch.nn.utils, "clip_grad_norm_"),),
+    "gradient norm, to skip a step that is not finite": ((SFTModule, "on_before_optimizer_step"),),
+    "Lightning's log": ((L.LightningModule, "log"),),
+    "metrics": ((StageMetrics, "update"),),
+}
+
+
+class Profile:
+    """CPU milliseconds of each part of steps.
+
+    Attributes:
+        steps: Of each step of a meter, the warm-up's too.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._spent: dict[str, float] = defaultdict(float)
+        self._within, self._last = [REST], 0.0
+
+    @contextmanager
+    def of(self, meter: Meter) -> Iterator[None]:
+        """Within it, parts are timed."""
+        owners = [(part, *place) for part, places in PARTS.items() for place in places]
+        before = [(owner, name, getattr(owner, name)) for _, owner, name in owners]
+        for part, owner, name in owners:
+            setattr(owner, name, self._timed(getattr(owner, name), part))
+        step = meter.step
+
+        def counted(tokens: int, loss: Tensor) -> None:
+            step(tokens, loss)
+            self._stop()
+            self.steps.append(self._spent)
+            self._spent = defaultdict(float)
+
+        meter.step = counted  # type: ignore[method-assign]
+        self._last = time.process_time()
+        try:
+            yield
+        finally:
+            for owner, name, function in before:
+                setattr(owner, name, function)
+
+    def _stop(self) -> None:
+        now = time.process_time()
+        self._spent[self._within[-1]] += 1000 * (now - self._last)
+        self._last = now
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._stop()
+            self._within.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._stop()
+                self._within.pop()
+
+        return run
+
+
+def profile(options: argparse.Namespace) -> list[list[str]]:
+    """Rows of a table: medians over the measured steps of all rounds, of ours and the bare loop in turns."""
+    found: dict[str, list[dict[str, float]]] = {OURS: [], "bare": []}
+    for _ in range(options.rounds):
+        for name, run in ((OURS, run_ours), ("bare", run_bare)):
+            with tempfile.TemporaryDirectory() as cache:
+                task, parts = make_task(options, cache), Profile()
+                with parts.of(task.meter):
+                    run(task)
+            found[name] += parts.steps[options.warmup :]
+    return profile_rows(found)
+
+
+def profile_rows(found: Mapping[str, list[dict[str, float]]]) -> list[list[str]]:
+    """Rows of parts, then of whole steps."""
+
+    def median(name: str, part: str) -> str:
+        values = [sum(step.values()) if part == "whole step" else step.get(part, 0.0) for step in found[name]]
+        return f"{statistics.median(values):.1f}"
+
+    return [[part, *(median(name, part) for name in found)] for part in (*PARTS, REST, "whole step")]
+
+
 # ---------------------------------------------------------------------------------------------- command
 
 
@@ -217,7 +318,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", default=SMOLLM2, help="for the case real: a directory, or %(default)s (downloaded once)"
     )
+    parser.add_argument("--profile", action="store_true", help="time the parts of a step instead")
     options = parser.parse(arguments)
+    if options.profile and options.case == "all":
+        parser.error("--profile takes one --case.")
     return options
 
 
@@ -236,6 +340,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.worker:
         work(options)
+        return
+    if options.profile:
+        torch.set_num_threads(1)
+        print(common.markdown(profile(options), ("CPU ms", OURS, "bare")))
         return
     common.require_trl(options.peers, "--peers bare")
     passed = ["steps", "warmup", "tokenizer", "length", "vocab_size", "width", "layers"]

@@ -110,3 +110,39 @@ def test_warmup_is_needed(sft, capsys):
     with pytest.raises(SystemExit):
         sft.parse(["--warmup", "0"])
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_parts_of_a_step_are_timed_apart(sft, capsys, monkeypatch):
+    kept = [getattr(owner, name) for places in sft.PARTS.values() for owner, name in places]
+    sft.main([*SMALL, "--case", "fixed", "--vocab-size", "64", "--profile", "--rounds", "1"])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    found = {part: (float(ours), float(bare)) for part, ours, bare in lines[2:]}
+    assert lines[0] == ["CPU ms", "ours", "bare"] and [*found] == [*sft.PARTS, "the rest", "whole step"]
+    for name in ("forward pass", "backward pass", "AdamW", "clipping"):
+        assert min(found[name]) > 0, name
+    for name in ("gradient norm, to skip a step that is not finite", "Lightning's log", "metrics"):
+        assert found[name][0] > 0 == found[name][1], "the bare loop has none"
+    now = [getattr(owner, name) for places in sft.PARTS.values() for owner, name in places]
+    assert [f.__name__ for f in now] == [f.__name__ for f in kept] and not hasattr(now[0], "__wrapped__")
+    with pytest.raises(SystemExit):
+        sft.parse(["--profile"])
+
+
+def test_time_within_another_part_counts_for_the_inner_one(sft, monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(sft.time, "process_time", lambda: next(clock))
+
+    class Owner:
+        def outer(self):
+            self.inner()
+
+        def inner(self):
+            pass
+
+    monkeypatch.setattr(sft, "PARTS", {"outer": ((Owner, "outer"),), "inner": ((Owner, "inner"),)})
+    meter, profile = sft.Meter(9), sft.Profile()
+    with profile.of(meter):
+        Owner().outer()
+        meter.step(1, torch.zeros(()))
+    (step,) = profile.steps
+    assert step == {"the rest": 1000 + 5000, "outer": 2000 + 4000, "inner": 3000}
