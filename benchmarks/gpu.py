@@ -298,7 +298,8 @@ def work(options: argparse.Namespace) -> None:
         module, data = make(recipe, tokenizer, rows, Path(folder))
         if recipe.compiled:
             module.configure_model()
-            module.policy.compile(backend="eager" if options.cpu_smoke else "inductor")
+            policy: Any = module.policy
+            policy.compile(backend="eager" if options.cpu_smoke else "inductor")
         trainer.fit(module, data)
     meter.finish()
     common.report(meter)
