@@ -708,7 +708,7 @@ class Stage(L.LightningModule):
             map_location: As of ``torch.load``.
             hparams_file: YAML of other settings.
             strict: Whether names of weights must match.
-            weights_only: As of ``torch.load``.
+            weights_only: Whether to read tensors and plain values alone. None is True, as torch has it from 2.6 on.
             **kwargs: Settings that replace those of the checkpoint, and the objects among them.
 
         Returns:
@@ -717,6 +717,7 @@ class Stage(L.LightningModule):
         Raises:
             CheckpointError: It is no checkpoint, another stage's, or was made with objects that are not given.
         """
+        weights_only = True if weights_only is None else weights_only
         if isinstance(checkpoint_path, (str, os.PathLike)) and os.path.exists(checkpoint_path):
             with explain_bad_checkpoint(checkpoint_path):
                 held = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
