@@ -19,7 +19,7 @@ from lightning_rlhf.stages.base import Stage
 from lightning_rlhf.stages.rl import RLStage
 from lightning_rlhf.strategies.parallel.pipeline import stage_layers
 from lightning_rlhf.strategies.parallel.sequence import check_heads
-from lightning_rlhf.strategies.parallel.tensor import check_divides
+from lightning_rlhf.strategies.parallel.tensor import check_divides, plan_of
 from lightning_rlhf.strategies.precision import MODES, ColossalAIPrecision, Plugin
 
 #: Styles of transformers' plans that can be cut.
@@ -115,14 +115,15 @@ class Planner:
             settings: Further fields of :class:`Layout`.
 
         Raises:
-            ValueError: ``tp``, ``pp`` or ``sp`` divides the devices, or the model, badly; or the plugin does not go
-                with it, or does not have the precision.
+            ValueError: ``tp``, ``pp`` or ``sp`` divides the devices, or the model, badly; or the family has no plan for
+                ``tp``; or the plugin does not go with it, or does not have the precision.
         """
         devices = self.settings.devices
         if devices % tp:
             fits = ", ".join(str(k) for k in range(1, devices + 1) if devices % k == 0)
             raise ValueError(f"tp={tp} does not divide {devices} devices. Set tp to one of {fits}.")
         if tp > 1:
+            plan_of(self.config, self._name)
             check_divides(self.config, tp, self._name)
         if pp > 1:
             self._check_stages(plugin, tp, pp)

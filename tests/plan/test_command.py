@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from lightning_rlhf import SFTModule
 from lightning_rlhf.cli import main
@@ -176,6 +177,12 @@ def test_layouts_that_cannot_be(no_weights):
     assert layout(no_weights, plugin="zero2", pp=2).copies == 4
     assert layout(no_weights, plugin="zero2", sp=2).replicas == 8
     assert layout(no_weights, plugin="zero2") == Layout("zero2", 1, 8, False, 1, masters=True)
+
+
+def test_a_family_without_a_tensor_parallel_plan_is_named(no_weights):
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(no_weights)
+    with pytest.raises(ValueError, match=r"^GPT2LMHeadModel cannot be cut: .* Leave out tp\.$"):
+        layout(no_weights, tp=2)
 
 
 def test_strategies_and_devices():

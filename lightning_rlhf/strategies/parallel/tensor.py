@@ -95,8 +95,9 @@ class TensorParallel:
     # ------------------------------------------------------------------------------------------------- cutting
 
     def _cut_model(self, model: PreTrainedModel) -> None:
-        check_divides(model.config.get_text_config(), self.ranks.size, type(model).__name__)
-        plan, decoder = plan_of(model), model.base_model
+        config, family = model.config.get_text_config(), type(model).__name__
+        plan, decoder = plan_of(config, family), model.base_model
+        check_divides(config, self.ranks.size, family)
         blocks: dict[str, _Block] = {}
         embeddings, styles = model.get_input_embeddings(), set()
         planned = []
@@ -363,17 +364,20 @@ def _linears(layer: nn.Module, name: str) -> Iterator[tuple[nn.Linear, list[Any]
     yield base, list(layer.lora_A.values()), list(layer.lora_B.values())  # type: ignore[operator]
 
 
-def plan_of(model: PreTrainedModel) -> dict[str, str]:
+def plan_of(config: Any, name: str) -> dict[str, str]:
     """Returns how a family's layers are cut: styles by names of modules in the decoder, with ``*`` for numbers.
+
+    Args:
+        config: The text model's.
+        name: The model's, for the message.
 
     Raises:
         ValueError: This version of transformers has no plan for it.
     """
-    plan = getattr(model.config.get_text_config(), "base_model_tp_plan", None)
+    plan = getattr(config, "base_model_tp_plan", None)
     if not plan:
         raise ValueError(
-            f"{type(model).__name__} cannot be cut: transformers has no tensor-parallel plan for it. {_RUNS}. Leave "
-            "out tp."
+            f"{name} cannot be cut: transformers has no tensor-parallel plan for it. {_RUNS}. Leave out tp."
         )
     return dict(plan)
 
@@ -393,8 +397,9 @@ def check_divides(config: Any, size: int, name: str) -> None:
     numbers = {
         "attention heads": heads,
         "key-value heads": getattr(config, "num_key_value_heads", None) or heads,
-        "features of the inner layers": config.intermediate_size,
     }
+    if isinstance(inner := getattr(config, "intermediate_size", None), int):
+        numbers["features of the inner layers"] = inner
     wrong = [f"{number} {name}" for name, number in numbers.items() if number % size]
     if wrong:
         fits = [str(k) for k in range(2, heads + 1) if not any(number % k for number in numbers.values())]

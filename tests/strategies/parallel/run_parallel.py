@@ -49,6 +49,8 @@ def config(family, **changes):
         sizes |= dict(query_pre_attn_scalar=16, sliding_window=8)
     if family == "gpt_neox":
         sizes.pop("num_key_value_heads")
+    if family == "gpt2":  # whose configs lack both
+        sizes.pop("num_key_value_heads"), sizes.pop("intermediate_size")
     return AutoConfig.for_model(family, **{**sizes, **changes})
 
 
