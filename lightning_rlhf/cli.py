@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments without the program's name. Default: ``sys.argv``.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         tools = "".join(
             f"  {name:9s} {text}\n" if len(name) < 10 else f"  {name}\n{'':12s}{text}\n"
             for name, (_, text) in TOOLS.items()
@@ -97,9 +97,28 @@ def _stage(command: str, args: Sequence[str] | None) -> None:
     try:
         cli(args)
     except Exception as error:
-        if not _explains_itself(found := root_cause(error), found is not error):
+        found = _of_hardware(error) or root_cause(error)
+        if not _explains_itself(found, found is not error):
             raise
         sys.exit(f"lightning-rlhf {command}: {' '.join(str(found).split())}")
+
+
+def _of_hardware(error: BaseException) -> ValueError | None:
+    """Makes one line of Lightning's error on a strategy, an accelerator or devices; None if it is none of these."""
+    frames = traceback.extract_tb(error.__traceback__)
+    name = Path(frames[-1].filename).as_posix() if frames else ""
+    if not isinstance(error, (TypeError, ValueError)) or not re.search(
+        r"lightning/(pytorch/trainer/connectors|fabric/accelerators)/\w+\.py$", name
+    ):
+        return None
+    if wrong := re.match(r"You selected an invalid strategy name: `strategy='([^']*)'`", str(error)):
+        from lightning.pytorch.strategies import StrategyRegistry
+
+        known = sorted(["auto", *StrategyRegistry.available_strategies()])
+        ends = [word for word in known if word.endswith(f"_{wrong[1]}")]
+        near = f"; did you mean {ends[0]}?" if ends else did_you_mean(wrong[1], known)
+        return ValueError(f"trainer.strategy: there is no strategy {wrong[1]}{near} All: {', '.join(known)}")
+    return ValueError(str(error))
 
 
 def _explains_itself(error: BaseException, of_settings: bool) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -65,6 +67,20 @@ class KeyParser(LightningArgumentParser):
         self.files: list[tuple[str, str]] = []
         self.reading: tuple[str, str] | None = None
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        r"""Parses arguments. Of a class's parser it first undoes what jsonargparse does to a value.
+
+        jsonargparse reads the value of ``--model.kl.target null``, and hands it to the inner parser as Python writes
+        it: ``--kl.target=None``. Read again, that is the text "None", and the line break in ``["\n"]`` is two letters.
+        """
+        if self.exit_on_error or not isinstance(args, list) or len(args) != 1:
+            return super().parse_args(args, *rest, **kwargs)
+        key, _, value = _as_json(args[0]).partition("=")
+        found = super().parse_args([f"{key}={value}"], *rest, **kwargs)
+        if value == "null" and found.get(key[2:]) == "None":  # where a path may stand, jsonargparse makes null a text
+            found[key[2:]] = None
+        return found
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Notes the file; jsonargparse calls this for each ``--config``."""
         self.reading = str(path), os.path.abspath(path)
@@ -89,9 +105,11 @@ class KeyParser(LightningArgumentParser):
             files = files or parser.files  # top-level keys are checked after all files are read
             message = parser.no_key(".".join(filter(None, (found["group"], found["key"]))))
         elif found := _LEFT_OVER.match(message):
-            message = parser.no_key(found["key"]) if found["key"] else f"{found['word']} {TOO_MANY}"
+            message = parser.no_key(found["key"]) if found["key"] else _left_over(found["word"])
         elif found := _NO_FILE.search(message):
-            message = f"config: there is no file {found[1]}; `lightning-rlhf configs` lists those that are shipped"
+            name = nearest(Path(found[1]).name, [file.name for file in Path(found[1]).parent.glob("*.y*ml")])
+            end = f"did you mean {name}?" if name else "`lightning-rlhf configs` lists those that are shipped"
+            message = f"config: there is no file {found[1]}; {end}"
         if not self.exit_on_error:
             super().error(message, ex)
         self.exit(2, f"{parser.prog.replace(' [options]', '')}: {_shorten(message, files, self.bases)}\n")
@@ -101,6 +119,24 @@ class KeyParser(LightningArgumentParser):
         keys = [a.dest for a in self._actions if a.option_strings and a.dest.rpartition(".")[2] != "help"]
         found = SYNONYMS.get(key) if SYNONYMS.get(key) in keys else nearest(key, keys)
         return f"there is no key `{key}`" + (f"; did you mean `{found}`?" if found else "")
+
+
+def _left_over(word: str) -> str:
+    """Describes an argument without an option."""
+    if Path(word).suffix in (".yaml", ".yml"):
+        return f"{word} does not belong to an option; write --config {word}"
+    return f"{word} {TOO_MANY}"
+
+
+def _as_json(argument: str) -> str:
+    """Returns ``--key=value`` with a value of Python (None, a list, a dict) as JSON, and any other unchanged."""
+    key, _, value = argument.partition("=")
+    if value != "None" and value[:1] not in ("[", "{"):
+        return argument
+    try:
+        return f"{key}={json.dumps(ast.literal_eval(value), ensure_ascii=False)}"
+    except (ValueError, SyntaxError, TypeError):
+        return argument
 
 
 def _shorten(message: str, files: Sequence[tuple[str, str]], bases: Sequence[type]) -> str:

@@ -68,6 +68,48 @@ def test_print_config_is_yaml_with_every_key(tiny_model_dir, rows, tmp_path, cap
     assert config["data"]["init_args"]["train"] == rows
 
 
+@pytest.mark.parametrize(
+    "key, value, meant",
+    [
+        ("model.kl.target", "null", None),
+        ("model.rollout.max_total_tokens", "null", None),
+        ("model.critic.pretrained", "null", None),
+        ("model.tokenizer", "null", None),
+        ("data.cache_dir", "null", None),
+        ("model.critic.pretrained", "runs/a", "runs/a"),
+        ("model.rollout.sampling.stop_strings", r'["\n", "it\u0027s"]', ["\n", "it's"]),
+    ],
+)
+def test_a_value_of_the_shell_is_what_a_file_would_make_of_it(key, value, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *PPO, f"--{key}", value, "--print_config"])
+    assert stop.value.code == 0
+    section, *names = key.split(".")
+    found = yaml.safe_load(capsys.readouterr().out)[section]["init_args"]
+    for name in names:
+        found = found[name]
+    assert found == meant
+
+
+@pytest.mark.parametrize(
+    "setting, value, words",
+    [
+        (
+            "strategy",
+            "zero2",
+            "trainer.strategy: there is no strategy zero2; did you mean colossalai_zero2? All: auto",
+        ),
+        ("strategy", "dpp", "trainer.strategy: there is no strategy dpp; did you mean ddp? All: auto, "),
+        ("accelerator", "cuda_x", "You selected an invalid accelerator name: `accelerator='cuda_x'`. Available names "),
+        ("devices", "two", "`devices` selected with `CPUAccelerator` should be an int > 0."),
+    ],
+)
+def test_hardware_that_there_is_not_is_told_in_a_line(setting, value, words, tiny_model_dir, rows, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments("fit", tiny_model_dir, rows, tmp_path), f"--trainer.{setting}", value])
+    assert stop.value.code.startswith(f"lightning-rlhf fit: {words}") and "\n" not in stop.value.code
+
+
 def test_a_weighted_reward_is_kept_by_a_run(tiny_model_dir, rows, tmp_path):
     parts = [
         {"source": "lightning_rlhf.rewards.verifiers.length", "weight": 0.5, "name": None, "options": None},
@@ -323,6 +365,14 @@ def test_wrong_commands_are_told_with_all_commands(word, answer, told):
         (["--model", "SFTMod"], "model: there is no class SFTMod; did you mean SFTModule?"),
         ([*SFT, "--trainer.callbacks+=EMAs"], "trainer.callbacks: there is no class EMAs; did you mean EMA?"),
         ([*SFT, "--trainer.max_steps", "x"], "trainer.max_steps: expected int, got x"),
+        (
+            [*SFT, "configs/sft/mine.yaml"],
+            "configs/sft/mine.yaml does not belong to an option; write --config configs/sft/mine.yaml",
+        ),
+        (
+            ["--config", str(folder() / "dpo" / "smollm2_lora.yml")],
+            f"config: there is no file {folder()}/dpo/smollm2_lora.yml; did you mean smollm2_lora.yaml?",
+        ),
         ([*SFT, "--model.load.dtype", "half"], "model.load.dtype: expected float32, bfloat16, float16, got half"),
         (
             ["--config", "/dpo/x.yaml"],

@@ -405,7 +405,7 @@ def _expand(item: str | os.PathLike[str]) -> list[str]:
     else:
         raise FileNotFoundError(
             f"{path}: no such file or directory (working directory: {os.getcwd()}). Correct the path; a data set of "
-            "the hub is written org/name."
+            "the hub is written org/name" + (", and a text is a row: {'text': ...}." if re.search(r"\s", path) else ".")
         )
     for file in files:
         if not _kind(file):

@@ -167,6 +167,9 @@ def check_name(name: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(f"{name} is a file. Give the directory of a model.")
     gone = next((p for p in (path, *path.parents) if p.parent.is_dir()), path)  # the first part that is missing
     near = nearest(gone.name, [p.name for p in gone.parent.glob("*")]) if gone.parent.is_dir() else None
-    raise FileNotFoundError(
-        f"There is no directory {name}" + (f"; did you mean {gone.parent / near}?" if near else ".")
-    )
+    if gone.name == "best" and (gone.parent / "last").is_dir():
+        near = "last"  # of a run that ended before its first validation
+    end = f"; did you mean {gone.parent / near}?" if near else "."
+    if gone.name == "hf" and not near:
+        end = f": the run in {gone.parent} has exported no model. HFExport writes hf/best and hf/last."
+    raise FileNotFoundError(f"There is no directory {name}{end}")

@@ -67,7 +67,7 @@ def chart(name: str, lines: Sequence[Line]) -> str:
     whole = all(place == int(place) for place in places)  # steps
     parts = [
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
-        f'<text class="y" x="{_LEFT - 5}" y="{up(t):.1f}">{number(t)}</text>'
+        f'<text class="y" x="{_LEFT - 5}" y="{up(t):.1f}">{_short(t)}</text>'
         for t in up.ticks(4)
     ]
     parts += [
@@ -120,6 +120,14 @@ def running_mean(points: Sequence[Sequence[float]], part: float = 0.1, fewest: i
 def number(value: float) -> str:
     """Formats a value with four digits, or as an integer with thousands separators."""
     return f"{value:.4g}" if abs(value) < 10_000 or not math.isfinite(value) else f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    """Formats a value for the left margin, which holds seven characters: 2,000,000 is 2e6."""
+    if len(text := number(value)) <= 7:
+        return text
+    power = math.floor(math.log10(abs(value)))
+    return f"{value / 10**power:.5g}e{power}"
 
 
 def _finite(point: Sequence[float]) -> bool:

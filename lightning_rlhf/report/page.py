@@ -246,7 +246,7 @@ def curves(names: Iterable[str], lines: Callable[[str], Sequence[Line]]) -> str:
     out = []
     for prefix in sorted(groups, key=lambda prefix: GROUPS.index(prefix) if prefix in GROUPS else len(GROUPS)):
         charts = [chart(name, lines(name)) for name in sorted(groups[prefix], key=_order)]
-        out.append(f"<h3>Curves: {escape(prefix)}</h3>{grid(charts[:SHOWN])}")
+        out.append(f"<h3>Curves: {escape(prefix)}, by step</h3>{grid(charts[:SHOWN])}")
         if charts[SHOWN:]:
             out.append(details(f"{len(charts) - SHOWN} more of {prefix}", grid(charts[SHOWN:])))
     return "".join(out)

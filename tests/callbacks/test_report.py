@@ -92,7 +92,7 @@ def test_the_page_shows_settings_figures_and_answers(parse, short_fit, tmp_path)
     assert len(html.texts("p", class_="text")) == 4
     figures = {e["text"].split()[0] for e in html.all("figcaption")}
     assert figures >= {"train/loss", "train/perplexity", "val/loss", "val/token_accuracy", "train/tokens_per_second"}
-    assert [t for t in html.texts("h3") if "Curves" in t] == ["Curves: train", "Curves: val"]
+    assert [t for t in html.texts("h3") if "Curves" in t] == ["Curves: train, by step", "Curves: val, by step"]
     settings = {row["text"] for row in html.all("tr")}
     assert "batch_size4" in settings and "train16 rows" in settings and "max_epochs1" in settings
     assert "optimizerAdamW" in settings and any(row.startswith("optimizer.lr") for row in settings)

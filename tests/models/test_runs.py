@@ -85,10 +85,14 @@ def test_an_export_has_the_name_of_its_run(run):
 @pytest.mark.parametrize("find", [find_source, find_model, check_name, load_config, load_tokenizer])
 def test_a_path_is_not_looked_for_on_the_hub(find, run, tmp_path, monkeypatch):
     run("hf/best")
+    (tmp_path / "short" / "hf" / "last").mkdir(parents=True)
+    (tmp_path / "cut").mkdir()
     monkeypatch.chdir(tmp_path)
     for name, near in (
         (f"{tmp_path}/rnu/hf/best", f"; did you mean {tmp_path}/run?"),
         ("run/hf/bset", "; did you mean run/hf/best?"),
+        ("short/hf/best", "; did you mean short/hf/last?"),
+        ("cut/hf/best", ": the run in cut has exported no model. HFExport writes hf/best and hf/last."),
         ("./nothing", "."),
         ("/no/such/folder", "."),
     ):

@@ -33,6 +33,13 @@ def test_curves_are_drawn_where_their_axes_say(parse):
         assert x == pytest.approx(step, abs=0.5) and y == pytest.approx(value, abs=0.01 * 6)
 
 
+def test_labels_of_large_values_fit_beside_the_chart(parse):
+    svg = parse(chart("train/perplexity", [Line([[1, -2.1e6], [2, 5.2e6]])]))
+    assert [e["text"] for e in svg.all("text", class_="y")] == ["-2e6", "0", "2e6", "4e6"]
+    svg = parse(chart("train/perplexity", [Line([[1, 9_000.0], [2, 21_000.0]])]))
+    assert [e["text"] for e in svg.all("text", class_="y")] == ["10,000", "15,000", "20,000"]
+
+
 def test_odd_values_are_drawn_too(parse):
     assert len(parse(chart("x", [Line([[1, 1.0], [2, 2.0], [3, math.nan], [4, 1.0]])])).all("polyline")) == 2
     (dot,) = parse(chart("x", [Line([[5, 3.0]])])).all("polyline")
