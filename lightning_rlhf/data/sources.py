@@ -389,7 +389,9 @@ def _expand(item: str | os.PathLike[str]) -> list[str]:
     path = os.path.expanduser(os.fspath(item))
     kinds = " ".join(_READERS)
     if os.path.isdir(path):
-        files = sorted(entry.path for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith("."))
+        # no links in a circle, of which DirEntry.is_file is an error
+        entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+        files = sorted(entry.path for entry in entries if os.path.isfile(entry.path))
         files = [file for file in files if _kind(file)]
         if not files:
             raise FileNotFoundError(f"{path}: the directory has no file of a known kind ({kinds}).")
@@ -410,6 +412,10 @@ def _expand(item: str | os.PathLike[str]) -> list[str]:
     for file in files:
         if not _kind(file):
             raise ValueError(f"{file}: unknown kind of file. Known kinds are {kinds}, all but .parquet also with .gz.")
+        if not os.path.isfile(file):
+            raise ValueError(
+                f"{file}: this is a pipe or a device, and rows are read more than once. Write them to a file."
+            )
     return files
 
 

@@ -19,7 +19,7 @@ def solved_groups(experience: Experience, pass_score: float) -> tuple[Tensor, Te
     """(B,) bool of which groups all completions pass, and of which none does."""
     size = torch.bincount(experience.group, minlength=len(experience.trees))
     passes = (experience.scores >= pass_score).float()
-    passed = torch.zeros(len(size)).index_add(0, experience.group, passes)
+    passed = passes.new_zeros(len(size)).index_add(0, experience.group, passes)
     return passed == size, passed == 0
 
 

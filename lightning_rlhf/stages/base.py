@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import Strategy
@@ -290,10 +290,20 @@ class Stage(L.LightningModule):
         A ``SaveOnInterrupt`` that the Trainer was given stays in its place. Lightning's own progress bar is made one of
         the whole run. This is the first hook of a run, so another stage's data is refused here, before rows are read
         and models loaded.
+
+        Raises:
+            SettingsError: ``LearningRateFinder`` is there, and the module has no field that it could set.
         """
         if self.works_on is not None:
             check_data(type(self).__name__, self.works_on, self.trainer)
         self.trainer.callbacks = [whole_run_bar(c) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
+        finds = any(isinstance(c, LearningRateFinder) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if finds and not (hasattr(self, "lr") or hasattr(self, "learning_rate")):
+            raise SettingsError(
+                "LearningRateFinder sets a field lr of the module, and here the learning rate is a setting of the "
+                "optimizer. Leave it out, and compare short runs with several model.optimizer.lr: lightning-rlhf "
+                "report draws them on one page."
+            )
         given = any(isinstance(c, SaveOnInterrupt) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if given else [SaveOnInterrupt()]
 

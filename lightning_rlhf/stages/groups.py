@@ -148,5 +148,5 @@ class GroupStage(RLStage):
     def update_metrics(self, stage: str, experience: Experience, scores: Tensor) -> None:
         """Updates pass@k: the share of prompts of which at least one completion passes."""
         passed = (scores.cpu() >= self.groups.pass_score).float()
-        solved = torch.zeros(len(experience.trees)).scatter_reduce(0, experience.group, passed, "amax")
+        solved = passed.new_zeros(len(experience.trees)).scatter_reduce(0, experience.group, passed, "amax")
         self.metrics.update(stage, torch.ones_like(solved).to(self.device), **{self.pass_at: solved.to(self.device)})

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -373,6 +374,25 @@ class RLStage(Stage):
                 f"context of {self.context_length} tokens. Set it to at most {self.context_length - 1}."
             )
         return room
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """As the base; refuses settings of the Trainer that are here the stage's own.
+
+        Raises:
+            SettingsError: It is one; the message says which takes its place.
+        """
+        clip, micro_batches = self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches
+        if clip:
+            raise SettingsError(
+                f"trainer.gradient_clip_val={clip}: {type(self).__name__} clips gradients itself, by "
+                "updates.max_grad_norm. Set that, and leave this out."
+            )
+        if micro_batches != 1:
+            raise SettingsError(
+                f"trainer.accumulate_grad_batches={micro_batches}: {type(self).__name__} takes its optimizer steps "
+                "itself. Set updates.micro_batch_tokens to split them into passes of less memory, and leave this out."
+            )
+        return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
         """Refuses a module that was compiled as a whole, before anything is loaded.

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import lzma
+import os
 import pickle
 import sys
 import warnings
@@ -242,6 +243,19 @@ def test_unknown_kind_of_file(here, name):
     for source in (name, f"{name[:-1]}*"):
         with pytest.raises(ValueError, match=rf"^{name}: unknown kind of file.*\.jsonl"):
             read(source)
+
+
+def test_a_pipe_is_refused_and_a_circle_of_links_is_no_file(here):
+    """A pipe was read as an empty file, while its writer waited."""
+    Path("data").mkdir()
+    os.mkfifo("data/pipe.jsonl")
+    Path("data/circle.jsonl").symlink_to("circle.jsonl")
+    with pytest.raises(ValueError, match=r"^data/pipe\.jsonl: this is a pipe or a device.*Write them to a file"):
+        read("data/pipe.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"^data: the directory has no file of a known kind"):
+        read("data")
+    Path("data/a.jsonl").write_text('{"text": "a"}\n')
+    assert values("data") == [{"text": "a"}]
 
 
 def test_home_directory(here, monkeypatch):

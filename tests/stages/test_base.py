@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from grouping import grouped
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
 from runs import quiet
@@ -135,6 +135,21 @@ def test_a_resumed_run_tells_that_another_learning_rate_is_not_taken(tiny_model_
 def test_accumulation_that_changes_by_epoch_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match="GradientAccumulationScheduler"):
         fit(tiny_model_dir, tmp_path, callbacks=[GradientAccumulationScheduler({0: 2})])
+
+
+def test_a_finder_of_learning_rates_is_refused_where_it_has_nothing_to_set(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"LearningRateFinder sets a field lr of the module.*model\.optimizer\.lr"):
+        fit(tiny_model_dir, tmp_path, callbacks=[LearningRateFinder(num_training_steps=2)])
+
+    class Mine(SFTModule):
+        lr = 1e-3
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    finder = LearningRateFinder(num_training_steps=2)
+    _, module = fit(tiny_model_dir, tmp_path, callbacks=[finder], module=Mine(tiny_model_dir), max_steps=1)
+    assert finder.optimal_lr is not None and module.skipped == 0
 
 
 def test_a_checkpoint_between_two_micro_batches_warns(tiny_model_dir, tmp_path):

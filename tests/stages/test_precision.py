@@ -10,9 +10,11 @@ from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf import (
+    GRPOModule,
     InstructionDataModule,
     Load,
     LoRA,
+    OnlineDPOModule,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -20,6 +22,7 @@ from lightning_rlhf import (
     Sampling,
     SFTModule,
 )
+from lightning_rlhf.rl import Rollout
 from lightning_rlhf.stages import base
 
 QUESTIONS = {"Who are you?": "A model.", "What is red?": "An apple."}
@@ -161,3 +164,30 @@ def test_fp32_is_multiplied_in_tf32_on_a_gpu_while_a_fit_runs(
         assert seen == [within] and torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("kind", [GRPOModule, OnlineDPOModule])
+def test_groups_are_counted_in_double_precision_too(tiny_model_dir, tmp_path, kind):
+    """There torch makes doubles of what has no dtype."""
+    rollout = Rollout(samples_per_prompt=2, sampling=Sampling(max_new_tokens=4))
+    module = kind(tiny_model_dir, letters, rollout=rollout)
+    rows = [{"prompt": q} for q in QUESTIONS]
+    data = PromptDataModule(rows, val=rows, batch_size=2, cache_dir=tmp_path)
+    trainer = fit(module, data, tmp_path, precision="64-true")
+    assert next(module.policy.parameters()).dtype == torch.float64 and trainer.global_step == 1
+    assert trainer.validate(module, data, verbose=False)[0]["val/length"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 0.5}, r"trainer.gradient_clip_val=0.5: PPOModule clips.* by updates.max_grad_norm"),
+        (
+            {"accumulate_grad_batches": 2},
+            r"trainer.accumulate_grad_batches=2: PPOModule takes.*updates.micro_batch_tok",
+        ),
+    ],
+)
+def test_settings_of_the_trainer_that_are_the_stages_own_are_refused(tiny_model_dir, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*stage("ppo", tiny_model_dir, tmp_path), tmp_path, **options)
