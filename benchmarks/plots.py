@@ -110,8 +110,8 @@ def costs(runs: Sequence[dict[str, Any]], image: Path) -> None:
         for name, color in (("trl", "#c17d11"), ("padded", "#8b949e"), ("tree", "#3465a4")):
             there = [point for point in own if name in point]
             values = [1000 * point[name] for point in there]
-            label = "TRL" if name == "trl" else name
-            panel.plot([point["size"] for point in there], values, "o-", color=color, markersize=4, label=label)
+            said = "TRL" if name == "trl" else name
+            panel.plot([point["size"] for point in there], values, "o-", color=color, markersize=4, label=said)
         panel.set_xscale("log")
         panel.set_xticks([point["size"] for point in own], [f"{point['size']:,}" for point in own], minor=False)
         panel.set_xticks([], minor=True)

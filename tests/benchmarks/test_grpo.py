@@ -109,6 +109,13 @@ def test_costs_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatc
     monkeypatch.setattr(grpo, "SIZES", sizes)
     monkeypatch.setattr(grpo, "RESULTS", tmp_path / "costs.jsonl")
     monkeypatch.setattr(plots, "IMAGES", tmp_path)
+    labels, save = [], plots.save
+
+    def watched_save(figure, image):
+        labels.extend(panel.get_xlabel() for panel in figure.axes)
+        save(figure, image)
+
+    monkeypatch.setattr(plots, "save", watched_save)
     seen, run = [], grpo.run_ours
 
     def watched(task, *more):
@@ -128,6 +135,7 @@ def test_costs_are_measured_in_both_layouts_and_drawn(grpo, tmp_path, monkeypatc
     assert other == seen[1::2] and [row[0] for row in other] == [1, 2, 8, 8, 8, 8]
     assert [row[1] for row in other] == [384, 384, 6, 12, 384, 384]
     assert other[4][2] < vocabulary and other[4][3] == width and other[5][2:] == (vocabulary, 32)
+    assert labels == [*plots.SIZES.values()]
     assert (tmp_path / "costs.svg").read_text().startswith("<?xml")
 
 
