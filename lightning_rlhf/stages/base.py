@@ -297,7 +297,8 @@ class Stage(L.LightningModule):
         if self.works_on is not None:
             check_data(type(self).__name__, self.works_on, self.trainer)
         self.trainer.callbacks = [whole_run_bar(c) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
-        finds = any(isinstance(c, LearningRateFinder) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        finders = [c for c in self.trainer.callbacks if isinstance(c, LearningRateFinder)]  # type: ignore[attr-defined]
+        finds = any(c._update_attr and not c._attr_name for c in finders)
         if finds and not (hasattr(self, "lr") or hasattr(self, "learning_rate")):
             raise SettingsError(
                 "LearningRateFinder sets a field lr of the module, and here the learning rate is a setting of the "

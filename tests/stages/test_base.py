@@ -141,6 +141,8 @@ def test_a_finder_of_learning_rates_is_refused_where_it_has_nothing_to_set(tiny_
     with pytest.raises(ValueError, match=r"LearningRateFinder sets a field lr of the module.*model\.optimizer\.lr"):
         fit(tiny_model_dir, tmp_path, callbacks=[LearningRateFinder(num_training_steps=2)])
 
+    fit(tiny_model_dir, tmp_path, callbacks=[LearningRateFinder(num_training_steps=2, update_attr=False)], max_steps=1)
+
     class Mine(SFTModule):
         lr = 1e-3
 
