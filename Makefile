@@ -26,7 +26,7 @@ OLDEST := $(addprefix tests/,models rollout strategies rewards/test_model.py rew
     sources.py templates.py tokens.py unpaired.py))
 LATEST := $(addprefix tests/,models/test_policy.py models/test_backbone.py models/test_loading.py \
     models/test_saving.py rollout/test_engine.py stages/test_new_tokens.py)
-ON_GPU := $(addprefix tests/,models/test_policy.py models/test_flex.py stages/test_actor_critic.py)
+ON_GPU := $(addprefix tests/,models/test_policy.py models/test_flex.py models/test_varlen.py rl/test_actors.py)
 # One thread each: spinning threads on shared cores cost far more than they give. No test asks the model hub.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 

@@ -7,7 +7,7 @@ Checks end with an error where a result is beyond its bound. All models are rand
 
     card      not a check: the card and versions
     trees     the packed layout's log-probs and gradients are the padded one's: families, windows, soft-capping, grouped
-              heads, fp32 and bf16. On a card this runs the flex kernel, where it is not refused
+              heads, fp32 and bf16. On a card this runs the flex kernel, and flash attention where no prompt forks
     greedy    the engine's greedy tokens are transformers' generate's, in fp32
     static    static steps, which a CUDA graph repeats, sample what the engine samples step by step, in fp32: families,
               top-k, penalties, merged adapters; weights are to the bit as before
@@ -165,9 +165,12 @@ def trees(place: Place) -> dict[str, Any]:
     logging.getLogger("lightning_rlhf").addHandler(handler)
     draw = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, 500, (n,), generator=draw).tolist()  # noqa: E731
-    rows = [Tree(ids(90), [Branch(ids(n)) for n in (60, 7, 45, 30)]), Tree(ids(5), [Branch(ids(140))])]
+    forks = [Tree(ids(90), [Branch(ids(n)) for n in (60, 7, 45, 30)]), Tree(ids(5), [Branch(ids(140))])]
+    none = [Tree(ids(90), [Branch(ids(60))]), Tree(ids(5), [Branch(ids(140))]), Tree(ids(1), [Branch(ids(7))])]
+    kinds = [(torch.float32, 1e-3, "", forks), (torch.bfloat16, 0.05, "", forks)]
+    kinds += [(torch.bfloat16, 0.05, " without forks", none)]  # flash attention has no fp32
     for family in FAMILIES:
-        for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+        for dtype, most, which, rows in kinds:
             found = []
             for layout in ("tree", "padded"):
                 policy = Policy(random_model(family).to(place.device, dtype), layout=layout)
@@ -175,7 +178,7 @@ def trees(place: Place) -> dict[str, Any]:
                 out.float().sum().backward()
                 grads = {k: p.grad.float() for k, p in policy.named_parameters() if p.grad is not None}
                 found.append(({"logprobs": out.float()}, grads))
-            name = f"{family} {str(dtype).removeprefix('torch.')}"
+            name = f"{family} {str(dtype).removeprefix('torch.')}{which}"
             expect(figures, f"{name} log-probs", distance(found[0][0], found[1][0]), most)
             expect(figures, f"{name} gradients", distance(found[0][1], found[1][1]), 10 * most)
     return {**figures, "warnings": warned}

@@ -199,6 +199,14 @@ def make_targets():
     return set(re.findall(r"^(\S+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
+def test_tests_that_the_makefile_names_exist():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lists = re.findall(r"\$\(addprefix tests/,([^)]*)\)", text)
+    named = [name for found in lists for name in found.split()]
+    assert len(lists) >= 4
+    assert not [name for name in named if not (ROOT / "tests" / name).exists()]
+
+
 FORGE = [f.relative_to(ROOT).as_posix() for f in sorted((ROOT / ".github").rglob("*.yml"))]
 
 

@@ -6,7 +6,7 @@ the mask.
 
 The forward pass is tested on a CPU against the loop of :mod:`~lightning_rlhf.models.tree_attention`. **Neither pass
 has been run on a GPU, and there is no backward pass on a CPU.** Therefore a kernel's output and gradients are compared
-with the loop's before it is used (:func:`agrees`). If they differ, the loop is used.
+with the loop's before it is used (:func:`~lightning_rlhf.models.kernels.agrees`). If they differ, the loop is used.
 
 Shapes: T packed tokens, H query heads, K key / value heads, E head size.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,12 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lightning_rlhf.data import Branch, Tree, pack
 from lightning_rlhf.data.packed import Forest
-from lightning_rlhf.utils.compilation import uncompiled
 from lightning_rlhf.utils.transfer import send
-
-log = logging.getLogger(__name__)
 
 #: Side of a block of the mask. Rows are padded to a multiple of it: older versions of torch refuse other lengths, and
 #: some newer ones give wrong gradients (pytorch issue 153799).
@@ -180,65 +175,3 @@ def _kernel(compiled: bool, softcap: float | None, *shape: Any) -> Callable[...,
 
     run.__code__ = run.__code__.replace(co_name=f"tree_attention_{next(_number)}")
     return torch.compile(run, fullgraph=True) if compiled else run
-
-
-@functools.cache
-@uncompiled
-def agrees(
-    loop: Callable[..., Tensor],
-    heads: tuple[int, int],
-    sizes: tuple[int, int],
-    softcap: float | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """Checks once, on two small rows of random numbers, that the kernel computes the same as ``loop``.
-
-    Args:
-        loop: An attention function with the arguments of :func:`attend`.
-        heads: H and K.
-        sizes: E of queries and keys, and of values.
-        softcap: Bound of soft-capped logits.
-        dtype: Data type of the computation.
-        device: Device of the computation.
-
-    Returns:
-        Whether the relative difference of outputs and gradients is below 2 %, which covers rounding but not a wrong
-        mask or a missing term. If it is not, or if the kernel cannot be compiled, a warning is shown.
-    """
-    draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
-    ways: tuple[Callable[..., Tensor], ...] = (attend, loop)
-    found = []
-    try:
-        # independent of the state in which a layer runs; a checkpointed layer has hooks on saved tensors
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
-        ):
-            for group in (3, 5):  # after the second length torch compiles for all lengths
-                trees = [Tree([0] * 90, [Branch([0] * 60)] * group), Tree([0] * 5, [Branch([0] * 140)])]
-                forest = pack(trees).forest
-                length = sum(tree.num_tokens for tree in trees)
-                shapes = (heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])
-                inputs = [draw(1, h, length, e).requires_grad_() for h, e in shapes]
-                direction = draw(1, length, heads[0], sizes[1])
-                results = []
-                for attention in ways:
-                    out = attention(*inputs, forest, None, 100, softcap)
-                    results.append((out, *torch.autograd.grad(out, inputs, direction)))
-                found += [((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
-    except Exception as error:  # compilers fail in many ways, but the loop always works
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    else:
-        if all(difference < 0.02 for difference in found):  # False for NaN
-            return True
-        reason = f"outputs and gradients differ by {', '.join(f'{difference:.1e}' for difference in found)}"
-    log.warning(
-        "flex_attention is not used for heads of %s in %s (%s). The results are the same, but slower.",
-        sizes,
-        dtype,
-        reason,
-    )
-    return False

@@ -1,7 +1,8 @@
 """Attention over a packed row of trees: a branch sees only its prompt and itself.
 
-There are two implementations with the same results: on a GPU a fused kernel (:mod:`~lightning_rlhf.models.flex`), if it
-is available and computes correctly, and otherwise a loop over prompts and branches.
+There are three implementations with the same results. On a GPU a fused kernel runs, if it is available and computes
+correctly: :mod:`~lightning_rlhf.models.varlen` for rows without forks, :mod:`~lightning_rlhf.models.flex` for others.
+Otherwise it is a loop over prompts and branches.
 
 It is registered with transformers as ``"tree"``. A model with this attention behaves as with ``"sdpa"`` (``generate``
 works) until it gets a forest. While a forest is active, a layer that does not receive it raises an error, because its
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lightning_rlhf.data.packed import Forest, Span
-from lightning_rlhf.models import branches, flex
+from lightning_rlhf.models import branches, flex, varlen
+from lightning_rlhf.models.kernels import agrees
 from lightning_rlhf.utils.compilation import uncompiled
 
 NAME = "tree"
@@ -147,22 +149,34 @@ def tree_attention(
     if isinstance(forest, SharedForest):
         query, key, value = forest.to_heads(query, key, value)
         s_aux = None if s_aux is None else forest.own_heads(s_aux)
-    if _fused(query, key, value, dropout, softcap, s_aux):
-        out = flex.attend(query, key, value, forest, scaling, sliding_window, softcap)
+    if kernel := _fused(query, key, value, forest, dropout, softcap, s_aux):
+        out = kernel(query, key, value, forest, scaling, sliding_window, softcap)
     else:
         out = _loop(query, key, value, forest, scaling, sliding_window, softcap, dropout, s_aux)
     return forest.to_tokens(out) if isinstance(forest, SharedForest) else out, None
 
 
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None
-) -> bool:
-    """Whether to use the kernel: it has no dropout and no sinks, and its results must equal the loop's."""
-    if dropout or sinks is not None or not flex.usable(query):
-        return False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: Forest,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """Chooses a kernel: they have no dropout and no sinks, and their results must equal the loop's."""
+    if dropout or sinks is not None:
+        return None
     heads, sizes = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    return bool(flex.agrees(_loop, heads, sizes, softcap, dtype, query.device))
+    shape = heads, sizes, softcap, dtype, query.device
+    sequences = varlen.usable(query, key, value, forest, softcap, dtype)
+    if sequences and agrees("varlen_attn", varlen.attend, _loop, (1, 1), *shape):
+        return varlen.attend
+    if flex.usable(query) and agrees("flex_attention", flex.attend, _loop, (3, 5), *shape):
+        return flex.attend
+    return None
 
 
 def _loop(

@@ -7,16 +7,16 @@ import shutil
 
 import pytest
 import torch
+from rows import GROUP, inputs, packed
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_rlhf.data.packed import Branch, Tree, pack
 from lightning_rlhf.models import Policy, flex
 from lightning_rlhf.models import tree_attention as tree
 from lightning_rlhf.models.backbone import enable_checkpointing
+from lightning_rlhf.models.kernels import agrees
 
-GROUP = [(30, [20, 41, 7, 1, 60]), (3, [5]), (3, [5]), (1, [12]), (50, [9, 80])]  # a pair too
 ROWS = {
     "short": [(5, [4, 3, 1]), (2, [5]), (1, [12])],
     "long": GROUP,
@@ -29,19 +29,10 @@ ROWS = {
 @pytest.fixture(autouse=True)
 def fresh():
     """No kernel and no verdict outlives a test."""
-    caches = flex._kernel, flex.agrees
+    caches = flex._kernel, agrees
     yield
     for cache in caches:
         cache.cache_clear()
-
-
-def packed(rows, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def ids(n):
-        return torch.randint(3, 50, (n,), generator=g).tolist()
-
-    return pack([Tree(ids(prompt), [Branch(ids(n)) for n in branches]) for prompt, branches in rows])
 
 
 def sees(batch, window):
@@ -53,12 +44,6 @@ def sees(batch, window):
             for i, query in enumerate(path):
                 seen[query, path[max(0, i + 1 - (window or len(path))) : i + 1]] = True
     return seen
-
-
-def inputs(length, heads=(4, 2), sizes=(12, 12), dtype=torch.float32, grad=False):
-    g = torch.Generator().manual_seed(0)
-    shapes = (heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])
-    return [torch.randn(1, h, length, e, generator=g, dtype=dtype, requires_grad=grad) for h, e in shapes]
 
 
 def standin(compiled, softcap, *shape):
@@ -162,7 +147,7 @@ def test_gradients_pass_the_padding(monkeypatch, window, softcap):
 
 # ------------------------------------------------------------------------------------------------ what is trusted
 
-ASKED = (tree._loop, (4, 2), (12, 12), None, torch.float32, torch.device("cpu"))
+ASKED = ("flex_attention", flex.attend, tree._loop, (3, 5), (4, 2), (12, 12), None, torch.float32, torch.device("cpu"))
 
 
 def test_a_right_kernel_is_trusted_in_whatever_state_a_layer_runs(monkeypatch, caplog):
@@ -174,9 +159,9 @@ def test_a_right_kernel_is_trusted_in_whatever_state_a_layer_runs(monkeypatch, c
         torch.inference_mode,
         lambda: torch.autocast("cpu", torch.bfloat16),
     ):
-        flex.agrees.cache_clear()
+        agrees.cache_clear()
         with context():
-            assert flex.agrees(*ASKED)
+            assert agrees(*ASKED)
     assert torch.equal(torch.get_rng_state(), state)
     assert not caplog.records
 
@@ -198,7 +183,7 @@ def test_a_wrong_kernel_is_not_and_says_so(monkeypatch, caplog, fault):
         return run
 
     monkeypatch.setattr(flex, "_kernel", faulty)
-    assert not flex.agrees(*ASKED)
+    assert not agrees(*ASKED)
     assert "flex_attention is not used" in caplog.text
     assert ("shared memory" if fault == "does not compile" else "differ by") in caplog.text
 
