@@ -22,8 +22,9 @@ FAST := lightning_rlhf $(addprefix tests/,cleaning data endpoint evaluation func
 # What transformers' versions change, and processes, which Python's change.
 OLDEST := $(addprefix tests/,models rollout strategies rewards/test_model.py rewards/test_same_tokens.py \
     rewards/test_weighted.py rewards/test_workers.py rewards/verifiers/test_code.py \
-    $(addprefix data/test_,base.py bundled.py fuzz.py instruction.py modules.py oasst.py preference.py prompts.py \
-    sources.py templates.py tokens.py unpaired.py))
+    data/test_base.py data/test_bundled.py data/test_fuzz.py data/test_instruction.py data/test_modules.py \
+    data/test_oasst.py data/test_preference.py data/test_prompts.py data/test_sources.py data/test_templates.py \
+    data/test_tokens.py data/test_unpaired.py)
 LATEST := $(addprefix tests/,models/test_policy.py models/test_backbone.py models/test_loading.py \
     models/test_saving.py rollout/test_engine.py stages/test_new_tokens.py)
 ON_GPU := $(addprefix tests/,models/test_policy.py models/test_flex.py models/test_varlen.py rl/test_actors.py)
