@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lightning_rlhf.data.packed import Forest
+from lightning_rlhf.models.kernels import compute_dtype
 from lightning_rlhf.utils.transfer import send
 
 #: Side of a block of the mask. Rows are padded to a multiple of it: older versions of torch refuse other lengths, and
@@ -71,8 +72,7 @@ def attend(
         (1, T, H, E).
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not apply to the kernel, and norms may have returned fp32
-        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    query, key, value = (t.to(compute_dtype(t)) for t in (query, key, value))  # norms may have returned fp32
     length, size = query.shape[2], value.shape[3]
     widest = max(query.shape[3], size)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -1,4 +1,4 @@
-"""Whether a fused attention kernel computes what the loop of ``tree_attention`` does, tried once for a shape of heads.
+"""What fused attention kernels share: the type in which they compute, and a trial against ``tree_attention``'s loop.
 
 Shapes: H query heads, K key / value heads, E head size.
 """
@@ -18,6 +18,12 @@ from lightning_rlhf.utils.compilation import uncompiled
 log = logging.getLogger(__name__)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns autocast's type where it is on, and a tensor's own elsewhere. Autocast does not apply to kernels."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 @functools.cache
 @uncompiled
 def agrees(
@@ -34,7 +40,7 @@ def agrees(
     """Checks once, on two small rows of random numbers, that a kernel computes the same as ``loop``.
 
     Args:
-        name: What torch calls the kernel, for the warning.
+        name: Name of the kernel in torch, for the warning.
         attend: Attention by the kernel. Its arguments are those of :func:`lightning_rlhf.models.flex.attend`.
         loop: Attention with the same arguments.
         branches: Branches of the first tree, in each of the rows.
@@ -45,8 +51,8 @@ def agrees(
         device: Device of the computation.
 
     Returns:
-        Whether the relative difference of outputs and gradients is below 2 %, which covers rounding but not a wrong
-        mask or a missing term. If it is not, or if the kernel cannot be compiled, a warning is shown.
+        True if outputs and gradients differ by less than 2 %. That covers rounding, but not a wrong mask or a missing
+        term. If they differ by more, or if the kernel cannot be compiled, a warning is shown.
     """
     draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     found = []

@@ -30,8 +30,8 @@ def explain_mismatch(saved: Shapes, own: Shapes) -> str | None:
     """Says what differs between a checkpoint's weights and a run's, and what to do.
 
     Args:
-        saved: Of the checkpoint.
-        own: Of the run's models.
+        saved: Shapes of the checkpoint's weights.
+        own: Shapes of the weights of the run's models.
 
     Returns:
         Two sentences; None where names and shapes are the same.

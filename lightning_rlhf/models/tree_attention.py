@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 
 from lightning_rlhf.data.packed import Forest, Span
 from lightning_rlhf.models import branches, flex, varlen
-from lightning_rlhf.models.kernels import agrees
+from lightning_rlhf.models.kernels import agrees, compute_dtype
 from lightning_rlhf.utils.compilation import uncompiled
 
 NAME = "tree"
@@ -169,7 +169,7 @@ def _fused(
     if dropout or sinks is not None:
         return None
     heads, sizes = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    dtype = compute_dtype(query)
     shape = heads, sizes, softcap, dtype, query.device
     sequences = varlen.usable(query, key, value, forest, softcap, dtype)
     if sequences and agrees("varlen_attn", varlen.attend, _loop, (1, 1), *shape):

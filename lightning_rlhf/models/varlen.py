@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.data.packed import Forest
+from lightning_rlhf.models.kernels import compute_dtype
 from lightning_rlhf.utils.transfer import send
 
 #: Data types that flash attention has.
@@ -103,9 +104,7 @@ def attend(
     kernel = _kernel()
     assert kernel is not None
     assert softcap is None
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # norms may have returned fp32
-        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    query, key, value = (t.to(compute_dtype(t)) for t in (query, key, value))
     bounds, longest = sequences(forest, query.device)
     out: Tensor = kernel(
         *(t[0].transpose(0, 1).contiguous() for t in (query, key, value)),
